@@ -1,0 +1,5 @@
+"""`python -m dpa` is `dpa`."""
+
+from dpa.cli import main
+
+main()

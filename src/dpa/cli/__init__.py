@@ -1,0 +1,18 @@
+"""The doors: the `dpa` command. Nothing heavy is imported before a command needs it."""
+
+import sys
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit code 2, never a traceback."""
+    from dpa.cli.commands import app
+    from dpa.core.errors import DpaError
+
+    try:
+        app()
+    except DpaError as error:
+        print(f"dpa: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("dpa: interrupted; the same command resumes where it stopped.", file=sys.stderr)
+        sys.exit(130)

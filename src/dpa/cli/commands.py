@@ -1,0 +1,193 @@
+"""Every command, one function each; its docstring is its help."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dpa.core.errors import ConfigError
+from dpa.version import __version__
+
+if TYPE_CHECKING:
+    from dpa.core.config import RunConfig
+    from dpa.recipes.dpa import Loop
+
+app = typer.Typer(
+    name="dpa",
+    help="Directional Preference Alignment: one model, and every user says which way to go.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration; docs/configuration.md lists every field.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set rollout.samples=8")
+]
+Iteration = Annotated[int, typer.Option("--iteration", "-t", min=0, help="Which iteration.")]
+ModelFolder = Annotated[str, typer.Argument(help="Model folder made by the loop (its dpa_config.json says the space).")]
+DirectionText = Annotated[
+    str | None,
+    typer.Option("--direction", "-d", help='"helpfulness*0.8 - verbosity*0.6", "-15deg" (two objectives) or a preset.'),
+]
+Temperature = Annotated[float, typer.Option(help="Softmax temperature.", min=0.01)]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of the samples.", min=0)]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    iterations: Annotated[int | None, typer.Option(help="Number of online iterations.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
+    ignore_free_space: Annotated[bool, typer.Option(help="Start although the disk looks too full.")] = False,
+) -> None:
+    """Run the whole loop; the same command resumes it."""
+    flags = {"iterations": iterations, "out": out}
+    settings = _load(config, overrides, {name: str(value) for name, value in flags.items() if value is not None})
+    with _loop(settings, ignore_free_space) as loop:
+        loop.run()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything.", min=0)] = 0,
+    iterations: Annotated[int | None, typer.Option(help="Number of online iterations.", min=0)] = None,
+    development: Annotated[bool, typer.Option(help="Measure on development questions, not on the held-out.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Watch one small model learn to follow directions, on any CPU."""
+    from dpa.world.demo import run_demo
+
+    flags = {} if iterations is None else {"iterations": str(iterations)}
+    run_demo(out, seed, development, {**_pairs(overrides), **flags})
+
+
+@app.command()
+def ratings(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Read the rated data into one table and print a summary of every attribute."""
+    with _loop(_load(config, overrides)) as loop:
+        loop.read_ratings(show=True)
+
+
+@app.command("train-reward")
+def train_reward(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train the multi-objective reward model on the ratings and print its held-out quality."""
+    with _loop(_load(config, overrides)) as loop:
+        loop.train_reward(show=True)
+
+
+@app.command()
+def rollout(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = None) -> None:
+    """Sample candidates from the policy of the iteration before."""
+    with _loop(_load(config, overrides)) as loop:
+        loop.rollout(iteration)
+
+
+@app.command()
+def score(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = None) -> None:
+    """Score an iteration's candidates (t = 0: the rated responses)."""
+    with _loop(_load(config, overrides)) as loop:
+        loop.score(iteration)
+
+
+@app.command()
+def select(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = None) -> None:
+    """Keep the winner of each direction."""
+    with _loop(_load(config, overrides)) as loop:
+        loop.select(iteration)
+
+
+@app.command()
+def finetune(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = None) -> None:
+    """Finetune the policy of the iteration before on the winners."""
+    with _loop(_load(config, overrides)) as loop:
+        loop.finetune(iteration)
+
+
+@app.command()
+def evaluate(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = None) -> None:
+    """Measure an iteration's policy on held-out prompts over the grid of directions."""
+    with _loop(_load(config, overrides)) as loop:
+        loop.evaluate(iteration)
+
+
+@app.command()
+def report(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Write results.json, table.csv, samples.jsonl and report.html from what is finished."""
+    with _loop(_load(config, overrides)) as loop:
+        typer.echo(f"report: {loop.report()}")
+
+
+@app.command()
+def generate(
+    model: ModelFolder,
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts; - reads standard input.")],
+    direction: DirectionText = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Answers for each prompt.")] = 1,
+    temperature: Temperature = 0.7,
+    max_new_tokens: MaxNewTokens = 256,
+    seed: Seed = 0,
+    clamp: Annotated[bool, typer.Option(help="Move a direction outside the cone to its edge.")] = False,
+) -> None:
+    """Answer prompts under a direction."""
+    from dpa.cli.talk import answer
+
+    for text in prompt:
+        question = typer.get_text_stream("stdin").read() if text == "-" else text
+        for reply in answer(model, [question], direction, samples, temperature, max_new_tokens, seed, clamp):
+            typer.echo(reply)
+
+
+@app.command()
+def chat(
+    model: ModelFolder,
+    direction: DirectionText = None,
+    temperature: Temperature = 0.7,
+    max_new_tokens: MaxNewTokens = 256,
+    seed: Seed = 0,
+) -> None:
+    """Talk to a model; `/direction TEXT` changes the direction, `/quit` ends."""
+    from dpa.cli.talk import converse
+
+    converse(model, direction, temperature, max_new_tokens, seed)
+
+
+def _pairs(overrides: list[str] | None) -> dict[str, str]:
+    pairs = {}
+    for item in overrides or []:
+        field, equals, value = item.partition("=")
+        if not equals or not field:
+            raise ConfigError(f"--set: {item!r} is not FIELD=VALUE; write for example --set rollout.samples=8.")
+        pairs[field] = value
+    return pairs
+
+
+def _load(path: Path, overrides: list[str] | None, flags: dict[str, str] | None = None) -> "RunConfig":
+    from dpa.core.config import load_config
+
+    return load_config(path, {**_pairs(overrides), **(flags or {})})
+
+
+def _loop(config: "RunConfig", ignore_free_space: bool = False) -> "Loop":
+    from dpa.recipes.dpa import Loop
+
+    return Loop(config, ignore_free_space)

@@ -1,0 +1,70 @@
+"""`dpa generate` and `dpa chat`: try a policy under a direction."""
+
+from typing import TYPE_CHECKING
+
+from dpa.core.directions import Direction, DirectionSpace
+from dpa.core.errors import DirectionError, EngineError
+from dpa.core.records import Messages, SampleRequest, seed_of
+from dpa.models.files import folder_revision
+from dpa.models.policy import load_space
+from dpa.models.samplers import SamplerSpec
+
+if TYPE_CHECKING:
+    from dpa.core.records import Sampler
+
+
+def answer(
+    model: str, prompts: list[str], direction: str | None, samples: int, temperature: float, max_new_tokens: int,
+    seed: int, clamp: bool,
+) -> list[str]:  # fmt: skip
+    """Answers to each prompt under the direction, in order."""
+    _, sampler, chosen = _open(model, direction, temperature, max_new_tokens, clamp)
+    return [
+        text
+        for prompt in prompts
+        for text in _ask(sampler, [{"role": "user", "content": prompt}], chosen, samples, seed)
+    ]
+
+
+def converse(model: str, direction: str | None, temperature: float, max_new_tokens: int, seed: int) -> None:
+    """A conversation on the terminal."""
+    space, sampler, chosen = _open(model, direction, temperature, max_new_tokens, clamp=False)
+    print(f"objectives: {', '.join(space.names)}; direction: {chosen or 'none'}; /direction TEXT, /reset, /quit")
+    messages: Messages = []
+    while True:
+        try:
+            text = input("you> ").strip()
+        except EOFError:
+            return
+        if text in {"/quit", "/exit"}:
+            return
+        if text == "/reset":
+            messages = []
+        elif text.startswith("/direction"):
+            try:
+                chosen = space.parse(text.removeprefix("/direction").strip())
+                print(f"direction: {chosen}")
+            except DirectionError as error:
+                print(error)
+        elif text:
+            messages.append({"role": "user", "content": text})
+            (reply,) = _ask(sampler, messages, chosen, 1, seed + len(messages))
+            messages.append({"role": "assistant", "content": reply})
+            print(reply)
+
+
+def _open(
+    model: str, direction: str | None, temperature: float, max_new_tokens: int, clamp: bool
+) -> tuple[DirectionSpace, "Sampler", Direction | None]:
+    space = load_space(model)
+    chosen = None if direction is None else space.parse(direction, outside="clamp" if clamp else "error")
+    spec = SamplerSpec(model, space, max_new_tokens, temperature, revision=folder_revision(model))
+    return space, spec.build(), chosen
+
+
+def _ask(sampler: "Sampler", messages: Messages, direction: Direction | None, samples: int, seed: int) -> list[str]:
+    seeds = tuple(seed_of(f"{seed}-{k}") for k in range(samples))
+    (answers,) = sampler.sample([SampleRequest(messages, direction.weights if direction else None, seeds)])
+    if not answers:
+        raise EngineError("the prompt is longer than the model's context; shorten it.")
+    return [sample.text for sample in answers]

@@ -1,0 +1,420 @@
+"""Objectives, directions and the space they live in: what a user may ask for, how it is written, drawn and printed.
+Run its tests: pytest tests/test_directions.py
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from dpa.core.direction_text import MAX_NAME, is_name, read_degrees, read_expression, read_number, shown, unknown
+from dpa.core.errors import DirectionError, ModelFileError
+
+PUBLISHED_TEMPLATE = (
+    "You are a helpful, respectful, and honest assistant who always responds to the user in a harmless way. "
+    "Your response should maximize weighted rating = {weighted_rating}"
+)
+"""System sentence of RLHFlow/DPA-v1-Mistral-7B (arXiv 2402.18571), letter for letter as that policy knows it."""
+
+PLACEHOLDER = "{weighted_rating}"
+
+_EPSILON = 1e-9
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A quality a user can weigh: a weighted sum of rated attributes.
+
+    The paper does not say how its ten attributes make "helpfulness" and "verbosity", so the weights are the user's.
+    """
+
+    name: str
+    attributes: Mapping[str, float] = field(hash=False)
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if not is_name(self.name):
+            raise DirectionError(
+                f"objective name {shown(self.name)} is not usable; take up to {MAX_NAME} ASCII letters, digits, "
+                "`_`, `.` or `-`, starting with a letter and ending with a letter or digit."
+            )
+        if not isinstance(self.attributes, Mapping) or not self.attributes:
+            raise DirectionError(
+                f"objective `{self.name}` has no attributes; give a mapping such as {{'{self.name}': 1.0}}."
+            )
+        weights = {
+            str(name): read_number(weight, f"objective `{self.name}`") for name, weight in self.attributes.items()
+        }
+        for name, weight in weights.items():
+            if weight == 0:
+                raise DirectionError(f"objective `{self.name}`: attribute `{name}` has weight 0; leave it out.")
+        object.__setattr__(self, "attributes", weights)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A unit vector over the objectives of a space; `str()` prints it as the policy is told."""
+
+    space_names: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.space_names) != len(self.weights):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.space_names)} objectives")
+        if abs(math.hypot(*self.weights) - 1) > 1e-6:
+            raise ValueError(f"not a unit vector: {self.weights}")
+
+    @property
+    def integers(self) -> tuple[int, ...]:
+        """round(100 * weight): the numbers the policy reads."""
+        return tuple(round(100 * weight) for weight in self.weights)
+
+    def as_mapping(self) -> dict[str, float]:
+        """Objective -> weight."""
+        return dict(zip(self.space_names, self.weights, strict=True))
+
+    def __str__(self) -> str:
+        return " + ".join(f"{name}*{n}" for name, n in zip(self.space_names, self.integers, strict=True))
+
+
+@dataclass(frozen=True)
+class DirectionSpace:
+    """K >= 2 objectives, the trained cone of directions around `center`, and the sentence that states a direction.
+
+    `center` is any non-zero vector (mapping or K numbers; default: the first objective's axis), `max_angle` the
+    cone's half-angle in degrees. The published policy has objectives (helpfulness, verbosity), the helpfulness axis
+    as center and an advised range of 45 degrees. `presets` name directions written in any other form.
+
+    Raises DirectionError when a field cannot be used.
+    """
+
+    objectives: tuple[Objective, ...]
+    center: Mapping[str, float] | Sequence[float] | None = field(default=None, hash=False)
+    max_angle: float = 45.0
+    template: str = PUBLISHED_TEMPLATE
+    presets: Mapping[str, str | Mapping[str, float]] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "objectives", tuple(self.objectives))
+        names = self.names
+        if len(names) < 2:
+            raise DirectionError(f"objectives: {len(names)} given; a direction needs at least two.")
+        for name in names:
+            if names.count(name) > 1:
+                raise DirectionError(f"objectives: `{name}` is named twice; give each its own name.")
+        max_angle = read_number(self.max_angle, "max_angle")
+        if not 0 < max_angle <= 180:
+            raise DirectionError(f"max_angle: {max_angle:g} is not in (0, 180]; give the cone's half-angle in degrees.")
+        object.__setattr__(self, "max_angle", max_angle)
+        if not isinstance(self.template, str) or self.template.count(PLACEHOLDER) != 1:
+            raise DirectionError(f"template: it must contain {PLACEHOLDER} exactly once; add it where the weights go.")
+        center = (1.0,) + (0.0,) * (self.K - 1) if self.center is None else self._weights(self.center, "center")
+        _unit(center, "center")
+        object.__setattr__(self, "center", center)
+        object.__setattr__(self, "presets", self._checked_presets())
+
+    # --- what the space is -------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the K objectives, in the order they are printed."""
+        return tuple(objective.name for objective in self.objectives)
+
+    @property
+    def K(self) -> int:
+        """Number of objectives."""
+        return len(self.objectives)
+
+    @cached_property
+    def center_K(self) -> np.ndarray:
+        """Unit axis of the cone."""
+        return np.array(_unit(self.center, "center"))  # type: ignore[arg-type]
+
+    @cached_property
+    def arc_names(self) -> tuple[str, ...]:
+        """The objectives not parallel to the center: those an arc can lead towards."""
+        return tuple(name for name in self.names if self._towards(name) is not None)
+
+    # --- reading and printing ----------------------------------------------------------------------------------
+
+    def parse(self, value: Any, outside: Literal["error", "clamp"] = "error") -> Direction:
+        """Read a direction in any form and normalise it to the unit sphere.
+
+        Forms: `helpfulness*0.8 - verbosity*0.6`, `0.8*helpfulness - 0.6*verbosity`, `helpfulness*97 + verbosity*-26`;
+        a mapping objective -> number (those left out are 0); K numbers; for K = 2 `-15deg`, the angle from the
+        center towards the second objective; a preset's name; a Direction.
+
+        `outside`: what to do beyond the trained cone: "error" raises with the valid range, "clamp" takes the nearest
+        direction on the cone's edge (along the great circle). What the space itself prints counts as inside,
+        although whole hundredths may lie beyond the edge by asin(0.005 sqrt(K)), 0.4 degrees for K = 2.
+
+        Raises DirectionError.
+        """
+        if isinstance(value, str) and value.strip() in self.presets:
+            value = self.presets[value.strip()]
+        direction = self._read(value)
+        angle = float(self.angle_to_center(np.array([direction.weights]))[0])
+        if angle <= self.max_angle + math.degrees(math.asin(min(1.0, 0.005 * math.sqrt(self.K)))):
+            return direction
+        if outside == "clamp":
+            return self._clamp(direction)
+        raise DirectionError(
+            f"direction {shown(value)} lies {angle:.1f} degrees from {self.direction(self.center)}; "
+            f"the policy was trained {self._range()}, so ask within that or have it clamped."
+        )
+
+    def direction(self, weights: Mapping[str, float] | Sequence[float] | np.ndarray | None) -> Direction:
+        """Normalise weights (mapping, or K numbers) without asking whether they lie in the cone."""
+        return Direction(self.names, _unit(self._weights(weights, "direction"), "direction"))
+
+    def prompt(self, direction: Direction) -> str:
+        """The system sentence that states this direction, as published: `... = helpfulness*97 + verbosity*-26`."""
+        if direction.space_names != self.names:
+            raise DirectionError(
+                f"direction: {direction} is over other objectives than {', '.join(self.names)}; parse it in this space."
+            )
+        return self.template.replace(PLACEHOLDER, str(direction))
+
+    def read_prompt(self, text: str) -> Direction:
+        """Invert `prompt`, up to the rounding to hundredths. The cone is not asked: this reads what was shown."""
+        before, after = self.template.strip().split(PLACEHOLDER)
+        text = text.strip()
+        if not (text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after)):
+            raise DirectionError(f"prompt {shown(text)} is not this space's sentence; it reads {shown(self.template)}.")
+        return self.direction(read_expression(text[len(before) : len(text) - len(after)], self.names))
+
+    # --- drawing -----------------------------------------------------------------------------------------------
+
+    def sample(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Draw directions_DK uniformly by angle (our choice; the paper's P_v is not published).
+
+        K = 2: the signed angle is uniform on [-max_angle, max_angle]. K > 2: the angle to the center is uniform on
+        [0, max_angle] and the azimuth is uniform, which favours the center over uniform area.
+        """
+        if self.K == 2:
+            return self._turn(rng.uniform(-self.max_angle, self.max_angle, count), self._pole_K)
+        normal_DK = rng.standard_normal((count, self.K))
+        normal_DK -= np.outer(normal_DK @ self.center_K, self.center_K)
+        normal_DK /= np.linalg.norm(normal_DK, axis=1, keepdims=True)
+        return self._turn(rng.uniform(0.0, self.max_angle, count), normal_DK)
+
+    def arc(self, objective: str, count: int) -> np.ndarray:
+        """directions_DK at `count` evenly spaced angles -max_angle..max_angle in the plane (center, objective)."""
+        return self._turn(np.linspace(-self.max_angle, self.max_angle, count), self._towards_or_error(objective))
+
+    def grid(self, count: int) -> np.ndarray:
+        """Fixed directions_DK for evaluation, in a stable order and without duplicates.
+
+        K = 2: the arc of `count`. K > 2: the arc of `count` towards each objective, then, between every two arcs,
+        the diagonals at max_angle / 2 and max_angle (four signs each).
+        """
+        if self.K == 2:
+            return self.arc(self.arc_names[-1], count)
+        points = [row for name in self.arc_names for row in self.arc(name, count)]
+        poles = [self._towards_or_error(name) for name in self.arc_names]
+        for i, first in enumerate(poles):
+            for second in poles[i + 1 :]:
+                for diagonal in (first + second, first - second, second - first, -first - second):
+                    length = np.linalg.norm(diagonal)
+                    if length > 1e-6:
+                        points.extend(self._turn(np.array([self.max_angle / 2, self.max_angle]), diagonal / length))
+        kept: list[np.ndarray] = []
+        for point in points:
+            if all(np.abs(point - other).max() > _EPSILON for other in kept):
+                kept.append(point)
+        return np.array(kept)
+
+    # --- measuring ---------------------------------------------------------------------------------------------
+
+    def angle_to_center(self, directions_DK: np.ndarray) -> np.ndarray:
+        """Degrees in [0, 180] between each direction and the center."""
+        along_D = directions_DK @ self.center_K
+        across_D = np.linalg.norm(directions_DK - np.outer(along_D, self.center_K), axis=1)
+        return np.degrees(np.arctan2(across_D, along_D))
+
+    def asked_angle(self, directions_DK: np.ndarray, objective: str) -> np.ndarray:
+        """Signed degrees of each direction from the center towards `objective`, within the plane of the two."""
+        pole_K = self._towards_or_error(objective)
+        return np.degrees(np.arctan2(directions_DK @ pole_K, directions_DK @ self.center_K))
+
+    def on_arc(self, directions_DK: np.ndarray, objective: str) -> np.ndarray:
+        """Whether each direction lies on the arc of `objective`: in its plane with the center (K = 2: always)."""
+        pole_K = self._towards_or_error(objective)
+        in_plane_D = np.hypot(directions_DK @ pole_K, directions_DK @ self.center_K)
+        return np.abs(in_plane_D - 1.0) < 1e-6
+
+    def combine(self, scores_NM: np.ndarray, attributes: Sequence[str]) -> np.ndarray:
+        """scores_NK of the objectives from scores_NM of the named attributes; NaN where a needed one is NaN."""
+        column = {name: i for i, name in enumerate(attributes)}
+        scores_NK = np.empty((len(scores_NM), self.K))
+        for k, objective in enumerate(self.objectives):
+            for name in objective.attributes:
+                if name not in column:
+                    raise unknown(name, column, f"objective `{objective.name}`: attribute")
+            needed = [column[name] for name in objective.attributes]
+            scores_NK[:, k] = np.asarray(scores_NM)[:, needed] @ np.array(list(objective.attributes.values()))
+        return scores_NK
+
+    # --- travelling with a model -------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, kept with every model (dpa_config.json); `from_dict` gives back an equal space."""
+        return {
+            "objectives": [
+                {"name": o.name, "attributes": dict(o.attributes), "description": o.description}
+                for o in self.objectives
+            ],
+            "center": dict(zip(self.names, self.center, strict=True)),  # type: ignore[arg-type]
+            "max_angle": self.max_angle,
+            "template": self.template,
+            "presets": {name: value if isinstance(value, str) else dict(value) for name, value in self.presets.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "DirectionSpace":
+        """Rebuild a space. Damaged data raise ModelFileError, or DirectionError where a value is wrong in itself."""
+        fields: dict[str, tuple[type, ...]] = {
+            "objectives": (list,),
+            "center": (dict,),
+            "max_angle": (int, float),
+            "template": (str,),
+            "presets": (dict,),
+        }
+        if not isinstance(data, Mapping):
+            raise ModelFileError(f"direction space: a mapping is expected, not {shown(data)}; save the model again.")
+        for name, kinds in fields.items():
+            if not isinstance(data.get(name), kinds):
+                raise ModelFileError(
+                    f"direction space: `{name}` is missing or of the wrong kind ({shown(data.get(name))}); "
+                    "save the model again."
+                )
+        objectives = []
+        for item in data["objectives"]:
+            if not isinstance(item, Mapping) or not {"name", "attributes"} <= item.keys():
+                raise ModelFileError(
+                    f"direction space: the objective {shown(item)} lacks name or attributes; save the model again."
+                )
+            objectives.append(Objective(item["name"], item["attributes"], str(item.get("description", ""))))
+        return cls(tuple(objectives), data["center"], data["max_angle"], data["template"], data["presets"])
+
+    # --- inside ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _pole_K(self) -> np.ndarray:
+        """K = 2: where positive angles lead, towards the second objective (the first, where that is the center)."""
+        return self._towards_or_error(self.arc_names[-1])
+
+    def _towards(self, objective: str) -> np.ndarray | None:
+        """Unit part of the objective's axis that is orthogonal to the center; None where there is none."""
+        axis_K = np.zeros(self.K)
+        axis_K[self.names.index(objective)] = 1.0
+        across_K = axis_K - (axis_K @ self.center_K) * self.center_K
+        length = np.linalg.norm(across_K)
+        return across_K / length if length > 1e-6 else None
+
+    def _towards_or_error(self, objective: str) -> np.ndarray:
+        self._index(objective, "objective")
+        pole_K = self._towards(objective)
+        if pole_K is None:
+            raise DirectionError(
+                f"objective `{objective}` is the center itself, no arc leads there; take {' or '.join(self.arc_names)}."
+            )
+        return pole_K
+
+    def _turn(self, degrees_D: np.ndarray, pole: np.ndarray) -> np.ndarray:
+        """Turn the center by each angle towards `pole` (K, or DK: one for each angle)."""
+        radians_D = np.radians(degrees_D)
+        turned_DK = np.cos(radians_D)[:, None] * self.center_K + np.sin(radians_D)[:, None] * pole
+        turned_DK[np.abs(turned_DK) < 1e-15] = 0.0  # cos(90 degrees) is 6e-17 in floats
+        return turned_DK
+
+    def _clamp(self, direction: Direction) -> Direction:
+        weights_K = np.array(direction.weights)
+        across_K = weights_K - (weights_K @ self.center_K) * self.center_K
+        length = np.linalg.norm(across_K)
+        # Straight behind the center every edge is as near; one is taken, always the same.
+        pole_K = across_K / length if length > _EPSILON else self._towards_or_error(self.arc_names[-1])
+        return self.direction(self._turn(np.array([self.max_angle]), pole_K)[0])
+
+    def _range(self) -> str:
+        if self.K == 2:
+            return f"from {-self.max_angle:g}deg to {self.max_angle:g}deg (towards {self.arc_names[-1]})"
+        return f"up to {self.max_angle:g} degrees from {self.direction(self.center)}"
+
+    def _checked_presets(self) -> dict[str, str | dict[str, float]]:
+        if not isinstance(self.presets, Mapping):
+            raise DirectionError(f"presets: {shown(self.presets)} is not a mapping of name to direction; write one.")
+        checked: dict[str, str | dict[str, float]] = {}
+        inside = DirectionSpace(self.objectives, self.center, self.max_angle, self.template) if self.presets else self
+        for name, value in self.presets.items():
+            if not is_name(name) or name in self.names:
+                raise DirectionError(
+                    f"preset name {shown(name)} is not usable; take letters, digits, `_`, `.` or `-`, "
+                    "and no objective's name."
+                )
+            if not isinstance(value, str | Mapping):
+                raise DirectionError(f"preset `{name}`: {shown(value)} is neither text nor a mapping; write one.")
+            try:
+                inside.parse(value)
+            except DirectionError as error:
+                raise DirectionError(f"preset `{name}`: {error}") from None
+            checked[name] = value if isinstance(value, str) else dict(value)
+        return checked
+
+    def _index(self, name: Any, where: str) -> int:
+        if isinstance(name, str) and name in self.names:
+            return self.names.index(name)
+        raise unknown(name, self.names, where)
+
+    def _read(self, value: Any) -> Direction:
+        if isinstance(value, Direction):
+            value = value.as_mapping()
+        if not isinstance(value, str):
+            return self.direction(value)
+        text = value.strip()
+        if not text.endswith("deg") or text.endswith(self.names):
+            return self.direction(read_expression(text, self.names))
+        if self.K != 2:
+            raise DirectionError(
+                f"direction {shown(text)}: an angle says enough for two objectives only; weigh {', '.join(self.names)}."
+            )
+        return self.direction(self._turn(np.array([read_degrees(text)]), self._pole_K)[0])
+
+    def _weights(self, value: Any, where: str) -> tuple[float, ...]:
+        """K plain floats, in the objectives' order."""
+        if isinstance(value, Mapping):
+            weights = [0.0] * self.K
+            for name, weight in value.items():
+                weights[self._index(name, where)] = read_number(weight, f"{where}: `{name}`")
+            return tuple(weights)
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            if len(value) != self.K:
+                raise DirectionError(
+                    f"{where}: {len(value)} numbers given; {self.K} are needed, for {', '.join(self.names)}."
+                )
+            return tuple(read_number(weight, where) for weight in value)
+        raise DirectionError(
+            f"{where}: {shown(value)} is no direction; write e.g. `{self.names[0]}*0.8 - {self.names[1]}*0.6`."
+        )
+
+
+def _unit(weights: Sequence[float], where: str) -> tuple[float, ...]:
+    """Normalise: w / (sum of w*w)**0.5.
+
+    Added up by hand in the objectives' order: a chat template repeats these float operations bit for bit, while
+    Python's own `sum` is compensated from 3.12 on.
+    """
+    squares = 0.0
+    for weight in weights:
+        squares += weight * weight
+    if all(weight == 0 for weight in weights):
+        raise DirectionError(f"{where}: all weights are zero; give at least one objective a weight.")
+    if not 1e-200 < squares < 1e200:  # beyond this, squares lose digits, vanish or overflow
+        raise DirectionError(f"{where}: the weights are too large or too small; scale them to about 1.")
+    norm = squares**0.5
+    return tuple(weight / norm for weight in weights)

@@ -1,0 +1,196 @@
+"""How good a policy is over a fixed grid of directions, and whether it listens, with bootstrap intervals over prompts.
+Run its tests: pytest tests/test_measures.py
+
+Letters: P prompts, D directions of the grid, K objectives, R bootstrap resamples. `means_DK` is the mean score of each
+objective when each direction is asked, on the 0-100 scale. All objectives are maximised.
+"""
+
+from collections.abc import Iterator
+from typing import TypedDict
+
+import moocore
+import numpy as np
+from scipy import stats
+
+from dpa.core.directions import DirectionSpace
+from dpa.core.records import SCALE
+
+MOST_CONE_COORDINATES = 6
+"""Exact hypervolume in more coordinates takes minutes with resampling (2 (K - 1) coordinates: K <= 4)."""
+
+
+class Interval(TypedDict):
+    """A measure and its 95% bootstrap interval; None where it is undefined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+# --- fronts --------------------------------------------------------------------------------------------------------
+
+
+def pareto_front(points_NK: np.ndarray) -> np.ndarray:
+    """front_N (bool): points that no other point dominates; of equal points the first; never one that is not finite."""
+    finite_N = np.isfinite(points_NK).all(axis=1)
+    front_N = np.zeros(len(points_NK), dtype=bool)
+    if finite_N.any():
+        front_N[finite_N] = moocore.is_nondominated(points_NK[finite_N], maximise=True)
+    return front_N
+
+
+def hypervolume(points_NK: np.ndarray, reference: float | np.ndarray) -> float:
+    """Volume, in units of the scale to the power K, that the points dominate above the reference point.
+
+    Exact (moocore; Fonseca et al. 2006). Points at or below the reference add nothing; rows not finite are left out.
+    """
+    points_NK = points_NK[np.isfinite(points_NK).all(axis=1)]
+    if len(points_NK) == 0:
+        return 0.0
+    reference_K = np.broadcast_to(np.asarray(reference, dtype=np.float64), points_NK.shape[1:])
+    return float(moocore.hypervolume(points_NK, ref=reference_K, maximise=True))
+
+
+def cone_hypervolume(points_NK: np.ndarray, space: DirectionSpace, reference: float) -> float:
+    """Hypervolume in what users of the cone value: utilities along the cone's extreme directions (our choice).
+
+    "Less verbosity" is a wish too, and plain hypervolume, which only counts more of everything, cannot see the terse
+    end of a front. So a point's coordinates are v . s for each edge direction v: the two ends of every arc, that is
+    two for K = 2 (-max_angle and max_angle) and 2 (K - 1) for K > 2. The reference is the worst utility of any point
+    of the box [reference, 100]^K. NaN for K > 4.
+    """
+    edges_EK = np.concatenate([space.arc(name, 2) for name in space.arc_names[-1 if space.K == 2 else 0 :]])
+    if len(edges_EK) > MOST_CONE_COORDINATES:
+        return float("nan")
+    worst_E = np.minimum(edges_EK * reference, edges_EK * SCALE[1]).sum(axis=1)
+    return hypervolume(points_NK @ edges_EK.T, worst_E)
+
+
+# --- does each direction get what it asks ----------------------------------------------------------------------------
+
+
+def expected_utility(means_DK: np.ndarray, directions_DK: np.ndarray) -> float:
+    """mean over the grid's directions v of v . s(v): what a user drawn from the grid gets."""
+    return float(np.einsum("dk,dk->d", means_DK, directions_DK).mean())
+
+
+def projection_regret(means_DK: np.ndarray, directions_DK: np.ndarray) -> np.ndarray:
+    """regret_D: max over the grid's v' of v . s(v') minus v . s(v), never negative.
+
+    What asking for another direction would have given in the one that was wanted; 0: asking is the best way to get.
+    """
+    utility_DD = directions_DK @ means_DK.T  # row: wanted, column: asked
+    return utility_DD.max(axis=1) - np.diagonal(utility_DD)
+
+
+def span(means_DK: np.ndarray) -> np.ndarray:
+    """span_K: largest minus smallest mean of each objective over the grid."""
+    return np.ptp(means_DK, axis=0)
+
+
+def kendall_tau(asked_D: np.ndarray, achieved_D: np.ndarray) -> float:
+    """Kendall's tau-b (scipy) of asked angle against achieved mean: 1 = in order; 0 = no relation, or no change."""
+    if np.ptp(achieved_D) == 0 or np.ptp(asked_D) == 0:
+        return 0.0
+    return float(stats.kendalltau(asked_D, achieved_D).statistic)
+
+
+def end_coverage(asked_D: np.ndarray, achieved_D: np.ndarray) -> float:
+    """Share of the arc's whole range of `achieved` that lies between what its two ends get.
+
+    1: asking for the ends gives the ends; 0: the ends give the same; negative: they are swapped.
+    """
+    widest = np.ptp(achieved_D)
+    if widest == 0:
+        return 0.0
+    return float((achieved_D[asked_D.argmax()] - achieved_D[asked_D.argmin()]) / widest)
+
+
+# --- all of them, with intervals -------------------------------------------------------------------------------------
+
+
+def mean_over_prompts(scores_DPK: np.ndarray) -> np.ndarray:
+    """means_DK over the prompts that have a score; NaN where none has."""
+    known_DPK = np.isfinite(scores_DPK)
+    with np.errstate(invalid="ignore"):  # 0 / 0: no prompt was scored
+        return np.where(known_DPK, scores_DPK, 0.0).sum(axis=1) / known_DPK.sum(axis=1)
+
+
+def bootstrap_means(scores_DPK: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """means_RDK of prompts drawn again with replacement; prompts without a score (NaN) do not count.
+
+    The same seed draws the same prompts, so that two policies on the same prompts can be compared draw by draw.
+    """
+    D, P, K = scores_DPK.shape
+    rng = np.random.default_rng(seed)
+    known_PX = np.isfinite(scores_DPK).transpose(1, 0, 2).reshape(P, D * K)
+    scores_PX = np.where(known_PX, scores_DPK.transpose(1, 0, 2).reshape(P, D * K), 0.0)
+    means_RX = np.empty((resamples, D * K))
+    rows = max(1, 4_000_000 // max(1, P))  # 32 MB of counts at a time
+    for first in range(0, resamples, rows):
+        counts_RP = rng.multinomial(P, np.full(P, 1.0 / P), size=min(rows, resamples - first)).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # 0 / 0: no scored prompt was drawn
+            means_RX[first : first + rows] = (counts_RP @ scores_PX) / (counts_RP @ known_PX)
+    # BLAS adds columns in different orders: without rounding, equal columns would come out unequal in the last bit.
+    return means_RX.round(9).reshape(resamples, D, K)
+
+
+def interval(value: float, draws_R: np.ndarray) -> Interval:
+    """95% percentile interval of the draws around the value."""
+    known = draws_R[np.isfinite(draws_R)]
+    low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (np.nan, np.nan)
+    return Interval(value=_known(value), low=_known(low), high=_known(high))
+
+
+def measure(
+    scores_DPK: np.ndarray,
+    space: DirectionSpace,
+    directions_DK: np.ndarray,
+    reference: float,
+    resamples: int,
+    seed: int,
+) -> dict[str, Interval | dict[str, Interval]]:
+    """Every measure of one policy with its interval over prompts.
+
+    `scores_DPK`: mean score of each objective for each direction and prompt, NaN where nothing could be scored.
+    Returns `hypervolume`, `cone_hypervolume`, `expected_utility`, `projection_regret` (mean over the grid),
+    `projection_regret_max`, and per objective `span`; per objective with an arc of its own `kendall_tau` and
+    `end_coverage`, over the directions of that arc. A maximum, so a span or regret too, is biased upwards by noise.
+    """
+    values = dict(_all_measures(mean_over_prompts(scores_DPK), space, directions_DK, reference))
+    draws: dict[tuple[str, str | None], list[float]] = {key: [] for key in values}
+    for means_DK in bootstrap_means(scores_DPK, resamples, seed):
+        for key, value in _all_measures(means_DK, space, directions_DK, reference):
+            draws[key].append(value)
+    intervals = {key: interval(value, np.array(draws[key])) for key, value in values.items()}
+    result: dict[str, Interval | dict[str, Interval]] = {}
+    for name, objective in intervals:
+        if objective is None:
+            result[name] = intervals[name, None]
+        else:
+            result[name] = {o: found for (n, o), found in intervals.items() if n == name and o is not None}
+    return result
+
+
+def _all_measures(
+    means_DK: np.ndarray, space: DirectionSpace, directions_DK: np.ndarray, reference: float
+) -> Iterator[tuple[tuple[str, str | None], float]]:
+    """((measure, objective or None), value) for each; NaN where a direction has no mean."""
+    regret_D = projection_regret(means_DK, directions_DK)
+    yield ("hypervolume", None), hypervolume(means_DK, reference)
+    yield ("cone_hypervolume", None), cone_hypervolume(means_DK, space, reference)
+    yield ("expected_utility", None), expected_utility(means_DK, directions_DK)
+    yield ("projection_regret", None), float(regret_D.mean())
+    yield ("projection_regret_max", None), float(regret_D.max())
+    for name, width in zip(space.names, span(means_DK), strict=True):
+        yield ("span", name), float(width)
+    for name in space.arc_names:
+        arc_D = space.on_arc(directions_DK, name)
+        asked_D = space.asked_angle(directions_DK[arc_D], name)
+        achieved_D = means_DK[arc_D, space.names.index(name)]
+        yield ("kendall_tau", name), kendall_tau(asked_D, achieved_D)
+        yield ("end_coverage", name), end_coverage(asked_D, achieved_D)
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,126 @@
+"""The records that travel through the loop, and the two seams (Sampler, Scorer) that heavy objects enter by."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypedDict
+
+import numpy as np
+
+SCALE = (0.0, 100.0)
+"""Every attribute and objective is on this scale inside the package; a rated data set's own scale is recorded."""
+
+
+class Message(TypedDict):
+    """One chat message, as Hugging Face chat templates take it."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+Messages = list[Message]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question put to the policy: chat messages that end with a user's turn."""
+
+    prompt_id: str
+    messages: Messages
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Ask for `len(seeds)` responses to one prompt under one direction.
+
+    `direction` is a unit vector over the objectives of the policy's own direction space (None: no preference is
+    stated). Each sample has a seed of its own, so what it says never depends on what else is in the batch.
+    """
+
+    messages: Messages
+    direction: tuple[float, ...] | None
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response. `tokens` counts generated tokens, the end token included."""
+
+    text: str
+    tokens: int
+    finish_reason: Literal["stop", "length"] = "stop"
+
+
+class Sampler(Protocol):
+    """A policy that answers. Fakes, transformers, worker processes and HTTP servers all look like this."""
+
+    @property
+    def revision(self) -> str:
+        """Names the weights: part of every candidate's id."""
+        ...
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
+        """Return, for each request, one Sample per seed, in the order of the seeds.
+
+        A request that cannot be served gets an empty list (it is retried alone, then rejected).
+        """
+        ...
+
+
+class Scorer(Protocol):
+    """A reward model: one number per attribute for a response to a prompt."""
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of the M outputs, in order."""
+        ...
+
+    @property
+    def revision(self) -> str:
+        """Names the weights or functions: recorded with every score."""
+        ...
+
+    def score(self, prompts: Sequence[Messages], responses: Sequence[str]) -> np.ndarray:
+        """Return scores_NM on the 0-100 scale (float64). A row that cannot be scored is NaN."""
+        ...
+
+
+@dataclass
+class Ledger:
+    """What a stage cost. Times in seconds, memory in bytes."""
+
+    tokens_generated: int = 0
+    prompt_tokens: int = 0
+    candidates_scored: int = 0
+    training_tokens: int = 0
+    rows: int = 0
+    rejects: int = 0
+    wall_s: float = 0.0
+    peak_memory: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: "Ledger") -> None:
+        """Accumulate: counts and times add, peak memory is a maximum."""
+        for name in ("tokens_generated", "prompt_tokens", "candidates_scored", "training_tokens", "rows", "rejects"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.wall_s += other.wall_s
+        self.peak_memory = max(self.peak_memory, other.peak_memory)
+        for name, value in other.extra.items():
+            self.extra[name] = self.extra.get(name, 0.0) + value
+
+
+def stable_hash(*parts: object, digits: int = 16) -> str:
+    """Hex digest of the parts' text, the same in every process and on every machine."""
+    joined = "\x1f".join(str(part) for part in parts)
+    return hashlib.blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=digits // 2).hexdigest()
+
+
+def candidate_id(prompt_id: str, direction: Sequence[float] | None, k: int, seed: int, revision: str) -> str:
+    """Identity of one sample: hash of (prompt, direction, k, seed, policy revision)."""
+    weights = "none" if direction is None else ",".join(f"{weight:.9f}" for weight in direction)
+    return stable_hash(prompt_id, weights, k, seed, revision)
+
+
+def seed_of(identity: str) -> int:
+    """The 63-bit seed that belongs to an id."""
+    return int(stable_hash("seed", identity), 16) >> 1

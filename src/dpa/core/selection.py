@@ -1,0 +1,143 @@
+"""Which candidate a direction keeps: argmax of v . r over a prompt's pool, and in two objectives the arc each one owns.
+Run its tests: pytest tests/test_selection.py
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+BLOCK = 4_000_000
+"""Utilities held at a time (32 MB), so that memory stays bounded; it changes no winner."""
+
+
+def select(
+    scores_PNK: np.ndarray, directions: np.ndarray, valid_PN: np.ndarray | None = None, *, block: int = BLOCK
+) -> np.ndarray:
+    """winners_PD (int64): for each prompt and direction, the index n of the candidate with the largest v . r.
+
+    All N candidates of a prompt form one pool, whatever direction they were made under, so one pool serves any
+    direction (our choice; the paper, arXiv 2402.18571 algorithm 1, does not say whether it pools).
+
+    `directions`: DK, the same for every prompt, or PDK. `valid_PN` marks rows that may win (pools of unequal size
+    are padded with invalid rows). A row with NaN or an infinite score never wins; -1 where no row may. Of equal
+    utilities the lowest index wins, and identical rows always have equal utilities: each is multiplied and added
+    alone (einsum without BLAS), so neither position, padding nor blocks change a bit.
+    """
+    P, N, K = scores_PNK.shape
+    if directions.shape[-1] != K or directions.ndim not in (2, 3) or (directions.ndim == 3 and len(directions) != P):
+        raise ValueError(f"directions of shape {directions.shape} for scores of shape {scores_PNK.shape}")
+    if not np.isfinite(directions).all():
+        raise ValueError("directions must be finite")
+    D = directions.shape[-2]
+    winners_PD = np.full((P, D), -1, dtype=np.int64)
+    if N == 0:
+        return winners_PD
+    prompts = max(1, block // (N * max(1, D)))
+    columns = max(1, block // N)
+    for first in range(0, P, prompts):
+        rows = slice(first, first + prompts)
+        may_win_PN = np.isfinite(scores_PNK[rows]).all(axis=2)
+        if valid_PN is not None:
+            may_win_PN &= valid_PN[rows]
+        finite_PNK = np.where(may_win_PN[..., None], scores_PNK[rows], 0.0)
+        finite_PKN = np.ascontiguousarray(finite_PNK.swapaxes(1, 2), dtype=np.float64)
+        for start in range(0, D, columns):
+            part = np.s_[start : start + columns]
+            if directions.ndim == 2:
+                utility_PDN = np.einsum("pkn,dk->pdn", finite_PKN, directions[part])
+            else:
+                utility_PDN = np.einsum("pkn,pdk->pdn", finite_PKN, directions[rows, part])
+            np.putmask(utility_PDN, np.broadcast_to(~may_win_PN[:, None], utility_PDN.shape), -np.inf)
+            winners_PD[rows, part] = utility_PDN.argmax(axis=2)
+        winners_PD[rows][~may_win_PN.any(axis=1)] = -1
+    return winners_PD
+
+
+def select_per_direction(
+    scores_PDNK: np.ndarray, directions_PDK: np.ndarray, valid_PDN: np.ndarray | None = None
+) -> np.ndarray:
+    """winners_PD: the best of the N samples made UNDER each direction, the literal reading of the paper's step 3.
+
+    Same rules as `select`, with a pool for each (prompt, direction).
+    """
+    P, D, N, K = scores_PDNK.shape
+    winners = select(
+        scores_PDNK.reshape(P * D, N, K),
+        directions_PDK.reshape(P * D, 1, K),
+        None if valid_PDN is None else valid_PDN.reshape(P * D, N),
+    )
+    return winners.reshape(P, D)
+
+
+def select_random(valid_PN: np.ndarray, directions: int, rng: np.random.Generator) -> np.ndarray:
+    """winners_PD: a valid candidate drawn uniformly for each of D directions, -1 where none is: the control."""
+    count_P = valid_PN.sum(axis=1)
+    draw_PD = np.floor(rng.random((len(valid_PN), directions)) * count_P[:, None]).astype(np.int64)
+    valid_first_PN = np.argsort(~valid_PN, axis=1, kind="stable")
+    if valid_PN.shape[1] == 0:
+        return np.full(draw_PD.shape, -1, dtype=np.int64)
+    return np.where(count_P[:, None] > 0, np.take_along_axis(valid_first_PN, draw_PD, axis=1), -1)
+
+
+class Arc(NamedTuple):
+    """The directions, from `low` to `high` degrees, under which candidate `winner` wins."""
+
+    winner: int
+    low: float
+    high: float
+
+
+def hull_arcs(scores_NK2: np.ndarray, low: float = -180.0, high: float = 180.0) -> tuple[Arc, ...]:
+    """The exact arc of directions that each winner of a pool owns (K = 2), in the order of the angle.
+
+    A direction's angle is atan2(w2, w1) in degrees, 0 = the first objective. The winners are the corners of the
+    convex hull, each from the normal of one edge to the normal of the next. Inside its arc a winner is what `select`
+    returns: of identical rows the lowest index; points inside an edge win in a single direction and own no arc; rows
+    with NaN or infinite scores own nothing. An owner whose arc crosses `low` + 360 appears at both ends.
+    """
+    if not 0 < high - low <= 360:
+        raise ValueError(f"a range of directions from {low} to {high} degrees")
+    first_index: dict[tuple[float, float], int] = {}
+    for index, (x, y) in enumerate(np.asarray(scores_NK2, dtype=np.float64).tolist()):
+        if np.isfinite(x) and np.isfinite(y):
+            first_index.setdefault((x, y), index)
+    corners = _convex_hull(sorted(first_index))
+    if len(corners) == 1:
+        return (Arc(first_index[corners[0]], low, high),)
+    owned: list[Arc] = []
+    for before, corner, after in zip(corners[-1:] + corners[:-1], corners, corners[1:] + corners[:1], strict=True):
+        start = _normal(before, corner)
+        turn = (_normal(corner, after) - start) % 360.0
+        if turn > 270.0:  # no corner turns by more than 180: a tiny turn was rounded below zero
+            turn = 0.0
+        start = low + (start - low) % 360.0
+        for begin in (start - 360.0, start):
+            arc = Arc(first_index[corner], max(begin, low), min(begin + turn, high))
+            if arc.high - arc.low > 1e-9:  # thinner slivers are the rounding of an edge that meets low or high
+                owned.append(arc)
+    return tuple(sorted(owned, key=lambda arc: arc.low))
+
+
+def _convex_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Corners, counter-clockwise, of distinct points in lexicographic order (monotone chain, Andrew 1979)."""
+    if len(points) <= 2:
+        return points
+    halves = []
+    for ordered in (points, points[::-1]):
+        half: list[tuple[float, float]] = []
+        for point in ordered:
+            while len(half) >= 2 and _cross(half[-2], half[-1], point) <= 0:
+                half.pop()
+            half.append(point)
+        halves.append(half[:-1])
+    return halves[0] + halves[1]
+
+
+def _cross(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
+    """Positive where a, b, c turn left."""
+    return (b[0] - a[0]) * (c[1] - b[1]) - (b[1] - a[1]) * (c[0] - b[0])
+
+
+def _normal(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """Angle in degrees of the outward normal of the edge from a to b of a counter-clockwise hull."""
+    return float(np.degrees(np.arctan2(a[0] - b[0], b[1] - a[1])))

@@ -1,0 +1,153 @@
+"""The model's own chat template, taught to read a `preference`: a direction reaches any stock server this way.
+Run its tests: pytest tests/test_chat_template.py
+
+`preference` maps objective to weight. transformers, TRL, vLLM, SGLang and llama.cpp hand it to the template through
+`chat_template_kwargs`, so steering needs no plugin: the template normalises the weights and writes the space's
+sentence, byte for byte what `DirectionSpace.prompt` writes.
+"""
+
+import json
+import re
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from dpa.core.directions import PLACEHOLDER, DirectionSpace
+from dpa.core.errors import ModelFileError
+
+PLAIN_TEMPLATE = (
+    "{%- if bos_token is defined and bos_token %}{{- bos_token }}{%- endif %}"
+    "{%- for message in messages %}{{- message['content'] }}"
+    "{%- if message['role'] != 'user' and not loop.last %}{{- '\\n' }}{%- endif %}"
+    "{%- endfor %}"
+)
+"""For a plain language model: the system text, a new line, the user's text, and the model goes on from there."""
+
+_BEGIN = "{#- dpa: preference -#}"
+_END = '{#- dpa: end of preference -#}{{- "" }}'
+
+# Plain Jinja with every blank trimmed, so that it reads the same with and without trim_blocks. The arithmetic is
+# that of core.directions in the same order; Jinja's `round` is Python's (half to even), `int` makes -0.0 a 0.
+_SENTENCE = """
+{%- if preference is defined and preference is not none -%}
+  {%- set dpa_names = @names@ -%}
+  {%- if preference is not mapping -%}
+    {{- raise_exception("preference: give a mapping of objective to weight, over " ~ dpa_names|join(", ") ~ ".") -}}
+  {%- endif -%}
+  {%- for name in preference -%}
+    {%- if name not in dpa_names -%}
+      {{- raise_exception("preference: unknown objective `" ~ name ~ "`; known: " ~ dpa_names|join(", ") ~ ".") -}}
+    {%- elif preference[name] is not number or preference[name] is boolean -%}
+      {{- raise_exception("preference: the weight of `" ~ name ~ "` is not a number; give a finite one.") -}}
+    {%- endif -%}
+  {%- endfor -%}
+  {%- set dpa = namespace(squares=0.0, terms=[]) -%}
+  {%- for name in dpa_names -%}
+    {%- set weight = preference.get(name, 0)|float -%}
+    {%- set dpa.squares = dpa.squares + weight * weight -%}
+  {%- endfor -%}
+  {%- if not (1e-200 < dpa.squares and dpa.squares < 1e200) -%}
+    {{- raise_exception("preference: the weights are all zero, or too large or small; scale them to about 1.") -}}
+  {%- endif -%}
+  {%- for name in dpa_names -%}
+    {%- set weight = preference.get(name, 0)|float -%}
+    {%- set percent = (100 * (weight / dpa.squares ** 0.5))|round|int -%}
+    {%- set dpa.terms = dpa.terms + [name ~ "*" ~ percent] -%}
+  {%- endfor -%}
+  {%- set dpa_text = @before@ ~ dpa.terms|join(" + ") ~ @after@ -%}
+"""
+
+_INTO_SYSTEM = """
+  {%- if messages and messages[0]["role"] == "system" -%}
+    {%- set dpa_old = messages[0]["content"] -%}
+    {%- set dpa_rest = messages[1:] -%}
+  {%- else -%}
+    {%- set dpa_old = "" -%}
+    {%- set dpa_rest = messages -%}
+  {%- endif -%}
+  {%- if not dpa_old -%}
+    {%- set dpa_new = dpa_text -%}
+  {%- elif dpa_old is string -%}
+    {%- set dpa_new = dpa_text ~ "\\n\\n" ~ dpa_old -%}
+  {%- else -%}
+    {%- set dpa_new = [{"type": "text", "text": dpa_text ~ "\\n\\n"}] + dpa_old -%}
+  {%- endif -%}
+  {%- set messages = [{"role": "system", "content": dpa_new}] + dpa_rest -%}
+{%- endif -%}
+"""
+
+_INTO_USER = """
+  {%- if messages and messages[0]["role"] == "system" -%}
+    {%- set dpa_text = dpa_text ~ "\\n\\n" ~ messages[0]["content"] -%}
+    {%- set messages = messages[1:] -%}
+  {%- endif -%}
+  {%- if not messages or messages[0]["role"] != "user" -%}
+    {{- raise_exception("preference: this model takes it in the first user message, so start with a user's turn.") -}}
+  {%- endif -%}
+  {%- set dpa_old = messages[0]["content"] -%}
+  {%- if dpa_old is string -%}
+    {%- set dpa_new = dpa_text ~ "\\n\\n" ~ dpa_old -%}
+  {%- else -%}
+    {%- set dpa_new = [{"type": "text", "text": dpa_text ~ "\\n\\n"}] + dpa_old -%}
+  {%- endif -%}
+  {%- set messages = [{"role": "user", "content": dpa_new}] + messages[1:] -%}
+{%- endif -%}
+"""
+
+
+def steerable_template(base_template: str | None, space: DirectionSpace) -> str:
+    """Extend a chat template so that `preference` (objective -> weight) states a direction of the space.
+
+    The sentence leads the system message; the system prompt that was there follows after a blank line. Where the base
+    template knows no system role (found out by rendering), sentence and system prompt lead the first user message.
+    Without `preference` the base template renders as it always did. An unknown objective, a zero vector or a weight
+    that is no number raises the template's own error. `base_template` None means a plain language model
+    (PLAIN_TEMPLATE). A template that is steerable already is taught the new space instead of being wrapped twice.
+
+    Raises ModelFileError when the base template does not render a plain question.
+    """
+    base = PLAIN_TEMPLATE if base_template is None else _without_preference(base_template)
+    before, after = space.template.split(PLACEHOLDER)
+    literals = {"@names@": _literal(list(space.names)), "@before@": _literal(before), "@after@": _literal(after)}
+    sentence = re.sub("@(?:names|before|after)@", lambda match: literals[match.group()], _SENTENCE)
+    # A block that opens the base loses the blanks before it (lstrip_blocks), which it would not do in mid-line.
+    base = re.sub(r"^[ \t]+(?=\{[%#])", "", base)
+    return _BEGIN + sentence + (_INTO_SYSTEM if has_system_role(base) else _INTO_USER) + _END + base
+
+
+def has_system_role(template: str) -> bool:
+    """Whether a system message reaches the rendered text. Raises ModelFileError if a question alone does not render."""
+    question = {"role": "user", "content": "dpa-question"}
+    if "dpa-question" not in _render(template, [question]):
+        raise ModelFileError("model: its chat template drops the user's message; give the tokenizer a working one.")
+    try:
+        return "dpa-system" in _render(template, [{"role": "system", "content": "dpa-system"}, question])
+    except ModelFileError:
+        return False
+
+
+def _without_preference(template: str) -> str:
+    """The base of a steerable template; any other template as it is."""
+    if template.startswith(_BEGIN) and _END in template:
+        return template.partition(_END)[2]
+    return template
+
+
+def _literal(value: str | list[str]) -> str:
+    """A Jinja literal. JSON escapes are Jinja's too; raw text keeps characters beyond the basic plane whole."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _render(template: str, messages: list[dict[str, str]]) -> str:
+    try:
+        # The annotation of this function says str; it returns (texts, spans).
+        texts: Any = render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=True, bos_token="", eos_token=""
+        )[0]
+    except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
+        raise ModelFileError(
+            f"model: its chat template does not render ({' '.join(str(error).split())}); "
+            "give the tokenizer a working one."
+        ) from None
+    return texts[0]

@@ -1,0 +1,195 @@
+"""Seeded sampling from any Hugging Face causal language model: the token loop under TransformersSampler.
+Run its tests: pytest tests/test_samplers.py
+
+What makes it faster than `generate` on many samples per prompt: a prompt is read once whatever the number of its
+samples, rows that have ended leave the batch, and the cache grows in strides instead of being copied at every step.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from dpa.core.errors import EngineError, ModelFileError
+
+_STRIDE = 64  # positions by which the cache grows
+_LOOK_EVERY = 4  # steps between looks at which rows have ended: each look waits for the device
+_LEAVE_AT = 0.94  # ended rows leave once at most this share of the batch is alive
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are drawn: softmax temperature, nucleus mass in (0, 1], longest response, tokens that end one."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    end_ids: tuple[int, ...]
+    pad_id: int
+
+
+def check_decodable(model: PreTrainedModel) -> None:
+    """Refuse models whose memory is not plain attention (recurrent, hybrid): their rows cannot leave a batch.
+
+    Raises ModelFileError.
+    """
+    layers = DynamicCache(config=model.config).layers
+    if model._is_stateful or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        raise ModelFileError(
+            f"model: {type(model).__name__} keeps a state that is not plain attention, which the transformers sampler "
+            "cannot batch; take an attention-only model."
+        )
+
+
+@torch.inference_mode()
+def decode(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    prompt_of_B: Sequence[int],
+    seeds_B: Sequence[int],
+    limits_B: Sequence[int],
+    how: Decoding,
+) -> list[list[int]]:
+    """Sample B responses: row b continues `prompts[prompt_of_B[b]]` by at most `limits_B[b]` tokens.
+
+    Every draw of row b comes from `seeds_B[b]` alone. Up to the rounding of the model's own arithmetic, a response
+    does not depend on the other rows. Returns token ids, the end token included where one was drawn.
+
+    Raises EngineError when the model's output is NaN.
+    """
+    device, takes = model.device, inspect.signature(model.forward).parameters
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    ends = torch.tensor(how.end_ids, device=device)
+    steps = max(limits_B)
+    uniforms_BT = torch.from_numpy(np.stack([_uniforms(seed, steps) for seed in seeds_B])).to(device)
+    row_of_B = torch.tensor(prompt_of_B, device=device)
+    limit_B = torch.tensor(limits_B, device=device)
+    tokens_BT = torch.full((len(seeds_B), steps), how.pad_id, device=device)
+
+    def forward(ids: torch.Tensor, seen: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        where = {"position_ids": positions} if "position_ids" in takes else {}
+        output = model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True, **where, **last_only)
+        return output.logits[:, -1].float()
+
+    # Read each prompt once, padded on the left so that all of them end in the same column.
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[how.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    seen = torch.arange(width, device=device) >= (width - lengths)[:, None]
+    cache = Cache(layer_class_to_replicate=_StridedLayer)
+    logits_BV = forward(ids, seen.long(), (seen.cumsum(-1) - 1).clamp(min=0))
+    if bool(logits_BV.isnan().any()):
+        raise EngineError("sampler: the model's output is NaN; its weights are damaged or its dtype too narrow.")
+
+    cache.batch_select_indices(row_of_B)
+    logits_BV, length_B = logits_BV[row_of_B], lengths[row_of_B]
+    seen_BT = torch.cat([seen[row_of_B], seen.new_ones(len(seeds_B), steps)], dim=1).long()
+    alive_B = torch.arange(len(seeds_B), device=device)  # which row of the output each row of the batch is
+    ended_B = torch.zeros_like(alive_B, dtype=torch.bool)
+    for step in range(steps):
+        token_B = draw(logits_BV, uniforms_BT[:, step], how.temperature, how.top_p)
+        tokens_BT[alive_B, step] = token_B
+        ended_B |= torch.isin(token_B, ends) | (limit_B <= step + 1)
+        if step % _LOOK_EVERY == _LOOK_EVERY - 1:
+            count = len(ended_B) - int(ended_B.sum())
+            if count == 0:
+                break
+            if count <= _LEAVE_AT * len(ended_B):
+                staying = _fill_holes(ended_B, count)
+                for layer in cache.layers:
+                    assert isinstance(layer, _StridedLayer)
+                    layer.keep_rows(staying)
+                token_B, seen_BT, uniforms_BT = token_B[staying], seen_BT[staying], uniforms_BT[staying]
+                length_B, limit_B = length_B[staying], limit_B[staying]
+                alive_B, ended_B = alive_B[staying], ended_B[staying]
+        if step + 1 < steps:
+            logits_BV = forward(token_B[:, None], seen_BT[:, : width + step + 1], (length_B + step)[:, None])
+    return [_until_end(row, limit, how.end_ids) for row, limit in zip(tokens_BT.tolist(), limits_B, strict=True)]
+
+
+def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Invert the cumulative distribution of each row at its uniform number: token_B.
+
+    With `top_p` < 1 only the most probable tokens whose mass before them is below `top_p` are kept. The sum runs in
+    double precision, so that a token of probability zero is never drawn.
+    """
+    probabilities_BV = torch.softmax(logits_BV / temperature, dim=-1)
+    order_BV = None
+    if top_p < 1:
+        probabilities_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
+        before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
+        probabilities_BV = probabilities_BV.masked_fill(before_BV >= top_p, 0.0)
+    cumulative_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
+    mass_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    place_B1 = torch.searchsorted(cumulative_BV, mass_B1, right=True).clamp(max=logits_BV.shape[1] - 1)
+    return (place_B1 if order_BV is None else order_BV.gather(1, place_B1))[:, 0]
+
+
+class _StridedLayer(DynamicLayer):
+    """Keys and values of one layer, kept at the front of buffers that grow by strides: a step writes one position."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    _key_buffer: torch.Tensor
+    _value_buffer: torch.Tensor
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.keys = self._key_buffer = key_states[:, :, :0]
+        self.values = self._value_buffer = value_states[:, :, :0]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        if end > self._key_buffer.shape[-2]:
+            self._key_buffer = _grown(self.keys, end + _STRIDE)
+            self._value_buffer = _grown(self.values, end + _STRIDE)
+        self._key_buffer[:, :, start:end] = key_states
+        self._value_buffer[:, :, start:end] = value_states
+        self.keys, self.values = self._key_buffer[:, :, :end], self._value_buffer[:, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._set(self._key_buffer.index_select(0, indices), self._value_buffer.index_select(0, indices))
+
+    def keep_rows(self, staying: torch.Tensor) -> None:
+        """Keep the rows `staying`, as `_fill_holes` orders them: only those that change place are copied."""
+        moved = (staying != torch.arange(len(staying), device=staying.device)).nonzero()[:, 0]
+        for buffer in (self._key_buffer, self._value_buffer):
+            buffer[moved] = buffer.index_select(0, staying[moved])
+        self._set(self._key_buffer[: len(staying)], self._value_buffer[: len(staying)])
+
+    def _set(self, key_buffer: torch.Tensor, value_buffer: torch.Tensor) -> None:
+        length = self.keys.shape[-2]
+        self._key_buffer, self._value_buffer = key_buffer, value_buffer
+        self.keys, self.values = key_buffer[:, :, :length], value_buffer[:, :, :length]
+
+
+def _fill_holes(ended_B: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` rows that go on, those beyond `count` in the places of ended ones before it."""
+    staying = torch.arange(count, device=ended_B.device)
+    staying[ended_B[:count]] = (~ended_B[count:]).nonzero()[:, 0] + count
+    return staying
+
+
+def _grown(states: torch.Tensor, length: int) -> torch.Tensor:
+    buffer = states.new_empty((*states.shape[:2], length, states.shape[3]))
+    buffer[:, :, : states.shape[2]] = states
+    return buffer
+
+
+def _uniforms(seed: int, count: int) -> np.ndarray:
+    """`count` numbers in [0, 1): a counter-based generator keyed by the seed, the same on every machine."""
+    return np.random.Generator(np.random.Philox(key=seed)).random(count)
+
+
+def _until_end(tokens: list[int], limit: int, end_ids: tuple[int, ...]) -> list[int]:
+    end = next((place + 1 for place, token in enumerate(tokens[:limit]) if token in end_ids), limit)
+    return tokens[:end]

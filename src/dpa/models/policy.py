@@ -1,0 +1,153 @@
+"""Policies on disk: a plain Hugging Face folder whose chat template reads a direction, plus `dpa_config.json`.
+Run its tests: pytest tests/test_policy.py
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpa.core.directions import DirectionSpace
+from dpa.core.errors import ModelFileError
+from dpa.core.records import Messages
+from dpa.models.chat_template import steerable_template
+from dpa.models.files import resolve_model
+from dpa.models.training import quiet_libraries
+from dpa.storage.tables import save_folder_atomically, write_json
+
+SPACE_FILE = "dpa_config.json"
+"""`{"space": DirectionSpace.to_dict(), "provenance": {...}}`, beside the weights."""
+
+_PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|padding|>")
+
+
+def load_policy(
+    name: str | Path,
+    remote_code_revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, in eval mode, on `device` (default: the GPU where there is one).
+
+    The tokenizer pads on the left, with a token that differs from EOS where its vocabulary has one; the vocabulary
+    is never resized. `remote_code_revision` opts in to the model's own code (see models/files.py).
+
+    Raises ModelFileError.
+    """
+    safe = resolve_model(name, remote_code_revision)
+    try:
+        with quiet_libraries():
+            model = AutoModelForCausalLM.from_pretrained(safe.path, dtype=dtype, **safe.kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(safe.path, **safe.tokenizer_kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelFileError(f"model: {name} does not load as a causal language model ({reason}); check it.") from None
+    if tokenizer.eos_token_id is None:
+        raise ModelFileError(
+            f"model: the tokenizer of {name} has no EOS token; set eos_token in tokenizer_config.json."
+        )
+    tokenizer.padding_side = "left"
+    ensure_pad_token(tokenizer)
+    model.to(device or default_device())  # type: ignore[arg-type]
+    return model.eval(), tokenizer
+
+
+def save_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    space: DirectionSpace,
+    extra: dict[str, Any],
+) -> None:
+    """Save weights (safetensors), tokenizer with steerable chat template, and `dpa_config.json`: whole or not at all.
+
+    `extra` (JSON-able) says where the policy comes from. The folder loads with plain `from_pretrained` anywhere.
+    Raises StorageError or RunFolderError when the disk refuses.
+    """
+    make_steerable(tokenizer, space)
+    with save_folder_atomically(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        write_json(unfinished / SPACE_FILE, {"space": space.to_dict(), "provenance": extra})
+
+
+def load_space(folder: str | Path) -> DirectionSpace:
+    """The direction space a policy was trained over. Raises ModelFileError (or DirectionError) when it is not there."""
+    file = Path(folder) / SPACE_FILE
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelFileError(f"model: {folder} has no {SPACE_FILE}; give a policy that dpa trained.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelFileError(f"model: {file} is not readable JSON ({reason}); save the policy again.") from None
+    return DirectionSpace.from_dict(data.get("space") if isinstance(data, dict) else data)
+
+
+def make_steerable(tokenizer: PreTrainedTokenizerBase, space: DirectionSpace) -> None:
+    """Teach the tokenizer's chat template the space's `preference` (models/chat_template.py)."""
+    base = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    tokenizer.chat_template = steerable_template(base, space)
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a pad token that is not EOS, from its own vocabulary; EOS itself where there is none."""
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return
+    vocabulary = tokenizer.get_vocab()
+    choices = [*_PAD_TOKENS, tokenizer.unk_token]
+    found = [token for token in choices if token in vocabulary and token != tokenizer.eos_token]
+    tokenizer.pad_token = found[0] if found else tokenizer.eos_token
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a response: the tokenizer's EOS and those of the generation config."""
+    declared = model.generation_config.eos_token_id if model.generation_config else None
+    declared = declared if isinstance(declared, list) else [declared]
+    return tuple(sorted({token for token in [tokenizer.eos_token_id, *declared] if token is not None}))
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Longest sequence the model has positions for, in tokens."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 1_000_000)  # no limit declared (ALiBi, recurrent)
+
+
+def default_device() -> str:
+    """The GPU where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    space: DirectionSpace,
+    messages: Messages,
+    direction: Sequence[float] | None,
+) -> list[int]:
+    """Token ids the policy is shown before it answers, the direction (K weights) stated by its chat template.
+
+    Raises jinja2.TemplateError where the template refuses the messages, UnicodeError or TypeError where they are no
+    text.
+    """
+    preference = None if direction is None else dict(zip(space.names, map(float, direction), strict=True))
+    chat = [{"role": message["role"], "content": message["content"]} for message in messages]
+    text = tokenizer.apply_chat_template(
+        chat,
+        preference=preference,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def turn_end_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token a response is trained to end with: the one the chat template ends an answer with, else EOS."""
+    ends = end_token_ids(model, tokenizer)
+    question = [{"role": "user", "content": "a"}]
+    before = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    talk = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": "b"}], tokenize=False)
+    tail = tokenizer(str(talk).removeprefix(str(before)), add_special_tokens=False)["input_ids"]
+    return next((token for token in tail if token in ends), tokenizer.eos_token_id)

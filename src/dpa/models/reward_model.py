@@ -1,0 +1,252 @@
+"""A reward model folder: what its dpa_reward.json says, how a conversation becomes tokens, how rows become scores.
+Run its tests: pytest tests/test_scorers.py tests/test_reward_training.py
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from dpa.core.errors import ConfigError, EngineError, ModelFileError
+from dpa.core.records import Messages
+from dpa.models.files import resolve_model
+from dpa.storage.tables import write_json
+
+RECORD = "dpa_reward.json"
+
+PUBLISHED_TEMPLATE = (
+    "[INST] You must read the following conversation carefully and rate the assistant's response from score 0-100 in "
+    "these aspects: helpfulness, correctness, coherence, honesty, complexity, verbosity\n\n"
+    "User: {prompt}\n\nAssistant: {response} [/INST]"
+)
+"""Input of RLHFlow/RewardModel-Mistral-7B-for-DPA-v1 (arXiv 2402.18571), letter for letter."""
+
+PLAIN_TEMPLATE = "User: {prompt}\n\nAssistant: {response}"
+"""Used where neither a template nor a chat template is given (encoders have none); our choice."""
+
+CPU_TOKENS, GPU_TOKENS = 1024, 16_384
+"""Tokens in one forward pass, padding included. A CPU is fastest while a batch stays in its cache: bench/scoring.py."""
+
+_PLACEHOLDER = re.compile(r"\{(prompt|response)\}")
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One example and its scores: a loaded model that does not reproduce them is not the one that was saved."""
+
+    messages: Messages
+    response: str
+    scores: tuple[float, ...]
+    token_ids: tuple[int, ...] | None
+    """The exact input; None where only the scores are published."""
+    tolerance: float
+    """Largest difference of a score, on 0-100, in the precision the example was made in."""
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """What a reward model rates and how it must be asked."""
+
+    attributes: tuple[str, ...]
+    scales: dict[str, tuple[float, float]]
+    """Attribute -> the scale its raters used. Scores are on 0-100 whatever it was."""
+    template: str | None
+    """Input text with {prompt} and {response}; None: the tokenizer's chat template."""
+    max_length: int
+    """Longest input in tokens; longer ones are not scored."""
+    golden: Golden
+
+
+RELEASED_MODEL = "RLHFlow/RewardModel-Mistral-7B-for-DPA-v1"
+RELEASED_SPEC = RewardSpec(
+    attributes=(
+        *(f"helpsteer-{name}" for name in ("helpfulness", "correctness", "coherence", "complexity", "verbosity")),
+        *(
+            f"ultrafeedback-{name}"
+            for name in ("overall_score", "instruction_following", "truthfulness", "honesty", "helpfulness")
+        ),
+    ),
+    scales={},
+    template=PUBLISHED_TEMPLATE,
+    max_length=4096,
+    golden=Golden(
+        messages=[{"role": "user", "content": 'What are some synonyms for the word "beautiful"?'}],
+        response="Nicely, Beautifully, Handsome, Stunning, Wonderful, Gorgeous, Pretty, Stunning, Elegant",
+        scores=(68.99, 69.63, 76.23, 33.49, 35.85, 63.83, 55.59, 68.72, 59.55, 46.47),
+        token_ids=None,
+        tolerance=2.0,
+    ),
+)
+"""The published reward model has no dpa_reward.json: order, template and golden vector are from its model card."""
+
+
+def read_spec(folder: Path) -> RewardSpec:
+    """Read dpa_reward.json. Raises ModelFileError."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        golden = record["golden"]
+        return RewardSpec(
+            attributes=tuple(record["attributes"]),
+            scales={name: (low, high) for name, (low, high) in record["scales"].items()},
+            template=record["template"],
+            max_length=record["max_length"],
+            golden=Golden(
+                messages=golden["messages"],
+                response=golden["response"],
+                scores=tuple(golden["scores"]),
+                token_ids=None if golden["token_ids"] is None else tuple(golden["token_ids"]),
+                tolerance=golden["tolerance"],
+            ),
+        )
+    except FileNotFoundError:
+        raise ModelFileError(f"reward model: {folder} has no {RECORD}; train one with `dpa train-reward`.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFileError(f"reward model: {folder / RECORD} is damaged ({error!r}); train it again.") from None
+
+
+def write_spec(folder: Path, spec: RewardSpec, facts: dict[str, Any]) -> None:
+    """Write dpa_reward.json: the spec, and facts about the training that no reader depends on."""
+    write_json(folder / RECORD, {**asdict(spec), **facts})
+
+
+def load_classifier(
+    name: str | Path, remote_code_revision: str | None, dtype: torch.dtype, **fields: Any
+) -> tuple[Any, Any, Path]:
+    """A sequence classifier, its tokenizer, and the checked folder they came from. `fields` go to its configuration.
+
+    A head of another width is made anew. Raises ModelFileError.
+    """
+    safe = resolve_model(name, remote_code_revision)
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            safe.path, dtype=dtype, ignore_mismatched_sizes=bool(fields), **safe.kwargs, **fields
+        )
+        tokenizer = AutoTokenizer.from_pretrained(safe.path, **safe.tokenizer_kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelFileError(f"reward model: {name} does not load as a classifier ({reason}); check it.") from None
+    return model, tokenizer, Path(safe.path)
+
+
+def check_template(template: str) -> None:
+    """A template must show both the prompt and the response. Raises ConfigError."""
+    missing = {"prompt", "response"} - set(_PLACEHOLDER.findall(template))
+    if missing:
+        raise ConfigError(f"reward.train.template: it lacks {{{sorted(missing)[0]}}}; add it where that text belongs.")
+
+
+def check_pad_token(tokenizer: Any, model_pad_token_id: int | None, name: str | Path) -> None:
+    """Pooling takes the last token that is not padding, so padding must be known and must not be EOS."""
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ModelFileError(
+            f"reward model: {name} pads with its EOS token or with none; give it a pad token of its own."
+        )
+    if model_pad_token_id != tokenizer.pad_token_id:
+        raise ModelFileError(
+            f"reward model: {name} has pad_token_id {model_pad_token_id} in config.json but {tokenizer.pad_token_id} "
+            "in its tokenizer; make them the same."
+        )
+
+
+def encode(
+    tokenizer: Any, template: str | None, max_length: int, prompts: Sequence[Messages], responses: Sequence[str]
+) -> list[list[int] | None]:
+    """Token ids of each conversation, or None where the template refuses it or it is longer than `max_length`."""
+    texts = [_render(tokenizer, template, *row) for row in zip(prompts, responses, strict=True)]
+    shown = [text for text in texts if text is not None]
+    # A chat template writes its own special tokens; a plain template leaves them (BOS, [CLS]) to the tokenizer.
+    encoded = iter(tokenizer(shown, add_special_tokens=template is not None)["input_ids"] if shown else [])
+    ids_N = [None if text is None else next(encoded) for text in texts]
+    return [ids if ids is not None and 0 < len(ids) <= max_length else None for ids in ids_N]
+
+
+def forward(
+    model: torch.nn.Module, ids_N: Sequence[Sequence[int]], pad_token_id: int, token_budget: int | None = None
+) -> np.ndarray:
+    """The model's logits for each row, float64 (N, outputs), in batches of rows of like length.
+
+    `token_budget` bounds a batch, padding included (default: what suits the model's device). On an out-of-memory error
+    the batch is halved, and those after it; scores do not depend on the batch beyond rounding. Raises EngineError when
+    a single row does not fit.
+    """
+    limit = token_budget or (GPU_TOKENS if next(model.parameters()).is_cuda else CPU_TOKENS)
+    waiting = list(_batches(ids_N, limit))[::-1]
+    logits_N: dict[int, np.ndarray] = {}
+    while waiting:
+        rows = waiting.pop()
+        tokens = len(rows) * len(ids_N[rows[0]])
+        if tokens <= limit or len(rows) == 1:
+            logits_B = _try_forward(model, [ids_N[row] for row in rows], pad_token_id)
+            if logits_B is not None:
+                for row, logits in zip(rows, logits_B, strict=True):
+                    logits_N[row] = logits
+                continue
+            if len(rows) == 1:
+                raise EngineError(f"scorer: one row of {tokens:,} tokens does not fit in memory; lower max_length.")
+            limit = tokens // 2
+        middle = len(rows) // 2
+        waiting += [rows[middle:], rows[:middle]]
+    return np.array([logits_N[row] for row in range(len(ids_N))], dtype=np.float64)
+
+
+def pad_batch(ids_B: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` (B, T), padded on the right."""
+    width = max(len(ids) for ids in ids_B)
+    return {
+        "input_ids": torch.tensor([[*ids, *[pad_token_id] * (width - len(ids))] for ids in ids_B]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in ids_B]),
+    }
+
+
+def conversation_text(messages: Messages) -> str:
+    """The prompt of a plain template: one turn as it is, later turns as the published template would go on."""
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    first, *later = [message for message in messages if message["role"] != "system"]
+    turns = "".join(f"\n\n{message['role'].capitalize()}: {message['content']}" for message in later)
+    return "\n\n".join([*system, first["content"]]) + turns
+
+
+def _render(tokenizer: Any, template: str | None, messages: Messages, response: str) -> str | None:
+    if template is not None:
+        parts = {"prompt": conversation_text(messages), "response": response}
+        return _PLACEHOLDER.sub(lambda match: parts[match[1]], template)
+    try:
+        conversation = [*messages, {"role": "assistant", "content": response}]
+        return tokenizer.apply_chat_template(conversation, tokenize=False)
+    except TemplateError:  # for example a template without a system role
+        return None
+
+
+def _batches(ids_N: Sequence[Sequence[int]], token_budget: int) -> Iterator[list[int]]:
+    """Row numbers, longest first (so that a batch that does not fit is met at once), in batches within the budget."""
+    batch: list[int] = []
+    for row in sorted(range(len(ids_N)), key=lambda row: -len(ids_N[row])):
+        if batch and (len(batch) + 1) * len(ids_N[batch[0]]) > token_budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _try_forward(model: torch.nn.Module, ids_B: Sequence[Sequence[int]], pad_token_id: int) -> np.ndarray | None:
+    """Logits (B, outputs), or None when memory ran out."""
+    device = next(model.parameters()).device
+    try:
+        with torch.inference_mode():
+            inputs = {name: values.to(device) for name, values in pad_batch(ids_B, pad_token_id).items()}
+            return model(**inputs).logits.double().cpu().numpy()
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU
+        if not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None

@@ -1,0 +1,421 @@
+"""Training of the reward model: one linear output per attribute, masked least squares; full, LoRA or ridge.
+Run its tests: pytest tests/test_reward_training.py
+
+    r(x, y) in R^M;   loss = mean over the marks that are there of (r_m(x, y) - mark_m)^2        (arXiv 2402.18571)
+
+The paper gives the architecture, the loss and the 0-100 scale. Ours: optimiser settings; marks in units of each
+attribute's own spread while training, so that no attribute dominates; the start of `full` and `lora` from a ridge head
+(linear probing before finetuning, arXiv 2202.10054); the split by prompt; the golden example.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+
+from dpa.core.config import RewardTrainConfig
+from dpa.core.errors import DataError, ModelFileError, TrainingError
+from dpa.core.records import Messages, stable_hash
+from dpa.models.checkpoints import newest_checkpoint
+from dpa.models.policy import context_length, default_device, ensure_pad_token
+from dpa.models.reward_model import (
+    GPU_TOKENS,
+    PLAIN_TEMPLATE,
+    Golden,
+    RewardSpec,
+    check_template,
+    encode,
+    forward,
+    load_classifier,
+    pad_batch,
+    write_spec,
+)
+from dpa.models.reward_quality import measure_quality
+from dpa.models.ridge import fit_ridge
+from dpa.models.scorers import RewardModelScorer
+from dpa.models.training import ShowProgress, StopAtBadGradient, StopsAtBadLoss, StopWhenAsked, quiet_libraries
+from dpa.storage.stopping import StopOnSignal
+from dpa.storage.tables import disk_error, save_folder_atomically
+
+MISSING = -100.0
+"""Label of a mark that is not there. The Trainer itself counts the labels that are not -100, over the whole step."""
+
+PROBE_ROWS = 2048
+"""Rows whose features start the head of `full` and `lora`."""
+
+WARMUP = 0.05
+SAVE_STEPS = 200
+GOLDEN_TOLERANCE = 0.05
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RatedExample:
+    """A response and its M marks on 0-100, NaN where it was not rated."""
+
+    prompt_id: str
+    messages: Messages
+    response: str
+    marks: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rated rows that fit, as the model sees them: token ids and marks_NM (NaN: missing), and their split."""
+
+    examples: list[RatedExample]
+    ids_N: list[list[int]]
+    marks_NM: np.ndarray
+    train: list[int]
+    held_out: list[int]
+
+    def ids(self, rows: Sequence[int]) -> list[list[int]]:
+        """Token ids of some rows."""
+        return [self.ids_N[row] for row in rows]
+
+
+@quiet_libraries()
+def train_reward_model(
+    examples: Sequence[RatedExample],
+    attributes: Sequence[str],
+    scales: Mapping[str, tuple[float, float]],
+    config: RewardTrainConfig,
+    out: Path,
+    seed: int = 0,
+    remote_code_revision: str | None = None,
+) -> dict[str, Any]:
+    """Train, measure on held-out prompts and save; return `quality`, `baselines` and `training` of dpa_reward.json.
+
+    `out` becomes a plain Hugging Face folder that scores on 0-100 through `AutoModelForSequenceClassification`, as a
+    whole or not at all. Checkpoints lie beside it in `NAME.training`, under a hash of rows and settings, and resume an
+    interrupted run. Raises DataError, ModelFileError, TrainingError (a loss or gradient that is not finite, before the
+    optimizer step), Interrupted (on a signal, after a checkpoint), StorageError.
+    """
+    torch.manual_seed(seed)
+    tokenizer, model = _load_backbone(config, attributes, remote_code_revision)
+    pad = tokenizer.pad_token_id
+    template = config.template or (None if tokenizer.chat_template else PLAIN_TEMPLATE)
+    if template is not None:
+        check_template(template)
+    max_length = min(config.max_length, context_length(model))
+    rows = _encode(examples, attributes, tokenizer, template, max_length, config.held_out, seed)
+    checkpoints = out.with_name(f"{out.name}.training")
+    if config.method == "ridge":
+        model = _fit_ridge_head(model, rows, config, pad)
+    else:
+        inputs = stable_hash(rows.ids_N, rows.marks_NM.tolist(), rows.train, config, seed)
+        model = _finetune(model, rows, config, pad, checkpoints / inputs, seed)
+    model.eval()
+    spec = RewardSpec(tuple(attributes), dict(scales), template, max_length, _golden(model, rows, pad))
+    facts = {
+        **_quality(model, rows, attributes, pad),
+        "training": {
+            "backbone": config.backbone,
+            "method": config.method,
+            "seed": seed,
+            "epochs": 0 if config.method == "ridge" else config.epochs,
+            "train_rows": len(rows.train),
+            "train_tokens": sum(map(len, rows.ids(rows.train))),
+            "held_out_rows": len(rows.held_out),
+            "rejected_rows": len(examples) - len(rows.examples),
+        },
+    }
+    with save_folder_atomically(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_spec(folder, spec, facts)
+        RewardModelScorer(folder, remote_code_revision=remote_code_revision)  # what was saved must pass its self-test
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return facts
+
+
+def split_by_prompt(prompt_ids: Sequence[str], held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Row numbers to train on and to hold out: a share of the PROMPTS, at least one, with all their rows.
+
+    Which prompts depends on their ids and the seed alone. Raises DataError when there are fewer than two prompts.
+    """
+    prompts = sorted(set(prompt_ids), key=lambda prompt_id: stable_hash("held-out", seed, prompt_id))
+    if len(prompts) < 2:
+        raise DataError(f"ratings: {len(prompts)} usable prompts are too few to hold some out; rate at least two.")
+    chosen = set(prompts[: min(len(prompts) - 1, max(1, round(held_out * len(prompts))))])
+    train = [row for row, prompt_id in enumerate(prompt_ids) if prompt_id not in chosen]
+    return train, [row for row, prompt_id in enumerate(prompt_ids) if prompt_id in chosen]
+
+
+def masked_mse(logits_BM: torch.Tensor, labels_BM: torch.Tensor, count: torch.Tensor | int | None) -> torch.Tensor:
+    """Squared error summed over the labels that are not MISSING, divided by `count` of them (None: of this batch).
+
+    The Trainer gives the count over all micro-batches of an optimizer step, so accumulation does not change the loss.
+    """
+    present = labels_BM != MISSING
+    errors = torch.where(present, logits_BM.float() - labels_BM, 0.0)
+    return errors.square().sum() / (present.sum().clamp(min=1) if count is None else count)
+
+
+class Head:
+    """The last linear layer of a sequence classifier, whatever the architecture calls it."""
+
+    def __init__(self, model: PreTrainedModel, outputs: int) -> None:
+        named = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module.out_features == outputs
+        ]
+        if not named:
+            raise ModelFileError(
+                f"reward.train.backbone: {type(model).__name__} ends in no linear layer; take another."
+            )
+        self.model = model
+        self.name, self.linear = named[-1]
+
+    @property
+    def has_bias(self) -> bool:
+        """Llama, Mistral and Qwen classifiers have none."""
+        return self.linear.bias is not None
+
+    def features(self, ids_N: Sequence[Sequence[int]], pad_token_id: int) -> np.ndarray:
+        """What the layer is given, features_NH, pooled as the architecture itself does: it is an identity meanwhile."""
+        training = self.model.training
+        self.model.eval().set_submodule(self.name, nn.Identity())
+        try:
+            features_NH = forward(self.model, ids_N, pad_token_id)
+        finally:
+            self.model.set_submodule(self.name, self.linear)
+            self.model.train(training)
+        if not np.isfinite(features_NH).all():
+            raise ModelFileError("reward.train.backbone: its features are not finite; are its weights damaged?")
+        return features_NH
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """weight_MH and bias_M (zero where the layer has none)."""
+        weight_MH = self.linear.weight.detach().double().cpu().numpy()
+        bias = self.linear.bias
+        return weight_MH, np.zeros(len(weight_MH)) if bias is None else bias.detach().double().cpu().numpy()
+
+    def write(self, weight_MH: np.ndarray, bias_M: np.ndarray) -> None:
+        """Set the layer; a bias is only accepted where it has one."""
+        assert self.has_bias or not bias_M.any(), f"{self.name} has no bias"
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.from_numpy(weight_MH))
+            if self.has_bias:
+                self.linear.bias.copy_(torch.from_numpy(bias_M))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The unit marks are in while training: label = (mark - mean) / std of each attribute.
+
+    A layer without bias cannot undo a mean, so there the mean is 0 and only the scale changes.
+    """
+
+    mean_M: np.ndarray
+    std_M: np.ndarray
+
+    @classmethod
+    def of(cls, marks_NM: np.ndarray, has_bias: bool) -> "Unit":
+        """The unit of these marks (NaN: missing)."""
+        std_M = np.nanstd(marks_NM, axis=0)
+        return cls(
+            np.nanmean(marks_NM, axis=0) if has_bias else np.zeros(marks_NM.shape[1]), np.where(std_M > 0, std_M, 1.0)
+        )
+
+    def enter(self, marks_NM: np.ndarray) -> np.ndarray:
+        """Marks as labels."""
+        return (marks_NM - self.mean_M) / self.std_M
+
+    def leave(self, weight_MH: np.ndarray, bias_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same linear layer, its output on 0-100 again: exact, by linearity."""
+        return weight_MH * self.std_M[:, None], bias_M * self.std_M + self.mean_M
+
+
+def _load_backbone(config: RewardTrainConfig, attributes: Sequence[str], revision: str | None) -> tuple[Any, Any]:
+    """The tokenizer, with a pad token of its own, and a classifier with a new head of one output per attribute."""
+    model, tokenizer, _ = load_classifier(
+        config.backbone,
+        revision,
+        torch.float32,
+        num_labels=len(attributes),
+        problem_type="regression",
+        id2label=dict(enumerate(attributes)),
+        label2id={name: index for index, name in enumerate(attributes)},
+    )
+    ensure_pad_token(tokenizer)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # its vector is never attended to
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return tokenizer, model.to(default_device())
+
+
+def _encode(
+    examples: Sequence[RatedExample],
+    attributes: Sequence[str],
+    tokenizer: Any,
+    template: str | None,
+    max_length: int,
+    held_out: float,
+    seed: int,
+) -> EncodedRows:
+    """Encode and split; rows without a mark or too long are left out. DataError when an attribute has no mark left."""
+    rated = [example for example in examples if not np.isnan(example.marks).all()]
+    ids_N = encode(tokenizer, template, max_length, [e.messages for e in rated], [e.response for e in rated])
+    kept = [(example, ids) for example, ids in zip(rated, ids_N, strict=True) if ids is not None]
+    if len(kept) < len(rated):
+        _log.warning("reward: %d of %d rows are longer than %d tokens.", len(rated) - len(kept), len(rated), max_length)
+    marks_NM = np.array([example.marks for example, _ in kept], dtype=np.float64).reshape(len(kept), len(attributes))
+    train, hold = split_by_prompt([example.prompt_id for example, _ in kept], held_out, seed)
+    for name, marks_N in zip(attributes, marks_NM[train].T, strict=True):
+        if np.isnan(marks_N).all():
+            raise DataError(f"ratings: no row that fits max_length {max_length} has a mark on {name}; leave it out.")
+    return EncodedRows([example for example, _ in kept], [ids for _, ids in kept], marks_NM, train, hold)
+
+
+def _fit_ridge_head(model: PreTrainedModel, rows: EncodedRows, config: RewardTrainConfig, pad: int) -> PreTrainedModel:
+    head = Head(model, rows.marks_NM.shape[1])
+    features_NH = head.features(rows.ids(rows.train), pad)
+    head.write(*fit_ridge(features_NH, rows.marks_NM[rows.train], config.ridge_penalty, head.has_bias))
+    return model
+
+
+def _finetune(
+    model: PreTrainedModel, rows: EncodedRows, config: RewardTrainConfig, pad: int, checkpoints: Path, seed: int
+) -> PreTrainedModel:
+    outputs = rows.marks_NM.shape[1]
+    head = Head(model, outputs)
+    unit = Unit.of(rows.marks_NM[rows.train], head.has_bias)
+    labels_NM = unit.enter(rows.marks_NM)
+    probe = np.random.default_rng(seed).permutation(rows.train)[:PROBE_ROWS].tolist()
+    features_NH = head.features(rows.ids(probe), pad)
+    # As large a penalty as there are rows, and on size: the start needs a direction, not the features' noise, and a
+    # large weight on a feature that hardly varies would be shaken by the first steps.
+    head.write(*fit_ridge(features_NH, labels_NM[probe], float(len(probe)), head.has_bias, penalise="size"))
+    trained: Any = model
+    if config.method == "lora":
+        adapters = LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules="all-linear",
+            modules_to_save=[head.name],
+        )
+        trained = get_peft_model(model, adapters)
+    labels_NM = np.nan_to_num(labels_NM, nan=MISSING)
+    data = [{"input_ids": rows.ids_N[row], "labels": labels_NM[row]} for row in rows.train]
+    _run_trainer(trained, data, config, pad, checkpoints, seed)
+    if config.method == "lora":
+        trained = trained.merge_and_unload()
+    head = Head(trained, outputs)
+    head.write(*unit.leave(*head.read()))
+    return trained
+
+
+class _Trainer(StopsAtBadLoss, Trainer):
+    """A Trainer that stops before a bad step."""
+
+
+def _run_trainer(
+    model: Any, data: list[dict[str, Any]], config: RewardTrainConfig, pad: int, checkpoints: Path, seed: int
+) -> None:
+    """AdamW over the masked loss, from the newest checkpoint where there is one."""
+    lengths = [len(row["input_ids"]) for row in data]
+    per_device = _rows_per_device(config.batch_size, max(lengths))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        model.gradient_checkpointing_enable()
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=config.batch_size // per_device,
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.epochs,
+        lr_scheduler_type="cosine",
+        warmup_steps=WARMUP,
+        bf16=cuda and torch.cuda.is_bf16_supported(),
+        use_cpu=not cuda,
+        save_strategy="steps",
+        save_steps=SAVE_STEPS,
+        save_total_limit=2,
+        logging_steps=10,
+        logging_nan_inf_filter=False,  # the default hides a NaN from the log
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        label_names=["labels"],
+        seed=seed,
+    )
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+        return masked_mse(outputs.logits, labels, num_items_in_batch)
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        labels_BM = torch.from_numpy(np.stack([row["labels"] for row in batch])).float()
+        return {**pad_batch([row["input_ids"] for row in batch], pad), "labels": labels_BM}
+
+    progress = ShowProgress("reward model", sum(lengths))
+    with StopOnSignal() as stop:
+        trainer = _Trainer(
+            model,
+            arguments,
+            data_collator=collate,
+            train_dataset=data,
+            compute_loss_func=loss,
+            callbacks=[StopAtBadGradient(), StopWhenAsked(stop), progress],
+        )
+        trainer.remove_callback(PrinterCallback)
+        newest = newest_checkpoint(checkpoints)
+        try:
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        except OSError as error:
+            raise disk_error(error, checkpoints, "saving a checkpoint") from None
+        finally:
+            progress.close()
+        if trainer.state.global_step < trainer.state.max_steps:
+            raise stop.interrupted("reward model", trainer.state.global_step, trainer.state.max_steps, "steps")
+
+
+def _rows_per_device(batch_size: int, longest: int) -> int:
+    """The largest divisor of the batch whose rows fit GPU_TOKENS together at their longest."""
+    fitting = [rows for rows in range(1, batch_size + 1) if batch_size % rows == 0 and rows * longest <= GPU_TOKENS]
+    return max(fitting, default=1)
+
+
+def _golden(model: PreTrainedModel, rows: EncodedRows, pad: int) -> Golden:
+    """The held-out row of median length and its scores."""
+    middle = sorted(rows.held_out, key=lambda row: (len(rows.ids_N[row]), row))[len(rows.held_out) // 2]
+    example, ids = rows.examples[middle], rows.ids_N[middle]
+    scores = forward(model, [ids], pad)[0]
+    if not np.isfinite(scores).all():
+        raise TrainingError("reward training: the trained model's scores are not finite; lower its learning_rate.")
+    return Golden(example.messages, example.response, tuple(scores.tolist()), tuple(ids), GOLDEN_TOLERANCE)
+
+
+def _quality(model: PreTrainedModel, rows: EncodedRows, attributes: Sequence[str], pad: int) -> dict[str, Any]:
+    """Held-out agreement of the model, of always saying the mean, and of a ridge on the response's length alone."""
+    marks_NM = rows.marks_NM[rows.held_out]
+    prompt_ids = [rows.examples[row].prompt_id for row in rows.held_out]
+    lengths_N = np.array([len(example.response) for example in rows.examples], dtype=np.float64)
+    features_NH = np.stack([lengths_N, np.log1p(lengths_N)], axis=1)
+    weight_MH, bias_M = fit_ridge(features_NH[rows.train], rows.marks_NM[rows.train], penalty=1.0)
+    means_M = np.nanmean(rows.marks_NM[rows.train], axis=0)
+    predictions = {
+        "quality": forward(model, rows.ids(rows.held_out), pad),
+        "mean": np.broadcast_to(means_M, marks_NM.shape),
+        "length": features_NH[rows.held_out] @ weight_MH.T + bias_M,
+    }
+    measured = {
+        name: measure_quality(predicted_NM, marks_NM, prompt_ids, attributes)
+        for name, predicted_NM in predictions.items()
+    }
+    return {"quality": measured.pop("quality"), "baselines": measured}

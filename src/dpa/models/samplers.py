@@ -1,0 +1,274 @@
+"""Samplers: a policy that answers, in this process or in worker processes of its own.
+Run its tests: pytest tests/test_samplers.py
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpa.core.config import RolloutConfig
+from dpa.core.directions import DirectionSpace
+from dpa.core.errors import DpaError, EngineError
+from dpa.core.records import Sample, Sampler, SampleRequest
+from dpa.models.decoding import Decoding, check_decodable, decode
+from dpa.models.files import folder_revision, resolve_model
+from dpa.models.policy import (
+    context_length,
+    default_device,
+    encode_prompt,
+    end_token_ids,
+    load_policy,
+    load_space,
+    make_steerable,
+)
+
+
+class TransformersSampler:
+    """A Hugging Face causal language model that samples in this process, `batch_size` sequences at a time.
+
+    `temperature` > 0, `top_p` in (0, 1]; a response has at most `max_new_tokens` tokens, or as many as the context
+    still holds. A prompt that fills the context gets no samples. The tokenizer's chat template is made steerable over
+    `space`. `revision` names the weights.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        space: DirectionSpace,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        batch_size: int = 256,
+        revision: str = "unnamed",
+    ) -> None:
+        check_decodable(model)
+        make_steerable(tokenizer, space)
+        self.revision = revision
+        self._model, self._tokenizer, self._space = model, tokenizer, space
+        self._context, self._batch_size = context_length(model), batch_size
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._how = Decoding(temperature, top_p, max_new_tokens, end_token_ids(model, tokenizer), pad)
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
+        """One Sample per seed of each request (core.records.Sampler). Raises EngineError."""
+        prompts = [self._encode(request) for request in requests]
+        # Longest prompts first: neighbours need little padding, and a batch too big for the device fails at once.
+        order = sorted((i for i, ids in enumerate(prompts) if ids), key=lambda i: -len(prompts[i]))
+        rows = [(i, j) for i in order for j in range(len(requests[i].seeds))]
+        samples: dict[tuple[int, int], Sample] = {}
+        for start in range(0, len(rows), self._batch_size):
+            batch = rows[start : start + self._batch_size]
+            seeds = [requests[i].seeds[j] for i, j in batch]
+            samples.update(zip(batch, self._sample_batch([prompts[i] for i, _ in batch], seeds), strict=True))
+        return [
+            [samples[i, j] for j in range(len(request.seeds))] if ids else []
+            for i, (request, ids) in enumerate(zip(requests, prompts, strict=True))
+        ]
+
+    def _encode(self, request: SampleRequest) -> tuple[int, ...]:
+        """Token ids of the prompt; none where it cannot be written or leaves no room for an answer."""
+        try:
+            ids = encode_prompt(self._tokenizer, self._space, request.messages, request.direction)
+        except (TemplateError, KeyError, TypeError, UnicodeError):
+            return ()
+        return tuple(ids) if len(ids) < self._context else ()
+
+    def _sample_batch(self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> list[Sample]:
+        distinct = {ids: place for place, ids in enumerate(dict.fromkeys(prompts))}
+        limits = [min(self._how.max_new_tokens, self._context - len(ids)) for ids in prompts]
+        try:
+            rows = decode(self._model, list(distinct), [distinct[ids] for ids in prompts], seeds, limits, self._how)
+        except torch.OutOfMemoryError:
+            if len(prompts) == 1:
+                raise EngineError(
+                    "sampler: one sequence does not fit in memory; lower rollout.max_new_tokens."
+                ) from None
+            half = len(prompts) // 2
+            return self._sample_batch(prompts[:half], seeds[:half]) + self._sample_batch(prompts[half:], seeds[half:])
+        texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [
+            Sample(text, len(row), "stop" if row[-1] in self._how.end_ids else "length")
+            for text, row in zip(texts, rows, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """What a worker process needs to make its TransformersSampler: the fields of that class, and where to run.
+
+    `policy` is a model folder; `threads` of torch are as many as it likes where None.
+    """
+
+    policy: str
+    space: DirectionSpace
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 256
+    revision: str = "unnamed"
+    threads: int | None = None
+    device: str | None = None
+    remote_code_revision: str | None = None
+
+    def build(self) -> TransformersSampler:
+        """Load the policy, in bf16 on a card that has it, else in fp32. Raises ModelFileError."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        device = self.device or default_device()
+        dtype = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+        model, tokenizer = load_policy(self.policy, self.remote_code_revision, dtype=dtype, device=device)
+        return TransformersSampler(
+            model,
+            tokenizer,
+            self.space,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            batch_size=self.batch_size,
+            revision=self.revision,
+        )
+
+
+class ProcessSampler:
+    """A TransformersSampler in a process of its own, so that several use several cores or cards.
+
+    A process that dies is started again after `backoff_s`, twice as long each time, and asked the same; when it dies
+    after `max_restarts` of them EngineError is raised. `close` (or leaving the `with` block) ends the process, and so
+    does the end of this one, kill -9 included.
+    """
+
+    def __init__(self, spec: SamplerSpec, max_restarts: int = 3, backoff_s: float = 1.0) -> None:
+        self._spec, self._max_restarts, self._backoff_s = spec, max_restarts, backoff_s
+        self.revision = spec.revision
+        self._process: Any = None
+        self._connection: Connection | None = None
+        self._start()  # it loads the policy while others start
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker."""
+        return self._process.pid if self._process is not None else None
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
+        """As TransformersSampler.sample. Raises EngineError."""
+        for death in range(self._max_restarts + 1):
+            try:
+                if self._connection is None:
+                    self._start()
+                assert self._connection is not None
+                self._connection.send(list(requests))
+                answer = self._connection.recv()
+            except (EOFError, OSError):  # the pipe broke: the process died
+                self._process.join()
+                code = self._process.exitcode
+                self.close()
+                if death < self._max_restarts:
+                    time.sleep(self._backoff_s * 2**death)
+                continue
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        raise EngineError(
+            f"sampler: the worker process for {self._spec.policy} died {self._max_restarts + 1} times in a row "
+            f"(exit code {code}); look for memory or driver trouble, or lower rollout.batch_size."
+        )
+
+    def close(self) -> None:
+        """End the process."""
+        if self._connection is not None:
+            self._connection.close()
+            self._process.kill()
+            self._process.join()
+            self._connection = self._process = None
+
+    def __enter__(self) -> "ProcessSampler":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self._spec, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+
+@contextmanager
+def build_samplers(
+    policy: str | Path,
+    config: RolloutConfig,
+    space: DirectionSpace | None = None,
+    remote_code_revision: str | None = None,
+) -> Iterator[list[Sampler]]:
+    """The samplers a rollout asks for: one in this process, or `config.workers` processes that share the cores (or,
+    one after another, the cards). They are closed at the end of the block.
+
+    `space` defaults to the one saved with the policy. Raises ModelFileError.
+    """
+    path = resolve_model(policy, remote_code_revision).path
+    spec = SamplerSpec(
+        policy=path,
+        space=space or load_space(path),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        batch_size=config.batch_size,
+        revision=folder_revision(path),
+        remote_code_revision=remote_code_revision,
+    )
+    if config.workers == 1:
+        yield [spec.build()]
+        return
+    cards = torch.cuda.device_count()
+    threads = max(1, (os.cpu_count() or 1) // config.workers)
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                ProcessSampler(replace(spec, threads=threads, device=f"cuda:{i % cards}" if cards else "cpu"))
+            )
+            for i in range(config.workers)
+        ]
+
+
+def _serve(spec: SamplerSpec, connection: Connection) -> None:
+    """What the worker process does until its parent hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    sampler: TransformersSampler | None = None
+    while True:
+        try:
+            requests = connection.recv()
+        except EOFError:
+            return
+        try:
+            sampler = sampler or spec.build()
+            connection.send(sampler.sample(requests))
+        except DpaError as error:
+            connection.send(error)
+        except torch.AcceleratorError:
+            raise  # the card's state is lost: the parent starts another process
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+            connection.send(RuntimeError(f"{type(error).__name__}: {error}"))  # any class may not survive the pipe
+
+
+def _die_with_parent() -> None:
+    """Leave at once when the parent ends, even by kill -9 in the middle of a batch."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

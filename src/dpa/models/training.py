@@ -1,0 +1,147 @@
+"""What trainings through a transformers Trainer share: they stop before a bad step or on a signal, and show progress.
+Run its tests: pytest tests/test_finetuning.py
+"""
+
+import json
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dpa.core.errors import TrainingError
+from dpa.storage.progress import ProgressBar
+from dpa.storage.stopping import StopOnSignal
+
+
+class StopsAtBadLoss:
+    """Mixin before a Trainer class: a loss that is NaN or infinite is logged and ends training before the step.
+
+    Use it with StopAtBadGradient, and with `logging_nan_inf_filter=False`, whose default hides such a loss.
+    """
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass. Raises TrainingError."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not torch.isfinite(loss).all():
+            self.log({"loss": float(loss)})  # type: ignore[attr-defined]
+            raise bad_step("loss", float(loss), self.state, self.args)  # type: ignore[attr-defined]
+        return loss
+
+
+class StopAtBadGradient(TrainerCallback):
+    """Ends training before an optimizer step whose gradient has a NaN or an infinity."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raises TrainingError."""
+        gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            raise bad_step("gradient norm", norm, state, args)
+
+
+class StopWhenAsked(TrainerCallback):
+    """After a signal: the step in hand is finished, a checkpoint saved, and training stops."""
+
+    def __init__(self, stop: StopOnSignal) -> None:
+        self._stop = stop
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Set the Trainer's switches."""
+        if self._stop.requested:
+            control.should_save = control.should_training_stop = True
+
+
+class WriteLog(TrainerCallback):
+    """Keeps `file` equal to the Trainer's log history, one JSON object a line; a number that is not finite is text."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start from what the checkpoint had logged: later lines of an interrupted run are written again."""
+        self._file.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Append the newest entry."""
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(_line(state.log_history[-1]))
+
+
+class ShowProgress(TrainerCallback):
+    """A progress bar over optimizer steps, with tokens per second and the time left."""
+
+    def __init__(self, label: str, tokens_per_epoch: int) -> None:
+        self._label, self._tokens_per_epoch = label, tokens_per_epoch
+        self._bar: ProgressBar | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar at the step training starts from."""
+        self._tokens_per_step = self._tokens_per_epoch * args.num_train_epochs / state.max_steps
+        self._bar = ProgressBar(
+            self._label, total=state.max_steps, unit="steps", amount_unit="tokens", done=state.global_step
+        )
+        self._bar.__enter__()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count one step."""
+        assert self._bar is not None
+        self._bar.advance(1, amount=self._tokens_per_step)
+
+    def close(self) -> None:
+        """Leave the terminal as it was, however training ended."""
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+
+
+def bad_step(what: str, value: float, state: TrainerState, args: TrainingArguments) -> TrainingError:
+    """The error of a step that must not be taken."""
+    return TrainingError(
+        f"training: the {what} is {value} at step {state.global_step + 1}, so the step was not taken; lower "
+        f"learning_rate ({args.learning_rate:g}); earlier checkpoints are kept in {args.output_dir}."
+    )
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence the notices and bars of transformers, TRL and datasets: this package says what a user needs to know."""
+    level = transformers.utils.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    trl = logging.getLogger("trl")
+    trl_level = trl.level
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    trl.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # fields that TRL sets and transformers renames
+            yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        trl.setLevel(trl_level)
+        if bars[0]:
+            transformers.utils.logging.enable_progress_bar()
+        if not bars[1]:
+            datasets.enable_progress_bars()
+
+
+def _line(entry: dict[str, Any]) -> str:
+    finite = {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in entry.items()
+    }
+    return json.dumps(finite) + "\n"

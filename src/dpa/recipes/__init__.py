@@ -1,0 +1,1 @@
+"""Floor 5: sentences made of stages."""

@@ -1,0 +1,365 @@
+"""The recipe of the method: t = 0 offline from rated rows, then T rounds of rollout, score, select, finetune, evaluate.
+
+    with Loop(load_config("recipes/demo.yaml")) as loop:
+        loop.run()
+
+Every step returns at once when its done-record stands, so the same call resumes a run wherever it stopped.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+
+from dpa.core.config import PromptsConfig, RolloutConfig, RunConfig, resolved
+from dpa.core.errors import ConfigError, RunFolderError
+from dpa.core.records import Ledger, Prompt, Scorer
+from dpa.models.samplers import build_samplers
+from dpa.models.scorers import FunctionScorer, build_scorer
+from dpa.stages.evaluate import evaluate, side_by_side
+from dpa.stages.finetune import finetune_policy
+from dpa.stages.prompts import prompts_from_table, prompts_table, read_prompts
+from dpa.stages.ratings import load_ratings, print_summary, read_ratings, save_ratings
+from dpa.stages.report import write_report
+from dpa.stages.rollout import rollout
+from dpa.stages.score import score, score_rows
+from dpa.stages.select import select_rated, select_winners
+from dpa.stages.train_reward import print_quality, train_reward
+from dpa.storage.memory import peak_memory
+from dpa.storage.run_folder import RunFolder, StageFolder
+from dpa.storage.tables import read_json, write_json
+from dpa.version import __version__
+
+BYTES_PER_CANDIDATE = 4_000
+"""Upper estimate of what one candidate and its scores take on disk."""
+
+
+class Loop:
+    """One run folder and the stages of the method over it. Raises UserError subclasses for what the user can mend."""
+
+    def __init__(self, config: RunConfig, ignore_free_space: bool = False) -> None:
+        self.config = config
+        self.space = config.space.build()
+        self.console = Console()
+        self._ratings: tuple[pa.Table, dict[str, Any]] | None = None
+        self._check()
+        self._folder = RunFolder(config.out).open(config, _inputs(config), _needed_bytes(config), ignore_free_space)
+
+    def __enter__(self) -> "Loop":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._folder.close()
+
+    # --- the figure of the method ------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """The whole loop; returns the path of the report."""
+        if self.config.ratings:
+            self.read_ratings()
+        if self.config.reward.train:
+            self.train_reward()
+        for t in range(self.first, self.config.iterations + 1):
+            if t > 0:
+                self.rollout(t)
+            self.score(t)
+            self.select(t)
+            self.finetune(t)
+            self.evaluate(t)
+            self.report()
+        return self.report()
+
+    @property
+    def first(self) -> int:
+        """0 where rated rows give an offline iteration, else 1."""
+        return 0 if self.config.ratings else 1
+
+    # --- once --------------------------------------------------------------------------------------------------
+
+    def read_ratings(self, show: bool = False) -> pa.Table:
+        """All rated data as one table; `show` prints its summary."""
+        if not self.config.ratings:
+            raise ConfigError("ratings: none are configured; add a `ratings` section.")
+        if self._ratings is None:
+            self._ratings = load_ratings(self.path)
+        if self._ratings is None:
+            ratings = read_ratings(self.config.ratings)
+            self._ratings = ratings.table, save_ratings(ratings, self.path)
+            show = True
+        table, summary = self._ratings
+        if show:
+            print_summary(summary, self.console)
+        return table
+
+    def train_reward(self, show: bool = False) -> Mapping[str, Any]:
+        """Train the reward model and return its record; `show` prints its held-out quality."""
+        train = self.config.reward.train
+        if train is None:
+            raise ConfigError("reward.train: not configured; add the section, or use `reward.folder` as it is.")
+        stage = self._folder.stage(None, "train_reward")
+        begun = time.monotonic()
+        table = self.read_ratings()
+        scales = {name: tuple(about["scale"]) for name, about in self._ratings_summary()["attributes"].items()}
+        facts = train_reward(
+            table, scales, train, self.reward_folder, self.config.seed, self.config.remote_code_revision
+        )
+        if not stage.done:
+            done = facts["training"]
+            tokens = int(done["train_tokens"] * done["epochs"])
+            wall_s = time.monotonic() - begun
+            stage.finish(
+                Ledger(
+                    training_tokens=tokens,
+                    rows=done["train_rows"],
+                    rejects=done["rejected_rows"],
+                    wall_s=wall_s,
+                    peak_memory=peak_memory(),
+                )
+            )
+            show = True
+        if show:
+            print_quality(facts, self.console)
+        return facts
+
+    # --- every iteration ---------------------------------------------------------------------------------------
+
+    def rollout(self, t: int) -> Ledger:
+        """Ask this iteration's prompts under directions drawn from the space, of the policy of t - 1."""
+        self._check_iteration(t, lowest=1)
+        return self._sample(self._folder.stage(t, "rollout"), t - 1, self.prompts(t), self.config.rollout)
+
+    def score(self, t: int) -> Ledger:
+        """Give every candidate of the iteration its vector; at t = 0 the rated responses are the candidates."""
+        self._check_iteration(t)
+        stage = self._folder.stage(t, "score")
+        if t == 0:
+            return score_rows(stage, self.read_ratings(), self.scorer)
+        return score(stage, self._folder.stage(t, "rollout"), self.prompts(t), self.scorer)
+
+    def select(self, t: int) -> Ledger:
+        """Keep the winner of each direction."""
+        self._check_iteration(t)
+        stage, scores = self._folder.stage(t, "select"), self._folder.stage(t, "score")
+        config, seed = self.config.selection, self.config.seed
+        if t == 0:
+            return select_rated(stage, self.read_ratings(), scores, self.space, config, seed)
+        candidates = self._folder.stage(t, "rollout")
+        return select_winners(stage, candidates, scores, self.prompts(t), self.space, config, seed)
+
+    def finetune(self, t: int) -> Ledger:
+        """Finetune from the policy of t - 1 on (direction, prompt, winner)."""
+        self._check_iteration(t)
+        return finetune_policy(
+            self._folder.stage(t, "finetune"),
+            self._folder.stage(t, "select"),
+            self.policy(t - 1),
+            self.space,
+            self.policy_folder(t),
+            self.config.finetune,
+            self.config.seed + t,
+            self.config.remote_code_revision if t == self.first else None,
+        )
+
+    def evaluate(self, t: int) -> Mapping[str, Any]:
+        """Measure the policy of t on the held-out prompts over the grid; says loudly when it does not listen."""
+        self._check_iteration(t)
+        settings = self.config.evaluate
+        record = self._evaluation_file(t)
+        answers, scores = (self._folder.stage(t, f"evaluate/{name}") for name in ("rollout", "score"))
+        if record.is_file() and answers.done and scores.done:
+            return read_json(record)
+        prompts = self.held_out
+        how = self.config.rollout.model_copy(
+            update={"samples": settings.samples, "temperature": settings.temperature, "top_p": 1.0}
+        )
+        self._sample(answers, t, prompts, how, measuring=True)
+        score(scores, answers, prompts, self.scorer)
+        if settings.gold:
+            score(self._folder.stage(t, "evaluate/gold"), answers, prompts, FunctionScorer(settings.gold))
+        found = evaluate(_joined(answers), self._evaluation_scores(t), self.space, settings, self.config.seed)
+        write_json(record, found)
+        self.console.print(
+            f"t = {t}: {found['listens']['sentence']}", style=None if found["listens"]["verdict"] else "bold red"
+        )
+        return found
+
+    def report(self) -> Path:
+        """Write results.json, table.csv, samples.jsonl and report.html from the iterations measured so far."""
+        measured = [t for t in range(self.first, self.config.iterations + 1) if self._evaluation_file(t).is_file()]
+        reward_record = self.reward_folder / "dpa_reward.json"
+        results = {
+            "name": self.config.name,
+            "seed": self.config.seed,
+            "version": __version__,
+            "space": self.space.to_dict(),
+            "config": resolved(self.config),
+            "policies": [
+                {"name": f"t = {t}", "evaluation": read_json(self._evaluation_file(t)), "ledger": self._ledgers(t)}
+                for t in measured
+            ],
+            "samples": self._samples(measured[-1]) if measured else None,
+            "ledger": self._once_ledger(),
+            "reward_model": read_json(reward_record)["quality"] if reward_record.is_file() else None,
+        }
+        return write_report(self.path, results)
+
+    # --- what the stages stand on ------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self._folder.path
+
+    @property
+    def reward_folder(self) -> Path:
+        """Where the trained reward model is saved."""
+        return self.path / "reward_model"
+
+    def policy_folder(self, t: int) -> Path:
+        """Where the policy of iteration t is saved."""
+        return self.path / f"iter_{t}" / "policy"
+
+    def policy(self, t: int) -> str:
+        """The policy of iteration t; before the first one, the start policy."""
+        if t < self.first:
+            return self.config.policy
+        if not self._folder.stage(t, "finetune").done:
+            raise RunFolderError(f"iteration {t}: its policy is not finetuned yet; run `dpa finetune -t {t}` first.")
+        return str(self.policy_folder(t))
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """The reward model of this run."""
+        train = self.config.reward.train
+        if train and not (self.reward_folder / "dpa_reward.json").is_file():
+            raise RunFolderError("reward model: it is not trained yet; run `dpa train-reward` first.")
+        scorer = build_scorer(
+            self.config.reward, self.reward_folder if train else None, self.config.remote_code_revision
+        )
+        self._check_attributes(scorer.attributes)
+        return scorer
+
+    def prompts(self, t: int) -> list[Prompt]:
+        """The prompts of iteration t: drawn without repeats until all are used, then again in another order."""
+        everything, count = self._training_prompts, self.config.prompts.count
+        if count is None:
+            return everything
+        drawn: list[Prompt] = []
+        start = (t - 1) * count
+        for place in range(start, start + min(count, len(everything))):
+            order = list(range(len(everything)))
+            Random(f"prompts-{self.config.seed}-{place // len(everything)}").shuffle(order)
+            drawn.append(everything[order[place % len(everything)]])
+        return list({prompt.prompt_id: prompt for prompt in drawn}.values())
+
+    @cached_property
+    def held_out(self) -> list[Prompt]:
+        """The prompts policies are measured on."""
+        return self._read_prompts("eval_prompts", self.config.evaluate.prompts)[: self.config.evaluate.prompts.count]
+
+    @cached_property
+    def _training_prompts(self) -> list[Prompt]:
+        return self._read_prompts("prompts", self.config.prompts)
+
+    def _read_prompts(self, name: str, config: PromptsConfig) -> list[Prompt]:
+        """Prompts of the file as the run folder keeps them; rejects go beside them, with their reasons."""
+        stage = self._folder.stage(None, name)
+        if stage.done:
+            return prompts_from_table(stage.table(0))
+        prompts, rejects = read_prompts(config.path, config.column, self.config.rollout.max_reject_rate)
+        stage.write_shard(0, prompts_table(prompts), Ledger(rows=len(prompts), rejects=len(rejects)), rejects)
+        stage.finish()
+        return prompts
+
+    def _sample(
+        self, stage: StageFolder, t: int, prompts: list[Prompt], config: RolloutConfig, measuring: bool = False
+    ) -> Ledger:
+        if stage.done:
+            return stage.ledger
+        grid = self.space.grid(self.config.evaluate.directions) if measuring else None
+        with build_samplers(self.policy(t), config, self.space, self.config.remote_code_revision) as samplers:
+            return rollout(stage, prompts, self.space, samplers, config, self.config.seed, grid)
+
+    # --- records and checks ------------------------------------------------------------------------------------
+
+    def _evaluation_file(self, t: int) -> Path:
+        return self.path / f"iter_{t}" / "evaluate" / "evaluation.json"
+
+    def _evaluation_scores(self, t: int) -> dict[str, pa.Table]:
+        scores = {"model": _joined(self._folder.stage(t, "evaluate/score"))}
+        if self.config.evaluate.gold:
+            scores["gold"] = _joined(self._folder.stage(t, "evaluate/gold"))
+        return scores
+
+    def _samples(self, t: int) -> dict[str, Any]:
+        prompts = {prompt.prompt_id: prompt.messages for prompt in self.held_out}
+        answers = _joined(self._folder.stage(t, "evaluate/rollout"))
+        questions = side_by_side(answers, self._evaluation_scores(t), prompts, self.space, self.config.evaluate)
+        return {"policy": f"t = {t}", "questions": questions}
+
+    def _ratings_summary(self) -> dict[str, Any]:
+        assert self._ratings is not None
+        return self._ratings[1]
+
+    def _ledgers(self, t: int) -> dict[str, Any]:
+        names = ["rollout", "score", "select", "finetune", "evaluate/rollout", "evaluate/score", "evaluate/gold"]
+        stages = {name: self._folder.stage(t, name) for name in names if (self.path / f"iter_{t}" / name).is_dir()}
+        return {name: asdict(stage.ledger) for name, stage in stages.items() if stage.done}
+
+    def _once_ledger(self) -> dict[str, Any]:
+        stage = self._folder.stage(None, "train_reward")
+        return {"train_reward": asdict(stage.ledger)} if stage.done else {}
+
+    def _check(self) -> None:
+        """What can be known to be wrong before any work starts."""
+        evaluate_gold = self.config.evaluate.gold
+        missing = [name for name in self.space.names if evaluate_gold and name not in evaluate_gold]
+        unknown = [name for name in evaluate_gold if name not in self.space.names]
+        if missing or unknown:
+            raise ConfigError(
+                f"evaluate.gold: its names must be the objectives {', '.join(self.space.names)}; "
+                f"{'missing' if missing else 'unknown'}: {', '.join(missing or unknown)}."
+            )
+        if self.config.reward.train and not self.config.ratings:
+            raise ConfigError("reward.train: there are no ratings to train on; add a `ratings` section.")
+
+    def _check_attributes(self, attributes: tuple[str, ...]) -> None:
+        for objective in self.space.objectives:
+            for name in objective.attributes:
+                if name not in attributes:
+                    raise ConfigError(
+                        f"space.objectives.{objective.name}: nothing scores {name!r}; "
+                        f"scored are: {', '.join(attributes)}."
+                    )
+
+    def _check_iteration(self, t: int, lowest: int | None = None) -> None:
+        lowest = self.first if lowest is None else lowest
+        if not lowest <= t <= self.config.iterations:
+            raise ConfigError(f"--iteration: {t} is outside {lowest}..{self.config.iterations}; choose one of those.")
+
+
+def _joined(stage: StageFolder) -> pa.Table:
+    return pa.concat_tables(list(stage.tables()))
+
+
+def _inputs(config: RunConfig) -> dict[str, Path]:
+    """Local files whose content the run depends on."""
+    named = {"prompts.path": config.prompts.path, "evaluate.prompts.path": config.evaluate.prompts.path}
+    named |= {f"ratings.{place}.path": ratings.path for place, ratings in enumerate(config.ratings)}
+    return {field: Path(path) for field, path in named.items() if Path(path).exists()}
+
+
+def _needed_bytes(config: RunConfig) -> int:
+    """A rough upper estimate of what the run writes: candidates, and one policy an iteration."""
+    prompts = config.prompts.count or 0
+    candidates = prompts * config.rollout.directions * config.rollout.samples * max(config.iterations, 1)
+    policy = Path(config.policy)
+    weights = sum(file.stat().st_size for file in policy.glob("*.safetensors")) if policy.is_dir() else 0
+    # A policy is saved each iteration; a checkpoint being written holds the weights and two optimizer moments.
+    return candidates * BYTES_PER_CANDIDATE + weights * (config.iterations + 1 + 6)

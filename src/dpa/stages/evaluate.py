@@ -1,0 +1,220 @@
+"""Measure one policy on held-out prompts: what each direction of the grid got, and whether the policy listens at all.
+Run its tests: pytest tests/test_evaluate.py
+
+Sampling and scoring are the ordinary stages rollout and score; this one only reads their finished tables.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dpa.core.config import EvaluateConfig
+from dpa.core.directions import DirectionSpace
+from dpa.core.errors import DataError
+from dpa.core.measures import bootstrap_means, interval, mean_over_prompts, measure, pareto_front
+from dpa.core.records import Messages
+
+LISTENS_AT = 0.5
+"""A policy listens when Kendall's tau of asked angle against achieved mean reaches this for at least one objective."""
+
+NOT_ATTRIBUTES = ("candidate_id", "prompt_id", "valid")
+
+
+def evaluate(
+    rollout: pa.Table,
+    scores: Mapping[str, pa.Table],
+    space: DirectionSpace,
+    config: EvaluateConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """The JSON-able record of one policy.
+
+    `rollout`: every answer, in the columns of a rollout shard, its directions those of `space.grid(config.directions)`.
+    `scores`: by name of the reward ("model", and "gold" where a true reward is known) a table in the columns of a
+    score shard, in the rows' order. Rows that are not valid count as missing.
+
+    The record:
+      objectives, arcs   names of the K objectives, and of those that have an arc of their own
+      prompts, answers   counts;  unscored: reward -> answers without a score
+      directions         one per grid point: direction (text), weights, angles {arc: asked degrees} for the arcs it lies
+                         on, words and tokens {value, low, high}, objectives {reward: {name: {value, low, high}}} and
+                         front {reward: whether no other grid point dominates it}
+      measures           reward -> core.measures.measure(...)
+      listens            verdict, by (the reward it rests on), threshold, tau {arc: value}, sentence
+
+    Raises DataError when no answer is left, or when the tables do not belong together.
+    """
+    if rollout.num_rows == 0:
+        raise DataError("evaluate: no answers were sampled; look at the rejects of the rollout stage.")
+    grid_DK = space.grid(config.directions)
+    cell_N = _cells(rollout, grid_DK)
+    scores_by_reward = {name: _objectives(table, rollout, space) for name, table in scores.items()}
+    responses, tokens = rollout["response"].to_pylist(), rollout["tokens"].to_numpy()
+    words_N = np.array([len(response.split()) for response in responses], dtype=np.float64)
+    D, P = len(grid_DK), int(cell_N[1].max()) + 1
+
+    def per_prompt(values_NX: np.ndarray) -> np.ndarray:
+        return _mean_in_cells(values_NX, cell_N, D, P)
+
+    lengths_DX = _intervals(per_prompt(np.stack([words_N, tokens], axis=1)), config.resamples, seed)
+    directions: list[dict[str, Any]] = [
+        {
+            "direction": str(space.direction(weights_K)),
+            "weights": weights_K.tolist(),
+            "angles": _angles(weights_K, space),
+            "words": words,
+            "tokens": token_count,
+            "objectives": {},
+            "front": {},
+        }
+        for weights_K, (words, token_count) in zip(grid_DK, lengths_DX, strict=True)
+    ]
+    measures = {}
+    for reward, scores_NK in scores_by_reward.items():
+        scores_DPK = per_prompt(scores_NK)
+        measures[reward] = measure(scores_DPK, space, grid_DK, config.reference, config.resamples, seed)
+        intervals_DK = _intervals(scores_DPK, config.resamples, seed)
+        front_D = pareto_front(mean_over_prompts(scores_DPK))
+        for record, intervals_K, on_front in zip(directions, intervals_DK, front_D, strict=True):
+            record["objectives"][reward] = dict(zip(space.names, intervals_K, strict=True))
+            record["front"][reward] = bool(on_front)
+    return {
+        "objectives": list(space.names),
+        "arcs": list(space.arc_names),
+        "prompts": P,
+        "answers": rollout.num_rows,
+        "unscored": {name: int((~np.isfinite(s).all(axis=1)).sum()) for name, s in scores_by_reward.items()},
+        "directions": directions,
+        "measures": measures,
+        "listens": verdict(measures),
+    }
+
+
+def verdict(measures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Does the policy listen? Judged by the gold reward where there is one; a reversed order is not listening."""
+    by = "gold" if "gold" in measures else next(iter(measures))
+    tau = {arc: found["value"] for arc, found in measures[by]["kendall_tau"].items()}
+    listens = any(value is not None and value >= LISTENS_AT for value in tau.values())
+    listed = ", ".join(f"{arc} {'unknown' if value is None else format(value, '.2f')}" for arc, value in tau.items())
+    if listens:
+        sentence = f"The policy follows its direction (Kendall tau of asked against achieved: {listed})."
+    else:
+        sentence = (
+            f"THE POLICY DOES NOT FOLLOW ITS DIRECTION: Kendall tau of asked against achieved is {listed}, "
+            f"below {LISTENS_AT} for every objective; its front says nothing about steering."
+        )
+    return {"verdict": listens, "by": by, "threshold": LISTENS_AT, "tau": tau, "sentence": sentence}
+
+
+def side_by_side(
+    rollout: pa.Table,
+    scores: Mapping[str, pa.Table],
+    prompts: Mapping[str, Messages],
+    space: DirectionSpace,
+    config: EvaluateConfig,
+    count: int = 4,
+) -> list[dict[str, Any]]:
+    """The first `count` prompts (in the order they were asked) under the center and the ends of every arc.
+
+    Chosen by position, never by how well they came out. Each: prompt_id, prompt (the last user turn), answers: a list
+    of direction, angles, response, words, tokens, objectives {reward: {name: score or None}}.
+    """
+    grid_DK = space.grid(config.directions)
+    shown = _showcase(grid_DK, space)
+    cell_N = _cells(rollout, grid_DK)
+    scores_by_reward = {name: _objectives(table, rollout, space) for name, table in scores.items()}
+    prompt_ids, responses = rollout["prompt_id"].to_pylist(), rollout["response"].to_pylist()
+    first_row: dict[tuple[int, int], int] = {}
+    for row, (d, p) in enumerate(cell_N.T.tolist()):
+        first_row.setdefault((d, p), row)
+
+    def answer(d: int, row: int) -> dict[str, Any]:
+        return {
+            "direction": str(space.direction(grid_DK[d])),
+            "angles": _angles(grid_DK[d], space),
+            "response": responses[row],
+            "words": len(responses[row].split()),
+            "tokens": rollout["tokens"][row].as_py(),
+            "objectives": {
+                reward: {name: _known(score) for name, score in zip(space.names, scores_NK[row], strict=True)}
+                for reward, scores_NK in scores_by_reward.items()
+            },
+        }
+
+    questions = []
+    for p, prompt_id in enumerate(list(dict.fromkeys(prompt_ids))[:count]):
+        answers = [answer(d, first_row[d, p]) for d in shown if (d, p) in first_row]
+        questions.append({"prompt_id": prompt_id, "prompt": prompts[prompt_id][-1]["content"], "answers": answers})
+    return questions
+
+
+def _angles(weights_K: np.ndarray, space: DirectionSpace) -> dict[str, float]:
+    """arc -> asked degrees, for the arcs this direction lies on."""
+    return {
+        arc: round(float(space.asked_angle(weights_K[None], arc)[0]), 6) + 0.0  # no minus zero
+        for arc in space.arc_names
+        if space.on_arc(weights_K[None], arc)[0]
+    }
+
+
+def _showcase(grid_DK: np.ndarray, space: DirectionSpace) -> list[int]:
+    """Grid points to show side by side: the low ends of the arcs, the center, the high ends."""
+    ends = []
+    for arc in space.arc_names[-1:] if space.K == 2 else space.arc_names:
+        rows = np.flatnonzero(space.on_arc(grid_DK, arc))
+        asked = space.asked_angle(grid_DK[rows], arc)
+        ends.append((int(rows[asked.argmin()]), int(rows[asked.argmax()])))
+    center = int(space.angle_to_center(grid_DK).argmin())
+    return list(dict.fromkeys([low for low, _ in ends] + [center] + [high for _, high in ends]))
+
+
+def _cells(rollout: pa.Table, grid_DK: np.ndarray) -> np.ndarray:
+    """(2, N): index of each row's direction in the grid, and of its prompt in order of appearance."""
+    directions_NK = np.array(rollout["direction"].to_pylist(), dtype=np.float64)
+    if directions_NK.shape[1:] != grid_DK.shape[1:]:
+        raise DataError(
+            f"evaluate: answers were sampled under directions of {directions_NK.shape[-1]} weights but the space has "
+            f"{grid_DK.shape[1]}; sample them again."
+        )
+    distance_ND = np.abs(directions_NK[:, None] - grid_DK[None]).max(axis=2)
+    if distance_ND.min(axis=1).max() > 1e-6:
+        raise DataError("evaluate: some answers were sampled under a direction that is not in the grid; sample again.")
+    place: dict[str, int] = {}
+    prompt_N = [place.setdefault(prompt_id, len(place)) for prompt_id in rollout["prompt_id"].to_pylist()]
+    return np.stack([distance_ND.argmin(axis=1), np.array(prompt_N)])
+
+
+def _objectives(scores: pa.Table, rollout: pa.Table, space: DirectionSpace) -> np.ndarray:
+    """scores_NK in the rollout's order; NaN where not valid. A gold reward may score the objectives themselves."""
+    if scores["candidate_id"].to_pylist() != rollout["candidate_id"].to_pylist():
+        raise DataError("evaluate: the scores belong to other answers than the rollout; score again.")
+    attributes = [name for name in scores.column_names if name not in NOT_ATTRIBUTES]
+    scores_NM = np.stack([scores[name].to_numpy().astype(np.float64) for name in attributes], axis=1)
+    scores_NM[~scores["valid"].to_numpy()] = np.nan
+    if set(attributes) == set(space.names):
+        return scores_NM[:, [attributes.index(name) for name in space.names]]
+    return space.combine(scores_NM, attributes)
+
+
+def _mean_in_cells(values_NX: np.ndarray, cell_N: np.ndarray, D: int, P: int) -> np.ndarray:
+    """means_DPX of the rows of each (direction, prompt); NaN where there is none, or none with a score."""
+    known_NX = np.isfinite(values_NX)
+    total_DPX = np.zeros((D, P, values_NX.shape[1]))
+    count_DPX = np.zeros_like(total_DPX)
+    np.add.at(total_DPX, tuple(cell_N), np.where(known_NX, values_NX, 0.0))
+    np.add.at(count_DPX, tuple(cell_N), known_NX)
+    return np.divide(total_DPX, count_DPX, out=np.full_like(total_DPX, np.nan), where=count_DPX > 0)
+
+
+def _intervals(values_DPX: np.ndarray, resamples: int, seed: int) -> list[list[dict[str, Any]]]:
+    """Mean and 95% interval over prompts, for each direction and column."""
+    means_DX = mean_over_prompts(values_DPX)
+    draws_RDX = bootstrap_means(values_DPX, resamples, seed)
+    D, X = means_DX.shape
+    return [[dict(interval(float(means_DX[d, x]), draws_RDX[:, d, x])) for x in range(X)] for d in range(D)]
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,99 @@
+"""Prompts a user brings, checked row by row, and the table they are kept in.
+Run its tests: pytest tests/test_prompts.py
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dpa.core.errors import DataError, RejectRateError
+from dpa.core.records import Prompt, stable_hash
+from dpa.storage.rows import BadRow, check_messages, check_text, find_files, read_rows
+from dpa.storage.run_folder import Reject, count_reasons
+
+MAX_ID = 200
+"""Characters of an id."""
+
+
+def read_prompts(
+    path: str | Path, column: str = "prompt", max_reject_rate: float = 0.05
+) -> tuple[list[Prompt], list[Reject]]:
+    """Read prompts from a .jsonl, .parquet or .csv file, or a folder of them.
+
+    A row has `messages` (chat messages ending with a user's turn, as a list or as JSON text) or text in `column`,
+    and optionally `id` (text or a whole number). Without an id the content is the id, so the order of the rows changes
+    nothing; the same text twice counts as two prompts. Every row is returned once: as a prompt, or as a reject with
+    its reason.
+
+    Raises DataError when the file cannot be read or has no usable row, RejectRateError when more than
+    `max_reject_rate` of its rows are bad.
+    """
+    prompts: dict[str, Prompt] = {}
+    rejects: list[Reject] = []
+    for file in find_files(Path(path)):
+        for place, row in read_rows(file, [column, "id"]):
+            try:
+                prompt = _read_row(row, column, prompts)
+                prompts[prompt.prompt_id] = prompt
+            except BadRow as error:
+                rejects.append(Reject(place, str(error)))
+    total = len(prompts) + len(rejects)
+    if len(rejects) > max_reject_rate * total:
+        raise RejectRateError(
+            f"prompts: {len(rejects)} of {total} rows of {path} are bad, more than {max_reject_rate:.0%} "
+            f"({count_reasons(rejects)}); mend the file."
+        )
+    if not prompts:
+        raise DataError(f"prompts: {path} has no rows; give a file with at least one prompt.")
+    return list(prompts.values()), rejects
+
+
+def prompts_table(prompts: Sequence[Prompt]) -> pa.Table:
+    """The columns of prompts.parquet: prompt_id, messages (JSON text)."""
+    ids = [prompt.prompt_id for prompt in prompts]
+    texts = [json.dumps(prompt.messages, ensure_ascii=False) for prompt in prompts]
+    return pa.table({"prompt_id": pa.array(ids, pa.string()), "messages": pa.array(texts, pa.string())})
+
+
+def prompts_from_table(table: pa.Table) -> list[Prompt]:
+    """Invert `prompts_table`."""
+    columns = table["prompt_id"].to_pylist(), table["messages"].to_pylist()
+    return [Prompt(prompt_id, json.loads(text)) for prompt_id, text in zip(*columns, strict=True)]
+
+
+def _read_row(row: dict[str, Any] | BadRow, column: str, known: dict[str, Prompt]) -> Prompt:
+    if isinstance(row, BadRow):
+        raise row
+    value = row.get("messages")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise BadRow("messages is text, but not JSON") from None
+    if value is not None:
+        messages = check_messages(value)
+    else:
+        messages = [{"role": "user", "content": check_text(row.get(column), column)}]
+    given = row.get("id")
+    if given is None or given == "":
+        return Prompt(_content_id(messages, known), messages)
+    if isinstance(given, bool) or not isinstance(given, int | str):
+        raise BadRow(f"id is {type(given).__name__}, not text or a whole number")
+    prompt_id = check_text(str(given), "id")
+    if len(prompt_id) > MAX_ID:
+        raise BadRow(f"id has {len(prompt_id)} characters, more than {MAX_ID}")
+    if prompt_id in known:
+        raise BadRow(f"id {prompt_id!r} is a duplicate")
+    return Prompt(prompt_id, messages)
+
+
+def _content_id(messages: list, known: dict[str, Prompt]) -> str:
+    """Hash of the messages; a repeated prompt gets the hash of its content and how often it was there before."""
+    text = json.dumps(messages, ensure_ascii=False)
+    repeats = 0
+    while (prompt_id := stable_hash("prompt", text, repeats)) in known:
+        repeats += 1
+    return prompt_id

@@ -1,0 +1,479 @@
+"""Rated data sets of every form become one table on the 0-100 scale; docs/data.md describes the forms.
+Run its tests: pytest tests/test_ratings.py
+"""
+
+import difflib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from dpa.core.config import RatingsConfig
+from dpa.core.errors import DataError, RejectRateError
+from dpa.core.records import SCALE, Messages, stable_hash
+from dpa.storage.rows import BadRow, check_messages, check_text, find_files, read_rows
+from dpa.storage.run_folder import Reject, count_reasons
+from dpa.storage.tables import FileRecord, read_table, write_bytes, write_json, write_table
+
+Scale = tuple[float, float]
+
+HELPSTEER_MARKS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+HELPSTEER_SCALE: Scale = (0, 4)
+ULTRAFEEDBACK_MARKS = ("instruction_following", "truthfulness", "honesty", "helpfulness")
+ULTRAFEEDBACK_SCALE: Scale = (1, 5)
+ULTRAFEEDBACK_OVERALL_SCALE: Scale = (1, 10)
+
+NEMO_MARKS = ("quality", "toxicity", "humor", "creativity", *HELPSTEER_MARKS)
+"""Order of `label` in NeMo-Aligner's regression form; the first four are Open Assistant's and are not read."""
+NEMO_MISSING = -100.0
+NEMO_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+"""Boilerplate NeMo-Aligner puts before every conversation; it is not part of the data."""
+
+_TURN = re.compile(r"\n?<extra_id_[01]>(System|User|Assistant)\n")
+_LOW_SCORE = re.compile(
+    r"(?:overall\s+score|score|rating)\s*(?:of|is|:|=)?\s*(?:0(?:\.\d+)?|1(?:\.0)?)\s*(?:/\s*10|out\s+of\s+10)?(?![\d.])"
+    r"|(?<![\d.])[01]\s*(?:/\s*10|out\s+of\s+10)(?!\d)",
+    re.IGNORECASE,
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class RatedRow:
+    """One response and its marks on the data set's own scales (None: not rated)."""
+
+    messages: Messages
+    response: str
+    source: str
+    marks: dict[str, float | None]
+    trapped: bool = False
+    """An UltraFeedback overall_score of 10 that is not believed was set to None."""
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """All rated rows. `table` is docs/architecture.md's ratings.parquet; `scales` are the data sets' own."""
+
+    table: pa.Table
+    scales: dict[str, Scale]
+    rejects: list[Reject]
+    trapped: int
+    """UltraFeedback overall scores of 10 that were dropped."""
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of the M attributes, in the order of the table's columns."""
+        return tuple(self.scales)
+
+
+def read_ratings(configs: Sequence[RatingsConfig]) -> Ratings:
+    """Read every rated data set into one table, scale 0-100 (see `to_hundred`).
+
+    Bad rows go to `rejects` with their reason. Raises DataError when a data set cannot be read at all and
+    RejectRateError when more than its `max_reject_rate` of rows are bad.
+    """
+    scales: dict[str, Scale] = {}
+    rows: list[RatedRow] = []
+    rejects: list[Reject] = []
+    for config in configs:
+        declared = declared_scales(config)
+        for name, scale in declared.items():
+            if scales.setdefault(name, scale) != scale:
+                raise DataError(
+                    f"ratings: {name} is on {list(scales[name])} in one data set and on {list(scale)} in "
+                    f"{config.path}; rename one of them."
+                )
+        good, bad = _read_one(config, declared)
+        if len(bad) > config.max_reject_rate * (len(good) + len(bad)):
+            raise RejectRateError(_too_many(config, len(good) + len(bad), bad))
+        rows += good
+        rejects += bad
+    if not rows:
+        raise DataError("ratings: there is no usable row; check the paths and the columns.")
+    return Ratings(_table(rows, scales), scales, rejects, sum(row.trapped for row in rows))
+
+
+def save_ratings(ratings: Ratings, folder: Path) -> dict[str, Any]:
+    """Write ratings.parquet, ratings_rejects.jsonl and, last, ratings_summary.json; return the summary.
+
+    The summary holds the table's checksum: ratings are there when it says so.
+    """
+    record = write_table(folder / "ratings.parquet", ratings.table)
+    lines = [json.dumps({"id": bad.id, "stage": "ratings", "reason": bad.reason}) + "\n" for bad in ratings.rejects]
+    write_bytes(folder / "ratings_rejects.jsonl", "".join(lines).encode())
+    file = {"rows": record.rows, "sha256": record.sha256, "bytes": record.bytes}
+    summary = {**summarise(ratings), "file": file}
+    write_json(folder / "ratings_summary.json", summary)
+    return summary
+
+
+def load_ratings(folder: Path) -> tuple[pa.Table, dict[str, Any]] | None:
+    """The saved table, its checksum verified, and its summary; None where none was finished."""
+    try:
+        summary = json.loads((folder / "ratings_summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return read_table(folder / "ratings.parquet", FileRecord(**summary["file"])), summary
+
+
+def to_hundred(mark: float, scale: Scale) -> float:
+    """A mark on `scale` as a value on 0-100.
+
+    A scale is read as whole numbers lowest..highest, and a mark becomes the centre of its bin:
+    100 (mark - lowest + 0.5) / (highest - lowest + 1). HelpSteer's 0..4 gives 20 x + 10 (arXiv 2402.18571); 1..5 gives
+    20 (x - 1) + 10 and 1..10 gives 10 (x - 1) + 5 by the same rule (our inference). 0-100 itself stays as it is.
+    """
+    low, high = scale
+    if (low, high) == SCALE:
+        return mark
+    return 100.0 * (mark - low + 0.5) / (high - low + 1)
+
+
+def declared_scales(config: RatingsConfig) -> dict[str, Scale]:
+    """Attribute -> the data set's own scale, in the order of the table's columns. Raises DataError."""
+    match config.format:
+        case "helpsteer" | "helpsteer2":
+            return {f"{config.format}-{name}": HELPSTEER_SCALE for name in HELPSTEER_MARKS}
+        case "ultrafeedback":
+            marks = {f"ultrafeedback-{name}": ULTRAFEEDBACK_SCALE for name in ULTRAFEEDBACK_MARKS}
+            return {"ultrafeedback-overall_score": ULTRAFEEDBACK_OVERALL_SCALE, **marks}
+        case "generic":
+            names = config.attributes or list(config.scales)
+            if not names:
+                raise DataError(f"ratings: {config.path}: name its attributes in `attributes` or `scales`.")
+            unknown = sorted(config.scales.keys() - set(names))
+            if unknown:
+                raise DataError(
+                    f"ratings: {config.path}: scales names {unknown[0]!r}, which `attributes` lacks; add it."
+                )
+            for name, (low, high) in config.scales.items():
+                if not low < high:
+                    raise DataError(
+                        f"ratings: {config.path}: scale of {name} is [{low}, {high}]; put the lower end first."
+                    )
+            return {name: config.scales.get(name, SCALE) for name in names}
+
+
+def summarise(ratings: Ratings) -> dict[str, Any]:
+    """Counts, and for every attribute on 0-100: count, mean, standard deviation, range; Pearson of every pair.
+
+    Correlations are over the rows that have both marks (`n` says how many), null where one does not vary.
+    """
+    marks_NM = _marks(ratings.table, ratings.attributes)
+    attributes = {}
+    for name, marks_N in zip(ratings.attributes, marks_NM.T, strict=True):
+        present = marks_N[~np.isnan(marks_N)]
+        some = present.size > 0
+        attributes[name] = {
+            "scale": list(ratings.scales[name]),
+            "count": int(present.size),
+            "mean": float(present.mean()) if some else None,
+            "std": float(present.std()) if some else None,
+            "min": float(present.min()) if some else None,
+            "max": float(present.max()) if some else None,
+        }
+    correlations = [
+        {"a": a, "b": b, **_pearson(marks_NM[:, i], marks_NM[:, j])}
+        for i, a in enumerate(ratings.attributes)
+        for j, b in enumerate(ratings.attributes[:i])
+    ]
+    return {
+        "rows": ratings.table.num_rows,
+        "prompts": len(set(ratings.table["prompt_id"].to_pylist())),
+        "unrated_rows": int(np.isnan(marks_NM).all(axis=1).sum()),
+        "rejects": len(ratings.rejects),
+        "reasons": dict(Counter(_kind(bad.reason) for bad in ratings.rejects).most_common()),
+        "trapped_overall_scores": ratings.trapped,
+        "attributes": attributes,
+        "correlations": correlations,
+    }
+
+
+def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print what `summarise` found: a table of attributes, then their correlations."""
+    console = console or Console()
+    title = f"{summary['rows']:,} rated rows of {summary['prompts']:,} prompts, {summary['rejects']:,} rejected"
+    table = Table(title=title)
+    for heading in ("attribute", "scale", "rated", "mean", "std", "range"):
+        table.add_column(heading, justify="left" if heading == "attribute" else "right")
+    for name, facts in summary["attributes"].items():
+        low, high = facts["scale"]
+        row = [name, f"{low:g}..{high:g}", f"{facts['count']:,}"]
+        if facts["count"]:
+            row += [f"{facts['mean']:.1f}", f"{facts['std']:.1f}", f"{facts['min']:.0f}-{facts['max']:.0f}"]
+        table.add_row(*row)
+    console.print(table)
+    known = [pair for pair in summary["correlations"] if pair["pearson"] is not None]
+    for pair in sorted(known, key=lambda pair: -abs(pair["pearson"])):
+        console.print(f"  {pair['pearson']:+.2f}  {pair['a']} ~ {pair['b']}  (n = {pair['n']:,})", highlight=False)
+    for reason, count in summary["reasons"].items():
+        console.print(f"  rejected {count:,}: {reason}", highlight=False)
+    if summary["trapped_overall_scores"]:
+        console.print(f"  {summary['trapped_overall_scores']:,} overall scores of 10 dropped (OpenBMB issue 8)")
+
+
+def is_overall_score_trap(completion: Mapping[str, Any]) -> bool:
+    """Whether an UltraFeedback overall_score of 10 is not to be believed (OpenBMB/UltraFeedback issue 8).
+
+    The annotation script multiplied every score of at most 1 by ten, so a 10 may be a 1 ("if score > 1 else 10*score").
+    The repository's own repair (fix_overall_score_issue.py) turns a 10 into a 1 where the mean of the four fine-grained
+    marks is at most 2, asks GPT-4 again where it is at most 4, and keeps it above. Without GPT-4 at hand, a 10 is
+    believed only where that mean is above 4 and the critique's text does not itself state a score of at most 1.
+    """
+    if _number(completion.get("overall_score")) != 10:
+        return False
+    if _LOW_SCORE.search(completion.get("critique") or ""):
+        return True
+    marks = [mark for name in ULTRAFEEDBACK_MARKS if (mark := _fine_mark(completion, name)) is not None]
+    return not marks or sum(marks) / len(marks) <= 4
+
+
+def _read_one(config: RatingsConfig, scales: Mapping[str, Scale]) -> tuple[list[RatedRow], list[Reject]]:
+    parse: Callable[[RatingsConfig, dict[str, Any], Sequence[str]], Iterator[RatedRow | BadRow]]
+    parse = {"helpsteer": _helpsteer, "helpsteer2": _helpsteer, "ultrafeedback": _ultrafeedback, "generic": _generic}[
+        config.format
+    ]
+    good: list[RatedRow] = []
+    bad: list[Reject] = []
+    names = list(scales)
+    columns: set[str] = set()
+    for place, raw in _raw_rows(config):
+        if isinstance(raw, dict):
+            columns |= raw.keys()
+            results = parse(config, raw, names)
+        else:
+            results = iter([raw])
+        for result in results:
+            try:
+                if isinstance(result, BadRow):
+                    raise result
+                _check_range(result, scales)
+                good.append(result)
+            except BadRow as reason:
+                bad.append(Reject(place, str(reason)))
+    if config.format == "generic":
+        _check_columns(config, names, columns)
+    return good, bad
+
+
+def _raw_rows(config: RatingsConfig) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    path = Path(config.path).expanduser()
+    if not path.exists() and _HUB_ID.fullmatch(config.path) and not path.suffix and not path.parent.is_dir():
+        yield from _hub_rows(config)
+        return
+    text_columns = [config.columns.get(name, name) for name in ("prompt", "response", "source")]
+    for file in find_files(path):
+        yield from read_rows(file, text_columns)
+
+
+def _hub_rows(config: RatingsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    from datasets import load_dataset  # slow to import; reads data files only, never a data set's own code
+
+    try:
+        rows = load_dataset(config.path, split=config.split)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"ratings: {config.path!r} split {config.split!r} is neither a file here nor a Hub data set that can be "
+            f"reached ({type(error).__name__}); check the name."
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{config.path}:{number}", row
+
+
+def _helpsteer(config: RatingsConfig, raw: dict[str, Any], names: Sequence[str]) -> Iterator[RatedRow | BadRow]:
+    """HelpSteer and HelpSteer2 rows (prompt, response, five marks), or NeMo-Aligner's `text` and `label` of them."""
+    try:
+        if "label" in raw:
+            messages, response = _nemo_conversation(raw.get("text"))
+            label = raw["label"]
+            if not isinstance(label, list) or len(label) != len(NEMO_MARKS):
+                raise BadRow(f"label is not a list of {len(NEMO_MARKS)} numbers")
+            given = {name: None if mark == NEMO_MISSING else mark for name, mark in zip(NEMO_MARKS, label, strict=True)}
+        else:
+            messages = check_messages(_turns(check_text(raw.get("prompt"), "prompt")), "prompt")
+            response = _answer(raw.get("response"), "response")
+            given = raw
+        marks = {name: _mark(given.get(short), short) for name, short in zip(names, HELPSTEER_MARKS, strict=True)}
+    except BadRow as reason:
+        yield reason
+        return
+    yield RatedRow(messages, response, config.format, marks)
+
+
+def _nemo_conversation(text: Any) -> tuple[Messages, str]:
+    messages = _turns(check_text(text, "text").removesuffix("<extra_id_2>").removesuffix("\n"))
+    if messages[-1]["role"] != "assistant":
+        raise BadRow("text does not end with the assistant's turn")
+    response = _answer(messages[-1]["content"], "response")
+    prompt = [message for message in messages[:-1] if message["content"] != NEMO_SYSTEM]
+    return check_messages(prompt, "text"), response
+
+
+def _turns(text: str) -> Messages:
+    """Split a text at NVIDIA's turn marks (<extra_id_1>User); text before the first mark is the user's."""
+    first, *rest = _TURN.split(text)
+    messages: list[Any] = [{"role": "user", "content": first}] if first.strip() else []
+    messages += [
+        {"role": role.lower(), "content": content} for role, content in zip(rest[::2], rest[1::2], strict=True)
+    ]
+    return messages
+
+
+def _ultrafeedback(config: RatingsConfig, raw: dict[str, Any], names: Sequence[str]) -> Iterator[RatedRow | BadRow]:
+    """One row per completion. A completion's own system prompt, there to vary the answers, is left out."""
+    completions = raw.get("completions")
+    try:
+        messages = _asked(raw.get("instruction"), "instruction")
+        if not isinstance(completions, list):
+            raise BadRow(f"completions is {type(completions).__name__}, not a list")
+    except BadRow as reason:
+        yield reason
+        return
+    source = f"ultrafeedback/{raw['source']}" if raw.get("source") else "ultrafeedback"
+    for number, completion in enumerate(completions):
+        try:
+            if not isinstance(completion, dict):
+                raise BadRow(f"completions[{number}] is {type(completion).__name__}, not an object")
+            response = _answer(completion.get("response"), "response")
+            trapped = config.drop_overall_score_trap and is_overall_score_trap(completion)
+            overall = None if trapped else _mark(completion.get("overall_score"), "overall_score")
+            marks = [overall, *(_fine_mark(completion, name) for name in ULTRAFEEDBACK_MARKS)]
+            yield RatedRow(messages, response, source, dict(zip(names, marks, strict=True)), trapped)
+        except BadRow as reason:
+            yield BadRow(f"completions[{number}]: {reason}")
+
+
+def _fine_mark(completion: Mapping[str, Any], name: str) -> float | None:
+    annotation = (completion.get("annotations") or {}).get(name)
+    rating = annotation.get("Rating") if isinstance(annotation, dict) else None
+    return None if rating == "N/A" else _mark(rating, name)
+
+
+def _generic(config: RatingsConfig, raw: dict[str, Any], names: Sequence[str]) -> Iterator[RatedRow | BadRow]:
+    """`prompt` or `messages`, `response`, one column per attribute; `columns` renames."""
+    column = {name: config.columns.get(name, name) for name in ("prompt", "response", "messages", "source")}
+    try:
+        if raw.get(column["messages"]) is not None:
+            messages, response = _conversation(raw[column["messages"]], raw.get(column["response"]), column["response"])
+        else:
+            messages = _asked(raw.get(column["prompt"]), column["prompt"])
+            response = _answer(raw.get(column["response"]), column["response"])
+        marks = {name: _mark(raw.get(name), name) for name in names}
+    except BadRow as reason:
+        yield reason
+        return
+    yield RatedRow(messages, response, str(raw.get(column["source"]) or Path(config.path).stem), marks)
+
+
+def _conversation(messages: Any, response: Any, column: str) -> tuple[Messages, str]:
+    """Messages that end with the user's turn beside a response, or with the assistant's turn as the response."""
+    if response is None and isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        if messages[-1].get("role") != "assistant":
+            raise BadRow(f"{column} is missing and messages do not end with the assistant's turn")
+        messages, response = messages[:-1], messages[-1].get("content")
+    return check_messages(messages), _answer(response, column)
+
+
+def _asked(text: Any, field: str) -> Messages:
+    return [{"role": "user", "content": check_text(text, field)}]
+
+
+def _answer(text: Any, field: str) -> str:
+    """A response may be empty: people rate silence too (42 rows of truthfulqa-judge), and its marks teach."""
+    return check_text(text, field, may_be_empty=True)
+
+
+def _check_columns(config: RatingsConfig, names: Sequence[str], columns: set[str]) -> None:
+    for name in names:
+        if columns and name not in columns:
+            near = difflib.get_close_matches(name, columns, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(sorted(columns))}."
+            raise DataError(f"ratings: {config.path} has no column {name!r} for that attribute; {hint}")
+
+
+def _check_range(row: RatedRow, scales: Mapping[str, Scale]) -> None:
+    for name, mark in row.marks.items():
+        low, high = scales[name]
+        if mark is not None and not low <= mark <= high:
+            raise BadRow(f"{name} is {mark:g}, outside [{low:g}, {high:g}]")
+
+
+def _mark(value: Any, field: str) -> float | None:
+    """A finite number (or text that reads as one), or None where there is no mark. Raises BadRow."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    number = _number(value)
+    if number is None:
+        raise BadRow(f"{field} is {str(value)[:40]!r}, not a finite number")
+    return number
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if np.isfinite(number) else None
+
+
+def _table(rows: list[RatedRow], scales: Mapping[str, Scale]) -> pa.Table:
+    messages = [json.dumps(row.messages, ensure_ascii=False) for row in rows]
+    prompt_ids = [stable_hash(text) for text in messages]
+    occurrences: Counter[tuple[str, str, str]] = Counter()
+    row_ids = []
+    for row, prompt_id in zip(rows, prompt_ids, strict=True):
+        key = (row.source, prompt_id, row.response)
+        row_ids.append(stable_hash(*key, occurrences[key]))
+        occurrences[key] += 1
+    marks = {
+        name: pa.array(
+            [None if (mark := row.marks.get(name)) is None else to_hundred(mark, scale) for row in rows], pa.float64()
+        )
+        for name, scale in scales.items()
+    }
+    return pa.table(
+        {
+            "row_id": row_ids,
+            "prompt_id": prompt_ids,
+            "messages": messages,
+            "response": [row.response for row in rows],
+            "source": [row.source for row in rows],
+            **marks,
+        }
+    )
+
+
+def _marks(table: pa.Table, attributes: Sequence[str]) -> np.ndarray:
+    """marks_NM, NaN where not rated."""
+    return np.stack([table[name].to_numpy(zero_copy_only=False) for name in attributes], axis=1)
+
+
+def _pearson(a_N: np.ndarray, b_N: np.ndarray) -> dict[str, Any]:
+    both = ~(np.isnan(a_N) | np.isnan(b_N))
+    a, b = a_N[both], b_N[both]
+    varies = a.size > 1 and np.ptp(a) > 0 and np.ptp(b) > 0
+    return {"n": int(both.sum()), "pearson": float(np.corrcoef(a, b)[0, 1]) if varies else None}
+
+
+def _kind(reason: str) -> str:
+    """A reason without its particular numbers and values, to count by."""
+    return re.sub(r"'[^']*'|-?\d+(?:[.,]\d+)*", "…", reason)
+
+
+def _too_many(config: RatingsConfig, total: int, bad: list[Reject]) -> str:
+    kinds = count_reasons([Reject(reject.id, _kind(reject.reason)) for reject in bad], most=3)
+    return (
+        f"ratings: {len(bad)} of {total} rows of {config.path} are bad, more than max_reject_rate "
+        f"{config.max_reject_rate:g} ({kinds}; first at {bad[0].id}: {bad[0].reason}); mend the rows or raise it."
+    )

@@ -1,0 +1,218 @@
+"""Rollout: ask every prompt under D directions, N samples each, shard by shard, with any number of samplers.
+Run its tests: pytest tests/test_rollout.py tests/test_faults_rollout.py
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from dpa.core.config import RolloutConfig
+from dpa.core.directions import DirectionSpace
+from dpa.core.errors import DpaError, RejectRateError
+from dpa.core.records import Ledger, Prompt, Sample, Sampler, SampleRequest, candidate_id, seed_of, stable_hash
+from dpa.storage.memory import peak_memory
+from dpa.storage.progress import ProgressBar
+from dpa.storage.run_folder import Reject, StageFolder, count_reasons
+from dpa.storage.stopping import StopOnSignal
+
+SCHEMA = pa.schema(
+    [
+        ("candidate_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("direction", pa.list_(pa.float64())),
+        ("k", pa.int32()),
+        ("seed", pa.int64()),
+        ("response", pa.string()),
+        ("tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+    ]
+)
+
+
+class ShardResult(NamedTuple):
+    """The rows of one shard, what was rejected, and how many tokens were generated."""
+
+    table: pa.Table
+    rejects: list[Reject]
+    tokens: int
+
+
+def rollout(
+    stage: StageFolder,
+    prompts: Sequence[Prompt],
+    space: DirectionSpace,
+    samplers: Sequence[Sampler],
+    config: RolloutConfig,
+    seed: int,
+    directions_DK: np.ndarray | None = None,
+) -> Ledger:
+    """Sample N responses to each prompt under each of its D directions; return what the stage cost.
+
+    Directions: `directions_DK` for every prompt (measuring), or `config.directions` drawn for each prompt from the
+    space, with a generator keyed by (seed, stage, prompt) (training; step 3 of arXiv 2402.18571). Shards are a fixed
+    partition of `prompts`, seeds derive from candidate ids, so rows depend on neither the number of samplers nor
+    interruptions. A prompt is kept whole (D x N rows, direction by direction) or rejected with a reason.
+
+    A finished stage is left as it is and calls no sampler. All samplers must hold the same weights (`revision`).
+    Raises RejectRateError above `config.max_reject_rate`, Interrupted on SIGTERM or SIGINT, and what a sampler raises
+    on purpose (a DpaError, such as EngineError); any other exception of a sampler costs only the prompts it is about.
+    """
+    if stage.done:
+        return stage.ledger
+    revisions = {sampler.revision for sampler in samplers}
+    if len(revisions) != 1:
+        raise ValueError(f"samplers of one rollout must hold one revision, not {sorted(revisions)}")
+    if len({prompt.prompt_id for prompt in prompts}) < len(prompts):
+        raise ValueError("prompt ids must be distinct")
+    (revision,) = revisions
+    size = config.prompts_per_shard
+    shards = [prompts[first : first + size] for first in range(0, len(prompts), size)]
+    settings = config.model_dump_json(exclude={"workers", "max_reject_rate"})
+    grid = None if directions_DK is None else directions_DK.tolist()
+    made_from = [
+        stable_hash(revision, seed, space.to_dict(), settings, grid, *(prompt.prompt_id for prompt in shard))
+        for shard in shards
+    ]
+    missing = [number for number, inputs in enumerate(made_from) if stage.shard_digest(number, inputs) is None]
+    finished = sorted(set(range(len(shards))) - set(missing))
+    rejects = [reject for number in finished for reject in stage.shard_rejects(number)]
+    asked = sum(len(shards[number]) for number in finished)
+
+    def check_rejects() -> None:
+        if len(rejects) > config.max_reject_rate * len(prompts):
+            raise RejectRateError(
+                f"{stage.name}: {len(rejects)} of {len(prompts)} prompts were rejected, more than max_reject_rate "
+                f"{config.max_reject_rate:.0%} ({count_reasons(rejects)}); mend the prompts or raise "
+                "rollout.max_reject_rate."
+            )
+
+    def sample_shard(sampler: Sampler, number: int) -> ShardResult:
+        return _sample_prompts(sampler, shards[number], directions_of, config.samples, seed)
+
+    def directions_of(prompt: Prompt) -> np.ndarray:
+        if directions_DK is not None:
+            return directions_DK
+        key = stable_hash("directions", seed, stage.name, prompt.prompt_id)
+        return space.sample(config.directions, np.random.default_rng(int(key, 16)))
+
+    check_rejects()
+    started = time.monotonic()
+    with (
+        StopOnSignal() as stop,
+        ProgressBar(stage.name, len(prompts), "prompts", "tokens", done=asked) as progress,
+    ):
+        for number, result in stop.work_through(missing, samplers, sample_shard):
+            now = time.monotonic()
+            ledger = Ledger(
+                tokens_generated=result.tokens,
+                rows=result.table.num_rows,
+                rejects=len(result.rejects),
+                wall_s=now - started,
+                peak_memory=peak_memory(),
+            )
+            started = now  # a shard is charged the time since the shard before it, so the sum is the clock's time
+            stage.write_shard(number, result.table, ledger, result.rejects, made_from[number])
+            finished.append(number)
+            rejects += result.rejects
+            check_rejects()
+            progress.advance(len(shards[number]), result.tokens)
+        if len(finished) == len(shards):
+            stage.finish(shards=len(shards))
+        if stop.requested:
+            raise stop.interrupted(stage.name, len(finished), len(shards), "shards")
+    return stage.ledger
+
+
+def _sample_prompts(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    directions_of: Callable[[Prompt], np.ndarray],
+    samples: int,
+    seed: int,
+) -> ShardResult:
+    """Sample one shard; a prompt any of whose requests cannot be served is rejected whole."""
+    requests: list[SampleRequest] = []
+    ids: list[list[str]] = []
+    for prompt in prompts:
+        for direction_K in directions_of(prompt).tolist():
+            direction = tuple(direction_K)
+            candidates = [candidate_id(prompt.prompt_id, direction, k, seed, sampler.revision) for k in range(samples)]
+            ids.append(candidates)
+            requests.append(SampleRequest(prompt.messages, direction, tuple(map(seed_of, candidates))))
+    answers = _answers(sampler, requests)
+    rows: list[dict] = []
+    rejects: list[Reject] = []
+    per_prompt = len(requests) // len(prompts)
+    for place, prompt in enumerate(prompts):
+        own = range(place * per_prompt, (place + 1) * per_prompt)
+        reasons = [answer for answer in (answers[i] for i in own) if isinstance(answer, str)]
+        if reasons:
+            rejects.append(Reject(prompt.prompt_id, reasons[0]))
+            continue
+        for i in own:
+            for k, sample in enumerate(answers[i]):
+                assert isinstance(sample, Sample)
+                rows.append(
+                    {
+                        "candidate_id": ids[i][k],
+                        "prompt_id": prompt.prompt_id,
+                        "direction": requests[i].direction,
+                        "k": k,
+                        "seed": requests[i].seeds[k],
+                        "response": sample.text,
+                        "tokens": sample.tokens,
+                        "finish_reason": sample.finish_reason,
+                    }
+                )
+    tokens = sum(sample.tokens for answer in answers if not isinstance(answer, str) for sample in answer)
+    return ShardResult(pa.Table.from_pylist(rows, SCHEMA), rejects, tokens)
+
+
+def _answers(sampler: Sampler, requests: Sequence[SampleRequest]) -> list[list[Sample] | str]:
+    """For each request its samples, or the reason why there are none.
+
+    When a batch raises, its halves are tried apart, down to the single requests that are to blame; a request alone is
+    tried twice, and then its neighbours are served and it is not.
+    """
+    answers = _attempt(sampler, requests)
+    if isinstance(answers, str) and len(requests) > 1:
+        half = len(requests) // 2
+        return _answers(sampler, requests[:half]) + _answers(sampler, requests[half:])
+    checked: list[list[Sample] | str] = []
+    for i, request in enumerate(requests):
+        answer = answers if isinstance(answers, str) else _checked(request, answers[i])
+        if isinstance(answer, str):
+            again = _attempt(sampler, [request])
+            answer = again if isinstance(again, str) else _checked(request, again[0])
+        checked.append(answer)
+    return checked
+
+
+def _attempt(sampler: Sampler, requests: Sequence[SampleRequest]) -> list[list[Sample]] | str:
+    """The sampler's answers, one list for each request, or what went wrong with the call as a whole."""
+    try:
+        answers = sampler.sample(requests)
+    except DpaError:
+        raise
+    except Exception as error:
+        return f"the sampler raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if len(answers) != len(requests):
+        return f"the sampler answered {len(answers)} of {len(requests)} requests"
+    return answers
+
+
+def _checked(request: SampleRequest, answer: list[Sample]) -> list[Sample] | str:
+    """The samples of one request when they are all there and are text; else the reason."""
+    if not answer:
+        return "no answer (longer than the policy's context, or refused by the sampler)"
+    if len(answer) != len(request.seeds):
+        return f"{len(answer)} of {len(request.seeds)} samples came back"
+    try:
+        for sample in answer:
+            sample.text.encode("utf-8")
+    except UnicodeEncodeError:
+        return "a response is not valid Unicode"
+    return answer

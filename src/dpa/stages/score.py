@@ -1,0 +1,126 @@
+"""Score: every candidate, or every rated response, gets its vector of attributes once.
+Run its tests: pytest tests/test_score_select.py
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from dpa.core.errors import DataError, EngineError
+from dpa.core.records import Ledger, Messages, Prompt, Scorer, stable_hash
+from dpa.storage.memory import peak_memory
+from dpa.storage.progress import ProgressBar
+from dpa.storage.run_folder import StageFolder
+from dpa.storage.stopping import StopOnSignal
+
+RATED_ROWS_PER_SHARD = 4096
+
+OWN_COLUMNS = ("candidate_id", "prompt_id", "valid")
+
+
+class _Batch(NamedTuple):
+    """The rows of one shard."""
+
+    candidate_ids: list[str]
+    prompt_ids: list[str]
+    messages: list[Messages]
+    responses: list[str]
+
+
+def score(stage: StageFolder, rollout_stage: StageFolder, prompts: Sequence[Prompt], scorer: Scorer) -> Ledger:
+    """Score every candidate of a finished rollout; return what the stage cost.
+
+    Shards have the rollout's numbers and rows, in the same order: candidate_id, prompt_id, one float column per
+    attribute (0-100), valid. A row with NaN or an infinite score is kept as not valid, counted in the ledger's
+    `extra["invalid"]`, and never selected. Shards already scored by this scorer from these candidates are left as they
+    are, so several scorers (a known true reward, say) score one rollout, each in a stage folder of its own.
+
+    Raises RunFolderError when the rollout is not finished, Interrupted on SIGTERM or SIGINT, EngineError when the
+    scorer does not return one row per response.
+    """
+    messages = {prompt.prompt_id: prompt.messages for prompt in prompts}
+
+    def read(number: int) -> _Batch:
+        table = rollout_stage.table(number)
+        prompt_ids = table["prompt_id"].to_pylist()
+        asked = [messages[prompt_id] for prompt_id in prompt_ids]
+        return _Batch(table["candidate_id"].to_pylist(), prompt_ids, asked, table["response"].to_pylist())
+
+    made_from = [
+        stable_hash(rollout_stage.shard_digest(number), scorer.revision) for number in range(rollout_stage.shards)
+    ]
+    return _score_shards(stage, made_from, read, scorer)
+
+
+def score_rows(stage: StageFolder, ratings: pa.Table, scorer: Scorer) -> Ledger:
+    """Score the responses of a rated data set (columns of ratings.parquet), so that missing marks do not matter.
+
+    Rows come out in the table's order, `candidate_id` being the row_id; otherwise as `score`.
+    """
+    parts = [ratings.slice(start, RATED_ROWS_PER_SHARD) for start in range(0, ratings.num_rows, RATED_ROWS_PER_SHARD)]
+
+    def read(number: int) -> _Batch:
+        part = parts[number]
+        asked = [json.loads(text) for text in part["messages"].to_pylist()]
+        return _Batch(part["row_id"].to_pylist(), part["prompt_id"].to_pylist(), asked, part["response"].to_pylist())
+
+    texts = ("row_id", "messages", "response")
+    made_from = [
+        stable_hash(*(text for name in texts for text in part[name].to_pylist()), scorer.revision) for part in parts
+    ]
+    return _score_shards(stage, made_from, read, scorer)
+
+
+def _score_shards(
+    stage: StageFolder, made_from: Sequence[str], read: Callable[[int], _Batch], scorer: Scorer
+) -> Ledger:
+    """Score each shard that is not there yet; `made_from` names the rows and the scorer of each."""
+    clash = set(OWN_COLUMNS) & set(scorer.attributes)
+    if clash:
+        raise DataError(f"{stage.name}: attribute `{clash.pop()}` has the name of a column; rename it.")
+    missing = [number for number, inputs in enumerate(made_from) if stage.shard_digest(number, inputs) is None]
+    finished = len(made_from) - len(missing)
+
+    def score_shard(scorer: Scorer, number: int) -> pa.Table:
+        return _score_batch(read(number), scorer)
+
+    with StopOnSignal() as stop, ProgressBar(stage.name, len(made_from), "shards", "rows", done=finished) as progress:
+        started = time.monotonic()
+        for number, table in stop.work_through(missing, [scorer], score_shard):
+            now = time.monotonic()
+            ledger = Ledger(
+                candidates_scored=table.num_rows,
+                rows=table.num_rows,
+                wall_s=now - started,
+                peak_memory=peak_memory(),
+                extra={"invalid": float(np.sum(~table["valid"].to_numpy(zero_copy_only=False)))},
+            )
+            started = now
+            stage.write_shard(number, table, ledger, made_from=made_from[number])
+            finished += 1
+            progress.advance(1, amount=table.num_rows)
+        if finished == len(made_from) and not stage.done:
+            stage.finish(shards=len(made_from))
+        if stop.requested:
+            raise stop.interrupted(stage.name, finished, len(made_from), "shards")
+    return stage.ledger
+
+
+def _score_batch(batch: _Batch, scorer: Scorer) -> pa.Table:
+    shape = (len(batch.responses), len(scorer.attributes))
+    scores_NM = np.zeros(shape)
+    if batch.responses:
+        scores_NM = np.asarray(scorer.score(batch.messages, batch.responses), dtype=np.float64)
+    if scores_NM.shape != shape:
+        raise EngineError(f"the scorer returned scores of shape {scores_NM.shape} for {shape}; it must score each row.")
+    columns = {
+        "candidate_id": pa.array(batch.candidate_ids, pa.string()),
+        "prompt_id": pa.array(batch.prompt_ids, pa.string()),
+        **{name: pa.array(scores_NM[:, m]) for m, name in enumerate(scorer.attributes)},
+        "valid": pa.array(np.isfinite(scores_NM).all(axis=1)),
+    }
+    return pa.table(columns)

@@ -1,0 +1,1 @@
+"""Floor 2: what is on disk: tables, shards, run folders, locks, ledgers. No torch."""

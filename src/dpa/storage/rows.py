@@ -1,0 +1,133 @@
+"""Rows a user brings: JSONL, Parquet and CSV files read one row at a time, a bad row being data and not a crash.
+Run its tests: pytest tests/test_ratings.py
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from dpa.core.errors import DataError
+from dpa.core.records import Messages
+
+SUFFIXES = (".jsonl", ".parquet", ".csv")
+MAX_CHARACTERS = 1_000_000
+"""A longer text is a broken row: no context holds it."""
+
+_ROLES = ("system", "user", "assistant")
+
+
+class BadRow(Exception):
+    """One row cannot be used; the message names the field and the value."""
+
+
+def find_files(path: Path) -> list[Path]:
+    """The row files at `path`: itself, or those of a folder in the order of their names. Raises DataError."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        if not files:
+            raise DataError(f"data: {path} has no {', '.join(SUFFIXES)} file; give a file or a folder of them.")
+        return files
+    if not path.is_file():
+        raise DataError(f"data: no file at {path}; give a {', '.join(SUFFIXES)} file or a folder of them.")
+    if path.suffix not in SUFFIXES:
+        raise DataError(
+            f"data: {path} is not read, because {path.suffix or 'a file without suffix'} is none of "
+            f"{', '.join(SUFFIXES)} (a pickle is never opened); convert it."
+        )
+    return [path]
+
+
+def read_rows(file: Path, text_columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """Yield (place, row) for each row of one file; a row that cannot be parsed comes as a BadRow.
+
+    `place` is `name:number`, the first row being 1. `text_columns` are read as text even where a CSV's values look
+    like numbers. Raises DataError when the file as a whole cannot be read.
+    """
+    reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}[file.suffix]
+    try:
+        for number, row in enumerate(reader(file, text_columns), start=1):
+            yield f"{file.name}:{number}", row
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"data: {file} cannot be read ({' '.join(str(error).split())}); check or convert it.") from None
+
+
+def check_text(value: Any, field: str, may_be_empty: bool = False) -> str:
+    """A usable text: not blank unless it may be, not huge, valid Unicode without NUL. Raises BadRow."""
+    if value is None:
+        raise BadRow(f"{field} is missing")
+    if not isinstance(value, str):
+        raise BadRow(f"{field} is {type(value).__name__}, not text")
+    if not value.strip() and not may_be_empty:
+        raise BadRow(f"{field} is empty")
+    if len(value) > MAX_CHARACTERS:
+        raise BadRow(f"{field} has {len(value):,} characters, more than {MAX_CHARACTERS:,}")
+    if "\x00" in value:
+        raise BadRow(f"{field} contains NUL")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{field} has a lone surrogate at character {error.start}") from None
+    return value
+
+
+def check_messages(value: Any, field: str = "messages") -> Messages:
+    """Chat messages: an optional system message, then user and assistant in turn, from user to user. Raises BadRow."""
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"{field} is not a list of messages")
+    messages: Messages = []
+    for number, item in enumerate(value):
+        where = f"{field}[{number}]"
+        if not isinstance(item, dict):
+            raise BadRow(f"{where} is {type(item).__name__}, not a message")
+        if item.get("role") not in _ROLES:
+            raise BadRow(f"{where}.role is {item.get('role')!r}, not one of {', '.join(_ROLES)}")
+        messages.append({"role": item["role"], "content": check_text(item.get("content"), f"{where}.content")})
+    turns = [message["role"] for message in messages if message["role"] != "system"]
+    if any(message["role"] == "system" for message in messages[1:]):
+        raise BadRow(f"{field} has a system message that is not the first")
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise BadRow(f"{field} do not go user, assistant, ..., user: {', '.join(turns)}")
+    return messages
+
+
+def _read_jsonl(file: Path, text_columns: Sequence[str]) -> Iterator[dict[str, Any] | BadRow]:
+    with file.open("rb") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield BadRow(f"not JSON: {' '.join(str(error).split())}")
+                continue
+            yield row if isinstance(row, dict) else BadRow(f"the line is {type(row).__name__}, not an object")
+
+
+def _read_parquet(file: Path, text_columns: Sequence[str]) -> Iterator[dict[str, Any] | BadRow]:
+    with pyarrow.parquet.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+
+
+def _read_csv(file: Path, text_columns: Sequence[str]) -> Iterator[dict[str, Any] | BadRow]:
+    bad: list[BadRow] = []
+
+    def note(row: pyarrow.csv.InvalidRow) -> str:
+        bad.append(BadRow(f"{row.actual_columns} values for {row.expected_columns} columns"))
+        return "skip"
+
+    table = pyarrow.csv.read_csv(
+        file,
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(text_columns, pa.string()), strings_can_be_null=False
+        ),
+    )
+    for batch in table.to_batches(max_chunksize=1024):
+        yield from batch.to_pylist()
+    yield from bad

@@ -1,0 +1,371 @@
+"""A run on disk: one lock, one configuration, and stages made of checked shards. The same command resumes it.
+Run its tests: pytest tests/test_run_folder.py
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from dpa.core.config import RunConfig, differences, fingerprint, resolved
+from dpa.core.errors import RunFolderError, StorageError
+from dpa.core.records import Ledger
+from dpa.storage.tables import (
+    TEMPORARY,
+    FileRecord,
+    disk_error,
+    file_digest,
+    read_json,
+    read_table,
+    verify,
+    write_bytes,
+    write_json,
+    write_table,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that could not be used, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What stands beside a finished shard. `made_from` names its inputs: a shard of other inputs is made again."""
+
+    file: FileRecord
+    ledger: Ledger
+    rejects: tuple[Reject, ...]
+    made_from: str
+
+
+class RunFolder:
+    """The folder of one run. Stages meet here, not in code.
+
+    with RunFolder("runs/demo").open(config, inputs={"prompts.path": Path("prompts.jsonl")}) as run:
+        stage = run.stage(1, "rollout")
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock: int | None = None
+
+    def open(
+        self,
+        config: RunConfig,
+        inputs: Mapping[str, Path] | None = None,
+        needed_bytes: int = 0,
+        ignore_free_space: bool = False,
+    ) -> "RunFolder":
+        """Lock the folder, check that it belongs to this configuration and these inputs, and that there is room.
+
+        `inputs`: field -> local file or folder whose content the run depends on (prompts, ratings); its SHA-256 is
+        part of the run's identity. `needed_bytes`: an estimate of what the run will write.
+
+        Raises RunFolderError: locked by another process (which it names), another configuration or input (each
+        difference on its line), too little free space, not writable.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _take_lock(self.path / "lock")
+        except OSError as error:
+            raise disk_error(error, self.path, "opening the run folder") from None
+        try:
+            self._check_identity(config, inputs or {})
+            free = shutil.disk_usage(self.path).free
+            if free < needed_bytes and not ignore_free_space:
+                raise RunFolderError(
+                    f"out: {self.path} has {_gigabytes(free)} free and the run needs about "
+                    f"{_gigabytes(needed_bytes)}; free some space, choose another folder, or pass --ignore-free-space."
+                )
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Release the lock (the kernel does it too when the process ends, however it ends)."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def stage(self, iteration: int | None, name: str) -> "StageFolder":
+        """The folder of a stage: `iter_<iteration>/<name>`, or `<name>` for a stage outside the iterations."""
+        place = name if iteration is None else f"iter_{iteration}/{name}"
+        return StageFolder(self.path / place, place)
+
+    def _check_identity(self, config: RunConfig, inputs: Mapping[str, Path]) -> None:
+        file = self.path / "fingerprint.json"
+        now: dict[str, Any] = {
+            "fingerprint": fingerprint(config),
+            "config": resolved(config),
+            "inputs": {field: content_digest(Path(path)) for field, path in sorted(inputs.items())},
+        }
+        if file.exists():
+            before = read_json(file)
+            changed = differences(before["config"], now["config"]) + [
+                f"{field}: the content of {path} has changed"
+                for field, path in inputs.items()
+                if before["inputs"].get(field, now["inputs"][field]) != now["inputs"][field]
+            ]
+            if changed:
+                raise RunFolderError(
+                    f"out: {self.path} belongs to a run with another configuration; go back to that one, or choose "
+                    f"another folder. Changed:\n  " + "\n  ".join(changed)
+                )
+            now["inputs"] = {**before["inputs"], **now["inputs"]}
+            if before == now:
+                return
+        write_bytes(self.path / "config.yaml", yaml.safe_dump(now["config"], sort_keys=False).encode())
+        write_json(file, now)  # last: from now on the folder is this run's
+
+
+class StageFolder:
+    """One stage's shards, records, rejects and ledger.
+
+    A shard is a parquet file plus a record (`shard-00000.json`: rows, sha256, bytes, ledger, rejects) written after
+    it; a file without its record does not count. The stage is done when `done.json` lists its shards and every one of
+    them is whole. A damaged shard is set aside as `*.damaged` and reported as missing, so that it is made again.
+
+    `name` (`iter_1/rollout`) identifies the stage in messages and in random seeds, wherever the run folder lies.
+    """
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path = Path(path)
+        self.name = name or self.path.name
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+        except OSError as error:
+            raise disk_error(error, self.path, "opening the stage folder") from None
+
+    # --- writing -----------------------------------------------------------------------------------------------
+
+    def write_shard(
+        self, number: int, table: pa.Table, ledger: Ledger, rejects: Sequence[Reject] = (), made_from: str = ""
+    ) -> None:
+        """Write a shard, then its record. Replaces a shard of the same number; the stage is open again."""
+        (self.path / "done.json").unlink(missing_ok=True)
+        self._record_file(number).unlink(missing_ok=True)
+        file = write_table(self._data_file(number), table)
+        record = ShardRecord(file, ledger, tuple(rejects), made_from)
+        write_json(self._record_file(number), asdict(record))
+
+    def write_rejects(self, rejects: Sequence[Reject]) -> None:
+        """Write `rejects.jsonl` (id, stage, reason); `finish` does it for rejects that came with shards."""
+        lines = [
+            json.dumps({"id": reject.id, "stage": self.name, "reason": reject.reason}, ensure_ascii=False) + "\n"
+            for reject in rejects
+        ]
+        write_bytes(self.path / "rejects.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
+
+    def finish(self, ledger: Ledger | None = None, shards: int | None = None) -> None:
+        """Mark the stage done: its ledger is the shards' ledgers added up, plus `ledger`.
+
+        `shards`: how many there must be (numbers 0 to shards - 1); default: those that are recorded.
+        """
+        records = [self._record(number) for number in range(self._count() if shards is None else shards)]
+        total = Ledger()
+        for record in records:
+            if record is None:
+                raise ValueError(f"{self.name}: finish() before all {shards} shards are written")
+            total.add(record.ledger)
+        total.add(ledger or Ledger())
+        rejects = [reject for record in records if record for reject in record.rejects]
+        if rejects:
+            self.write_rejects(rejects)
+        done = {"shards": [record.file.sha256 for record in records if record], "ledger": asdict(total)}
+        write_json(self.path / "done.json", done)
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """Whether `done.json` stands and every shard it lists is whole (all bytes are checked)."""
+        if not (self.path / "done.json").exists():
+            return False
+        listed = self._done()["shards"]
+        whole = [self.shard_digest(number) for number in range(len(listed))]
+        return whole == listed
+
+    @property
+    def shards(self) -> int:
+        """How many shards the finished stage has."""
+        return len(self._done()["shards"])
+
+    @property
+    def ledger(self) -> Ledger:
+        """What the finished stage cost."""
+        return Ledger(**self._done()["ledger"])
+
+    def shard_digest(self, number: int, made_from: str | None = None) -> str | None:
+        """SHA-256 of a shard that is recorded, whole and made from these inputs (None: any); else None.
+
+        A damaged shard is set aside.
+        """
+        record = self._record(number)
+        if record is None or (made_from is not None and record.made_from != made_from):
+            return None
+        try:
+            verify(self._data_file(number), record.file)
+        except StorageError as error:
+            self._set_aside(number, error)
+            return None
+        except RunFolderError:  # the file is gone
+            return None
+        return record.file.sha256
+
+    def shard(self, number: int) -> pa.Table | None:
+        """A shard's table, every byte verified; None when there is none. A damaged shard is set aside."""
+        record = self._record(number)
+        if record is None:
+            return None
+        try:
+            return read_table(self._data_file(number), record.file)
+        except StorageError as error:
+            self._set_aside(number, error)
+        except RunFolderError:  # the file is gone
+            pass
+        return None
+
+    def shard_ledger(self, number: int) -> Ledger:
+        """What a recorded shard cost."""
+        return self._must(number).ledger
+
+    def shard_rejects(self, number: int) -> tuple[Reject, ...]:
+        """The rejects of a recorded shard."""
+        return self._must(number).rejects
+
+    def table(self, number: int) -> pa.Table:
+        """A shard's table, every byte verified; StorageError when it is damaged or not there."""
+        table = self.shard(number)
+        if table is None:
+            raise StorageError(f"{self._data_file(number)} is damaged or missing; run the same command again.")
+        return table
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The finished stage's shards in order, verified.
+
+        Raises RunFolderError when the stage is not finished, StorageError when a shard turns out damaged.
+        """
+        for number in range(self.shards):
+            yield self.table(number)
+
+    # --- inside ------------------------------------------------------------------------------------------------
+
+    def _data_file(self, number: int) -> Path:
+        return self.path / f"shard-{number:05d}.parquet"
+
+    def _record_file(self, number: int) -> Path:
+        return self.path / f"shard-{number:05d}.json"
+
+    def _count(self) -> int:
+        return sum(1 for _ in self.path.glob("shard-*.json"))
+
+    def _must(self, number: int) -> ShardRecord:
+        record = self._record(number)
+        if record is None:
+            raise ValueError(f"{self.name}: shard {number} is not recorded")
+        return record
+
+    def _record(self, number: int) -> ShardRecord | None:
+        file = self._record_file(number)
+        if not file.exists():
+            return None
+        try:
+            data = read_json(file)
+            return ShardRecord(
+                FileRecord(**data["file"]),
+                Ledger(**data["ledger"]),
+                tuple(Reject(**reject) for reject in data["rejects"]),
+                data["made_from"],
+            )
+        except (StorageError, KeyError, TypeError):
+            log.warning("%s is damaged: its shard does not count and will be made again.", file)
+            return None
+
+    def _done(self) -> dict[str, Any]:
+        file = self.path / "done.json"
+        if not file.exists():
+            raise RunFolderError(f"{self.name}: this stage is not finished in {self.path}; run it first.")
+        return read_json(file)
+
+    def _set_aside(self, number: int, error: StorageError) -> None:
+        file = self._data_file(number)
+        file.replace(file.with_name(f"{file.name}.damaged"))
+        self._record_file(number).unlink()
+        log.warning("%s Set aside as %s.damaged; it will be made again.", error, file.name)
+
+    def _sweep(self) -> None:
+        """Remove what an interrupted write left behind: temporary files, and data whose record never came."""
+        unrecorded = [file for file in self.path.glob("shard-*.parquet") if not file.with_suffix(".json").exists()]
+        temporary = [file for file in self.path.glob(f".*{TEMPORARY}") if not file.is_dir()]
+        leftovers = [*temporary, *unrecorded]
+        for file in leftovers:
+            file.unlink()
+        if leftovers:
+            log.warning("%s: removed %d unfinished file(s) of an interrupted run.", self.name, len(leftovers))
+
+
+def count_reasons(rejects: Sequence[Reject], most: int = 5) -> str:
+    """The commonest reasons with their counts, as text: `3 x prompt is empty, 1 x id 'a' is a duplicate`."""
+    counts = Counter(reject.reason for reject in rejects).most_common()
+    text = ", ".join(f"{count} x {reason}" for reason, count in counts[:most])
+    return f"{text}, and {len(counts) - most} other reasons" if len(counts) > most else text
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file, or of the names and contents of all files in a folder."""
+    try:
+        if path.is_file():
+            return file_digest(path)
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        listing = [f"{file.relative_to(path)} {file_digest(file)}\n" for file in files]
+    except OSError as error:
+        raise disk_error(error, path, "reading") from None
+    if not listing:
+        raise RunFolderError(f"{path}: there is no such file; check the path.")
+    return hashlib.sha256("".join(listing).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _take_lock(file: Path) -> int:
+    """Lock a file for the life of this process and write who holds it; the descriptor keeps the lock."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").strip()
+        os.close(descriptor)
+        raise RunFolderError(
+            f"out: {file.parent} is in use by {holder or 'another process'}; wait for it to end, "
+            "or choose another folder."
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
+    return descriptor
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,187 @@
+"""Files that are whole or not there: bytes, JSON, parquet tables and model folders.
+Run its tests: pytest tests/test_tables.py
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpa.core.errors import DpaError, RunFolderError, StorageError
+
+TEMPORARY = ".tmp"
+"""Suffix of what is being written; `.NAME.tmp` stands in the folder of NAME, so a rename never crosses file systems."""
+
+_USER_FIXES = {
+    errno.EACCES: "make the folder writable or choose another one",
+    errno.EPERM: "make the folder writable or choose another one",
+    errno.EROFS: "choose a folder that is not read-only",
+    errno.ENOENT: "create the folder first",
+    errno.ENOTDIR: "a part of the path is a file; choose another folder",
+    errno.EISDIR: "a folder stands at this path; remove it or choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+}
+_DISK_FIXES = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some of your quota and run the same command again",
+    errno.EFBIG: "raise the file-size limit (ulimit -f) and run the same command again",
+}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a finished table file must look like: rows, SHA-256 of its bytes (hex), size in bytes."""
+
+    rows: int
+    sha256: str
+    bytes: int
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file or none: temporary name, fsync, rename, fsync of the folder.
+
+    Raises StorageError (disk full, file too large, I/O error) or RunFolderError (not writable, no such folder), with
+    the path and the number of bytes; the file that stood there before is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+    except OSError as error:
+        raise disk_error(error, path, f"writing {len(data)} bytes") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON, as `write_bytes` does. NaN and infinity are refused: JSON has none, use null."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes JSON's own escape
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; StorageError names a file that is damaged or cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise disk_error(error, path, "reading") from None
+    except ValueError as error:
+        raise StorageError(
+            f"{path} is not readable JSON ({error}); remove it and run the same command again."
+        ) from None
+
+
+def write_table(path: Path, table: pa.Table) -> FileRecord:
+    """Write a parquet table, as `write_bytes` does, and return the record that `read_table` checks it against."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    data = buffer.getvalue()
+    write_bytes(path, data)
+    return FileRecord(table.num_rows, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def read_table(path: Path, record: FileRecord | None = None) -> pa.Table:
+    """Read a parquet table; with a record, every byte is verified (without, parquet's own page checksums are).
+
+    Raises StorageError, which names the file, when it is missing, unreadable or not what the record says.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise disk_error(error, path, "reading") from None
+    if record is not None:
+        _compare(path, record, len(data), hashlib.sha256(data).hexdigest())
+    try:
+        return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"{path} is damaged ({error}); remove it and run the same command again.") from None
+
+
+def verify(path: Path, record: FileRecord) -> None:
+    """Check a file against its record without parsing it; StorageError names a file that is missing or damaged."""
+    try:
+        _compare(path, record, Path(path).stat().st_size, file_digest(path))
+    except OSError as error:
+        raise disk_error(error, path, "reading") from None
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def save_folder_atomically(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; when the block ends well it is synced and renamed to `path`.
+
+    What stood at `path` is replaced as a whole. When the block raises, nothing at `path` changes.
+    Raises StorageError or RunFolderError as `write_bytes` does, also for an OSError of the block.
+    """
+    path = Path(path)
+    temporary, old = (path.with_name(f".{path.name}{suffix}") for suffix in (TEMPORARY, ".old"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if old.exists() and not path.exists():  # a crash between the two renames below
+            old.rename(path)
+        for leftover in (temporary, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                _sync(file)
+            _sync(temporary)
+            if path.exists():
+                path.rename(old)
+            temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        where = f" (file {error.filename})" if error.filename else ""
+        raise disk_error(error, path, f"writing the folder{where}") from None
+
+
+def disk_error(error: OSError, path: Path, doing: str) -> DpaError:
+    """The error to raise for an OSError: the user's to mend (RunFolderError) or the disk's (StorageError)."""
+    code = error.errno or 0
+    fix = _USER_FIXES.get(code) or _DISK_FIXES.get(code) or "check the disk and run the same command again"
+    kind = RunFolderError if code in _USER_FIXES else StorageError
+    return kind(f"{path}: {doing} failed ({error.strerror or error}); {fix}.")
+
+
+def _sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's renames, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _compare(path: Path, record: FileRecord, size: int, sha256: str) -> None:
+    if size != record.bytes:
+        raise StorageError(f"{path} is damaged: {size} bytes, but its record says {record.bytes}.")
+    if sha256 != record.sha256:
+        raise StorageError(f"{path} is damaged: its checksum is {sha256[:12]}..., not {record.sha256[:12]}...")

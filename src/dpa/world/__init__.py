@@ -1,0 +1,1 @@
+"""The embedded demo world: questions, a known true reward, rated rows, and a small start model."""

@@ -1,0 +1,36 @@
+"""What every test may use: one thread per process, and a process runner for the tests that kill and resume."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src"
+
+
+@pytest.fixture
+def fake_run() -> Callable[..., subprocess.Popen]:
+    """Start tests/fake_run.py with these arguments; processes still alive at the end of the test are killed."""
+    started: list[subprocess.Popen] = []
+
+    def start(*arguments: object) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, str(TESTS / "fake_run.py"), *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{TESTS}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

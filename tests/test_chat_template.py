@@ -1,0 +1,193 @@
+"""The steerable chat template: byte equality with DirectionSpace.prompt, in transformers and in bare Jinja.
+pytest tests/test_chat_template.py
+"""
+
+import math
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tiny_models import CHAT_TEMPLATE, SPACE, tiny_tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.errors import ModelFileError
+from dpa.models.chat_template import PLAIN_TEMPLATE, has_system_role, steerable_template
+
+NO_SYSTEM = (
+    "{%- for m in messages -%}"
+    "{%- if m['role'] == 'system' -%}{{ raise_exception('System role not supported') }}{%- endif -%}"
+    "{%- if m['role'] == 'user' -%}[INST] {{ m['content'] }} [/INST]{%- else -%}{{ m['content'] }}</s>{%- endif -%}"
+    "{%- endfor -%}"
+)
+DROPS_SYSTEM = "{% for m in messages %}{% if m.role != 'system' %}<{{ m.content }}>{% endif %}{% endfor %}"
+QUESTION = [{"role": "user", "content": "Why?"}]
+ASKED = {"helpfulness": 0.8, "verbosity": -0.6}
+SENTENCE = SPACE.prompt(SPACE.direction(ASKED))
+
+
+def in_transformers(template: str, messages: list, **variables) -> str:
+    rendered, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **variables)
+    return rendered[0]
+
+
+def in_bare_jinja(template: str, messages: list, **variables) -> str:
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment()
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **variables)
+
+
+@pytest.fixture(params=[in_transformers, in_bare_jinja])
+def render(request):
+    return request.param
+
+
+weights = st.one_of(
+    st.floats(-100, 100), st.integers(-100, 100), st.sampled_from([0.0, -0.0, 0.005, 0.015, -0.025, 0.125, 1e-90])
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.lists(weights, min_size=2, max_size=4), st.data())
+@example([3, 4], None)
+@example([1.0, -0.001], None)
+@example([0.995, -0.0998749217771909], None)
+def test_sentence_is_the_spaces_own_byte_for_byte(values: list[float], data) -> None:
+    names = ["helpfulness", "verbosity", "warmth", "wit.2-b"][: len(values)]
+    space = DirectionSpace(tuple(Objective(name, {name: 1.0}) for name in names))
+    assume(sum(value * value for value in values) > 1e-200)
+    preference = dict(zip(names, values, strict=True))
+    if data is not None:  # any order, and objectives left out where they weigh nothing
+        kept = [name for name in data.draw(st.permutations(names)) if preference[name] != 0 or data.draw(st.booleans())]
+        preference = {name: preference[name] for name in kept}
+    expected = "<|system|>" + space.prompt(space.direction(preference)) + "<|user|>Why?<|assistant|>"
+    template = steerable_template(CHAT_TEMPLATE, space)
+    assert in_transformers(template, QUESTION, preference=preference) == expected
+    assert in_bare_jinja(template, QUESTION, preference=preference) == expected
+
+
+@pytest.mark.parametrize("percent", [0.5, 1.5, 2.5, 12.5, 49.5])
+def test_ties_round_as_python_rounds(percent: float) -> None:
+    """A weight whose hundredfold lies on a half, as close as doubles go."""
+    small = percent / 100
+    for nudged in (small, math.nextafter(small, 0), math.nextafter(small, 1)):
+        asked = {"helpfulness": math.sqrt(1 - nudged * nudged), "verbosity": -nudged}
+        rendered = in_bare_jinja(steerable_template(CHAT_TEMPLATE, SPACE), QUESTION, preference=asked)
+        assert SPACE.prompt(SPACE.direction(asked)) in rendered
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"])))
+@example("{% raw %}", "{# @after@ %}")
+@example('\\"{{ @before@ }}', "\r\n\t😀\u2028")
+@settings(max_examples=50, deadline=None)
+def test_any_sentence_survives(before: str, after: str) -> None:
+    assume("{weighted_rating}" not in before and "{weighted_rating}" not in after)
+    space = DirectionSpace(SPACE.objectives, template=before + "{weighted_rating}" + after)
+    template = steerable_template(CHAT_TEMPLATE, space)
+    expected = "<|system|>" + space.prompt(space.direction(ASKED)) + "<|user|>Why?<|assistant|>"
+    assert in_bare_jinja(template, QUESTION, preference=ASKED) == expected
+
+
+def test_sentence_leads_the_system_prompt(render) -> None:
+    template = steerable_template(CHAT_TEMPLATE, SPACE)
+    system = [{"role": "system", "content": "Be kind."}, *QUESTION]
+    assert render(template, system, preference=ASKED) == f"<|system|>{SENTENCE}\n\nBe kind.<|user|>Why?<|assistant|>"
+    empty = [{"role": "system", "content": ""}, *QUESTION]
+    assert render(template, empty, preference=ASKED) == f"<|system|>{SENTENCE}<|user|>Why?<|assistant|>"
+
+
+def test_without_a_system_role_the_first_question_carries_it(render) -> None:
+    assert not has_system_role(NO_SYSTEM)
+    template = steerable_template(NO_SYSTEM, SPACE)
+    talk = [*QUESTION, {"role": "assistant", "content": "So."}, {"role": "user", "content": "And?"}]
+    assert render(template, talk, preference=ASKED) == f"[INST] {SENTENCE}\n\nWhy? [/INST]So.</s>[INST] And? [/INST]"
+    system = [{"role": "system", "content": "Be kind."}, *QUESTION]
+    assert render(template, system, preference=ASKED) == f"[INST] {SENTENCE}\n\nBe kind.\n\nWhy? [/INST]"
+    with pytest.raises(TemplateError, match="user's turn"):
+        render(template, talk[1:], preference=ASKED)
+
+
+def test_a_template_that_drops_the_system_message_has_no_system_role(render) -> None:
+    assert not has_system_role(DROPS_SYSTEM)
+    assert render(steerable_template(DROPS_SYSTEM, SPACE), QUESTION, preference=ASKED) == f"<{SENTENCE}\n\nWhy?>"
+
+
+@pytest.mark.parametrize("base", [CHAT_TEMPLATE, NO_SYSTEM, PLAIN_TEMPLATE])
+@pytest.mark.parametrize("variables", [{}, {"preference": None}])
+def test_without_a_preference_nothing_changes(render, base: str, variables: dict) -> None:
+    talk = [*QUESTION, {"role": "assistant", "content": "So."}, {"role": "user", "content": "And?"}]
+    assert render(steerable_template(base, SPACE), talk, **variables) == render(base, talk)
+
+
+@pytest.mark.parametrize("opening", ["\n", " \n", "  ", "text "])
+def test_blanks_that_open_the_base_are_kept(opening: str) -> None:
+    base = opening + CHAT_TEMPLATE
+    assert in_transformers(steerable_template(base, SPACE), QUESTION) == in_transformers(base, QUESTION)
+
+
+def test_plain_model_reads_no_role_words(render) -> None:
+    template = steerable_template(None, SPACE)
+    story = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Once upon"}]
+    assert render(template, story, preference=ASKED, bos_token="<s>") == f"<s>{SENTENCE}\n\nBe kind.\nOnce upon"
+    assert render(template, story[1:]) == "Once upon"
+
+
+def test_content_in_parts_keeps_its_parts(render) -> None:
+    base = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    parts = [{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}, *QUESTION]
+    expected = f"<system>{SENTENCE}\n\nBe kind.<user>Why?"
+    assert render(steerable_template(base, SPACE), parts, preference=ASKED) == expected
+
+
+def test_a_steerable_template_is_taught_anew_and_never_nested() -> None:
+    other = DirectionSpace((Objective("wit", {"wit": 1.0}), Objective("warmth", {"warmth": 1.0})))
+    for base in (CHAT_TEMPLATE, NO_SYSTEM, None):
+        once = steerable_template(base, SPACE)
+        assert steerable_template(once, SPACE) == once
+        assert steerable_template(once, other) == steerable_template(base, other)
+
+
+@pytest.mark.parametrize(
+    ("preference", "message"),
+    [
+        ({"helpfulnes": 1.0}, "helpfulnes"),
+        ({"helpfulness": 0.0, "verbosity": 0}, "zero"),
+        ({}, "zero"),
+        ({"helpfulness": math.nan}, "scale them"),
+        ({"helpfulness": math.inf}, "scale them"),
+        ({"helpfulness": 1e300}, "scale them"),
+        ({"helpfulness": "0.8"}, "not a number"),
+        ({"helpfulness": True}, "not a number"),
+        ("helpfulness*0.8", "mapping"),
+        ([0.8, -0.6], "mapping"),
+    ],
+)
+def test_a_wrong_preference_is_refused(render, preference, message: str) -> None:
+    with pytest.raises(TemplateError, match=message):
+        render(steerable_template(CHAT_TEMPLATE, SPACE), QUESTION, preference=preference)
+
+
+@pytest.mark.parametrize(
+    "base",
+    ["{{ messages", "{{ raise_exception('never') }}", "no messages at all", "{{ messages.__class__.__mro__ }}"],
+)
+def test_a_base_that_does_not_render_is_refused(base: str) -> None:
+    with pytest.raises(ModelFileError, match="chat template"):
+        steerable_template(base, SPACE)
+
+
+def test_tokenizer_saves_and_reads_it(tmp_path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = steerable_template(tokenizer.chat_template, SPACE)
+    tokenizer.save_pretrained(tmp_path)
+    again = type(tokenizer).from_pretrained(tmp_path)
+    rendered = again.apply_chat_template(QUESTION, preference=ASKED, tokenize=False, add_generation_prompt=True)
+    assert rendered == f"<|system|>{SENTENCE}<|user|>Why?<|assistant|>"

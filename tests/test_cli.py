@@ -1,0 +1,70 @@
+"""The command line: a user's mistake is one sentence and exit code 2; every recipe loads; the page is current.
+
+pytest tests/test_cli.py
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpa.core.config import RewardTrainConfig, load_config
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def dpa(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dpa", *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_loads(path: Path) -> None:
+    assert load_config(path).name
+
+
+def test_help_names_every_command() -> None:
+    text = dpa("--help").stdout
+    for command in ("run", "demo", "ratings", "train-reward", "rollout", "score", "select", "finetune", "evaluate"):
+        assert command in text
+    for command in ("report", "generate", "chat"):
+        assert command in text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("out: x\niteration: 3\n", "did you mean `iterations`"),
+        ("- a\n", "must be a mapping"),
+        ("out: [\n", "not readable YAML"),
+        (
+            "out: x\npolicy: p\nspace: {objectives: {a: null, b: null}, max_angle: 900}\n"
+            "reward: {functions: {a: m:f}}\nprompts: {path: p}\nevaluate: {prompts: {path: p}}\n",
+            "space.max_angle: 900",
+        ),
+    ],
+)
+def test_a_bad_configuration_is_one_sentence_and_exit_2(tmp_path: Path, content: str, said: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    result = dpa("run", str(file))
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_missing_file_and_a_bad_override_exit_2(tmp_path: Path) -> None:
+    assert dpa("run", str(tmp_path / "none.yaml")).returncode == 2
+    bad = dpa("run", str(RECIPES[0]), "--set", "rollout")
+    assert bad.returncode == 2
+    assert "FIELD=VALUE" in bad.stderr
+
+
+def test_the_configuration_page_is_generated_from_the_classes() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    script = "import make_docs; print(make_docs.configuration_page(), end='')"
+    page = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment).stdout
+    assert page == (ROOT / "docs" / "configuration.md").read_text()
+    assert all(field in page for field in RewardTrainConfig.model_fields)

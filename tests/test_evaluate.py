@@ -1,0 +1,149 @@
+"""The record of one policy: a listening one, a deaf one, missing scores, and answers side by side.
+Run: pytest tests/test_evaluate.py
+"""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dpa.core.config import EvaluateConfig
+from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.errors import DataError, DirectionError
+from dpa.stages.evaluate import evaluate, side_by_side
+
+TWO = DirectionSpace((Objective("helpfulness", {"help": 1}), Objective("verbosity", {"words": 1})), max_angle=60)
+THREE = DirectionSpace(
+    (Objective("helpfulness", {"help": 1}), Objective("verbosity", {"words": 1}), Objective("warmth", {"warm": 1}))
+)
+CONFIG = EvaluateConfig(prompts={"path": "held_out.jsonl"}, directions=5, samples=2, resamples=40)
+
+
+def policy_tables(space: DirectionSpace, follow: float, prompts: int = 12, seed: int = 0) -> tuple[pa.Table, pa.Table]:
+    """Rollout and scores of a policy that moves `follow` points along the direction asked, and words with verbosity."""
+    rng = np.random.default_rng(seed)
+    rows, scores = [], []
+    for direction_K in space.grid(CONFIG.directions):
+        for p in range(prompts):
+            for k in range(CONFIG.samples):
+                row_id = f"{len(rows)}"
+                scores_K = 50 + follow * direction_K + rng.standard_normal(space.K)
+                words = max(1, round(scores_K[1] / 2))
+                rows.append(
+                    {
+                        "candidate_id": row_id,
+                        "prompt_id": f"p{p}",
+                        "direction": direction_K.tolist(),
+                        "k": k,
+                        "response": " ".join(["word"] * words),
+                        "tokens": words + 1,
+                    }
+                )
+                attributes = {
+                    attribute: float(score)
+                    for objective, score in zip(space.objectives, scores_K, strict=True)
+                    for attribute in objective.attributes
+                }
+                scores.append({"candidate_id": row_id, "prompt_id": f"p{p}", **attributes, "valid": True})
+    return pa.Table.from_pylist(rows), pa.Table.from_pylist(scores)
+
+
+def replaced(table: pa.Table, name: str, values: list) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, pa.array(values))
+
+
+@pytest.mark.parametrize("space", [TWO, THREE], ids=["two", "three"])
+def test_a_listening_policy(space):
+    rollout, scores = policy_tables(space, follow=30)
+    record = evaluate(rollout, {"model": scores, "gold": scores}, space, CONFIG, seed=0)
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert record["prompts"] == 12
+    assert record["answers"] == rollout.num_rows
+    assert record["unscored"] == {"model": 0, "gold": 0}
+    assert record["listens"]["verdict"] is True
+    assert record["listens"]["by"] == "gold"
+    grid_DK = space.grid(CONFIG.directions)
+    for direction, weights_K in zip(record["directions"], grid_DK, strict=True):
+        assert direction["weights"] == weights_K.tolist()
+        assert direction["tokens"]["value"] == pytest.approx(direction["words"]["value"] + 1)
+        for name, weight in zip(space.names, weights_K, strict=True):
+            found = direction["objectives"]["gold"][name]
+            assert found["value"] == pytest.approx(50 + 30 * weight, abs=1)
+            assert found["low"] <= found["value"] <= found["high"]
+    for arc in space.arc_names:
+        assert record["measures"]["model"]["kendall_tau"][arc]["value"] == pytest.approx(1.0)
+        asked = [direction["angles"][arc] for direction in record["directions"] if arc in direction["angles"]]
+        assert sorted(asked) == pytest.approx(np.linspace(-space.max_angle, space.max_angle, 5).tolist())
+
+
+def test_means_are_over_prompts_of_means_over_samples():
+    """A prompt with many answers weighs no more than one with few."""
+    rollout, scores = policy_tables(TWO, follow=0, prompts=2)
+    rollout, scores = (
+        pa.concat_tables([t, t.filter(pa.compute.equal(t["prompt_id"], "p0"))]) for t in (rollout, scores)
+    )
+    scores = replaced(scores, "help", [10.0 if p == "p0" else 40.0 for p in scores["prompt_id"].to_pylist()])
+    record = evaluate(rollout, {"model": scores}, TWO, CONFIG, seed=0)
+    assert [d["objectives"]["model"]["helpfulness"]["value"] for d in record["directions"]] == pytest.approx([25.0] * 5)
+
+
+@pytest.mark.parametrize("follow", [0.0, -30.0], ids=["deaf", "reversed"])
+def test_a_policy_that_does_not_listen_is_called_out(follow):
+    rollout, scores = policy_tables(TWO, follow)
+    if follow == 0.0:
+        scores = replaced(scores, "words", [50.0] * len(scores))
+    listens = evaluate(rollout, {"model": scores}, TWO, CONFIG, seed=0)["listens"]
+    assert listens["verdict"] is False
+    assert listens["by"] == "model"
+    assert "DOES NOT FOLLOW" in listens["sentence"]
+
+
+def test_answers_without_a_score_are_left_out_and_counted():
+    rollout, scores = policy_tables(TWO, follow=30)
+    spoilt = np.zeros(len(scores), dtype=bool)
+    spoilt[[0, 7]] = True
+    bad = replaced(scores, "help", np.where(spoilt, 1e9, scores["help"].to_numpy()).tolist())
+    bad = replaced(bad, "valid", (~spoilt).tolist())
+    record = evaluate(rollout, {"model": bad}, TWO, CONFIG, seed=0)
+    assert record["unscored"] == {"model": 2}
+    assert record["directions"][0]["objectives"]["model"]["helpfulness"]["value"] < 100
+
+
+def test_a_direction_without_any_score_is_null_and_not_a_crash():
+    rollout, scores = policy_tables(TWO, follow=30)
+    first = rollout["direction"].to_pylist()[0]
+    bad = replaced(scores, "valid", [direction != first for direction in rollout["direction"].to_pylist()])
+    record = evaluate(rollout, {"model": bad}, TWO, CONFIG, seed=0)
+    assert record["directions"][0]["objectives"]["model"]["verbosity"] == {"value": None, "low": None, "high": None}
+    assert record["directions"][0]["front"]["model"] is False
+    json.dumps(record, allow_nan=False)
+
+
+def test_tables_that_do_not_belong_together_are_refused():
+    rollout, scores = policy_tables(TWO, follow=30)
+    with pytest.raises(DataError, match="no answers"):
+        evaluate(rollout.slice(0, 0), {"model": scores.slice(0, 0)}, TWO, CONFIG, seed=0)
+    with pytest.raises(DataError, match="other answers"):
+        evaluate(rollout, {"model": scores.slice(1)}, TWO, CONFIG, seed=0)
+    with pytest.raises(DataError, match="not in the grid"):
+        evaluate(rollout, {"model": scores}, TWO, CONFIG.model_copy(update={"directions": 6}), seed=0)
+    with pytest.raises(DataError, match="2 weights"):
+        evaluate(rollout, {"model": scores}, THREE, CONFIG, seed=0)
+    with pytest.raises(DirectionError, match="'words' is unknown"):
+        evaluate(rollout, {"model": scores.drop_columns(["words"])}, TWO, CONFIG, seed=0)
+
+
+@pytest.mark.parametrize(("space", "answers"), [(TWO, 3), (THREE, 5)], ids=["two", "three"])
+def test_the_same_question_at_the_ends_and_the_center(space, answers):
+    rollout, scores = policy_tables(space, follow=30)
+    prompts = {f"p{p}": [{"role": "user", "content": f"question {p}"}] for p in range(12)}
+    shown = side_by_side(rollout, {"gold": scores}, prompts, space, CONFIG, count=2)
+    assert [question["prompt"] for question in shown] == ["question 0", "question 1"]
+    for question in shown:
+        assert len(question["answers"]) == answers
+        words = [answer["words"] for answer in question["answers"] if "verbosity" in answer["angles"]]
+        assert words == sorted(words)
+        assert words[0] < words[-1]
+        for answer in question["answers"]:
+            assert answer["objectives"]["gold"].keys() == set(space.names)

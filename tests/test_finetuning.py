@@ -1,0 +1,388 @@
+"""Finetuning: packing changes nothing, lengths survive, interruptions leave no trace, a NaN never reaches the weights.
+pytest tests/test_finetuning.py
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
+
+from dpa.core.config import FinetuneConfig, LoraConfig
+from dpa.core.errors import ConfigError, DataError, Interrupted, TrainingError
+from dpa.core.records import Ledger
+from dpa.models.finetuning import Example, FinetuneResult, build_trainer, encode_examples, finetune, pack
+from dpa.models.optimizers import MuonWithAdamW
+from dpa.models.policy import load_policy, load_space, make_steerable
+from dpa.models.training import StopAtBadGradient
+from dpa.stages.finetune import finetune_policy
+from dpa.storage.run_folder import StageFolder
+
+QUESTION = [{"role": "user", "content": "Why?"}]
+
+
+def table_of(responses: list[str], questions: list[list] | None = None) -> pa.Table:
+    """Select shard columns."""
+    questions = questions or [QUESTION] * len(responses)
+    return pa.table(
+        {
+            "prompt_id": [f"p{i}" for i in range(len(responses))],
+            "messages": [json.dumps(question) for question in questions],
+            "direction": pa.array([[0.8, -0.6]] * len(responses), pa.list_(pa.float64())),
+            "candidate_id": [f"c{i}" for i in range(len(responses))],
+            "response": responses,
+            "utility": [0.0] * len(responses),
+        }
+    )
+
+
+ROWS = table_of(["So it is. " * (1 + i * 7 % 9) for i in range(64)])
+CONFIG = FinetuneConfig(
+    learning_rate=3e-3, max_length=160, packed_rows_per_step=4, epochs=1, save_steps=2, warmup=0.2, schedule="linear"
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+def run(base: Path, folder: Path, config: FinetuneConfig = CONFIG, rows: pa.Table = ROWS) -> FinetuneResult:
+    return finetune(base, rows, SPACE, folder / "policy", folder / "work", config, seed=7)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "policy" / "model.safetensors")
+
+
+def logged(folder: Path) -> list[tuple]:
+    """(step, loss, learning rate, gradient norm) of each step."""
+    entries = map(json.loads, (folder / "work" / "log.jsonl").read_text().splitlines())
+    return [(e["step"], e["loss"], e["learning_rate"], e["grad_norm"]) for e in entries if "loss" in e]
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FinetuneResult]:
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(base, folder)
+
+
+# --- examples -----------------------------------------------------------------------------------------------------
+
+
+def test_only_the_response_and_its_end_are_learned() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    make_steerable(tokenizer, SPACE)
+    (example,), rejects = encode_examples(table_of(["So."]), model, tokenizer, SPACE, 200)
+    sentence = SPACE.prompt(SPACE.direction([0.8, -0.6]))
+    assert tokenizer.decode(example.ids) == f"<|system|>{sentence}<|user|>Why?<|assistant|>So.<|end|>"
+    learned = [token for token in example.labels if token != -100]
+    assert tokenizer.decode(learned) == "So.<|end|>" and example.labels[-4:] == learned
+    assert rejects == []
+
+
+def test_fault_26_rows_without_anything_to_learn_are_counted_with_their_reason() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    make_steerable(tokenizer, SPACE)
+    long = [{"role": "user", "content": "x" * 300}]
+    rows = table_of(["So.", "", "So.", "So. " * 60, "So."], [QUESTION, QUESTION, long, QUESTION, [{"role": "user"}]])
+    examples, rejects = encode_examples(rows, model, tokenizer, SPACE, 200)
+    assert len(examples) == 1
+    assert [(reject.id, reject.reason) for reject in rejects] == [
+        ("c1", "the response is empty"),
+        ("c2", "the prompt fills the 200 tokens of an example"),
+        ("c3", "prompt and response exceed the 200 tokens of an example"),
+        ("c4", "cannot be written as tokens (KeyError)"),
+    ]
+
+
+def test_nothing_to_train_on_is_a_data_error(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none of 2 rows .*the response is empty"):
+        run(base, tmp_path, rows=table_of(["", ""]))
+
+
+def test_rows_that_cannot_be_shared_out_are_a_config_error(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"packed_rows_per_step: 4 is no multiple .*\(3\); take 6"):
+        run(base, tmp_path, CONFIG.model_copy(update={"rows_per_device": 3}))
+
+
+# --- packing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [("llama", {}), ("mistral", {"sliding_window": 24}), ("qwen2", {}), ("gpt2", {})],
+    ids=["llama", "mistral-sliding", "qwen2", "gpt2"],
+)
+@pytest.mark.parametrize("rows_per_device", [1, 2])
+def test_packed_loss_and_gradients_are_those_of_padded_examples(
+    architecture: str, changes: dict, rows_per_device: int, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    examples = [Example(rng.integers(5, 261, int(length)).tolist(), 6) for length in rng.integers(10, 40, 12)]
+    model = tiny_model(architecture, **changes)
+    config = CONFIG.model_copy(update={"max_length": 100, "rows_per_device": rows_per_device})
+    trainer = build_trainer(model, tiny_tokenizer(), examples, tmp_path, config, seed=0)
+    batches = list(trainer.get_train_dataloader())
+    assert len(batches) < len(examples) / 2
+    counted = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    loss = 0.0
+    for batch in batches:
+        part = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(counted))
+        part.backward()
+        loss += part.item()
+    packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model = tiny_model(architecture, **changes)
+    width = max(len(example.ids) for example in examples)
+    ids = torch.tensor([example.ids + [0] * (width - len(example.ids)) for example in examples])
+    labels = torch.tensor([example.labels + [-100] * (width - len(example.ids)) for example in examples])
+    seen = (torch.arange(width) < torch.tensor([[len(example.ids)] for example in examples])).long()
+    logits = model(ids, attention_mask=seen).logits[:, :-1]
+    padded = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
+    padded.backward()
+    assert counted == sum(len(example.ids) - 6 for example in examples)
+    assert loss == pytest.approx(padded.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 80))
+def test_packing_keeps_every_example_whole(lengths: list[int], capacity: int) -> None:
+    rows = pack(lengths, capacity)
+    assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[place] for place in row) <= capacity for row in rows)
+    assert all(row == sorted(row) for row in rows)
+
+
+def test_packed_rows_are_full_and_mixed() -> None:
+    """As full as TRL's best-fit decreasing nearly is, but each row holds short and long examples."""
+    lengths = np.random.default_rng(0).integers(40, 160, 3000)
+    rows = pack(lengths.tolist(), 512)
+    assert lengths.sum() / (512 * len(rows)) > 0.95
+    means = np.array([lengths[row].mean() for row in rows])
+    assert means.std() < 0.6 * lengths.std()
+
+
+def test_how_a_step_is_cut_into_passes_does_not_matter(base: Path, whole: tuple, tmp_path: Path) -> None:
+    """Tokens are weighed over the whole step: four rows one by one, or all at once."""
+    _, result = whole
+    at_once = run(base, tmp_path, CONFIG.model_copy(update={"rows_per_device": 4}))
+    assert at_once.losses == pytest.approx(result.losses, rel=1e-3)
+    assert at_once.padding_share == result.padding_share
+
+
+def test_the_length_distribution_of_the_data_survives(base: Path, tmp_path: Path) -> None:
+    """Data that end after each full stop with probability 0.30 make a policy that does.
+
+    Batches grouped by length with a mean per batch said 0.39, rows packed by length 0.34, and the policy turns terse.
+    """
+    sentences_N = np.random.default_rng(3).geometric(0.30, 1500)
+    rows = table_of(["." * int(count) for count in sentences_N])
+    config = FinetuneConfig(
+        learning_rate=1e-2, max_length=512, packed_rows_per_step=8, epochs=3, optimizer="muon", save_steps=10_000
+    )
+    run(base, tmp_path, config, rows)
+    model, tokenizer = load_policy(tmp_path / "policy")
+    (example,), _ = encode_examples(table_of(["." * 8]), model, tokenizer, SPACE, 512)
+    with torch.no_grad():
+        probability = model(torch.tensor([example.ids])).logits[0].softmax(-1)
+    start = example.prompt_tokens  # the first full stop
+    ends = probability[start : start + 4, tokenizer.eos_token_id]
+    stops = probability[start : start + 4, example.ids[start]]
+    assert torch.all(ends + stops > 0.97), "it has learned what the data look like"
+    assert ends.mean().item() == pytest.approx(1 / sentences_N.mean(), abs=0.025)
+
+
+# --- interruptions ------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys; sys.path.insert(0, "tests")
+import torch; torch.set_num_threads(1)
+from pathlib import Path
+import test_finetuning as t
+t.run(Path(sys.argv[1]), Path(sys.argv[2]), t.CONFIG.model_copy(update={"optimizer": sys.argv[3]}))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums of floats depend on the number of threads; the processes compared here use one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fault_23_killed_and_resumed_equals_undisturbed(
+    base: Path, whole: tuple[Path, FinetuneResult], tmp_path: Path, optimizer: str
+) -> None:
+    """kill -9 once a checkpoint stands; then (fault 22) the newest checkpoint is made to look half-saved."""
+    reference, config = whole[0], CONFIG.model_copy(update={"optimizer": optimizer})
+    if optimizer == "muon":
+        reference = tmp_path / "reference"
+        run(base, reference, config)
+    folder = tmp_path / "killed"
+    repository = Path(__file__).parents[1]
+    child = subprocess.Popen([sys.executable, "-c", SCRIPT, str(base), str(folder), optimizer], cwd=repository)
+    second = folder / "work" / "checkpoint-4" / "trainer_state.json"
+    while child.poll() is None and not second.exists():
+        time.sleep(0.002)
+    child.kill()
+    child.wait()
+    complete = sorted((folder / "work").glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime)
+    assert len(complete) >= 2, "the older checkpoint is kept until the newer one is whole"
+    complete[-1].unlink()
+    run(base, folder, config)
+    assert logged(folder) == logged(reference)
+    assert all(torch.equal(tensor, weights(reference)[name]) for name, tensor in weights(folder).items())
+
+
+def test_sigterm_finishes_the_step_saves_and_resumes(base: Path, whole: tuple, tmp_path: Path) -> None:
+    log = tmp_path / "work" / "log.jsonl"
+
+    def terminate() -> None:
+        while not (log.exists() and log.read_text().count("\n") >= 1):
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=terminate)
+    watcher.start()
+    with pytest.raises(Interrupted, match=r"SIGTERM with \d of \d+ steps finished; run the same command"):
+        run(base, tmp_path)
+    watcher.join()
+    assert not (tmp_path / "policy").exists()
+    assert list((tmp_path / "work").glob("checkpoint-*"))
+    run(base, tmp_path)
+    assert logged(tmp_path) == logged(whole[0])
+
+
+def test_killed_after_the_last_step_only_saves(base: Path, tmp_path: Path) -> None:
+    run(base, tmp_path)
+    first, log = weights(tmp_path), logged(tmp_path)
+    run(base, tmp_path)
+    assert logged(tmp_path) == log
+    assert all(torch.equal(tensor, first[name]) for name, tensor in weights(tmp_path).items())
+
+
+def test_checkpoints_of_other_data_are_not_resumed(base: Path, whole: tuple, tmp_path: Path) -> None:
+    run(base, tmp_path, rows=ROWS.slice(0, 40))
+    run(base, tmp_path)
+    assert logged(tmp_path) == logged(whole[0])
+
+
+# --- bad steps ----------------------------------------------------------------------------------------------------
+
+
+def test_fault_24_a_nan_stops_before_the_step_and_is_in_the_log(base: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"learning_rate": 1e30, "warmup": 0.0, "save_steps": 1})
+    with pytest.raises(TrainingError, match=r"loss is (nan|inf) at step 2, .*learning_rate \(1e\+30\)"):
+        run(base, tmp_path, config)
+    last = json.loads((tmp_path / "work" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["loss"] in ("nan", "inf")
+    assert (tmp_path / "work" / "checkpoint-1" / "trainer_state.json").exists()
+    assert not (tmp_path / "work" / "checkpoint-2").exists()
+    assert not (tmp_path / "policy").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_fault_24_a_bad_gradient_stops_before_the_step(bad: float, tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    model.weight.grad, model.bias.grad = torch.tensor([[1.0, bad]]), torch.zeros(1)
+    callback, arguments = StopAtBadGradient(), TrainingArguments(output_dir=str(tmp_path))
+    with pytest.raises(TrainingError, match="gradient norm is"):
+        callback.on_pre_optimizer_step(arguments, TrainerState(), TrainerControl(), model=model)
+    model.weight.grad[0, 1] = 1.0
+    callback.on_pre_optimizer_step(arguments, TrainerState(), TrainerControl(), model=model)
+
+
+# --- adapters, optimizers, the stage ------------------------------------------------------------------------------
+
+
+def test_adapters_are_merged_into_a_plain_policy(base: Path, tmp_path: Path) -> None:
+    result = run(base, tmp_path, CONFIG.model_copy(update={"lora": LoraConfig(rank=4, alpha=8), "epochs": 2}))
+    assert result.losses[-1] < result.losses[0]
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(base),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "policy"),
+    )
+    changed = {
+        name
+        for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(old, new)
+    }
+    assert changed and all("proj" in name for name in changed), "only the linear layers inside"
+    assert not (tmp_path / "policy" / "adapter_config.json").exists()
+
+
+def test_muon_with_adamw_is_each_on_its_share() -> None:
+    together, apart = tiny_model(), tiny_model()
+    optimizer = MuonWithAdamW(together, lr=0.01, weight_decay=0.1)
+    named = dict(apart.named_parameters())
+    ends = {"model.embed_tokens.weight", "lm_head.weight"}
+    hidden = [p for name, p in named.items() if p.ndim == 2 and name not in ends]
+    others = [
+        {"params": [named[name] for name in sorted(ends & named.keys())], "weight_decay": 0.1},
+        {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    parts = [
+        torch.optim.Muon(hidden, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95)),
+    ]
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (optimizer, *parts)]
+    for step in range(4):
+        if step == 2:  # through a checkpoint
+            state = optimizer.state_dict()
+            optimizer = MuonWithAdamW(together, lr=0.01, weight_decay=0.1)
+            optimizer.load_state_dict(state)
+            schedules[0] = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5, last_epoch=1)
+            for group in optimizer.param_groups:
+                group["lr"] = parts[1].param_groups[0]["lr"]
+        for model in (together, apart):
+            model.zero_grad()
+            model(torch.arange(20)[None], labels=torch.arange(20)[None]).loss.backward()
+        for one in (optimizer, *parts):
+            one.step()
+        for schedule in schedules:
+            schedule.step()
+    for name, parameter in together.named_parameters():
+        torch.testing.assert_close(parameter, named[name], rtol=0, atol=0)
+
+
+def test_the_stage_finetunes_once_and_keeps_no_checkpoints(base: Path, tmp_path: Path) -> None:
+    selection, stage = StageFolder(tmp_path / "select"), StageFolder(tmp_path / "finetune")
+    rows = pa.concat_tables([ROWS, table_of([""])])
+    selection.write_shard(0, rows, Ledger())
+    selection.finish()
+    out = tmp_path / "policy"
+    ledger = finetune_policy(stage, selection, base, SPACE, out, CONFIG, seed=7)
+    assert stage.done and load_space(out) == SPACE
+    assert (ledger.rows, ledger.rejects) == (64, 1)
+    assert ledger.training_tokens == sum(len(row.ids) for row in _examples(rows))
+    assert not list(stage.path.glob("checkpoint-*"))
+    assert "the response is empty" in (stage.path / "rejects.jsonl").read_text()
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    assert finetune_policy(stage, selection, base, SPACE, out, CONFIG, seed=7) == ledger
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+
+
+def _examples(rows: pa.Table) -> list[Example]:
+    tokenizer = tiny_tokenizer()
+    make_steerable(tokenizer, SPACE)
+    return encode_examples(rows, tiny_model(), tokenizer, SPACE, CONFIG.max_length)[0]

@@ -1,0 +1,106 @@
+"""The whole loop on the demo world, small: it ends, resumes, refuses another configuration, and reports.
+
+pytest tests/test_loop.py
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpa.core.config import load_config
+from dpa.core.errors import ConfigError, RunFolderError
+from dpa.recipes.dpa import Loop
+from dpa.world.demo import write_world
+
+SMALL = {
+    "iterations": "1",
+    "prompts.count": "12",
+    "rollout.directions": "2",
+    "rollout.samples": "2",
+    "rollout.prompts_per_shard": "4",
+    "rollout.max_new_tokens": "40",
+    "rollout.workers": "1",
+    "selection.directions": "2",
+    "evaluate.directions": "3",
+    "evaluate.prompts.count": "6",
+    "evaluate.resamples": "50",
+    "reward.train.method": "ridge",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A finished small run: (its configuration, its folder)."""
+    folder = tmp_path_factory.mktemp("loop")
+    recipe = write_world(folder / "world", folder / "run", seed=3, rated_questions=20, prompts=30)
+    with Loop(load_config(recipe, SMALL)) as loop:
+        loop.run()
+    return recipe, folder / "run"
+
+
+def test_every_iteration_is_measured_and_reported(finished: tuple[Path, Path]) -> None:
+    _, run = finished
+    results = json.loads((run / "results.json").read_text())
+    assert [policy["name"] for policy in results["policies"]] == ["t = 0", "t = 1"]
+    assert set(results["policies"][1]["evaluation"]["measures"]) == {"model", "gold"}
+    ledger = results["policies"][1]["ledger"]
+    assert ledger["rollout"]["rows"] == 12 * 2 * 2
+    assert ledger["finetune"]["training_tokens"] > 0
+    assert results["reward_model"]
+    page = (run / "report.html").read_text()
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert (run / "table.csv").read_text().count("\n") > 10
+    assert json.loads((run / "samples.jsonl").read_text().splitlines()[0])["response"] is not None
+
+
+def test_the_same_call_again_does_no_work_and_changes_nothing(finished: tuple[Path, Path]) -> None:
+    recipe, run = finished
+    before = {path: path.read_bytes() for path in run.rglob("*.parquet")} | {
+        path: path.read_bytes() for path in run.rglob("*.safetensors")
+    }
+    with Loop(load_config(recipe, SMALL)) as loop:
+        loop.run()
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_another_configuration_is_refused_with_the_difference(finished: tuple[Path, Path]) -> None:
+    recipe, _ = finished
+    with pytest.raises(RunFolderError, match=r"rollout\.samples: 2 -> 3"):
+        Loop(load_config(recipe, {**SMALL, "rollout.samples": "3"}))
+
+
+def test_prompts_are_drawn_without_repeats_until_all_are_used(finished: tuple[Path, Path]) -> None:
+    recipe, _ = finished
+    with Loop(load_config(recipe, {**SMALL, "iterations": "3"})) as loop:
+        drawn = [{prompt.prompt_id for prompt in loop.prompts(t)} for t in (1, 2)]
+        assert loop.prompts(1) == loop.prompts(1)
+        held_out = {prompt.prompt_id for prompt in loop.held_out}
+    assert len(drawn[0]) == len(drawn[1]) == 12
+    assert not drawn[0] & drawn[1]
+    assert not held_out & (drawn[0] | drawn[1])
+
+
+def test_what_can_be_known_to_be_wrong_is_said_before_any_work(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, _ = finished
+    elsewhere = {**SMALL, "out": str(tmp_path / "run")}
+    with pytest.raises(ConfigError, match=r"evaluate\.gold.*missing: warmth"):
+        Loop(load_config(recipe, {**elsewhere, "evaluate.gold": "{helpfulness: a:b, verbosity: a:b}"}))
+    with pytest.raises(ConfigError, match=r"reward\.train: there are no ratings"):
+        Loop(load_config(recipe, {**elsewhere, "ratings": "[]"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_the_loop_answers_on_the_command_line(finished: tuple[Path, Path]) -> None:
+    _, run = finished
+    command = [sys.executable, "-m", "dpa", "generate", str(run / "iter_1" / "policy"), "What is the home of Ivy?"]
+    good = subprocess.run([*command, "-d", "helpfulness*0.8 - verbosity*0.6"], capture_output=True, text=True)
+    assert good.returncode == 0, good.stderr
+    assert good.stdout.strip()
+    bad = subprocess.run([*command, "-d", "helpfulnes"], capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert "Traceback" not in bad.stderr
+    assert "helpfulness" in bad.stderr

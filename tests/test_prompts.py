@@ -1,0 +1,74 @@
+"""Prompts are read in every form, and their ids do not depend on the order of the rows.
+Run: pytest tests/test_prompts.py
+"""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpa.core.errors import DataError, RejectRateError
+from dpa.core.records import Prompt
+from dpa.stages.prompts import prompts_from_table, prompts_table, read_prompts
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Größe?"},
+]
+
+
+def jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_text_and_chats_with_and_without_ids(tmp_path: Path) -> None:
+    rows = [{"id": 7, "prompt": "Why?"}, {"id": "chat", "messages": CHAT}, {"messages": json.dumps(CHAT)}]
+    prompts, rejects = read_prompts(jsonl(tmp_path / "p.jsonl", rows))
+    assert rejects == []
+    assert prompts[0] == Prompt("7", [{"role": "user", "content": "Why?"}])
+    assert prompts[1] == Prompt("chat", CHAT)
+    assert prompts[2].messages == CHAT
+    assert prompts_from_table(prompts_table(prompts)) == prompts
+
+
+def test_without_an_id_the_content_is_the_id(tmp_path: Path) -> None:
+    texts = ["a", "b", "a", "c", "a"]
+    forward, _ = read_prompts(jsonl(tmp_path / "1.jsonl", [{"prompt": text} for text in texts]))
+    backward, _ = read_prompts(jsonl(tmp_path / "2.jsonl", [{"prompt": text} for text in reversed(texts)]))
+    assert len({prompt.prompt_id for prompt in forward}) == 5, "the same text twice is two prompts"
+    assert {prompt.prompt_id for prompt in forward} == {prompt.prompt_id for prompt in backward}
+
+
+def test_csv_parquet_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1,"one, two"\n2,12\n')
+    pq.write_table(pa.table({"id": ["3"], "text": ["three"]}), tmp_path / "b.parquet")
+    prompts, rejects = read_prompts(tmp_path, column="text")
+    assert [(prompt.prompt_id, prompt.messages[0]["content"]) for prompt in prompts] == [
+        ("1", "one, two"),
+        ("2", "12"),
+        ("3", "three"),
+    ]
+    assert rejects == []
+
+
+def test_too_many_bad_rows_stop_with_counts(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": "ok"}, {"prompt": ""}, {"prompt": " "}, {"prompt": 3}])
+    with pytest.raises(
+        RejectRateError, match=r"3 of 4 rows .* more than 5% \(2 x prompt is empty, 1 x prompt is int, not text\)"
+    ):
+        read_prompts(path)
+
+
+def test_a_wrong_column_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RejectRateError, match="question is missing"):
+        read_prompts(jsonl(tmp_path / "p.jsonl", [{"prompt": "ok"}]), column="question")
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no rows"):
+        read_prompts(jsonl(tmp_path / "p.jsonl", []))

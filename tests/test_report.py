@@ -1,0 +1,268 @@
+"""The four files of a report: complete, self-contained, escaped, and true to the record.
+Run: pytest tests/test_report.py
+"""
+
+import copy
+import csv
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_evaluate import CONFIG, THREE, TWO, policy_tables, replaced
+
+from dpa.core.charts import dial, nice_ticks
+from dpa.core.directions import DirectionSpace
+from dpa.core.errors import RunFolderError
+from dpa.core.page import duration, memory, number, spread
+from dpa.stages.evaluate import evaluate, side_by_side
+from dpa.stages.report import report_html, samples_jsonl, table_csv, write_report
+
+HOSTILE = '<script>alert("x")</script> & </style><img src=//evil.example/x onerror=alert(1)>'
+VOID = {"meta", "br", "circle", "rect"}
+
+
+def results_of(space: DirectionSpace, follows: tuple[float, ...] = (0.0, 20.0, 30.0)) -> dict:
+    """A record as the recipe makes it; each policy moves `follow` points along the direction asked."""
+    policies = []
+    for iteration, follow in enumerate(follows):
+        rollout, scores = policy_tables(space, follow, prompts=6)
+        by_reward = {"model": scores, "gold": scores}
+        ledger = {"rollout": {"rows": 60, "tokens_generated": 1000, "wall_s": 2.5, "peak_memory": 2**30}}
+        policies.append(
+            {
+                "name": f"t = {iteration}",
+                "evaluation": evaluate(rollout, by_reward, space, CONFIG, seed=0),
+                "ledger": ledger,
+            }
+        )
+    rollout = replaced(rollout, "response", [HOSTILE] * rollout.num_rows)
+    prompts = {f"p{p}": [{"role": "user", "content": f"{p} {HOSTILE}"}] for p in range(6)}
+    quality = {objective: {"rows": 412, "pearson": 0.871, "kendall": None} for objective in space.names}
+    return {
+        "name": f"run {HOSTILE}",
+        "seed": 7,
+        "version": "0.0.0",
+        "space": space.to_dict(),
+        "config": {"name": HOSTILE},
+        "policies": policies,
+        "samples": {"policy": "t = 2", "questions": side_by_side(rollout, by_reward, prompts, space, CONFIG, 2)},
+        "ledger": {"train_reward": {"training_tokens": 5000, "wall_s": 61.0, "peak_memory": 3 * 2**30}},
+        "reward_model": quality,
+    }
+
+
+@pytest.fixture(scope="module")
+def two() -> dict:
+    return results_of(TWO)
+
+
+@pytest.fixture(scope="module")
+def three() -> dict:
+    return results_of(THREE)
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects tags, attributes and text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def count(self, tag: str, **attributes: str) -> int:
+        return sum(name == tag and attributes.items() <= found.items() for name, found in self.tags)
+
+
+def charts_of(html: str) -> list[ElementTree.Element]:
+    """Every chart, parsed as XML."""
+    return [ElementTree.fromstring(svg) for svg in re.findall(r'<svg class="chart".*?</svg>', html, re.DOTALL)]
+
+
+def lines_of(chart: ElementTree.Element) -> int:
+    return sum(element.get("class") == "line" for element in chart.iter("{http://www.w3.org/2000/svg}path"))
+
+
+def test_four_files_and_nothing_else(tmp_path, two):
+    page = write_report(tmp_path, two)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "report.html",
+        "results.json",
+        "samples.jsonl",
+        "table.csv",
+    ]
+    assert page == tmp_path / "report.html"
+    assert json.loads((tmp_path / "results.json").read_text()) == two
+
+
+def test_the_record_is_enough_to_write_it_all_again(tmp_path, two):
+    write_report(tmp_path, two)
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_report(tmp_path, json.loads(first["results.json"]))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+
+def test_a_missing_folder_is_the_users_to_mend(tmp_path, two):
+    with pytest.raises(RunFolderError):
+        write_report(tmp_path / "nowhere", two)
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_the_page_is_self_contained_and_escapes_what_the_run_said(K, two, three):
+    html = report_html(two if K == 2 else three)
+    page = Page(html)
+    assert not page.count("script") and not page.count("img") and not page.count("link") and not page.count("iframe")
+    assert not any(name in ("src", "href") or name.startswith("on") for _, found in page.tags for name in found)
+    assert "url(" not in html and "@import" not in html
+    assert any("default-src 'none'" in (found.get("content") or "") for _, found in page.tags)
+    assert page.text.count(HOSTILE) >= 2 * (2 * K - 1) + 2  # every answer, the title, the configuration
+    assert "prefers-color-scheme:dark" in html
+    assert page.count("caption") == page.count("table") > 0
+    assert page.count("svg") == page.count("svg", role="img") == html.count("<svg")
+
+
+def test_every_policy_is_a_line_in_every_panel(two, three):
+    for results, arcs in ((two, 1), (three, 2)):
+        html = report_html(results)
+        charts = charts_of(html)
+        assert all(chart[0].tag.endswith("title") and chart[1].tag.endswith("desc") for chart in charts)
+        fronts = [chart for chart in charts if chart[0].text.startswith("Fronts")]
+        achieved = [chart for chart in charts if "achieved" in chart[0].text]
+        assert len(fronts) == len(achieved) == arcs * 2  # true reward and model reward
+        assert {lines_of(chart) for chart in fronts + achieved} == {3}
+        assert "true reward" in fronts[0][0].text
+
+
+def test_the_marks_say_the_numbers_of_the_record(two):
+    html = report_html(two)
+    for policy in two["policies"]:
+        for direction in policy["evaluation"]["directions"]:
+            found = direction["objectives"]["gold"]
+            said = f"verbosity {spread(found['verbosity'])}, helpfulness {spread(found['helpfulness'])}"
+            assert said in html
+
+
+def test_a_better_policy_is_drawn_higher(two):
+    """The charts' y axis points up: more verbosity achieved is further up the page."""
+    chart = next(chart for chart in charts_of(report_html(two)) if "verbosity achieved" in chart[0].text)
+    group = next(g for g in chart if g.get("class") == "s2")
+    path = next(element.get("d") for element in group if element.get("class") == "line")
+    heights = [float(corner.split()[1]) for corner in path[1:].split(" L")]
+    assert heights == sorted(heights, reverse=True)
+
+
+def test_a_policy_that_does_not_listen_is_called_out_loudly(two):
+    listening = Page(report_html(two))
+    assert (listening.count("p", role="status"), listening.count("p", role="alert")) == (1, 0)
+    rollout, scores = policy_tables(TWO, 30.0, prompts=6)
+    scores = replaced(scores, "words", [50.0] * scores.num_rows)
+    deaf = copy.deepcopy(two)
+    deaf["policies"][-1]["evaluation"] = evaluate(rollout, {"model": scores, "gold": scores}, TWO, CONFIG, seed=0)
+    page = Page(report_html(deaf))
+    assert (page.count("p", role="status"), page.count("p", role="alert")) == (0, 1)
+    assert "DOES NOT FOLLOW" in page.text
+
+
+def test_the_table_holds_every_direction_of_every_policy(three):
+    rows = list(csv.DictReader(table_csv(three).splitlines()))
+    evaluations = [policy["evaluation"] for policy in three["policies"]]
+    assert len(rows) == sum(2 * len(evaluation["directions"]) for evaluation in evaluations)
+    first, record = rows[0], evaluations[0]["directions"][0]
+    assert first["policy"] == "t = 0"
+    assert float(first["weight_verbosity"]) == record["weights"][1]
+    assert float(first["warmth_low"]) == record["objectives"][first["reward"]]["warmth"]["low"]
+    assert first["on_front"] == str(record["front"][first["reward"]])
+    assert float(first["asked_verbosity"]) == record["angles"]["verbosity"] == -45
+    assert first["asked_warmth"] == ""
+
+
+def test_each_line_of_the_samples_is_an_answer(two):
+    lines = [json.loads(line) for line in samples_jsonl(two).splitlines()]
+    assert len(lines) == 2 * 3
+    assert {line["policy"] for line in lines} == {"t = 2"}
+    assert all(line["response"] == HOSTILE and line["prompt"].endswith(HOSTILE) for line in lines)
+    assert len({line["direction"] for line in lines}) == 3
+
+
+def test_the_ledger_adds_up(two):
+    page = Page(report_html(two))
+    assert "What each stage cost" in page.text
+    total = page.text[page.text.index("total", page.text.index("What each stage cost")) :]
+    assert total.startswith("total" + "180" + "0" + "0" + "3,000" + "0" + "5,000" + "68.5 s" + "3.0 GiB")
+
+
+def test_what_was_not_measured_leaves_no_hole(tmp_path, two):
+    bare = copy.deepcopy(two) | {"policies": [], "samples": None, "ledger": {}, "reward_model": None}
+    write_report(tmp_path, bare)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "No policy has been measured yet" in page.text
+    assert "Reward model" not in page.text
+    assert (tmp_path / "samples.jsonl").read_text() == ""
+
+    rollout, scores = policy_tables(TWO, 30.0, prompts=6)
+    first = rollout["direction"].to_pylist()[0]
+    scores = replaced(scores, "valid", [direction != first for direction in rollout["direction"].to_pylist()])
+    holed = copy.deepcopy(two)
+    holed["policies"][1]["evaluation"] = evaluate(rollout, {"model": scores, "gold": scores}, TWO, CONFIG, seed=0)
+    Page(report_html(holed))
+
+
+def test_one_policy_is_enough():
+    Page(report_html(results_of(TWO, follows=(30.0,))))
+
+
+# --- charts and numbers --------------------------------------------------------------------------------------------
+
+
+@given(st.floats(-1e3, 1e3), st.floats(0.1, 1e5))
+def test_ticks_are_round_few_and_inside(low, width):
+    ticks = nice_ticks(low, low + width)
+    assert 2 <= len(ticks) <= 8
+    assert all(low - 1e-6 * width <= tick <= low + width * (1 + 1e-6) for tick in ticks)
+    for before, after in itertools.pairwise(ticks):
+        assert f"{after - before:.1e}"[:3] in ("1.0", "2.0", "5.0")
+
+
+def test_the_needle_points_where_the_direction_does():
+    def tip(degrees: float) -> tuple[float, float]:
+        needle = re.search(r'class="needle" d="M26.0 26.0 L([\d.]+) ([\d.]+)"', dial(degrees, "verbosity", 45))
+        return float(needle[1]) - 26, float(needle[2]) - 26
+
+    assert tip(0) == (0, -21)
+    assert tip(90) == (21, 0)
+    assert tip(-90) == (-21, 0)
+
+
+def test_numbers_for_people():
+    assert [number(None), number(-1.25, 2), number(1234.5, 0), number(7, None), number(0.8714, None)] == [
+        "–",
+        "−1.25",
+        "1,234",
+        "7",
+        "0.871",
+    ]
+    assert spread({"value": 5873.4, "low": 5728.0, "high": 6053.0}) == "5,873 [5,728, 6,053]"
+    assert spread({"value": None, "low": None, "high": None}) == "–"
+    assert [duration(9.96), duration(125), duration(3 * 3600 + 61)] == ["10.0 s", "2 min 05 s", "3 h 01 min"]
+    assert [memory(5 * 2**20), memory(3 * 2**29)] == ["5 MiB", "1.5 GiB"]

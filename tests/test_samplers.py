@@ -1,0 +1,281 @@
+"""Sampling: equal to plain `generate` where that can be, seeded per row, and in worker processes that may die.
+pytest tests/test_samplers.py
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
+from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
+
+from dpa.core.config import RolloutConfig
+from dpa.core.errors import EngineError, ModelFileError
+from dpa.core.records import SampleRequest
+from dpa.models.decoding import draw
+from dpa.models.files import folder_revision
+from dpa.models.samplers import ProcessSampler, SamplerSpec, TransformersSampler, build_samplers
+
+QUESTIONS = ["Why?", "What is this long thing over there, and who made it?", "a", "Hello there"]
+MANY_ENDS = [1, *range(60, 80)]  # so that a random model ends its answers at many lengths
+
+
+def asked(seeds: tuple[int, ...], direction: tuple[float, float] | None = (0.8, -0.6)) -> list[SampleRequest]:
+    return [SampleRequest([{"role": "user", "content": text}], direction, seeds) for text in QUESTIONS]
+
+
+def sampler_of(model, **fields) -> TransformersSampler:
+    return TransformersSampler(model, tiny_tokenizer(), SPACE, **{"max_new_tokens": 24, **fields})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [("llama", {}), ("mistral", {}), ("mistral", {"sliding_window": 16}), ("qwen2", {}), ("gpt2", {})],
+    ids=["llama", "mistral", "mistral-sliding", "qwen2", "gpt2"],
+)
+def test_cold_samples_are_what_generate_says(architecture: str, changes: dict) -> None:
+    """Temperature towards 0, left padding, cache, leaving rows: the same tokens as one greedy prompt at a time."""
+    model, tokenizer = tiny_model(architecture, **changes), tiny_tokenizer()
+    model.generation_config.eos_token_id = MANY_ENDS
+    sampler = sampler_of(model, temperature=1e-6, batch_size=10)
+    for request, samples in zip(asked((1, 2, 3)), sampler.sample(asked((1, 2, 3))), strict=True):
+        preference = {"helpfulness": 0.8, "verbosity": -0.6}
+        ids = torch.tensor(
+            [
+                sampler._tokenizer.apply_chat_template(
+                    request.messages, preference=preference, add_generation_prompt=True, return_dict=False
+                )
+            ]
+        )
+        seen = torch.ones_like(ids)
+        output = model.generate(ids, attention_mask=seen, do_sample=False, max_new_tokens=24, pad_token_id=0)[0]
+        answer = output[ids.shape[1] :].tolist()
+        for sample in samples:
+            assert sample.text == tokenizer.decode(answer, skip_special_tokens=True)
+            assert sample.tokens == len(answer)
+            assert sample.finish_reason == ("stop" if answer[-1] in MANY_ENDS else "length")
+
+
+@pytest.fixture(scope="module")
+def ending_model():
+    model = tiny_model()
+    model.generation_config.eos_token_id = MANY_ENDS
+    return model
+
+
+def test_a_sample_does_not_depend_on_its_batch(ending_model) -> None:
+    requests = asked(tuple(range(100, 120)))
+    together = sampler_of(ending_model, max_new_tokens=30).sample(requests)
+    assert len({sample.tokens for samples in together for sample in samples}) > 10, "rows end at many lengths"
+    assert {sample.finish_reason for samples in together for sample in samples} == {"stop", "length"}
+    for batch_size in (1, 7):
+        assert sampler_of(ending_model, max_new_tokens=30, batch_size=batch_size).sample(requests) == together
+    backwards = sampler_of(ending_model, max_new_tokens=30).sample(requests[::-1])[::-1]
+    assert backwards == together
+    one = SampleRequest(requests[2].messages, requests[2].direction, (105,))
+    assert sampler_of(ending_model, max_new_tokens=30).sample([one]) == [[together[2][5]]]
+
+
+def test_seeds_and_directions_decide(ending_model) -> None:
+    sampler = sampler_of(ending_model)
+    first, again = sampler.sample(asked((1, 1, 2)))[1], sampler.sample(asked((1, 1, 2)))[1]
+    assert first == again and first[0] == first[1] != first[2]
+    assert sampler.sample(asked((1,), (0.6, 0.8)))[1] != sampler.sample(asked((1,)))[1]
+    assert sampler.sample(asked((1,), None))[1] != sampler.sample(asked((1,)))[1]
+
+
+def test_prompts_that_cannot_be_served_get_nothing_and_neighbours_their_samples(ending_model) -> None:
+    good, bad = asked((1, 2))[0], "not messages"
+    requests = [
+        SampleRequest([{"role": "user", "content": "x" * 300}], None, (1,)),  # over the context of 256
+        good,
+        SampleRequest([{"role": "user", "content": "\ud800"}], None, (1,)),
+        SampleRequest([bad], None, (1,)),
+        SampleRequest(good.messages, good.direction, ()),
+    ]
+    sampler = sampler_of(ending_model)
+    assert sampler.sample(requests) == [[], sampler.sample([good])[0], [], [], []]
+
+
+def test_the_context_bounds_a_response() -> None:
+    sampler = sampler_of(tiny_model(context=64), max_new_tokens=1000)
+    (sample,) = sampler.sample([SampleRequest([{"role": "user", "content": "x" * 50}], None, (4,))])[0]
+    assert sample.tokens <= 64 - 52
+    assert sample.finish_reason == "length"
+
+
+def test_damaged_weights_are_an_engine_error() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(EngineError, match="NaN"):
+        sampler_of(model).sample(asked((1,)))
+
+
+class SmallMemory(LlamaForCausalLM):
+    """A device that holds `capacity` sequences."""
+
+    capacity = 3
+
+    def forward(self, input_ids: torch.Tensor, **kwargs):
+        if len(input_ids) > self.capacity:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(input_ids, **kwargs)
+
+
+def test_out_of_memory_means_smaller_batches(ending_model) -> None:
+    small = SmallMemory(ending_model.config).eval()
+    small.load_state_dict(ending_model.state_dict())
+    small.generation_config.eos_token_id = MANY_ENDS
+    requests = asked(tuple(range(5)))
+    assert sampler_of(small).sample(requests) == sampler_of(ending_model).sample(requests)
+    small.capacity = 0
+    with pytest.raises(EngineError, match="does not fit in memory"):
+        sampler_of(small).sample(requests)
+
+
+def test_recurrent_models_are_refused() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=261, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(ModelFileError, match="attention-only"):
+        sampler_of(model)
+
+
+rows = st.lists(st.one_of(st.just(0.0), st.floats(1e-3, 1.0)), min_size=1, max_size=12).filter(any)
+
+
+@settings(max_examples=300, deadline=None)
+@given(rows, st.floats(0, 1, exclude_max=True), st.floats(0.05, 1.0))
+def test_draw_inverts_the_distribution(weights: list[float], uniform: float, top_p: float) -> None:
+    """Against brute force: walk the kept tokens and stop where their mass passes the uniform number."""
+    logits = torch.tensor([weights]).log()
+    token = int(draw(logits, torch.tensor([uniform], dtype=torch.float64), 1.0, top_p))
+    probability = torch.softmax(logits, -1)[0].double().numpy()
+    order = np.argsort(-probability, kind="stable") if top_p < 1 else np.arange(len(weights))
+    kept, before = [], 0.0
+    for index in order:
+        if top_p == 1 or before < top_p - 1e-6:
+            kept.append(index)
+        elif before < top_p + 1e-6:
+            return  # too close to the edge of the nucleus for single precision to tell
+        before += probability[index]
+    mass = np.cumsum(probability[kept])
+    if np.abs(mass / mass[-1] - uniform).min() > 1e-6:
+        assert token == kept[int(np.searchsorted(mass, uniform * mass[-1], side="right"))]
+    assert weights[token] > 0
+
+
+def test_frequencies_follow_the_temperature() -> None:
+    logits, count = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), 20_000
+    uniforms = torch.from_numpy(np.random.default_rng(0).random(count))
+    for temperature in (0.5, 1.0, 2.0):
+        tokens = draw(logits.expand(count, -1), uniforms, temperature, 1.0)
+        expected = torch.softmax(logits[0] / temperature, -1)
+        assert torch.allclose(torch.bincount(tokens, minlength=4) / count, expected, atol=0.015)
+
+
+# --- worker processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def worker(folder: Path) -> Iterator[ProcessSampler]:
+    spec = SamplerSpec(str(folder), SPACE, max_new_tokens=8, revision="r1", threads=1)
+    with ProcessSampler(spec, backoff_s=0.01) as sampler:
+        yield sampler
+
+
+def test_a_worker_says_what_this_process_would(folder: Path, worker: ProcessSampler) -> None:
+    config = RolloutConfig(max_new_tokens=8)
+    with build_samplers(folder, config, SPACE) as (local,):
+        assert (worker.revision, local.revision) == ("r1", folder_revision(folder))
+        assert worker.sample(asked((1, 2))) == local.sample(asked((1, 2)))
+
+
+def test_fault_10_a_request_that_raises_leaves_the_worker_alive(worker: ProcessSampler) -> None:
+    """The stage asks again, one by one; a direction of three weights here is a programmer's mistake."""
+    before, pid = worker.sample(asked((5,))), worker.pid
+    with pytest.raises(RuntimeError, match="ValueError"):
+        worker.sample([*asked((5,)), SampleRequest(asked((1,))[0].messages, (1.0, 0.0, 0.0), (1,))])
+    assert (worker.sample(asked((5,))), worker.pid) == (before, pid)
+
+
+def test_fault_11_a_dead_worker_is_started_again(worker: ProcessSampler) -> None:
+    before, pid = worker.sample(asked((5,))), worker.pid
+    os.kill(pid, signal.SIGKILL)
+    assert worker.sample(asked((5,))) == before
+    assert worker.pid != pid and not psutil.pid_exists(pid)
+
+
+@dataclass(frozen=True)
+class DyingSpec(SamplerSpec):
+    """A worker whose engine kills its process, as a driver crash would."""
+
+    def build(self) -> TransformersSampler:
+        os._exit(86)
+
+
+def test_fault_11_a_worker_that_keeps_dying_is_given_up() -> None:
+    before = set(multiprocessing.active_children())
+    sampler = ProcessSampler(DyingSpec("nowhere", SPACE, max_new_tokens=8), max_restarts=1, backoff_s=0.01)
+    with pytest.raises(EngineError, match=r"died 2 times in a row \(exit code 86\)"):
+        sampler.sample(asked((1,)))
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_a_users_mistake_reaches_the_user(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ModelFileError, match="no folder"),
+        build_samplers(tmp_path / "missing", RolloutConfig(workers=2), SPACE),
+    ):
+        raise AssertionError("never entered")
+    with (
+        ProcessSampler(SamplerSpec(str(tmp_path / "missing"), SPACE, max_new_tokens=8)) as sampler,
+        pytest.raises(ModelFileError, match="no folder"),
+    ):
+        sampler.sample(asked((1,)))
+
+
+def test_workers_end_with_the_block(folder: Path) -> None:
+    with build_samplers(folder, RolloutConfig(workers=2, max_new_tokens=4), SPACE) as samplers:
+        pids = [sampler.pid for sampler in samplers]
+        assert len(set(pids)) == 2 and all(map(psutil.pid_exists, pids))
+    assert not any(map(psutil.pid_exists, pids))
+
+
+def test_fault_11_no_orphans_after_kill_9_of_the_parent(folder: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from tiny_models import SPACE\n"
+        "from dpa.core.records import SampleRequest\n"
+        "from dpa.models.samplers import ProcessSampler, SamplerSpec\n"
+        "if __name__ == '__main__':\n"
+        f"    worker = ProcessSampler(SamplerSpec({str(folder)!r}, SPACE, max_new_tokens=200, threads=1))\n"
+        "    print(worker.pid, flush=True)\n"
+        "    while True:\n"
+        "        worker.sample([SampleRequest([{'role': 'user', 'content': 'Why?'}], None, tuple(range(2000)))])\n"
+    )
+    repository = Path(__file__).parents[1]
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=repository, stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the worker outlives its parent"
+        time.sleep(0.05)

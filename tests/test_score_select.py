@@ -1,0 +1,210 @@
+"""Scores stand beside their candidates, and the winners are those a person would pick by hand.
+Run: pytest tests/test_score_select.py
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, space_of
+
+from dpa.core.config import RolloutConfig, SelectionConfig
+from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.errors import DataError, DirectionError, EngineError, StorageError
+from dpa.core.records import Prompt
+from dpa.stages.rollout import rollout
+from dpa.stages.score import score, score_rows
+from dpa.stages.select import select_rated, select_winners
+from dpa.storage.run_folder import StageFolder
+
+SPACE = space_of(max_angle=80)
+ROLLOUT = RolloutConfig(directions=3, samples=4, prompts_per_shard=4)
+POOLED = SelectionConfig(method="pooled", directions=5)
+
+
+class Loop:
+    """Rollout, score and select with fakes, in one folder."""
+
+    def __init__(self, path: Path, scorer: FakeScorer | None = None, prompts: int = 6) -> None:
+        self.path = path
+        self.prompts: list[Prompt] = prompts_of(prompts)
+        self.candidates, self.scores = self.stage("rollout"), self.stage("score")
+        rollout(self.candidates, self.prompts, SPACE, [FakeSampler()], ROLLOUT, seed=0)
+        score(self.scores, self.candidates, self.prompts, scorer or FakeScorer())
+
+    def stage(self, name: str) -> StageFolder:
+        return StageFolder(self.path / name, f"iter_1/{name}")
+
+    def select(self, config: SelectionConfig, seed: int = 0, space: DirectionSpace = SPACE) -> list[dict]:
+        stage = self.stage("select")
+        select_winners(stage, self.candidates, self.scores, self.prompts, space, config, seed)
+        return all_rows(stage)
+
+    def pool(self, prompt_id: str) -> tuple[list[dict], np.ndarray]:
+        """A prompt's candidates and their scores_NK."""
+        rows = [row for row in all_rows(self.candidates) if row["prompt_id"] == prompt_id]
+        scores = {row["candidate_id"]: (row["helpfulness"], row["verbosity"]) for row in all_rows(self.scores)}
+        return rows, np.array([scores[row["candidate_id"]] for row in rows])
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
+    return Loop(tmp_path_factory.mktemp("loop"))
+
+
+def test_scores_have_the_rollouts_shards_and_order(loop: Loop) -> None:
+    assert loop.scores.shards == loop.candidates.shards == 2
+    for candidates, scores in zip(loop.candidates.tables(), loop.scores.tables(), strict=True):
+        assert scores.column_names == ["candidate_id", "prompt_id", "helpfulness", "verbosity", "valid"]
+        assert scores["candidate_id"].equals(candidates["candidate_id"])
+        assert scores["prompt_id"].equals(candidates["prompt_id"])
+        words = [len(response.split()) for response in candidates["response"].to_pylist()]
+        assert scores["verbosity"].to_pylist() == words
+    assert loop.scores.ledger.candidates_scored == 6 * 12
+
+
+def test_pooled_winners_are_the_best_of_the_whole_pool(loop: Loop) -> None:
+    rows = loop.select(POOLED)
+    assert [row["prompt_id"] for row in rows] == [f"p{n}" for n in range(6) for _ in range(5)]
+    assert len({tuple(row["direction"]) for row in rows}) == 30
+    for row in rows:
+        candidates, scores_NK = loop.pool(row["prompt_id"])
+        utility_N = scores_NK @ np.array(row["direction"])
+        best = candidates[int(utility_N.argmax())]
+        assert (row["candidate_id"], row["response"]) == (best["candidate_id"], best["response"])
+        assert row["utility"] == pytest.approx(utility_N.max())
+        assert row["utility"] == pytest.approx(
+            row["direction"][0] * row["helpfulness"] + row["direction"][1] * row["verbosity"]
+        )
+        assert json.loads(row["messages"]) == [{"role": "user", "content": f"question{row['prompt_id'][1:]}"}]
+
+
+def test_per_direction_winners_are_the_best_of_those_made_under_it(loop: Loop) -> None:
+    rows = loop.select(SelectionConfig(method="per_direction"))
+    assert len(rows) == 6 * 3
+    for row in rows:
+        candidates, scores_NK = loop.pool(row["prompt_id"])
+        own = [i for i, candidate in enumerate(candidates) if candidate["direction"] == row["direction"]]
+        assert len(own) == 4
+        best = max(own, key=lambda i: float(scores_NK[i] @ np.array(row["direction"])))
+        assert row["candidate_id"] == candidates[best]["candidate_id"]
+
+
+def test_random_draws_the_pooled_directions_and_a_candidate_of_the_prompt(loop: Loop) -> None:
+    pooled, drawn = loop.select(POOLED), loop.select(SelectionConfig(method="random", directions=5))
+    assert [row["direction"] for row in drawn] == [row["direction"] for row in pooled]
+    assert np.mean([row["utility"] for row in drawn]) < np.mean([row["utility"] for row in pooled])
+    owner = {row["candidate_id"]: row["prompt_id"] for row in all_rows(loop.candidates)}
+    assert all(owner[row["candidate_id"]] == row["prompt_id"] for row in drawn)
+    assert len({row["candidate_id"] for row in drawn}) > 15
+
+
+def test_directions_follow_the_seed(loop: Loop) -> None:
+    assert [row["direction"] for row in loop.select(POOLED, seed=1)] != [
+        row["direction"] for row in loop.select(POOLED)
+    ]
+
+
+def test_objectives_are_combined_at_use(loop: Loop) -> None:
+    space = DirectionSpace(
+        (
+            Objective("quality", {"helpfulness": 0.5, "verbosity": 0.5}),
+            Objective("brevity", {"verbosity": -1.0}),
+            Objective("helpfulness", {"helpfulness": 1.0}),
+        )
+    )
+    for row in loop.select(POOLED, space=space):
+        assert row["quality"] == pytest.approx((row["helpfulness"] - row["brevity"]) / 2)
+        assert row["utility"] == pytest.approx(
+            np.dot(row["direction"], [row["quality"], row["brevity"], row["helpfulness"]])
+        )
+
+
+def test_an_objective_nobody_scores_is_named(loop: Loop) -> None:
+    with pytest.raises(DirectionError, match="honesty"):
+        loop.select(POOLED, space=space_of("helpfulness", "honesty"))
+
+
+def test_an_objective_named_like_a_column_is_refused(loop: Loop) -> None:
+    space = DirectionSpace((Objective("utility", {"helpfulness": 1.0}), Objective("verbosity", {"verbosity": 1.0})))
+    with pytest.raises(DataError, match="`utility` is the name of a column"):
+        select_winners(loop.stage("clash"), loop.candidates, loop.scores, loop.prompts, space, POOLED, 0)
+
+
+def test_a_second_scorer_scores_the_same_rollout(loop: Loop) -> None:
+    gold = loop.stage("gold")
+    score(gold, loop.candidates, loop.prompts, FakeScorer("gold"))
+    assert all_rows(gold) == all_rows(loop.scores)
+
+
+def test_another_scorer_in_the_same_stage_scores_again(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, prompts=2)
+    first = FakeScorer()
+    score(loop.scores, loop.candidates, loop.prompts, first)
+    assert first.scored == [], "nothing is scored twice"
+    other = FakeScorer("other")
+    score(loop.scores, loop.candidates, loop.prompts, other)
+    assert len(other.scored) == 24
+
+
+def test_a_scorer_that_skips_rows_is_an_error(tmp_path: Path) -> None:
+    class Skips(FakeScorer):
+        def score(self, prompts, responses):  # type: ignore[no-untyped-def]
+            return super().score(prompts, responses)[1:]
+
+    with pytest.raises(EngineError, match="must score each row"):
+        Loop(tmp_path, Skips(), prompts=2)
+
+
+def test_scores_of_other_candidates_are_refused(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, prompts=2)
+    other = StageFolder(tmp_path / "other", "iter_2/rollout")
+    rollout(other, loop.prompts, SPACE, [FakeSampler()], ROLLOUT, seed=0)
+    with pytest.raises(StorageError, match="scores other candidates"):
+        select_winners(loop.stage("s"), other, loop.scores, loop.prompts, SPACE, POOLED, 0)
+
+
+def rated_table() -> pa.Table:
+    """Three prompts with pools of 3, 1 and 2 responses, their rows mixed."""
+    rows = [
+        ("r0", "a", "x"),
+        ("r1", "b", "x y"),
+        ("r2", "a", "x y z"),
+        ("r3", "c", "x"),
+        ("r4", "a", "q"),
+        ("r5", "c", "z"),
+    ]
+    messages = [json.dumps([{"role": "user", "content": prompt}]) for _, prompt, _ in rows]
+    ids, prompts, responses = zip(*rows, strict=True)
+    marks = pa.array([None] * len(rows), pa.float64())
+    return pa.table(
+        {"row_id": ids, "prompt_id": prompts, "messages": messages, "response": responses, "source": ids, "mark": marks}
+    )
+
+
+@pytest.mark.parametrize("method", ["pooled", "per_direction"])
+def test_t0_selects_among_the_rated_responses(tmp_path: Path, method: str) -> None:
+    ratings, scores, stage = rated_table(), StageFolder(tmp_path / "score"), StageFolder(tmp_path / "select")
+    score_rows(scores, ratings, FakeScorer())
+    config = SelectionConfig(method=method, directions=7)
+    ledger = select_rated(stage, ratings, scores, SPACE, config, seed=0)
+    rows = all_rows(stage)
+    assert ledger.rows == len(rows) == 21
+    by_id = {row["candidate_id"]: np.array([row["helpfulness"], row["verbosity"]]) for row in all_rows(scores)}
+    pools = {"a": ["r0", "r2", "r4"], "b": ["r1"], "c": ["r3", "r5"]}
+    for row in rows:
+        best = max(pools[row["prompt_id"]], key=lambda member: by_id[member] @ np.array(row["direction"]))
+        assert row["candidate_id"] == best
+        assert json.loads(row["messages"])[0]["content"] == row["prompt_id"]
+    again = FakeScorer()
+    score_rows(scores, ratings, again)
+    assert again.scored == []
+
+
+def test_t0_scores_of_other_ratings_are_refused(tmp_path: Path) -> None:
+    scores = StageFolder(tmp_path / "score")
+    score_rows(scores, rated_table(), FakeScorer())
+    with pytest.raises(StorageError, match="scores other rows"):
+        select_rated(StageFolder(tmp_path / "s"), rated_table().slice(1), scores, SPACE, POOLED, 0)
