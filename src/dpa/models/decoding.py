@@ -62,6 +62,7 @@ def decode(
     Raises EngineError when the model's output is NaN.
     """
     device, takes = model.device, inspect.signature(model.forward).parameters
+    cache_name = "cache" if "cache" in takes else "past_key_values"  # newer transformers renamed it
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     ends = torch.tensor(how.end_ids, device=device)
     steps = max(limits_B)
@@ -72,7 +73,8 @@ def decode(
 
     def forward(ids: torch.Tensor, seen: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         where = {"position_ids": positions} if "position_ids" in takes else {}
-        output = model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True, **where, **last_only)
+        remembered = {cache_name: cache}
+        output = model(input_ids=ids, attention_mask=seen, use_cache=True, **remembered, **where, **last_only)
         return output.logits[:, -1].float()
 
     # Read each prompt once, padded on the left so that all of them end in the same column.

@@ -20,6 +20,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 CONVERT_HINT = "convert it where you trust it: AutoModel.from_pretrained(...).save_pretrained(...) writes safetensors"
 
+EVALUATION_FILE = "dpa_evaluation.json"
+"""Beside the weights: the record of stages.evaluate on held-out prompts, for the model card and the page that serves."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -115,12 +118,16 @@ def check_safetensors(file: Path) -> None:
 def folder_revision(path: str | Path) -> str:
     """Name a model by its content: 16 hex digits of a sha256 over weights, configuration, tokenizer and code.
 
-    Cached per process until a file's size or time changes.
+    What was measured of it (EVALUATION_FILE) is not part of it. Cached per process until a file's size or time changes.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ModelFileError(f"model: no folder at {folder}; give a Hugging Face model folder.")
-    files = sorted(file for file in folder.iterdir() if file.suffix in _CONTENT_SUFFIXES and file.is_file())
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix in _CONTENT_SUFFIXES and file.name != EVALUATION_FILE and file.is_file()
+    )
     return _digest(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 

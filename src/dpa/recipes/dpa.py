@@ -20,6 +20,7 @@ from rich.console import Console
 from dpa.core.config import PromptsConfig, RolloutConfig, RunConfig, resolved
 from dpa.core.errors import ConfigError, RunFolderError
 from dpa.core.records import Ledger, Prompt, Scorer
+from dpa.models.files import EVALUATION_FILE
 from dpa.models.samplers import build_samplers
 from dpa.models.scorers import FunctionScorer, build_scorer
 from dpa.stages.evaluate import evaluate, side_by_side
@@ -183,6 +184,7 @@ class Loop:
         if settings.gold:
             score(self._folder.stage(t, "evaluate/gold"), answers, prompts, FunctionScorer(settings.gold))
         found = evaluate(_joined(answers), self._evaluation_scores(t), self.space, settings, self.config.seed)
+        write_json(self.policy_folder(t) / EVALUATION_FILE, found)  # the front travels with the model
         write_json(record, found)
         self.console.print(
             f"t = {t}: {found['listens']['sentence']}", style=None if found["listens"]["verdict"] else "bold red"
