@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -221,8 +221,13 @@ class RunConfig(_Section):
     evaluate: EvaluateConfig
 
 
-DOES_NOT_CHANGE_RESULTS = frozenset({"name", "out", "iterations", "rollout.workers", "rollout.max_reject_rate"})
-"""Fields a resumed run may change: they name, place, extend or pace the work, and alter no finished row."""
+DOES_NOT_CHANGE_RESULTS = frozenset(
+    {"name", "out", "iterations", "rollout.workers", "rollout.max_reject_rate", "seeds", "methods", "workers"}
+)
+"""Fields a resumed run, or comparison, may change: they name, place, extend or pace the work, and alter no finished row."""
+
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> RunConfig:
@@ -230,6 +235,11 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
 
     Relative paths inside the file are taken from the working directory. Raises ConfigError.
     """
+    return parse_config(read_yaml(path, overrides))
+
+
+def read_yaml(path: str | Path, overrides: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file, `a.b=value` overrides applied, no field checked. Raises ConfigError."""
     file = Path(path)
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -240,16 +250,16 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     if not isinstance(data, dict):
         raise ConfigError(f"config: {file} must be a mapping of fields, not {type(data).__name__}.")
     for key, value in (overrides or {}).items():
-        _set_dotted(data, key, value)
-    return parse_config(data)
+        set_dotted(data, key, value)
+    return data
 
 
-def parse_config(data: Mapping[str, Any]) -> RunConfig:
-    """Check a mapping against RunConfig; ConfigError names the field, the value and the fix."""
+def parse_config(data: Mapping[str, Any], kind: type[Config] = RunConfig) -> Config:  # type: ignore[assignment]
+    """Check a mapping against `kind`; ConfigError names the field, the value and the fix."""
     try:
-        return RunConfig.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item, RunConfig) for item in error.errors())) from None
+        raise ConfigError("\n".join(_explain(item, kind) for item in error.errors())) from None
 
 
 def resolved(config: BaseModel) -> dict[str, Any]:
@@ -281,7 +291,8 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield dotted, value
 
 
-def _set_dotted(data: dict[str, Any], dotted: str, text: str) -> None:
+def set_dotted(data: dict[str, Any], dotted: str, text: str) -> None:
+    """Set the field `a.b` of nested mappings to a YAML value, written as text. Raises ConfigError."""
     node, keys = data, dotted.split(".")
     for key in keys[:-1]:
         child = node.setdefault(key, {})

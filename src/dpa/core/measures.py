@@ -59,11 +59,16 @@ def cone_hypervolume(points_NK: np.ndarray, space: DirectionSpace, reference: fl
     two for K = 2 (-max_angle and max_angle) and 2 (K - 1) for K > 2. The reference is the worst utility of any point
     of the box [reference, 100]^K. NaN for K > 4.
     """
-    edges_EK = np.concatenate([space.arc(name, 2) for name in space.arc_names[-1 if space.K == 2 else 0 :]])
+    edges_EK = edge_directions(space)
     if len(edges_EK) > MOST_CONE_COORDINATES:
         return float("nan")
     worst_E = np.minimum(edges_EK * reference, edges_EK * SCALE[1]).sum(axis=1)
     return hypervolume(points_NK @ edges_EK.T, worst_E)
+
+
+def edge_directions(space: DirectionSpace) -> np.ndarray:
+    """edges_EK: the two ends of every arc, that is two for K = 2 and 2 (K - 1) for K > 2."""
+    return np.concatenate([space.arc(name, 2) for name in space.arc_names[-1 if space.K == 2 else 0 :]])
 
 
 # --- does each direction get what it asks ----------------------------------------------------------------------------
@@ -157,10 +162,10 @@ def measure(
     `projection_regret_max`, and per objective `span`; per objective with an arc of its own `kendall_tau` and
     `end_coverage`, over the directions of that arc. A maximum, so a span or regret too, is biased upwards by noise.
     """
-    values = dict(_all_measures(mean_over_prompts(scores_DPK), space, directions_DK, reference))
+    values = dict(all_measures(mean_over_prompts(scores_DPK), space, directions_DK, reference))
     draws: dict[tuple[str, str | None], list[float]] = {key: [] for key in values}
     for means_DK in bootstrap_means(scores_DPK, resamples, seed):
-        for key, value in _all_measures(means_DK, space, directions_DK, reference):
+        for key, value in all_measures(means_DK, space, directions_DK, reference):
             draws[key].append(value)
     intervals = {key: interval(value, np.array(draws[key])) for key, value in values.items()}
     result: dict[str, Interval | dict[str, Interval]] = {}
@@ -172,7 +177,7 @@ def measure(
     return result
 
 
-def _all_measures(
+def all_measures(
     means_DK: np.ndarray, space: DirectionSpace, directions_DK: np.ndarray, reference: float
 ) -> Iterator[tuple[tuple[str, str | None], float]]:
     """((measure, objective or None), value) for each; NaN where a direction has no mean."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -141,6 +142,24 @@ def encode_prompt(
         tokenize=False,
     )
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def count_tokens(name: str | Path, rows: pa.Table, space: DirectionSpace, remote_code_revision: str | None = None) -> int:
+    """Tokens of rows in the columns of a select shard, as finetuning would read them: prompt, response, end token.
+
+    Only the tokenizer is loaded. A row that finetuning would reject counts too. Raises ModelFileError.
+    """
+    safe = resolve_model(name, remote_code_revision)
+    with quiet_libraries():
+        tokenizer = AutoTokenizer.from_pretrained(safe.path, **safe.tokenizer_kwargs)
+    make_steerable(tokenizer, space)
+    columns = (rows[column].to_pylist() for column in ("messages", "direction", "response"))
+    return sum(
+        len(encode_prompt(tokenizer, space, json.loads(messages), direction))
+        + len(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"])
+        + 1
+        for messages, direction, response in zip(*columns, strict=True)
+    )
 
 
 def turn_end_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -61,6 +61,10 @@ class TransformersSampler:
         self._context, self._batch_size = context_length(model), batch_size
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._how = Decoding(temperature, top_p, max_new_tokens, end_token_ids(model, tokenizer), pad)
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Replace the model's weights, all of them; whoever does it names them in `revision`."""
+        self._model.load_state_dict(weights)
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
         """One Sample per seed of each request (core.records.Sampler). Raises EngineError."""

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +24,7 @@ from dpa.models.samplers import build_samplers
 from dpa.models.scorers import FunctionScorer, build_scorer
 from dpa.stages.evaluate import evaluate, side_by_side
 from dpa.stages.finetune import finetune_policy
-from dpa.stages.prompts import prompts_from_table, prompts_table, read_prompts
+from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
 from dpa.stages.ratings import load_ratings, print_summary, read_ratings, save_ratings
 from dpa.stages.report import write_report
 from dpa.stages.rollout import rollout
@@ -249,16 +248,7 @@ class Loop:
 
     def prompts(self, t: int) -> list[Prompt]:
         """The prompts of iteration t: drawn without repeats until all are used, then again in another order."""
-        everything, count = self._training_prompts, self.config.prompts.count
-        if count is None:
-            return everything
-        drawn: list[Prompt] = []
-        start = (t - 1) * count
-        for place in range(start, start + min(count, len(everything))):
-            order = list(range(len(everything)))
-            Random(f"prompts-{self.config.seed}-{place // len(everything)}").shuffle(order)
-            drawn.append(everything[order[place % len(everything)]])
-        return list({prompt.prompt_id: prompt for prompt in drawn}.values())
+        return draw_prompts(self._training_prompts, t, self.config.prompts.count, self.config.seed)
 
     @cached_property
     def held_out(self) -> list[Prompt]:

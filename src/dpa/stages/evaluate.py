@@ -4,7 +4,7 @@ Run its tests: pytest tests/test_evaluate.py
 Sampling and scoring are the ordinary stages rollout and score; this one only reads their finished tables.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,26 @@ def evaluate(
         "directions": directions,
         "measures": measures,
         "listens": verdict(measures),
+    }
+
+
+def scores_by_prompt(
+    rollout: pa.Table,
+    scores: Mapping[str, pa.Table],
+    space: DirectionSpace,
+    grid_DK: np.ndarray,
+    prompt_ids: Sequence[str],
+) -> dict[str, np.ndarray]:
+    """reward -> scores_DPK, prompts in the order of `prompt_ids`, NaN where a prompt has no answer or no score.
+
+    For whoever compares policies on the same prompts, draw by draw (core.comparison). Tables as in `evaluate`.
+    """
+    cell_N = _cells(rollout, grid_DK)
+    place = {prompt_id: p for p, prompt_id in enumerate(prompt_ids)}
+    cell_N[1] = [place[prompt_id] for prompt_id in rollout["prompt_id"].to_pylist()]
+    return {
+        reward: _mean_in_cells(_objectives(table, rollout, space), cell_N, len(grid_DK), len(prompt_ids))
+        for reward, table in scores.items()
     }
 
 

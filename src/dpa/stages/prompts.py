@@ -5,6 +5,7 @@ Run its tests: pytest tests/test_prompts.py
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow as pa
@@ -49,6 +50,19 @@ def read_prompts(
     if not prompts:
         raise DataError(f"prompts: {path} has no rows; give a file with at least one prompt.")
     return list(prompts.values()), rejects
+
+
+def draw_prompts(prompts: Sequence[Prompt], t: int, count: int | None, seed: int) -> list[Prompt]:
+    """The prompts of iteration t >= 1: `count` drawn without repeats until all are used, then in another order."""
+    if count is None:
+        return list(prompts)
+    drawn: list[Prompt] = []
+    start = (t - 1) * count
+    for place in range(start, start + min(count, len(prompts))):
+        order = list(range(len(prompts)))
+        Random(f"prompts-{seed}-{place // len(prompts)}").shuffle(order)
+        drawn.append(prompts[order[place % len(prompts)]])
+    return list({prompt.prompt_id: prompt for prompt in drawn}.values())
 
 
 def prompts_table(prompts: Sequence[Prompt]) -> pa.Table:

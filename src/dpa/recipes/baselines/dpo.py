@@ -1,0 +1,60 @@
+"""Direct preference optimisation on offline pairs of one scalar (arXiv 2305.18290), after supervised finetuning.
+
+-log sigmoid(beta (log pi(c)/ref(c) - log pi(r)/ref(r))): chosen c is a prompt's best rated response by the center's
+scalar, rejected r another one of it; the reference is the SFT policy.
+
+Published: SFT, then DPO on offline pairs; chosen = best, rejected = a random other (Zephyr, 2310.16944). Ours: every
+other response is the rejected one of a pair once, in random order; half of the budget for SFT, half for pairs; beta and
+the learning rate are tuned.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+from dpa.recipes.baselines.lab import Lab, Trained, unstated
+
+SFT_SHARE = 0.5
+
+
+def train(lab: Lab) -> list[Trained]:
+    """The policy after DPO, one point."""
+    best = unstated(lab.best_rated(lab.space.center_K))
+    start = lab.finetune(0, lab.config.policy, best, SFT_SHARE * lab.budget)
+    pairs = rated_pairs(lab, best)
+    return [lab.as_point("DPO", lab.prefer(1, start, pairs, lab.left))]
+
+
+def rated_pairs(lab: Lab, best: pa.Table) -> pa.Table:
+    """Each prompt's best response against every other one that scores less, shuffled; no direction is stated."""
+    scalar_R = lab.rated_scores() @ lab.space.center_K
+    rows = zip(lab.ratings["prompt_id"].to_pylist(), lab.ratings["response"].to_pylist(), scalar_R.tolist(), strict=True)
+    others: dict[str, list[tuple[str, float]]] = {}
+    for prompt_id, response, utility in rows:
+        others.setdefault(prompt_id, []).append((response, utility))
+    pairs = [
+        {
+            "prompt_id": row["prompt_id"],
+            "messages": row["messages"],
+            "direction": None,
+            "chosen": row["response"],
+            "rejected": response,
+            "utility_chosen": row["utility"],
+            "utility_rejected": utility,
+        }
+        for row in best.to_pylist()
+        for response, utility in others[row["prompt_id"]]
+        if utility < row["utility"]
+    ]
+    order = np.random.default_rng(lab.config.seed).permutation(len(pairs))
+    schema = pa.schema(
+        [
+            ("prompt_id", pa.string()),
+            ("messages", pa.string()),
+            ("direction", pa.list_(pa.float64())),
+            ("chosen", pa.string()),
+            ("rejected", pa.string()),
+            ("utility_chosen", pa.float64()),
+            ("utility_rejected", pa.float64()),
+        ]
+    )
+    return pa.Table.from_pylist([pairs[place] for place in order], schema)

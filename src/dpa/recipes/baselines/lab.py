@@ -1,0 +1,221 @@
+"""The bench every method works at: one method, one seed, its budget, and the stages over a folder of its own.
+Run its tests: pytest tests/test_baselines.py
+
+What the methods of one seed share was made once by an ordinary Loop of no iterations (`shared`): the rated table, the
+reward model and its scores of the rated responses, the selection and the policy of t = 0. It is only read here.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from dpa.core.config import RewardConfig, RolloutConfig, RunConfig, SelectionConfig
+from dpa.core.directions import DirectionSpace
+from dpa.core.records import Ledger, Prompt, Sampler, Scorer, stable_hash
+from dpa.models.files import folder_revision
+from dpa.models.policy import count_tokens
+from dpa.models.samplers import SamplerSpec
+from dpa.models.scorers import build_scorer
+from dpa.recipes.baselines.asking import TranslatingSampler, without_direction
+from dpa.stages.finetune import finetune_policy
+from dpa.stages.prompts import draw_prompts, prompts_from_table
+from dpa.stages.ratings import load_ratings
+from dpa.stages.rollout import rollout
+from dpa.stages.score import score
+from dpa.stages.select import select_rated, select_winners
+from dpa.storage.run_folder import StageFolder
+from dpa.storage.tables import read_json
+
+NARROWEST = 1e-6
+"""Half-angle in degrees of a cone that holds one direction."""
+
+MEASURING = "measure"
+"""Folder of what is asked only to measure; it is charged to nobody."""
+
+
+class Trained(NamedTuple):
+    """A policy to be measured: its name in the report, and how to open a Sampler that takes directions."""
+
+    name: str
+    open: Callable[[], Sampler]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """One (method, seed). `budget`: tokens generated and trained on that it may spend, what it takes over included."""
+
+    config: RunConfig
+    shared: Path
+    folder: Path
+    budget: int
+
+    # --- what the methods of a seed share ----------------------------------------------------------------------------
+
+    @cached_property
+    def space(self) -> DirectionSpace:
+        """The direction space."""
+        return self.config.space.build()
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """What gives scores: the reward model trained for this seed, and whatever else is configured."""
+        return build_scorer(self.reward)
+
+    @cached_property
+    def reward(self) -> RewardConfig:
+        """The configuration of scores, the trained reward model being a folder by now."""
+        own = self.config.reward
+        trained = {"train": None, "folder": str(self.shared / "reward_model")}
+        return own if own.train is None else own.model_copy(update=trained)
+
+    @cached_property
+    def ratings(self) -> pa.Table:
+        """The rated responses, columns of ratings.parquet."""
+        loaded = load_ratings(self.shared)
+        assert loaded is not None, "the shared run is finished before any method begins"
+        return loaded[0]
+
+    def rated_scores(self) -> np.ndarray:
+        """scores_RK of the rated responses by the reward model, in the ratings' order; NaN where there is none."""
+        return self.objectives(self._shared_stage(0, "score"))
+
+    def prompts(self, t: int) -> list[Prompt]:
+        """The prompts of iteration t, the same for every method that draws as many."""
+        table = self._shared_stage(None, "prompts").table(0)
+        return draw_prompts(prompts_from_table(table), t, self.config.prompts.count, self.config.seed)
+
+    @cached_property
+    def held_out(self) -> list[Prompt]:
+        """The prompts policies are measured on."""
+        table = self._shared_stage(None, "eval_prompts").table(0)
+        return prompts_from_table(table)[: self.config.evaluate.prompts.count]
+
+    def take_over_t0(self) -> str:
+        """The policy of t = 0, which listens to directions already; what it cost is charged to this method."""
+        ledger = self._shared_stage(0, "finetune").ledger
+        stage = self.stage(0, "taken_over")
+        if not stage.done:
+            stage.finish(replace(ledger, extra={}))
+        return str(self.shared / "iter_0" / "policy")
+
+    # --- the stages, in a folder of this method's own ----------------------------------------------------------------
+
+    def stage(self, t: int, name: str) -> StageFolder:
+        """The folder of a stage."""
+        return StageFolder(self.folder / f"iter_{t}" / name, f"iter_{t}/{name}")
+
+    def sampler(
+        self, policy: str | Path, measuring: bool = False, translate: Callable[..., Any] | None = None
+    ) -> Sampler:
+        """A policy that answers in this process, each request rewritten by `translate` where one is given."""
+        opened = self.spec(policy, measuring).build()
+        return opened if translate is None else TranslatingSampler(opened, translate)
+
+    def spec(self, policy: str | Path, measuring: bool = False) -> SamplerSpec:
+        """How a policy is sampled: as rollout says, or as evaluation does."""
+        how = self.config.rollout
+        return SamplerSpec(
+            policy=str(policy),
+            space=self.space,
+            max_new_tokens=how.max_new_tokens,
+            temperature=self.config.evaluate.temperature if measuring else how.temperature,
+            top_p=1.0 if measuring else how.top_p,
+            batch_size=how.batch_size,
+            revision=folder_revision(policy),
+        )
+
+    def rollout(
+        self, t: int, sampler: Sampler, directions_DK: np.ndarray | None = None, how: RolloutConfig | None = None
+    ) -> None:
+        """Sample the prompts of iteration t and score every candidate."""
+        prompts, candidates = self.prompts(t), self.stage(t, "rollout")
+        rollout(candidates, prompts, self.space, [sampler], how or self.config.rollout, self.config.seed, directions_DK)
+        score(self.stage(t, "score"), candidates, prompts, self.scorer)
+
+    def candidates(self, t: int) -> tuple[pa.Table, np.ndarray]:
+        """The candidates of iteration t with their `messages` (JSON text), and scores_RK."""
+        table = pa.concat_tables(list(self.stage(t, "rollout").tables()))
+        texts = {prompt.prompt_id: json.dumps(prompt.messages, ensure_ascii=False) for prompt in self.prompts(t)}
+        messages = pa.array([texts[prompt_id] for prompt_id in table["prompt_id"].to_pylist()], pa.string())
+        return table.append_column("messages", messages), self.objectives(self.stage(t, "score"))
+
+    def best_rated(self, direction_K: np.ndarray, t: int = 0, place: str = "select") -> pa.Table:
+        """For each rated prompt its best response under one direction, in the columns of a select shard."""
+        stage, one = self.stage(t, place), SelectionConfig(directions=1)  # type: ignore[call-arg]
+        scores, space = self._shared_stage(0, "score"), self.only(direction_K)
+        select_rated(stage, self.ratings, scores, space, one, self.config.seed)
+        return pa.concat_tables(list(stage.tables()))
+
+    def best_sampled(self, direction_K: np.ndarray, t: int, count: int = 1) -> pa.Table:
+        """For each prompt of iteration t its best candidate under one direction, in the columns of a select shard."""
+        stage = self.stage(t, "select")
+        how = SelectionConfig(directions=count)  # type: ignore[call-arg]
+        folders = self.stage(t, "rollout"), self.stage(t, "score")
+        select_winners(stage, *folders, self.prompts(t), self.only(direction_K), how, self.config.seed)
+        return pa.concat_tables(list(stage.tables()))
+
+    def finetune(self, t: int, policy: str | Path, rows: pa.Table, tokens: float) -> Path:
+        """Finetune `policy` on rows until about `tokens` are trained on: in passes over them, whole or not.
+
+        Rows have the columns of a select shard; a null direction means that none is stated.
+        """
+        stage, out = self.stage(t, "rows"), self.folder / f"iter_{t}" / "policy"
+        made_from = stable_hash(*rows["candidate_id"].to_pylist(), *rows["messages"].to_pylist())
+        if stage.shard_digest(0, made_from) is None:
+            stage.write_shard(0, rows, Ledger(rows=len(rows)), made_from=made_from)
+        if not stage.done:
+            stage.finish(shards=1)
+        epochs = max(tokens, 1) / count_tokens(policy, rows, self.space)
+        config = self.config.finetune.model_copy(update={"epochs": epochs})
+        seed = self.config.seed + t
+        finetune_policy(self.stage(t, "finetune"), stage, policy, self.space, out, config, seed)
+        return out
+
+    # --- small things ------------------------------------------------------------------------------------------------
+
+    def only(self, direction_K: np.ndarray) -> DirectionSpace:
+        """The space whose cone holds one direction, for selecting and sampling under it alone."""
+        return replace(self.space, center=tuple(map(float, direction_K)), max_angle=NARROWEST, presets={})
+
+    def objectives(self, score_stage: StageFolder) -> np.ndarray:
+        """scores_RK of a finished score stage; NaN where a row is not valid."""
+        scores = pa.concat_tables(list(score_stage.tables()))
+        names = [name for name in scores.column_names if name not in ("candidate_id", "prompt_id", "valid")]
+        scores_RM = np.stack([scores[name].to_numpy() for name in names], axis=1).astype(float)
+        scores_RM[~scores["valid"].to_numpy(zero_copy_only=False)] = np.nan
+        return self.space.combine(scores_RM, names)
+
+    @property
+    def left(self) -> int:
+        """Tokens of the budget that are not spent yet."""
+        cost = spent(self.folder)
+        return self.budget - cost.tokens_generated - cost.training_tokens
+
+    def as_point(self, name: str, policy: Path) -> Trained:
+        """A policy that is told no direction."""
+        return Trained(name, lambda: self.sampler(policy, measuring=True, translate=without_direction))
+
+    def _shared_stage(self, t: int | None, name: str) -> StageFolder:
+        place = name if t is None else f"iter_{t}/{name}"
+        return StageFolder(self.shared / place, place)
+
+
+def unstated(rows: pa.Table) -> pa.Table:
+    """Rows of a selection without their direction: for a policy that is told none."""
+    nothing = pa.nulls(len(rows), rows.schema.field("direction").type)
+    return rows.set_column(rows.column_names.index("direction"), "direction", nothing)
+
+
+def spent(folder: Path) -> Ledger:
+    """What every finished stage below a folder cost, those for measuring left out."""
+    total = Ledger()
+    for file in sorted(folder.rglob("done.json")):
+        if MEASURING not in file.relative_to(folder).parts:
+            total.add(Ledger(**{**read_json(file)["ledger"], "extra": {}}))
+    return total

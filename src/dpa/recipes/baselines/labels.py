@@ -1,0 +1,76 @@
+"""What SteerLM and Rewards-in-Context share: scores written into the prompt, and which scores to ask for.
+Run its tests: pytest tests/test_baselines.py -k labels
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from dpa.core.directions import DirectionSpace
+from dpa.core.records import SampleRequest
+from dpa.recipes.baselines.asking import with_system
+
+LOWEST, HIGHEST = 0.02, 0.98
+"""Quantiles of the scores seen in training that count as the least and the most that can be asked for."""
+
+Write = Callable[[np.ndarray], str]
+"""Writes scores_K as the label the policy reads."""
+
+
+def labelled(rows: pa.Table, scores_RK: np.ndarray, write: Write) -> pa.Table:
+    """Rows (candidate_id, prompt_id, messages, response) that state what each response scored, and no direction.
+
+    A row without a score is left out.
+    """
+    known = np.flatnonzero(np.isfinite(scores_RK).all(axis=1))
+    kept = rows.take(pa.array(known))
+    messages = [
+        json.dumps(with_system(json.loads(text), write(scores_K)), ensure_ascii=False)
+        for text, scores_K in zip(kept["messages"].to_pylist(), scores_RK[known], strict=True)
+    ]
+    return pa.table(
+        {
+            "candidate_id": kept["candidate_id"],
+            "prompt_id": kept["prompt_id"],
+            "messages": pa.array(messages, pa.string()),
+            "direction": pa.nulls(len(kept), pa.list_(pa.float64())),
+            "response": kept["response"],
+        }
+    )
+
+
+def targets(direction: Sequence[float], scores_RK: np.ndarray, space: DirectionSpace) -> np.ndarray:
+    """The scores to ask for under a direction, from those seen in training.
+
+    The objective with the largest weight is asked for at its most; every other lies between its least and its most as
+    its weight lies between the least and the most that the cone allows: the piecewise-linear rule of Rewards-in-Context
+    (its `linf`, arXiv 2402.10207 section 3.4), carried over to signed weights (our choice).
+    """
+    weight_K = np.asarray(direction, dtype=float)
+    least_K, most_K = np.nanquantile(scores_RK, [LOWEST, HIGHEST], axis=0)
+    lowest_K, highest_K = weight_range(space)
+    share_K = np.clip((weight_K - lowest_K) / np.maximum(highest_K - lowest_K, 1e-9), 0, 1)
+    share_K[weight_K >= weight_K.max() - 1e-9] = 1.0
+    return least_K + share_K * (most_K - least_K)
+
+
+def weight_range(space: DirectionSpace) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest and largest weight of each objective over the cone: cos(angle to the axis -+ max_angle), +-1 at most."""
+    angle_K = np.degrees(np.arccos(np.clip(space.center_K, -1, 1)))
+    nearest_K = np.maximum(angle_K - space.max_angle, 0)
+    farthest_K = np.minimum(angle_K + space.max_angle, 180)
+    return np.cos(np.radians(farthest_K)), np.cos(np.radians(nearest_K))
+
+
+def asking(space: DirectionSpace, scores_RK: np.ndarray, write: Write) -> Callable[[SampleRequest], SampleRequest]:
+    """Translate a request's direction into a label that asks for its targets."""
+
+    def translate(request: SampleRequest) -> SampleRequest:
+        assert request.direction is not None
+        text = write(targets(request.direction, scores_RK, space))
+        return replace(request, direction=None, messages=with_system(request.messages, text))
+
+    return translate

@@ -1,0 +1,30 @@
+"""Methods that are the ordinary loop of recipes/dpa.py from the shared policy of t = 0, each with its own settings.
+Run its tests: pytest tests/test_compare.py
+"""
+
+from dpa.core.config import RunConfig, parse_config, resolved
+from dpa.recipes.baselines.lab import Lab, Trained
+from dpa.recipes.dpa import Loop
+
+
+def run_loop(lab: Lab) -> list[Trained]:
+    """The loop's iterations t = 1..T; the configuration says what makes this method. Its folder is `<folder>/loop`."""
+    start = lab.take_over_t0()
+    with Loop(_from_t0(lab, start)) as loop:
+        for t in range(1, lab.config.iterations + 1):
+            loop.rollout(t)
+            loop.score(t)
+            loop.select(t)
+            loop.finetune(t)
+        folders = {t: str(loop.policy_folder(t)) for t in range(1, lab.config.iterations + 1)}
+    return [_trained(lab, f"t = {t}", folder) for t, folder in folders.items()]
+
+
+def _from_t0(lab: Lab, start: str) -> RunConfig:
+    """The method's configuration without t = 0: from the policy and the reward model that are there."""
+    own = {"out": str(lab.folder / "loop"), "policy": start, "ratings": [], "reward": resolved(lab.reward)}
+    return parse_config({**resolved(lab.config), **own})
+
+
+def _trained(lab: Lab, name: str, policy: str) -> Trained:
+    return Trained(name, lambda: lab.sampler(policy, measuring=True))

@@ -1,0 +1,16 @@
+"""DPA read literally: the best of the samples made under a direction is kept for that direction.
+
+winner(v) = argmax over the n samples made under v of v . r(x, y_n), one for each direction asked (arXiv 2402.18571,
+step 3). The configuration sets `selection.method: per_direction`; prompts, directions, samples and rows trained on are
+those of the pooled loop, and at t = 1 even the candidates are the same.
+
+Published: the step. Ours: the numbers, which the paper does not give.
+"""
+
+from dpa.recipes.baselines.lab import Lab, Trained
+from dpa.recipes.baselines.loops import run_loop
+
+
+def train(lab: Lab) -> list[Trained]:
+    """The policies of t = 1..T."""
+    return run_loop(lab)[-1:]

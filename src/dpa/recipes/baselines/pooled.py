@@ -1,0 +1,16 @@
+"""DPA with pooled selection: this project's loop.
+
+For each prompt all candidates form one pool, whatever direction they were made under; under v the winner is
+argmax_n v . r(x, y_n); the policy is finetuned on (v, x, winner), and asked v in its system prompt (arXiv 2402.18571).
+
+Published: the loop, the prompt, the reward model. Ours: the pool serves directions drawn anew for each prompt, so that
+best-of-(D x N) costs no more generation than best-of-N did; the numbers of prompts, directions, samples and iterations.
+"""
+
+from dpa.recipes.baselines.lab import Lab, Trained
+from dpa.recipes.baselines.loops import run_loop
+
+
+def train(lab: Lab) -> list[Trained]:
+    """The policies of t = 1..T."""
+    return run_loop(lab)

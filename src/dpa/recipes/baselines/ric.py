@@ -1,0 +1,60 @@
+"""Rewards-in-Context: rewards in the prompt, offline on all rows, then online rounds kept by a Pareto filter
+(arXiv 2402.10207, github.com/YangRui2015/RiC).
+
+max sum log pi(y | x, R_1..R_K) with R the rewards y received, standardised and rounded to a tenth. Online: answer new
+prompts under desired rewards near the front, score the answers, keep those that no other answer to the same prompt
+dominates, and train on them (with their own rewards) together with the rated rows near the front. At inference a
+preference is mapped to desired rewards.
+
+Published: the three stages, one decimal, mixing offline rows back in, two online rounds, the piecewise-linear map.
+Ours: tenths are written as whole numbers (`helpfulness 12 verbosity -5`); dominance is judged in the utilities of the
+cone's edges, because less of an objective is a wish too; desired rewards online are those of drawn directions; half of
+the budget offline, a quarter for each round.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+from dpa.core.directions import DirectionSpace
+from dpa.core.measures import edge_directions, pareto_front
+from dpa.recipes.baselines.lab import Lab, Trained
+from dpa.recipes.baselines.labels import asking, labelled
+
+OFFLINE, ROUNDS = 0.5, 2
+"""Share of the budget for the rated rows, and the online rounds."""
+
+
+def train(lab: Lab) -> list[Trained]:
+    """The policy after the last round."""
+    rated, scores_RK = lab.ratings.append_column("candidate_id", lab.ratings["row_id"]), lab.rated_scores()
+    mean_K, spread_K = np.nanmean(scores_RK, axis=0), np.nanstd(scores_RK, axis=0)
+
+    def write(scores_K: np.ndarray) -> str:
+        tenths_K = np.clip(np.round(10 * (scores_K - mean_K) / spread_K), -99, 99).astype(int)
+        return " ".join(f"{name} {value}" for name, value in zip(lab.space.names, tenths_K, strict=True))
+
+    policy = lab.finetune(0, lab.config.policy, labelled(rated, scores_RK, write), OFFLINE * lab.budget)
+    good = near_front(rated["prompt_id"].to_pylist(), scores_RK, lab.space)
+    kept, kept_RK = rated.take(pa.array(good)), scores_RK[good]
+    for t in range(1, ROUNDS + 1):
+        ask = asking(lab.space, kept_RK, write)
+        goal = (1 - OFFLINE) * lab.budget * (ROUNDS - t) / ROUNDS  # what must be left after this round
+        lab.rollout(t, lab.sampler(policy, translate=ask))
+        own, own_RK = lab.candidates(t)
+        good = near_front(own["prompt_id"].to_pylist(), own_RK, lab.space)
+        columns = ["candidate_id", "prompt_id", "messages", "response"]
+        kept = pa.concat_tables([kept.select(columns), own.take(pa.array(good)).select(columns)])
+        kept_RK = np.concatenate([kept_RK, own_RK[good]])
+        policy = lab.finetune(t, policy, labelled(kept, kept_RK, write), lab.left - goal)
+    ask = asking(lab.space, kept_RK, write)
+    return [Trained("RiC", lambda: lab.sampler(policy, measuring=True, translate=ask))]
+
+
+def near_front(prompt_ids: list[str], scores_RK: np.ndarray, space: DirectionSpace) -> np.ndarray:
+    """Places of the rows that no other row of the same prompt dominates in the utilities of the cone's edges."""
+    utility_RE = scores_RK @ edge_directions(space).T
+    rows: dict[str, list[int]] = {}
+    for place, prompt_id in enumerate(prompt_ids):
+        rows.setdefault(prompt_id, []).append(place)
+    kept = [np.array(own)[pareto_front(utility_RE[own])] for own in rows.values()]
+    return np.sort(np.concatenate(kept)) if kept else np.empty(0, dtype=int)

@@ -1,0 +1,58 @@
+"""Rewarded soups: one specialist for each extreme wish, their weights interpolated by the user's (arXiv 2306.04488).
+
+theta(v) = sum_i lambda_i(v) theta_i, sum lambda = 1, all theta_i finetuned from one SFT policy. No direction is stated:
+it picks the mixture.
+
+Published: specialists of one reward each from shared weights, linear interpolation, lambda = the preference. Ours: our
+cone is signed ("less verbosity" is a wish), so the specialists are trained for the cone's center and the two ends of
+every arc, and lambda is read off the angle: at a share rho of max_angle the center has 1 - rho, and the ends have rho in
+proportion to how far v leans to each. They are trained by rejection sampling (the trainer of everything here) instead
+of PPO: best rated, then one online round. A fifth of the budget for SFT, equal parts for the specialists.
+"""
+
+import numpy as np
+
+from dpa.core.directions import DirectionSpace
+from dpa.core.measures import edge_directions
+from dpa.models.soups import SoupSampler
+from dpa.recipes.baselines.asking import without_direction
+from dpa.recipes.baselines.lab import Lab, Trained, unstated
+
+SFT_SHARE, OFFLINE = 0.2, 0.4
+"""Share of the budget for SFT, and of a specialist's part for the rated responses."""
+
+
+def train(lab: Lab) -> list[Trained]:
+    """The soup of the specialists."""
+    start = lab.finetune(0, lab.config.policy, unstated(lab.best_rated(lab.space.center_K)), SFT_SHARE * lab.budget)
+    wishes_IK = wishes(lab.space)
+    part = (1 - SFT_SHARE) * lab.budget / len(wishes_IK)
+    specialists = []
+    for i, wish_K in enumerate(wishes_IK):
+        offline, online = 1 + 2 * i, 2 + 2 * i
+        goal = part * (len(wishes_IK) - i - 1)  # what must be left after this specialist
+        rows = unstated(lab.best_rated(wish_K, offline))
+        policy = lab.finetune(offline, start, rows, OFFLINE * part)
+        lab.rollout(online, lab.sampler(policy, translate=without_direction), wish_K[None])
+        policy = lab.finetune(online, policy, unstated(lab.best_sampled(wish_K, online)), lab.left - goal)
+        specialists.append(str(policy))
+    spec = lab.spec(specialists[0], measuring=True)
+    return [Trained("soup", lambda: SoupSampler(specialists, lambda v: mixture(v, lab.space), spec))]
+
+
+def wishes(space: DirectionSpace) -> np.ndarray:
+    """directions_IK of the specialists: the center, then the low and the high end of every arc."""
+    return np.concatenate([space.center_K[None], edge_directions(space)])
+
+
+def mixture(direction: tuple[float, ...], space: DirectionSpace) -> list[float]:
+    """lambda_I, each specialist's share for a direction: exactly one specialist at each of their own directions."""
+    direction_K = np.array(direction)
+    rho = min(1.0, float(space.angle_to_center(direction_K[None])[0]) / space.max_angle)
+    ends_EK = wishes(space)[1:]
+    outward_EK = ends_EK - np.outer(ends_EK @ space.center_K, space.center_K)
+    outward_EK /= np.linalg.norm(outward_EK, axis=1, keepdims=True)
+    lean_E = np.maximum(outward_EK @ direction_K, 0.0)
+    if rho < 1e-9 or lean_E.sum() < 1e-9:
+        return [1.0, *np.zeros(len(ends_EK))]
+    return [1.0 - rho, *(rho * lean_E / lean_E.sum()).tolist()]

@@ -1,0 +1,39 @@
+"""SteerLM: attribute-conditioned supervised finetuning, asked for target values (arXiv 2310.05344, NeMo-Aligner).
+
+max sum log pi(y | a(r(x, y)), x): the reward model labels every rated response with whole numbers 0 to 9 for each
+objective, `helpfulness:9,verbosity:3,warmth:0`, good and bad responses alike are trained on under their labels, and a
+user asks for the values they want. Bootstrapping: the policy answers new prompts under the labels users will ask for,
+the reward model labels those answers, and it is trained on them.
+
+Published: the four steps, the 0-9 scale, labels as text in the system prompt. Ours: objectives are labelled rather than
+raw attributes; the label asked for a direction is labels.targets; two thirds of the budget for the rated rows; prompts
+and samples of one bootstrap round.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+from dpa.core.records import SCALE
+from dpa.recipes.baselines.lab import Lab, Trained
+from dpa.recipes.baselines.labels import asking, labelled
+
+OFFLINE = 0.67
+"""Share of the budget for the rated rows."""
+STEPS = 9
+"""The highest label."""
+
+
+def train(lab: Lab) -> list[Trained]:
+    """The policy after bootstrapping."""
+
+    def write(scores_K: np.ndarray) -> str:
+        values_K = np.clip(np.round(scores_K / SCALE[1] * STEPS), 0, STEPS).astype(int)
+        return ",".join(f"{name}:{value}" for name, value in zip(lab.space.names, values_K, strict=True))
+
+    rated, scores_RK = lab.ratings.append_column("candidate_id", lab.ratings["row_id"]), lab.rated_scores()
+    ask = asking(lab.space, scores_RK, write)
+    policy = lab.finetune(0, lab.config.policy, labelled(rated, scores_RK, write), OFFLINE * lab.budget)
+    lab.rollout(1, lab.sampler(policy, translate=ask))
+    own, own_RK = lab.candidates(1)
+    policy = lab.finetune(1, policy, labelled(own, own_RK, write), lab.left)
+    return [Trained("SteerLM", lambda: lab.sampler(policy, measuring=True, translate=ask))]
