@@ -162,14 +162,12 @@ class SelectionConfig(_Section):
     )
 
 
-class FinetuneConfig(_Section):
-    """Finetuning on (direction, prompt, winner), completion-only loss, through TRL."""
+class _TrainingConfig(_Section):
+    """What every training of a policy has."""
 
     learning_rate: float = Field(1e-5, gt=0, description="Peak step size.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the winners.")
-    max_length: int = Field(2048, ge=16, description="Packed row length in tokens; longer examples are rejected.")
-    packed_rows_per_step: int = Field(8, ge=1, description="Packed rows in one optimizer step, over all devices.")
-    rows_per_device: int = Field(1, ge=1, description="Packed rows in one forward pass; the rest accumulates.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the rows.")
+    max_length: int = Field(2048, ge=16, description="Longest example in tokens; longer ones are rejected.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of steps with rising learning rate.")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
         "cosine", description="Learning rate after the warm-up."
@@ -181,6 +179,28 @@ class FinetuneConfig(_Section):
     lora: LoraConfig | None = Field(None, description="Train adapters and merge them after every iteration.")
     save_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints.")
     bf16: bool = Field(False, description="Mixed bf16 (on by itself where a GPU supports it).")
+
+
+class FinetuneConfig(_TrainingConfig):
+    """Finetuning on (direction, prompt, winner), completion-only loss, through TRL (`learner: sft`)."""
+
+    max_length: int = Field(2048, ge=16, description="Packed row length in tokens; longer examples are rejected.")
+    packed_rows_per_step: int = Field(8, ge=1, description="Packed rows in one optimizer step, over all devices.")
+    rows_per_device: int = Field(1, ge=1, description="Packed rows in one forward pass; the rest accumulates.")
+
+
+class PreferenceConfig(_TrainingConfig):
+    """Finetuning on (direction, prompt, chosen, rejected) by direct preference optimisation, through TRL."""
+
+    learning_rate: float = Field(1e-6, gt=0, description="Peak step size (TRL's; a tenth of what SFT takes, or less).")
+    beta: float = Field(
+        0.1, gt=0, description="Strength of the pull to the policy that training starts from (arXiv 2305.18290)."
+    )
+    sft_weight: float = Field(
+        0.0, ge=0, description="Weight of the chosen responses' own loss per token, added to DPO's (arXiv 2404.19733)."
+    )
+    pairs_per_step: int = Field(32, ge=1, description="Pairs in one optimizer step, over all devices.")
+    pairs_per_device: int = Field(4, ge=1, description="Pairs in one forward pass; the rest accumulates.")
 
 
 class EvaluateConfig(_Section):

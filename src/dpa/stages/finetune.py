@@ -10,8 +10,9 @@ import pyarrow as pa
 from dpa.core.config import FinetuneConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import Ledger
-from dpa.models.finetuning import finetune, remove_checkpoints
+from dpa.models.finetuning import finetune
 from dpa.models.policy import SPACE_FILE
+from dpa.models.policy_training import remove_checkpoints
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
 
