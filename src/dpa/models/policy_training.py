@@ -1,4 +1,4 @@
-"""What trainings of a policy share, whatever they learn from: winners (finetuning.py) or pairs (preference_training.py).
+"""What trainings of a policy share, learn they from winners (finetuning.py) or from pairs (preference_training.py).
 Run its tests: pytest tests/test_finetuning.py tests/test_preference_training.py
 """
 
