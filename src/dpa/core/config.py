@@ -149,6 +149,28 @@ class RolloutConfig(_Section):
     max_reject_rate: float = Field(0.05, ge=0, le=1, description="Stop when more than this share of prompts fails.")
 
 
+class DrawConfig(_Section):
+    """How directions are drawn in training, for rollout and for selection; measuring has its own fixed grid."""
+
+    max_angle: float | None = Field(
+        None,
+        gt=0,
+        le=180,
+        description="Half-angle of the cone that is drawn from, in degrees; wider than what users may ask for, the "
+        "ends of theirs are learned from both sides. Default: `space.max_angle`.",
+    )
+    ends: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the directions moved out to the outer fifth of the cone, the others being drawn as ever.",
+    )
+
+
+UNIFORM = DrawConfig()  # type: ignore[call-arg]
+"""Uniformly by angle from the space's own cone."""
+
+
 class SelectionConfig(_Section):
     """Which candidate each direction keeps."""
 
@@ -160,16 +182,24 @@ class SelectionConfig(_Section):
     directions: int = Field(
         4, ge=1, description="Directions served by each prompt's pool (pooled, random); per_direction uses rollout's."
     )
+    standardise: bool = Field(
+        False,
+        description="Divide each objective by its standard deviation over the iteration's candidates before weighing, "
+        "so that an objective that varies little counts as much. A constant one is left as it is.",
+    )
+    rejected: Literal["worst", "random"] = Field(
+        "worst",
+        description="learner: dpo. What the winner is compared with: the worst of the same pool under the direction, "
+        "or a random one below the winner.",
+    )
 
 
-class FinetuneConfig(_Section):
-    """Finetuning on (direction, prompt, winner), completion-only loss, through TRL."""
+class _TrainingConfig(_Section):
+    """What every training of a policy has."""
 
     learning_rate: float = Field(1e-5, gt=0, description="Peak step size.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the winners.")
-    max_length: int = Field(2048, ge=16, description="Packed row length in tokens; longer examples are rejected.")
-    packed_rows_per_step: int = Field(8, ge=1, description="Packed rows in one optimizer step, over all devices.")
-    rows_per_device: int = Field(1, ge=1, description="Packed rows in one forward pass; the rest accumulates.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the rows.")
+    max_length: int = Field(2048, ge=16, description="Longest example in tokens; longer ones are rejected.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of steps with rising learning rate.")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
         "cosine", description="Learning rate after the warm-up."
@@ -180,7 +210,35 @@ class FinetuneConfig(_Section):
     )
     lora: LoraConfig | None = Field(None, description="Train adapters and merge them after every iteration.")
     save_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints.")
+    replay: float = Field(
+        0.0,
+        ge=0,
+        description="Rows selected in earlier iterations that are trained on again, drawn anew each iteration, as a "
+        "share of this iteration's rows.",
+    )
     bf16: bool = Field(False, description="Mixed bf16 (on by itself where a GPU supports it).")
+
+
+class FinetuneConfig(_TrainingConfig):
+    """Finetuning on (direction, prompt, winner), completion-only loss, through TRL (`learner: sft`)."""
+
+    max_length: int = Field(2048, ge=16, description="Packed row length in tokens; longer examples are rejected.")
+    packed_rows_per_step: int = Field(8, ge=1, description="Packed rows in one optimizer step, over all devices.")
+    rows_per_device: int = Field(1, ge=1, description="Packed rows in one forward pass; the rest accumulates.")
+
+
+class PreferenceConfig(_TrainingConfig):
+    """Finetuning on (direction, prompt, chosen, rejected): DPO through TRL (`learner: dpo`)."""
+
+    learning_rate: float = Field(1e-6, gt=0, description="Peak step size (TRL's; a tenth of what SFT takes, or less).")
+    beta: float = Field(
+        0.1, gt=0, description="Strength of the pull to the policy that training starts from (arXiv 2305.18290)."
+    )
+    sft_weight: float = Field(
+        0.0, ge=0, description="Weight of the chosen responses' own loss per token, added to DPO's (arXiv 2404.19733)."
+    )
+    pairs_per_step: int = Field(32, ge=1, description="Pairs in one optimizer step, over all devices.")
+    pairs_per_device: int = Field(4, ge=1, description="Pairs in one forward pass; the rest accumulates.")
 
 
 class EvaluateConfig(_Section):
@@ -205,6 +263,11 @@ class RunConfig(_Section):
     out: str = Field(description="Run folder. The same command resumes it.")
     seed: int = Field(0, ge=0, description="Every random choice derives from it.")
     iterations: int = Field(3, ge=0, description="T: online iterations after t = 0.")
+    learner: Literal["sft", "dpo"] = Field(
+        "sft",
+        description="What online iterations learn from: sft, the winner of each direction (the paper); dpo, the winner "
+        "against a loser of the same pool (arXiv 2503.00295). t = 0 is always sft: a direction must first be read.",
+    )
     policy: str = Field(description="Start policy: a model folder or Hub id.")
     remote_code_revision: str | None = Field(
         None,
@@ -216,9 +279,17 @@ class RunConfig(_Section):
     reward: RewardConfig
     prompts: PromptsConfig
     rollout: RolloutConfig = RolloutConfig()  # type: ignore[call-arg]
+    draw: DrawConfig = UNIFORM
     selection: SelectionConfig = SelectionConfig()  # type: ignore[call-arg]
     finetune: FinetuneConfig = FinetuneConfig()  # type: ignore[call-arg]
+    dpo: PreferenceConfig = PreferenceConfig()  # type: ignore[call-arg]
     evaluate: EvaluateConfig
+
+    @model_validator(mode="after")
+    def _pairs_have_an_order(self) -> "RunConfig":
+        if self.learner == "dpo" and self.selection.method == "random":
+            raise ValueError("selection.method random is a control of learner sft; take pooled or per_direction")
+        return self
 
 
 DOES_NOT_CHANGE_RESULTS = frozenset(

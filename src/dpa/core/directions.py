@@ -21,6 +21,9 @@ PUBLISHED_TEMPLATE = (
 
 PLACEHOLDER = "{weighted_rating}"
 
+OUTER = 0.8
+"""Where the ends of a cone begin, as a share of its half-angle."""
+
 _EPSILON = 1e-9
 
 
@@ -188,18 +191,26 @@ class DirectionSpace:
 
     # --- drawing -----------------------------------------------------------------------------------------------
 
-    def sample(self, count: int, rng: np.random.Generator) -> np.ndarray:
+    def sample(
+        self, count: int, rng: np.random.Generator, max_angle: float | None = None, ends: float = 0.0
+    ) -> np.ndarray:
         """Draw directions_DK uniformly by angle (our choice; the paper's P_v is not published).
 
         K = 2: the signed angle is uniform on [-max_angle, max_angle]. K > 2: the angle to the center is uniform on
         [0, max_angle] and the azimuth is uniform, which favours the center over uniform area.
+
+        `max_angle` (degrees) draws from another cone than the space's own, around the same center. A share `ends` of
+        the directions is then moved out along its own great circle, to an angle uniform on the outer fifth.
         """
+        limit = self.max_angle if max_angle is None else max_angle
         if self.K == 2:
-            return self._turn(rng.uniform(-self.max_angle, self.max_angle, count), self._pole_K)
+            degrees_D = rng.uniform(-limit, limit, count)
+            return self._turn(_towards_ends(degrees_D, limit, ends, rng), self._pole_K)
         normal_DK = rng.standard_normal((count, self.K))
         normal_DK -= np.outer(normal_DK @ self.center_K, self.center_K)
         normal_DK /= np.linalg.norm(normal_DK, axis=1, keepdims=True)
-        return self._turn(rng.uniform(0.0, self.max_angle, count), normal_DK)
+        degrees_D = rng.uniform(0.0, limit, count)
+        return self._turn(_towards_ends(degrees_D, limit, ends, rng), normal_DK)
 
     def arc(self, objective: str, count: int) -> np.ndarray:
         """directions_DK at `count` evenly spaced angles -max_angle..max_angle in the plane (center, objective)."""
@@ -401,6 +412,14 @@ class DirectionSpace:
         raise DirectionError(
             f"{where}: {shown(value)} is no direction; write e.g. `{self.names[0]}*0.8 - {self.names[1]}*0.6`."
         )
+
+
+def _towards_ends(degrees_D: np.ndarray, limit: float, ends: float, rng: np.random.Generator) -> np.ndarray:
+    """A share `ends` of the angles replaced by ones of the same sign in the outer fifth."""
+    if ends == 0:
+        return degrees_D  # and not a number more is drawn
+    moved_D = rng.random(len(degrees_D)) < ends
+    return np.where(moved_D, np.copysign(rng.uniform(OUTER * limit, limit, len(degrees_D)), degrees_D), degrees_D)
 
 
 def _unit(weights: Sequence[float], where: str) -> tuple[float, ...]:
