@@ -82,6 +82,36 @@ def demo(
 
 
 @app.command()
+def compare(
+    config: Annotated[
+        Path | None, typer.Argument(help="Comparison to run, YAML (docs/comparison.md); without one, the demo world's.")
+    ] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Results folder.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, as 0,1,2.")] = None,
+    quick: Annotated[bool, typer.Option(help="The demo world in a few minutes: shows that it works, no more.")] = False,
+    development: Annotated[bool, typer.Option(help="The demo world: measure on development questions.")] = False,
+) -> None:
+    """Compare methods at equal budgets over several seeds; the same command resumes it."""
+    flags = _pairs(overrides)
+    if seeds is not None:
+        flags["seeds"] = f"[{seeds}]"
+    if config is None:
+        from dpa.world.comparison import compare_demo
+
+        typer.echo(f"report: {compare_demo(out or Path('runs/compare'), development, quick, flags)}")
+        return
+    if quick or development:
+        raise ConfigError("--quick, --development: they belong to the demo world; leave CONFIG out, or them.")
+    from dpa.core.compare_config import load_comparison
+    from dpa.recipes.compare import Comparison
+
+    if out is not None:
+        flags["out"] = str(out)
+    typer.echo(f"report: {Comparison(load_comparison(config, flags)).run()}")
+
+
+@app.command()
 def ratings(config: ConfigPath, overrides: Overrides = None) -> None:
     """Read the rated data into one table and print a summary of every attribute."""
     with _loop(_load(config, overrides)) as loop:

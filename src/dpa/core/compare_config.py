@@ -57,7 +57,8 @@ class CompareConfig(BaseModel):
         "`{seed}` in any text stands for the seed."
     )
     changes: dict[Method, dict[str, Any]] = Field(
-        default_factory=dict, description="Method -> dotted field of `run` -> its value for that method (tuned settings)."
+        default_factory=dict,
+        description="Method -> dotted field of `run` -> its value for that method.",
     )
 
     @field_validator("seeds")

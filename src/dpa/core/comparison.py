@@ -46,7 +46,7 @@ class Lead(NamedTuple):
 
 
 def heights(x_ND: np.ndarray, y_ND: np.ndarray, at_NX: np.ndarray) -> np.ndarray:
-    """height_NX: the y of each of N paths at the places x, by linear interpolation between neighbours; NaN off the path.
+    """height_NX: the y of N paths at the places x, by linear interpolation between neighbours; NaN off the path.
 
     Where a path passes a place more than once (a policy that overshoots), the highest passage counts: a user would ask
     for that one. A path of one point has a height everywhere, its own y: it is compared at its own x.

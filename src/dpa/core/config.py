@@ -295,7 +295,7 @@ class RunConfig(_Section):
 DOES_NOT_CHANGE_RESULTS = frozenset(
     {"name", "out", "iterations", "rollout.workers", "rollout.max_reject_rate", "seeds", "methods", "workers"}
 )
-"""Fields a resumed run, or comparison, may change: they name, place, extend or pace the work, and alter no finished row."""
+"""Fields a resumed run or comparison may change: they name, place, extend or pace work, and alter no finished row."""
 
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -338,7 +338,7 @@ def resolved(config: BaseModel) -> dict[str, Any]:
     return json.loads(config.model_dump_json())
 
 
-def fingerprint(config: RunConfig) -> str:
+def fingerprint(config: BaseModel) -> str:
     """Hash of every field that changes results."""
     kept = {k: v for k, v in flatten(resolved(config)) if k not in DOES_NOT_CHANGE_RESULTS}
     return stable_hash(json.dumps(kept, sort_keys=True))

@@ -144,7 +144,9 @@ def encode_prompt(
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def count_tokens(name: str | Path, rows: pa.Table, space: DirectionSpace, remote_code_revision: str | None = None) -> int:
+def count_tokens(
+    name: str | Path, rows: pa.Table, space: DirectionSpace, remote_code_revision: str | None = None
+) -> int:
     """Tokens of rows in the columns of a select shard, as finetuning would read them: prompt, response, end token.
 
     Only the tokenizer is loaded. A row that finetuning would reject counts too. Raises ModelFileError.

@@ -300,7 +300,8 @@ class _Worker:
 
     def close(self) -> None:
         """End the process."""
-        self.connection.close()
+        self.connection.close()  # an idle worker ends by itself
+        self._process.join(timeout=0.0 if self.job else 5.0)
         self._process.kill()
         self._process.join()
 

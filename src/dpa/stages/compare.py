@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_comparison.py
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -51,16 +52,16 @@ def summarise(
 ) -> dict[str, Any]:
     """The numbers of the report, all of it JSON; every interval is over seeds and prompts.
 
-      upward, arcs   the objective that fronts are compared in, and those held equal
-      policies       one per (method, policy): method, title, name, last, point, words,
-                     fronts {reward: {arc: [{angle, direction, x, y}]}}, measures {name: interval, or {objective: ..}},
-                     utility {reward: interval}
-      equal          {arc: {"at": [x], "rows": {title: [interval or null]}}}, by the best reward
-      leads          {arc: [{method, title, bar, least, least_at, mean, low, high, share, holds, sentence}]}
-      rises          [{from, to, arc, least, mean, hypervolume}] of the subject's iterations
-      thrift         the pooled loop at a third of the samples against the literal one; null where one is missing
-      costs          [{method, title, generated, training, total, of_budget, scored, wall_s, equal}]
-      claims         [{holds, sentence}], the first thing to read
+    upward, arcs   the objective that fronts are compared in, and those held equal
+    policies       one per (method, policy): method, title, name, last, point, words,
+                   fronts {reward: {arc: [{angle, direction, x, y}]}}, measures {name: interval, or {objective: ..}},
+                   utility {reward: interval}
+    equal          {arc: {"at": [x], "rows": {title: [interval or null]}}}, by the best reward
+    leads          {arc: [{method, title, bar, least, least_at, mean, low, high, share, holds, sentence}]}
+    rises          [{from, to, arc, least, mean, hypervolume}] of the subject's iterations
+    thrift         the pooled loop at a third of the samples against the literal one; null where one is missing
+    costs          [{method, title, generated, training, total, of_budget, scored, wall_s, equal}]
+    claims         [{holds, sentence}], the first thing to read
     """
     grid_DK = space.grid(settings.directions)
     reward = "gold" if settings.gold else "model"
@@ -71,9 +72,7 @@ def summarise(
         for key, by_seed in scores.items()
     }
     last = {method: (method, [p for m, p in scores if m == method][-1]) for method in found}
-    policies = [
-        data[key].record(key, last[key[0]] == key, found[key[0]], upward, arcs) for key in scores
-    ]
+    policies = [data[key].record(key, last[key[0]] == key, found[key[0]], upward, arcs) for key in scores]
     fronts = {
         (key, arc): data[key].front(arc, upward, reward, point=key[0] in POINTS) for key in scores for arc in arcs
     }
@@ -88,7 +87,7 @@ def summarise(
         names = [policy for method, policy in scores if method == SUBJECT]
         rises = [
             _rise(before, after, data[SUBJECT, before], data[SUBJECT, after], arcs[0], upward, reward)
-            for before, after in zip(names, names[1:], strict=False)
+            for before, after in pairwise(names)
         ]
     costs = [_cost(method, found[method], config) for method in found]
     thrift = _thrift(data, last, found)
@@ -227,9 +226,8 @@ def _lead(method: Method, ours: Front, theirs: Front, arc: str, upward: str) -> 
     else:
         share = float(np.mean([each["value"] > 0 for each in found.lead_X if each["value"] is not None]))
         there = f" at {arc} {found.least_at:.0f}" if not point else ""
-        sentence = (
-            f"{us} is NOT above {title}{by} in {upward} {where}: the lead is {_said(least)}{there}"
-            + ("." if point else f", {_said(mean)} on average; it is ahead on {100 * share:.0f}% of the range.")
+        sentence = f"{us} is NOT above {title}{by} in {upward} {where}: the lead is {_said(least)}{there}" + (
+            "." if point else f", {_said(mean)} on average; it is ahead on {100 * share:.0f}% of the range."
         )
     return {
         **about,
@@ -252,9 +250,7 @@ def _equal(ours: Front, fronts: Mapping[str, Front]) -> dict[str, Any]:
     return {"at": at, "rows": {title: [height_at(front, x) for x in at] for title, front in fronts.items()}}
 
 
-def _rise(
-    before: str, after: str, old: _Policy, new: _Policy, arc: str, upward: str, reward: str
-) -> dict[str, Any]:
+def _rise(before: str, after: str, old: _Policy, new: _Policy, arc: str, upward: str, reward: str) -> dict[str, Any]:
     found = lead(new.front(arc, upward, reward), old.front(arc, upward, reward))
     volumes = (each.measure(("hypervolume", None)) for each in (new, old))
     (value_S, draws_SR), (was_S, was_SR) = volumes
@@ -321,7 +317,9 @@ def _claims(
     ]
     if rises:
         up = [rise for rise in rises if rise["mean"] and rise["mean"]["value"] > 0]
-        steps = ", ".join(f"{r['to']} {_said(r['mean'])}" if r["mean"] else f"{r['to']} nowhere to compare" for r in rises)
+        steps = ", ".join(
+            f"{r['to']} {_said(r['mean'])}" if r["mean"] else f"{r['to']} nowhere to compare" for r in rises
+        )
         holds = len(up) == len(rises)
         text = "rises with every iteration" if holds else "does NOT rise with every iteration"
         claims.append(
@@ -357,5 +355,8 @@ def _claims(
 
 
 def _said(interval: Mapping[str, Any], digits: int = 1) -> str:
-    value = f"{interval['value']:+.{digits}f}"
-    return value if interval["low"] is None else f"{value} [{interval['low']:+.{digits}f}, {interval['high']:+.{digits}f}]"
+    value, low, high = ("" if interval[end] is None else f"{interval[end]:+.{digits}f}" for end in _ENDS)
+    return f"{value} [{low}, {high}]" if low else value
+
+
+_ENDS = ("value", "low", "high")

@@ -17,8 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 import yaml
+from pydantic import BaseModel
 
-from dpa.core.config import RunConfig, differences, fingerprint, resolved
+from dpa.core.config import differences, fingerprint, resolved
 from dpa.core.errors import RunFolderError, StorageError
 from dpa.core.records import Ledger
 from dpa.storage.tables import (
@@ -68,7 +69,7 @@ class RunFolder:
 
     def open(
         self,
-        config: RunConfig,
+        config: BaseModel,
         inputs: Mapping[str, Path] | None = None,
         needed_bytes: int = 0,
         ignore_free_space: bool = False,
@@ -116,7 +117,7 @@ class RunFolder:
         place = name if iteration is None else f"iter_{iteration}/{name}"
         return StageFolder(self.path / place, place)
 
-    def _check_identity(self, config: RunConfig, inputs: Mapping[str, Path]) -> None:
+    def _check_identity(self, config: BaseModel, inputs: Mapping[str, Path]) -> None:
         file = self.path / "fingerprint.json"
         now: dict[str, Any] = {
             "fingerprint": fingerprint(config),

@@ -37,16 +37,9 @@ QUICK = {
 QUICK_QUESTIONS, QUICK_PROMPTS = 20, 60
 
 
-def write_comparison_world(
-    folder: Path, out: Path, seeds: Sequence[int] = (0, 1, 2), development: bool = False, quick: bool = False
-) -> Path:
-    """Write a world for each seed into `folder` and return the path of the configuration over them.
-
-    `development`: measured on other questions than the held-out ones; whoever tunes a method measures there.
-    """
-    for seed in seeds:
-        small = {"rated_questions": QUICK_QUESTIONS, "prompts": QUICK_PROMPTS} if quick else {}
-        write_world(folder / f"seed_{seed}", out, seed, development, **small)
+def write_recipe(folder: Path, out: Path) -> Path:
+    """Write the configuration over the worlds in `folder` and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
     text = RECIPE.read_text(encoding="utf-8")
     for name, value in {"WORLD": folder, "OUT": out, "START_MODEL": START_MODEL}.items():
         text = text.replace(f"${{{name}}}", yaml_string(str(value)))
@@ -55,19 +48,23 @@ def write_comparison_world(
     return config
 
 
+def write_worlds(folder: Path, out: Path, seeds: Sequence[int], development: bool = False, quick: bool = False) -> None:
+    """Write a world for each seed into `folder`/seed_<seed>.
+
+    `development`: measured on other questions than the held-out ones; whoever tunes a method measures there.
+    """
+    small = {"rated_questions": QUICK_QUESTIONS, "prompts": QUICK_PROMPTS} if quick else {}
+    for seed in seeds:
+        write_world(folder / f"seed_{seed}", out, seed, development, **small)
+
+
 def compare_demo(
-    out: Path,
-    seeds: Sequence[int] | None = None,
-    development: bool = False,
-    quick: bool = False,
-    overrides: Mapping[str, str] | None = None,
+    out: Path, development: bool = False, quick: bool = False, overrides: Mapping[str, str] | None = None
 ) -> Path:
     """Write the worlds beside the results folder, compare everything on them, return the report's path."""
     flags = {**(QUICK if quick else {}), **(overrides or {})}
-    if seeds is not None:
-        flags["seeds"] = str(list(seeds))
     world = out.with_name(f"{out.name}-world")
-    recipe = write_comparison_world(world, out, [0], development, quick)  # to read which seeds it asks for
-    asked = load_comparison(recipe, flags).seeds
-    write_comparison_world(world, out, asked, development, quick)
-    return Comparison(load_comparison(recipe, flags)).run()
+    recipe = write_recipe(world, out)
+    config = load_comparison(recipe, flags)
+    write_worlds(world, out, config.seeds, development, quick)
+    return Comparison(config).run()

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from dpa.core.config import RewardConfig, RolloutConfig, RunConfig, SelectionConfig
+from dpa.core.config import FinetuneConfig, PreferenceConfig, RewardConfig, RolloutConfig, RunConfig, SelectionConfig
 from dpa.core.directions import DirectionSpace
+from dpa.core.errors import TrainingError
 from dpa.core.records import Ledger, Prompt, Sampler, Scorer, stable_hash
 from dpa.models.files import folder_revision
 from dpa.models.policy import count_tokens
@@ -165,16 +166,28 @@ class Lab:
 
         Rows have the columns of a select shard; a null direction means that none is stated.
         """
+        epochs = tokens / count_tokens(policy, rows, self.space)
+        return self._train(t, policy, rows, self.config.finetune.model_copy(update={"epochs": epochs}))
+
+    def prefer(self, t: int, policy: str | Path, pairs: pa.Table, tokens: float) -> Path:
+        """The same by DPO on pairs (columns `chosen` and `rejected` instead of `response`), `config.dpo` saying how."""
+        sides = [pairs.append_column("response", pairs[side]) for side in ("chosen", "rejected")]
+        epochs = tokens / sum(count_tokens(policy, rows, self.space) for rows in sides)
+        return self._train(t, policy, pairs, self.config.dpo.model_copy(update={"epochs": epochs}))
+
+    def _train(self, t: int, policy: str | Path, rows: pa.Table, config: FinetuneConfig | PreferenceConfig) -> Path:
         stage, out = self.stage(t, "rows"), self.folder / f"iter_{t}" / "policy"
-        made_from = stable_hash(*rows["candidate_id"].to_pylist(), *rows["messages"].to_pylist())
+        made_from = stable_hash(*(text for name in ("messages", "prompt_id") for text in rows[name].to_pylist()))
         if stage.shard_digest(0, made_from) is None:
             stage.write_shard(0, rows, Ledger(rows=len(rows)), made_from=made_from)
         if not stage.done:
             stage.finish(shards=1)
-        epochs = max(tokens, 1) / count_tokens(policy, rows, self.space)
-        config = self.config.finetune.model_copy(update={"epochs": epochs})
-        seed = self.config.seed + t
-        finetune_policy(self.stage(t, "finetune"), stage, policy, self.space, out, config, seed)
+        if config.epochs <= 0:
+            raise TrainingError(
+                f"iter_{t}: nothing of the budget of {self.budget:,} tokens is left to train on; raise `budget`, or "
+                "lower this method's prompts or samples in `changes`."
+            )
+        finetune_policy(self.stage(t, "finetune"), stage, policy, self.space, out, config, self.config.seed + t)
         return out
 
     # --- small things ------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 For t = 1..T: sample N responses to each prompt, keep argmax c . r(x, y) with c the cone's center, finetune on it from
 the current policy. t = 0 is the same over the rated responses.
 
-Published: best-of-n, keep 1, finetune from the current model. Ours: t = 0 offline, as DPA has it; three in ten tokens of
-the budget for t = 0, the rest in equal parts; the numbers of prompts and samples.
+Published: best-of-n, keep 1, finetune from the current model. Ours: t = 0 offline, as DPA has it; three in ten tokens
+of the budget for t = 0, the rest in equal parts; the numbers of prompts and samples.
 """
 
 from dpa.recipes.baselines.asking import without_direction

@@ -11,7 +11,6 @@ and samples of one bootstrap round.
 """
 
 import numpy as np
-import pyarrow as pa
 
 from dpa.core.records import SCALE
 from dpa.recipes.baselines.lab import Lab, Trained
