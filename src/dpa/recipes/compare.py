@@ -29,7 +29,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from dpa.core.compare_config import METHODS, CompareConfig, Method
-from dpa.core.config import resolved
+from dpa.core.config import RunConfig, resolved
 from dpa.core.errors import DpaError, EngineError, Interrupted
 from dpa.models.scorers import FunctionScorer
 from dpa.recipes.baselines import (
@@ -88,6 +88,26 @@ class Job:
         return Path(self.config.out) / f"seed_{self.seed}" / (self.method or SHARED)
 
     @property
+    def shared(self) -> "Job":
+        """The job that makes what the methods of its seed share."""
+        return Job(self.config, None, self.seed)
+
+    @property
+    def settings(self) -> RunConfig:
+        """The configuration of the loop for it."""
+        return self.config.run_config(self.seed, self.folder, self.method)
+
+    @property
+    def ready(self) -> bool:
+        """Whether what it needs is made."""
+        return self.method is None or self.shared.done
+
+    @property
+    def lab(self) -> Lab:
+        """Where its method works."""
+        return Lab(self.settings, self.shared.folder, self.folder, self.config.budget)
+
+    @property
     def name(self) -> str:
         """For people."""
         return f"seed {self.seed}, {(self.method or 'what its methods share').replace('_', ' ')}"
@@ -101,15 +121,14 @@ class Job:
         """Do what is not done yet. Raises DpaError."""
         if self.done:
             return
-        settings = self.config.run_config(self.seed, self.folder, self.method)
         if self.method is None:
-            with Loop(settings.model_copy(update={"iterations": 0})) as loop:
+            with Loop(self.settings.model_copy(update={"iterations": 0})) as loop:
                 results = read_json(loop.run().with_name("results.json"))
                 loop.prompts(1)  # every method reads them from here
             write_json(self.folder / "job.json", {name: results[name] for name in ("ledger", "reward_model")})
             return
-        lab = Lab(settings, self.folder.parent / SHARED, self.folder, self.config.budget)
-        with RunFolder(self.folder).open(settings):
+        with RunFolder(self.folder).open(self.settings):
+            lab = self.lab
             policies = [(trained.name, measure(lab, trained)) for trained in TRAIN[self.method](lab)]
             cost = spent(self.folder)
             write_json(
@@ -182,7 +201,7 @@ class Comparison:
             "missing": [job.name for job in self.jobs if not job.done],
             "space": example.space.build().to_dict(),
             "config": resolved(self.config),
-            "shared": [read_json(Job(self.config, None, seed).folder / "job.json") for seed in seeds],
+            "shared": [read_json(job.folder / "job.json") for job in self.shared if job.seed in seeds],
             **summarise(found, scores, example.space.build(), example.evaluate, self.config),
         }
         return write_comparison(Path(self.config.out), results)
@@ -191,14 +210,13 @@ class Comparison:
         """A job's record; the loop's own starts with t = 0, which was measured once for all."""
         found = read_json(job.folder / "job.json")
         if job.method == "pooled":
-            t0 = read_json(job.folder.parent / SHARED / "iter_0" / "evaluate" / "evaluation.json")
+            t0 = read_json(job.shared.folder / "iter_0" / "evaluate" / "evaluation.json")
             found["policies"] = [{"name": "t = 0", "evaluation": t0}, *found["policies"]]
         return found
 
     def _scores(self, job: Job, policy: str) -> dict[str, np.ndarray]:
         """reward -> scores_DPK of one policy on its seed's held-out prompts."""
-        settings = self.config.run_config(job.seed, job.folder, job.method)
-        lab = Lab(settings, job.folder.parent / SHARED, job.folder, self.config.budget)
+        lab, settings = job.lab, job.settings
         if job.method == "pooled" and policy == "t = 0":
             folder = lab.shared / "iter_0" / "evaluate"
             stages = {name: StageFolder(folder / name, f"evaluate/{name}") for name in ("rollout", "score", "gold")}
@@ -230,10 +248,10 @@ def work_through(jobs: Sequence[Job], workers: int, console: Console) -> list[st
         while waiting or any(worker.job for worker in crew):
             for worker in crew:
                 if worker.job is None and not stop.requested:
-                    ready = next((job for job in waiting if _ready(job)), None)
-                    if ready:
-                        waiting.remove(ready)
-                        worker.give(ready)
+                    job = next((job for job in waiting if job.ready), None)
+                    if job:
+                        waiting.remove(job)
+                        worker.give(job)
             busy = [worker for worker in crew if worker.job]
             if stop.requested:
                 for worker in busy:
@@ -262,10 +280,6 @@ def work_through(jobs: Sequence[Job], workers: int, console: Console) -> list[st
         if stop.requested:
             raise stop.interrupted("compare", sum(job.done for job in jobs), total, "jobs")
     return failed
-
-
-def _ready(job: Job) -> bool:
-    return job.method is None or Job(job.config, None, job.seed).done
 
 
 class _Worker:

@@ -47,6 +47,7 @@ GLOSSARY = {
 }
 
 Record = Mapping[str, Any]
+Row = Sequence[str | tuple[str, str]]
 
 
 def write_comparison(folder: Path, results: Record) -> Path:
@@ -169,17 +170,17 @@ def _fronts(results: Record) -> str:
 
 
 def _equal(results: Record) -> str:
-    tables = []
+    tables: list[str] = []
     for arc, found in results["equal"].items():
         if found["at"]:
-            rows = [
+            heights: list[Row] = [
                 [title, *(value_and_range(cell) if cell else "–" for cell in cells)]
                 for title, cells in found["rows"].items()
             ]
             columns = ["method", *(f"{arc} {x:g}" for x in found["at"])]
-            tables.append(table(f"{results['upward']} at equal {arc} (– : its front does not reach)", columns, rows))
+            tables.append(table(f"{results['upward']} at equal {arc} (– : its front does not reach)", columns, heights))
     for arc, found in results["leads"].items():
-        rows: list[list[str | tuple[str, str]]] = []
+        rows: list[Row] = []
         for row in found:
             if row["least"] is None:
                 rows.append([row["title"], "–", "–", "–", "no shared range"])
@@ -245,7 +246,7 @@ def _measures(results: Record) -> str:
 def _over_optimisation(results: Record) -> str:
     if results["reward"] == "model":
         return ""
-    rows = []
+    rows: list[Row] = []
     for policy in results["policies"]:
         true, model = policy["utility"]["gold"], policy["utility"]["model"]
         gap = model["value"] - true["value"]

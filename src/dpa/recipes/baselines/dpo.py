@@ -27,9 +27,7 @@ def train(lab: Lab) -> list[Trained]:
 def rated_pairs(lab: Lab, best: pa.Table) -> pa.Table:
     """Each prompt's best response against every other one that scores less, shuffled; no direction is stated."""
     scalar_R = lab.rated_scores() @ lab.space.center_K
-    rows = zip(
-        lab.ratings["prompt_id"].to_pylist(), lab.ratings["response"].to_pylist(), scalar_R.tolist(), strict=True
-    )
+    columns = (lab.ratings[name].to_pylist() for name in ("prompt_id", "response"))
     others: dict[str, list[tuple[str, float]]] = {}
     for prompt_id, response, utility in zip(*columns, scalar_R.tolist(), strict=True):
         others.setdefault(prompt_id, []).append((response, utility))

@@ -6,8 +6,8 @@ it picks the mixture.
 Published: specialists of one reward each from shared weights, linear interpolation, lambda = the preference. Ours: our
 cone is signed ("less verbosity" is a wish), so the specialists are trained for the cone's center and the two ends of
 every arc, and lambda is read off the angle: at a share rho of max_angle the center has 1 - rho, and the ends have rho
-in proportion to how far v leans to each. They are trained by rejection sampling (the trainer of everything here) instead
-of PPO: best rated, then one online round. A fifth of the budget for SFT, equal parts for the specialists.
+in proportion to how far v leans to each. They are trained by rejection sampling (the trainer of everything here)
+instead of PPO: best rated, then one online round. A fifth of the budget for SFT, equal parts for the specialists.
 """
 
 import numpy as np

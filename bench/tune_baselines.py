@@ -1,0 +1,156 @@
+"""Tuning: the same number of trials for every method of `dpa compare`, on development questions, never the held-out.
+
+    python bench/tune_baselines.py [--out runs/tune] [--methods steerlm,ric] [--seeds 0] [--budget 900000] [--table]
+
+A trial is one change of the method's settings; the best is the one with the highest expected utility by the true reward
+(for methods that know no direction: along the center, which is all they can be asked for). Resumable, as everything;
+`--table` prints the trials that are done. The figures of the settings in world/assets/compare.yaml are in
+docs/comparison.md.
+"""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dpa.core.compare_config import CompareConfig, load_comparison
+from dpa.core.config import RunConfig, parse_config, resolved, set_dotted
+from dpa.recipes.compare import Job, work_through
+from dpa.stages.compare import POINTS
+from dpa.storage.tables import read_json
+from dpa.world.comparison import write_recipe, write_worlds
+
+RATES = [{"finetune.learning_rate": rate} for rate in ("2.0e-3", "4.0e-3", "8.0e-3")]
+DPO_RATES = [{"dpo.learning_rate": rate} for rate in ("3.0e-5", "1.0e-4", "3.0e-4")]
+TRIALS: dict[str, list[dict[str, str]]] = {
+    "pooled": RATES,
+    "per_direction": RATES,
+    "random_candidate": RATES,
+    "scalar_rsf": RATES,
+    "sft": RATES,
+    "dpo": DPO_RATES,
+    "online_dpo": DPO_RATES,
+    "steerlm": RATES,
+    "ric": RATES,
+    "soups": RATES,
+}
+"""Method -> three trials, each a few fields of the run."""
+
+
+@dataclass(frozen=True)
+class Trial(Job):
+    """A job whose settings differ in a few fields."""
+
+    changes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The changes, for people and as a folder's name."""
+        return ",".join(f"{name.split('.')[-1]}={value}" for name, value in self.changes.items()) or "as configured"
+
+    @property
+    def folder(self) -> Path:
+        """Beside the other trials of its method."""
+        return Path(self.config.out) / f"seed_{self.seed}" / f"{self.method} {self.label}"
+
+    @property
+    def settings(self) -> RunConfig:
+        """The method's configuration, changed."""
+        data = resolved(super().settings)
+        for name, value in self.changes.items():
+            set_dotted(data, name, value)
+        return parse_config(data)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"seed {self.seed}, {self.method} {self.label}"
+
+
+def row(trial: Trial) -> dict[str, Any]:
+    """What a finished trial came to, by the true reward."""
+    record = read_json(trial.folder / "job.json")
+    evaluation = record["policies"][-1]["evaluation"]
+    measures = evaluation["measures"]["gold"]
+    center = max(evaluation["directions"], key=lambda direction: direction["weights"][0])
+    return {
+        "utility": measures["expected_utility"]["value"],
+        "center": center["objectives"]["gold"]["helpfulness"]["value"],
+        "volume": measures["hypervolume"]["value"] / 1000,
+        "tau": [round(tau["value"], 2) for tau in measures["kendall_tau"].values()],
+        "tokens": record["cost"]["tokens_generated"] + record["cost"]["training_tokens"],
+        "seconds": record["cost"]["wall_s"],
+        "arc": [
+            [round(direction["objectives"]["gold"][name]["value"], 1) for name in ("verbosity", "helpfulness")]
+            for direction in evaluation["directions"]
+            if "verbosity" in direction["angles"]
+        ],
+    }
+
+
+def table(trials: list[Trial]) -> str:
+    """Markdown, the best of each method marked."""
+    done = [(trial, row(trial)) for trial in trials if trial.done]
+    lines = ["| method | trial | seeds | expected utility | helpfulness, center | hypervolume / 1000 | tau | tokens | s |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for method in dict.fromkeys(trial.method for trial, _ in done):
+        by_label: dict[str, list[dict[str, Any]]] = {}
+        for trial, found in done:
+            if trial.method == method:
+                by_label.setdefault(trial.label, []).append(found)
+        key = "center" if method in POINTS else "utility"
+        means = {label: sum(f[key] for f in found) / len(found) for label, found in by_label.items()}
+        for label, found in by_label.items():
+            cells = [sum(f[name] for f in found) / len(found) for name in ("utility", "center", "volume")]
+            mark = " **best**" if means[label] == max(means.values()) else ""
+            cost = sum(f["tokens"] for f in found) / len(found), sum(f["seconds"] for f in found) / len(found)
+            lines.append(
+                f"| {method} | {label}{mark} | {len(found)} | {cells[0]:.2f} | {cells[1]:.1f} | {cells[2]:.0f} | "
+                f"{found[0]['tau']} | {cost[0]:,.0f} | {cost[1]:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def development_config(out: Path, seeds: list[int], flags: dict[str, str]) -> CompareConfig:
+    """The demo comparison's configuration over worlds that are measured on development questions."""
+    world = out.with_name(f"{out.name}-world")
+    config = load_comparison(write_recipe(world, out), {**flags, "seeds": str(seeds)})
+    write_worlds(world, out, seeds, development=True)
+    return config
+
+
+def main() -> None:
+    """Run the trials that are not done, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/tune"))
+    parser.add_argument("--methods", default=",".join(TRIALS))
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--set", action="append", default=[], dest="flags")
+    parser.add_argument("--trials", help="comma-separated places in each method's list of trials")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--arcs", action="store_true", help="print (verbosity, helpfulness) along the arc, too")
+    args = parser.parse_args()
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    config = development_config(args.out, seeds, dict(flag.split("=", 1) for flag in args.flags))
+    places = [int(place) for place in args.trials.split(",")] if args.trials else [0, 1, 2]
+    trials = [
+        Trial(config, method, seed, TRIALS[method][place])
+        for place in places
+        for method in args.methods.split(",")
+        for seed in seeds
+    ]
+    if not args.table:
+        failed = work_through([*(Job(config, None, seed) for seed in seeds), *trials], args.workers, Console())
+        print("\n".join(failed))
+    print(table(trials))
+    if args.arcs:
+        for trial in trials:
+            if trial.done:
+                print(trial.name, row(trial)["arc"])
+
+
+if __name__ == "__main__":
+    main()
