@@ -4,10 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The CPU build where there is no GPU; a user with one sets TORCH="torch" or installs their own first.
 TORCH ?= torch==2.13.0
+# These take an hour and more; their docstrings say how to run them.
+SLOW_BENCHES := bench/tune_baselines.py bench/studies.py
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test check format docs bench clean
+.PHONY: install demo compare test check format docs bench clean
 
 install: $(VENV)/.installed
 
@@ -20,6 +22,9 @@ $(VENV)/.installed: pyproject.toml
 
 demo: install
 	$(BIN)/dpa demo
+
+compare: install
+	$(BIN)/dpa compare
 
 test: install
 	$(BIN)/python -m pytest -n 2 tests
@@ -37,7 +42,7 @@ docs: install
 	$(BIN)/dpa docs docs/configuration.md
 
 bench: install
-	for file in bench/*.py; do $(BIN)/python $$file || exit 1; done
+	for file in $(filter-out $(SLOW_BENCHES),$(wildcard bench/*.py)); do $(BIN)/python $$file || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

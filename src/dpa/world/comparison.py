@@ -16,13 +16,13 @@ RECIPE = Path(str(files("dpa.world"))) / "assets" / "compare.yaml"
 
 QUICK = {
     "seeds": "[0]",
-    "budget": "30000",
+    "budget": "16000",
     "run.iterations": "1",
-    "run.prompts.count": "16",
+    "run.prompts.count": "8",
     "run.rollout.directions": "2",
     "run.rollout.samples": "3",
     "run.rollout.max_new_tokens": "60",
-    "run.rollout.prompts_per_shard": "8",
+    "run.rollout.prompts_per_shard": "4",
     "run.selection.directions": "2",
     "run.reward.train.method": "ridge",
     "run.evaluate.directions": "3",

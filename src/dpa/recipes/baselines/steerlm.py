@@ -10,8 +10,11 @@ raw attributes; the label asked for a direction is labels.targets; two thirds of
 and samples of one bootstrap round.
 """
 
+from functools import partial
+
 import numpy as np
 
+from dpa.core.directions import DirectionSpace
 from dpa.core.records import SCALE
 from dpa.recipes.baselines.lab import Lab, Trained
 from dpa.recipes.baselines.labels import asking, labelled
@@ -24,11 +27,7 @@ STEPS = 9
 
 def train(lab: Lab) -> list[Trained]:
     """The policy after bootstrapping."""
-
-    def write(scores_K: np.ndarray) -> str:
-        values_K = np.clip(np.round(scores_K / SCALE[1] * STEPS), 0, STEPS).astype(int)
-        return ",".join(f"{name}:{value}" for name, value in zip(lab.space.names, values_K, strict=True))
-
+    write = partial(write_label, lab.space)
     rated, scores_RK = lab.ratings.append_column("candidate_id", lab.ratings["row_id"]), lab.rated_scores()
     ask = asking(lab.space, scores_RK, write)
     policy = lab.finetune(0, lab.config.policy, labelled(rated, scores_RK, write), OFFLINE * lab.budget)
@@ -36,3 +35,9 @@ def train(lab: Lab) -> list[Trained]:
     own, own_RK = lab.candidates(1)
     policy = lab.finetune(1, policy, labelled(own, own_RK, write), lab.left)
     return [Trained("SteerLM", lambda: lab.sampler(policy, measuring=True, translate=ask))]
+
+
+def write_label(space: DirectionSpace, scores_K: np.ndarray) -> str:
+    """`helpfulness:9,verbosity:3,warmth:0`: scores on 0-100 as whole numbers 0 to 9."""
+    values_K = np.clip(np.round(scores_K / SCALE[1] * STEPS), 0, STEPS).astype(int)
+    return ",".join(f"{name}:{value}" for name, value in zip(space.names, values_K, strict=True))

@@ -1,0 +1,246 @@
+"""Each baseline does what its authors describe: labels move SteerLM's output, soups differ by mix, DPO's margin grows.
+
+pytest tests/test_baselines.py
+"""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from fakes import space_of
+from safetensors.torch import load_file
+
+from dpa.core.compare_config import load_comparison
+from dpa.core.errors import ModelFileError
+from dpa.core.records import Sample, SampleRequest
+from dpa.models.policy import load_policy
+from dpa.models.samplers import SamplerSpec
+from dpa.models.soups import SoupSampler, interpolate
+from dpa.recipes.baselines import dpo, soups, steerlm
+from dpa.recipes.baselines.asking import TranslatingSampler, with_system, without_direction
+from dpa.recipes.baselines.lab import Lab, spent, unstated
+from dpa.recipes.baselines.labels import asking, labelled, targets, weight_range
+from dpa.recipes.baselines.ric import near_front
+from dpa.recipes.compare import Job
+from dpa.world.answers import answer_of_size
+from dpa.world.comparison import QUICK, write_recipe, write_worlds
+from dpa.world.demo import START_MODEL
+from dpa.world.questions import make_questions
+
+SPACE3 = space_of("helpfulness", "verbosity", "warmth")
+QUESTION = make_questions(1, seed=5)[0]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A lab at the quick demo world, what its methods share made; its own folder is empty."""
+    folder = tmp_path_factory.mktemp("lab")
+    recipe = write_recipe(folder / "world", folder / "run")
+    flags = {**QUICK, "budget": "60000", "run.finetune.packed_rows_per_step": "2"}
+    config = load_comparison(recipe, flags)
+    write_worlds(folder / "world", folder / "run", [0], quick=True)
+    Job(config, None, 0).run()
+    return Job(config, "sft", 0).lab
+
+
+def in_folder(lab: Lab, folder: Path) -> Lab:
+    """The same lab with an empty folder."""
+    return replace(lab, folder=folder)
+
+
+# --- translating -----------------------------------------------------------------------------------------------------
+
+
+class Echo:
+    """Says what it was asked."""
+
+    revision = "echo"
+
+    def sample(self, requests: list[SampleRequest]) -> list[list[Sample]]:
+        return [[Sample(f"{r.direction} {r.messages[0]['content']}", 1) for _ in r.seeds] for r in requests]
+
+
+def test_a_policy_that_knows_no_direction_is_never_told_one() -> None:
+    request = SampleRequest(QUESTION.messages, (1.0, 0.0), (1, 2))
+    (answers,) = TranslatingSampler(Echo(), without_direction).sample([request])
+    assert [answer.text.split()[0] for answer in answers] == ["None", "None"]
+
+
+def test_a_label_leads_the_system_message_that_is_there() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, *QUESTION.messages]
+    assert with_system(messages, "label")[0] == {"role": "system", "content": "label\n\nBe brief."}  # type: ignore[arg-type]
+    assert with_system(QUESTION.messages, "label")[0] == {"role": "system", "content": "label"}
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_labels_ask_for_the_most_of_what_weighs_most_and_in_between_for_the_rest() -> None:
+    scores_RK = np.random.default_rng(0).uniform(10, 90, (5000, 3))
+    low, high = np.quantile(scores_RK, [0.02, 0.98], axis=0)
+    center = targets((1.0, 0.0, 0.0), scores_RK, SPACE3)
+    np.testing.assert_allclose(center, [high[0], (low[1] + high[1]) / 2, (low[2] + high[2]) / 2])
+    half = 0.5**0.5
+    terse = targets((half + 1e-4, -half, 0.0), scores_RK, SPACE3)
+    assert terse[0] == pytest.approx(high[0])
+    assert terse[1] == pytest.approx(low[1])
+    wordy = targets((half, half, 0.0), scores_RK, SPACE3)
+    np.testing.assert_allclose(wordy[:2], high[:2])
+
+
+def test_the_range_of_a_weight_over_the_cone_is_what_its_directions_show() -> None:
+    drawn_DK = SPACE3.sample(20_000, np.random.default_rng(0))
+    lowest_K, highest_K = weight_range(SPACE3)
+    assert (drawn_DK.min(axis=0) >= lowest_K - 1e-9).all()
+    assert (drawn_DK.max(axis=0) <= highest_K + 1e-9).all()
+    np.testing.assert_allclose(drawn_DK.min(axis=0), lowest_K, atol=0.02)
+    np.testing.assert_allclose(drawn_DK.max(axis=0), highest_K, atol=0.02)
+
+
+def test_labelled_rows_say_what_each_response_scored_and_rows_without_a_score_are_left_out() -> None:
+    rows = pa.table(
+        {
+            "candidate_id": ["a", "b"],
+            "prompt_id": ["p", "p"],
+            "messages": [json.dumps(QUESTION.messages)] * 2,
+            "response": ["x", "y"],
+        }
+    )
+    table = labelled(rows, np.array([[90.0, 10.0], [np.nan, 5.0]]), lambda scores_K: f"label {scores_K[0]:.0f}")
+    assert table["candidate_id"].to_pylist() == ["a"]
+    assert table["direction"].to_pylist() == [None]
+    assert json.loads(table["messages"][0].as_py())[0] == {"role": "system", "content": "label 90"}
+
+
+def test_a_direction_is_asked_for_in_labels() -> None:
+    scores_RK = np.random.default_rng(0).uniform(0, 100, (100, 3))
+    translate = asking(SPACE3, scores_RK, lambda scores_K: " ".join(f"{score:.0f}" for score in scores_K))
+    asked = translate(SampleRequest(QUESTION.messages, (0.8, -0.6, 0.0), (1,)))
+    assert asked.direction is None
+    assert asked.messages[0]["role"] == "system"
+    most, least, _ = map(int, asked.messages[0]["content"].split())
+    assert most > 90
+    assert least < 15
+
+
+def test_steerlm_labels_move_its_output(lab: Lab, tmp_path: Path) -> None:
+    """Trained on short and on long answers under their labels, the policy is longer when it is asked to be."""
+    lab = in_folder(lab, tmp_path)
+    rows, scores = [], []
+    for question in make_questions(120, seed=11):
+        for size in (1, 6):
+            answer = answer_of_size(question, size, warm=0)
+            row = {"candidate_id": f"{question.question_id}-{size}", "prompt_id": question.question_id}
+            rows.append({**row, "messages": json.dumps(question.messages), "response": answer})
+            scores.append([90.0, 19.0 * size - 14.0, 0.0])  # 5 for a short answer, 100 for a long one
+    scores_RK, write = np.array(scores), partial(steerlm.write_label, lab.space)
+    policy = lab.finetune(0, lab.config.policy, labelled(pa.Table.from_pylist(rows), scores_RK, write), 40_000)
+    sampler = lab.sampler(policy, measuring=True, translate=asking(lab.space, scores_RK, write))
+    half = 0.5**0.5
+
+    def words(direction: tuple[float, ...]) -> float:
+        answers = sampler.sample([SampleRequest(p.messages, direction, (1, 2, 3, 4)) for p in lab.held_out])
+        return float(np.mean([len(sample.text.split()) for answer in answers for sample in answer]))
+
+    terse, wordy = words((half, -half, 0.0)), words((half, half, 0.0))
+    assert wordy > 1.5 * terse, (terse, wordy)
+
+
+def test_rewards_in_context_keeps_what_no_other_answer_to_the_prompt_dominates() -> None:
+    scores_RK = np.array([[90, 50, 0], [60, 50, 0], [60, 10, 0], [50, 50, 0]], dtype=float)
+    # the second is worse in every wish; the third is terser; the fourth belongs to another prompt
+    assert near_front(["p", "p", "p", "q"], scores_RK, SPACE3).tolist() == [0, 2, 3]
+
+
+# --- soups -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_is_a_specialist_at_its_own_direction_and_adds_up_to_one_everywhere() -> None:
+    for place, wish_K in enumerate(soups.wishes(SPACE3)):
+        np.testing.assert_allclose(soups.mixture(tuple(wish_K), SPACE3), np.eye(5)[place], atol=1e-6)
+    for direction_K in SPACE3.sample(50, np.random.default_rng(0)):
+        shares = soups.mixture(tuple(direction_K), SPACE3)
+        assert sum(shares) == pytest.approx(1)
+        assert min(shares) >= 0
+    assert len(soups.wishes(space_of("a", "b"))) == 3
+
+
+def test_soups_interpolation_is_the_exact_weighted_sum() -> None:
+    one, two = ({"w": torch.randn(3, 4), "steps": torch.tensor(7)} for _ in range(2))
+    mixed = interpolate([one, two], [0.25, 0.75])
+    assert torch.equal(mixed["w"], (0.25 * one["w"].double() + 0.75 * two["w"].double()).float())
+    assert torch.equal(interpolate([one, two], [1.0, 0.0])["w"], one["w"])
+    with pytest.raises(ModelFileError, match="architecture"):
+        interpolate([one, {"w": torch.randn(2, 4), "steps": torch.tensor(7)}], [0.5, 0.5])
+    with pytest.raises(ValueError, match="add up to"):
+        interpolate([one, two], [0.5, 0.6])
+
+
+def test_soups_differ_by_mix_and_their_ends_are_the_specialists(tmp_path: Path) -> None:
+    model, tokenizer = load_policy(START_MODEL)
+    other = tmp_path / "other"
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    space = space_of("helpfulness", "verbosity")
+    folders = [str(START_MODEL), str(other)]
+    spec = SamplerSpec(folders[0], space, max_new_tokens=24)
+
+    def share(direction: tuple[float, ...]) -> list[float]:
+        return [1 - direction[1], direction[1]]
+
+    soup = SoupSampler(folders, share, spec)
+    seeds = tuple(range(6))
+    directions = [(1.0, 0.0), (0.8, 0.6), (0.0, 1.0)]
+    answers = soup.sample([SampleRequest(QUESTION.messages, direction, seeds) for direction in directions])
+    texts = [[sample.text for sample in answer] for answer in answers]
+    assert texts[0] != texts[1] != texts[2]
+    for folder, mixed in ((folders[0], texts[0]), (folders[1], texts[2])):
+        (alone,) = replace(spec, policy=folder).build().sample([SampleRequest(QUESTION.messages, None, seeds)])
+        assert [sample.text for sample in alone] == mixed
+    with pytest.raises(ModelFileError, match="same weights"):
+        SoupSampler([folders[0], folders[0]], share, spec)
+
+
+# --- selection of the offline rows, budgets, DPO ---------------------------------------------------------------------
+
+
+def test_the_best_rated_responses_are_the_best_by_the_scalar(lab: Lab, tmp_path: Path) -> None:
+    best = in_folder(lab, tmp_path).best_rated(lab.space.center_K)
+    scalar_R, ids = lab.rated_scores() @ lab.space.center_K, lab.ratings["prompt_id"].to_pylist()
+    for row in best.to_pylist():
+        own = [value for value, prompt_id in zip(scalar_R, ids, strict=True) if prompt_id == row["prompt_id"]]
+        assert row["helpfulness"] == pytest.approx(max(own))
+    assert set(unstated(best)["direction"].to_pylist()) == {None}
+
+
+def test_a_finetuning_spends_the_tokens_it_is_given(lab: Lab, tmp_path: Path) -> None:
+    lab = in_folder(lab, tmp_path)
+    rows = unstated(lab.best_rated(lab.space.center_K))
+    lab.finetune(0, lab.config.policy, rows, 5_000)
+    assert spent(tmp_path).training_tokens == pytest.approx(5_000, rel=0.02)
+    assert lab.left == lab.budget - spent(tmp_path).training_tokens
+    lab.take_over_t0()
+    charged = json.loads((lab.shared / "iter_0" / "finetune" / "done.json").read_text())["ledger"]["training_tokens"]
+    assert lab.left == pytest.approx(lab.budget - 5_000 - charged, rel=0.01)
+
+
+def test_dpo_pairs_are_the_best_against_the_others_and_its_margin_grows(lab: Lab, tmp_path: Path) -> None:
+    lab = in_folder(lab, tmp_path)
+    pairs = dpo.rated_pairs(lab, unstated(lab.best_rated(lab.space.center_K)))
+    assert all(row["utility_chosen"] > row["utility_rejected"] for row in pairs.to_pylist())
+    assert len(pairs) > 4 * len(set(pairs["prompt_id"].to_pylist()))
+    policy = lab.prefer(1, lab.config.policy, pairs.slice(0, 64), 16_000)
+    assert load_file(policy / "model.safetensors")
+    lines = [json.loads(line) for line in (tmp_path / "iter_1" / "finetune" / "log.jsonl").read_text().splitlines()]
+    margins = [line["rewards/margins"] for line in lines if "rewards/margins" in line]
+    assert np.mean(margins[-2:]) > np.mean(margins[:2]) + 0.05, margins
+    assert spent(tmp_path).training_tokens == pytest.approx(16_000, rel=0.02)

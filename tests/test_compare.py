@@ -1,0 +1,148 @@
+"""`dpa compare`: every method at work on the quick demo world, at equal budgets, resumed after kill -9, and reported.
+
+pytest tests/test_compare.py
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from dpa.core.compare_config import METHODS, CompareConfig, load_comparison
+from dpa.core.errors import ConfigError
+from dpa.recipes.compare import Comparison
+from dpa.world.comparison import QUICK, RECIPE, write_recipe
+
+COMMAND = [sys.executable, "-m", "dpa", "compare", "--quick", "--out"]
+
+
+def done_jobs(out: Path) -> list[Path]:
+    return sorted(out.glob("seed_0/*/job.json"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results folder of a quick comparison that was killed twice on its way."""
+    out = tmp_path_factory.mktemp("compare") / "results"
+    for jobs in (1, 5):
+        process = subprocess.Popen([*COMMAND, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(done_jobs(out)) < jobs and process.poll() is None:
+            time.sleep(0.05)
+        assert process.poll() is None, "it ended before it could be killed"
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + 10
+        while any(alive(pid) for pid in children) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(alive(pid) for pid in children), "workers outlive their parent"
+    done = subprocess.run([*COMMAND, str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "report.html" in done.stdout
+    assert re.search(r"compare: [5-9] of 12 jobs are done", done.stderr), done.stderr
+    return out
+
+
+def alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    try:
+        return "State:\tZ" not in status.read_text()
+    except OSError:
+        return False
+
+
+def test_every_method_is_measured_over_the_same_directions(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert {policy["method"] for policy in results["policies"]} == set(METHODS)
+    assert [p["name"] for p in results["policies"] if p["method"] == "pooled"] == ["t = 0", "t = 1"]
+    for policy in results["policies"]:
+        points = policy["fronts"]["gold"]["verbosity"]
+        assert len(points) == (1 if policy["point"] else 3)
+        assert policy["measures"]["hypervolume"]["value"] > 0
+        assert policy["measures"]["hypervolume"]["low"] is not None
+    assert len(results["leads"]["verbosity"]) == len(METHODS) - 1
+    assert results["thrift"]["share"] == pytest.approx(1 / 3, abs=0.1)
+    assert results["missing"] == []
+
+
+def test_methods_that_are_given_a_budget_spend_it(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    budget = results["config"]["budget"]
+    for row in results["costs"]:
+        if row["method"] in ("sft", "dpo", "steerlm", "ric", "soups", "scalar_rsf"):
+            assert row["total"] == pytest.approx(budget, rel=0.1), row
+        assert row["equal"] == (abs(row["total"] - budget) <= 0.1 * budget)
+    by_method = {row["method"]: row for row in results["costs"]}
+    # at the first iteration both loops sample the same candidates, and train on as many rows
+    assert by_method["per_direction"]["generated"] == by_method["pooled"]["generated"]
+    assert by_method["per_direction"]["training"] == pytest.approx(by_method["pooled"]["training"], rel=0.1)
+
+
+def test_the_report_says_what_holds_and_stands_alone(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    page = (finished / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "<script" not in page
+    assert page.count("Holds") + page.count("Does not hold") >= len(results["claims"])
+    assert "SteerLM" in page
+    for svg in re.findall(r"<svg.*?</svg>", page, re.S):
+        ElementTree.fromstring(svg)
+    lines = (finished / "table.csv").read_text().splitlines()
+    assert len(lines) > 2 * len(METHODS)
+    assert lines[0].startswith("method,policy,reward,arc")
+
+
+def test_a_finished_comparison_does_no_work_and_one_with_other_settings_is_refused(finished: Path) -> None:
+    recipe = finished.with_name("results-world") / "compare.yaml"
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")}
+    Comparison(load_comparison(recipe, QUICK)).run()
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")} == before
+    other = subprocess.run([*COMMAND, str(finished), "--set", "run.rollout.samples=4"], capture_output=True, text=True)
+    assert other.returncode == 2
+    assert "run.rollout.samples: 3 -> 4" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_the_demos_comparison_loads_with_every_methods_settings(tmp_path: Path) -> None:
+    config = load_comparison(write_recipe(tmp_path, tmp_path / "out"))
+    assert config.methods == list(METHODS)
+    assert len(config.seeds) >= 3
+    for method in METHODS:
+        settings = config.run_config(1, tmp_path / method, method)
+        assert "seed_1" in settings.prompts.path
+        assert len(settings.space.build().grid(settings.evaluate.directions)) >= 15
+    assert config.run_config(0, tmp_path, "per_direction").selection.method == "per_direction"
+    assert config.run_config(0, tmp_path, "online_dpo").learner == "dpo"
+    assert RECIPE.is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budjet": "5"}, r"budjet: unknown key; did you mean `budget`"),
+        ({"methods": "[stearlm]"}, r"methods\.0: 'stearlm' is not accepted"),
+        ({"seeds": "[1, 1]"}, r"seeds: .* is not accepted; give different seeds"),
+        ({"run.rollout.sampels": "5"}, r"run\.rollout\.sampels: unknown key; did you mean `samples`"),
+        ({"changes.sft": "{finetune.rate: 1}"}, r"run\.finetune\.rate: unknown key"),
+        ({"run.seed": "5"}, r"run\.seed: the comparison sets it"),
+        ({"run.ratings": "[]"}, r"run\.ratings: a comparison needs rated data"),
+    ],
+)
+def test_a_wrong_field_is_named_before_any_work(tmp_path: Path, change: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_comparison(write_recipe(tmp_path, tmp_path / "out"), change)
+
+
+def test_a_comparison_of_ones_own_needs_a_configuration(tmp_path: Path) -> None:
+    assert CompareConfig.model_fields["methods"].default == list(METHODS)
+    wrong = [sys.executable, "-m", "dpa", "compare", str(tmp_path / "none.yaml")]
+    done = subprocess.run(wrong, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no file at" in done.stderr

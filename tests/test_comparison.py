@@ -1,0 +1,146 @@
+"""The maths of comparing fronts: heights at equal verbosity, leads, intervals over seeds, and the claims they support.
+
+pytest tests/test_comparison.py
+"""
+
+import numpy as np
+import pytest
+from fakes import space_of
+
+from dpa.core.compare_config import CompareConfig
+from dpa.core.comparison import Front, height_at, heights, lead, over_seeds
+from dpa.core.config import EvaluateConfig
+from dpa.stages.compare import summarise
+
+SEEDS, DRAWS = 3, 200
+
+
+def front(x_D: list[float], y_D: list[float], noise: float = 0.0, shift_S: list[float] | None = None) -> Front:
+    """A front that is the same in every seed but for `shift_S` upwards, its draws noisy."""
+    rng = np.random.default_rng(len(x_D))
+    x_SD = np.tile(np.array(x_D, dtype=float), (SEEDS, 1))
+    y_SD = np.tile(np.array(y_D, dtype=float), (SEEDS, 1)) + np.array(shift_S or [0.0] * SEEDS)[:, None]
+    draws = (SEEDS, DRAWS, len(x_D))
+    return Front(x_SD, y_SD, np.broadcast_to(x_SD[:, None], draws), y_SD[:, None] + rng.normal(0, noise, draws))
+
+
+def test_a_height_is_linear_interpolation_and_nothing_beyond_the_ends() -> None:
+    x_ND, y_ND = np.array([[10.0, 20.0, 40.0]]), np.array([[80.0, 90.0, 70.0]])
+    at_X = np.array([[9.9, 10.0, 15.0, 20.0, 30.0, 40.0, 40.1]])
+    np.testing.assert_allclose(heights(x_ND, y_ND, at_X), [[np.nan, 80, 85, 90, 80, 70, np.nan]])
+    inside = np.linspace(10, 40, 31)
+    np.testing.assert_allclose(heights(x_ND, y_ND, inside[None])[0], np.interp(inside, x_ND[0], y_ND[0]))
+
+
+def test_a_path_that_turns_back_counts_by_its_highest_passage() -> None:
+    # asked in order, the policy overshoots to 30 and comes back to 20, lower
+    assert heights(np.array([[10.0, 30.0, 20.0]]), np.array([[50.0, 70.0, 40.0]]), np.array([[25.0]])) == 65.0
+    # a vertical step: the better of its ends
+    assert heights(np.array([[10.0, 10.0]]), np.array([[50.0, 70.0]]), np.array([[10.0]])) == 70.0
+
+
+def test_the_lead_is_found_where_it_is_least() -> None:
+    ours, theirs = front([10, 50], [90, 90]), front([0, 30, 60], [80, 89, 60])
+    found = lead(ours, theirs)
+    assert found.at_X[0] == 10
+    assert found.at_X[-1] == 50
+    assert found.least is not None
+    assert found.least_at == 30
+    assert found.least["value"] == pytest.approx(1.0)
+    assert found.mean is not None
+    assert found.mean["value"] == pytest.approx(np.mean([each["value"] for each in found.lead_X]))
+
+
+def test_fronts_that_share_no_range_in_some_seed_are_not_compared() -> None:
+    ours, theirs = front([10, 20], [90, 90]), front([21, 30], [80, 80])
+    assert lead(ours, theirs).least is None
+    assert height_at(ours, 21.0) is None
+    assert height_at(ours, 15.0)["value"] == 90  # type: ignore[index]
+
+
+def test_a_method_without_directions_is_compared_where_it_stands() -> None:
+    point = front([19, 21], [79, 81]).as_point()
+    assert point.x_SD.shape == (SEEDS, 1)
+    found = lead(front([10, 30], [80, 100]), point)
+    assert found.at_X.tolist() == [20.0]
+    assert found.least is not None
+    assert found.least["value"] == pytest.approx(90 - 80)
+    assert lead(front([30, 40], [80, 100]), point).least is None
+
+
+def test_intervals_widen_with_seeds_that_disagree_and_match_prompts_alone_for_one_seed() -> None:
+    rng = np.random.default_rng(0)
+    draws_SR = rng.normal([[0.0], [0.0], [0.0]], 1.0, (3, 2000))
+    agreeing = over_seeds(np.zeros(3), draws_SR)
+    disagreeing = over_seeds(np.array([-5.0, 0.0, 5.0]), draws_SR + [[-5.0], [0.0], [5.0]])
+    assert agreeing["low"] is not None
+    assert disagreeing["low"] is not None
+    assert disagreeing["low"] < agreeing["low"] - 3
+    # prompts' noise alone: standard error 1 / sqrt(3), widened by sqrt(3 / 2)
+    assert agreeing["low"] == pytest.approx(-1.96 / np.sqrt(2), abs=0.1)
+    one = over_seeds(np.zeros(1), draws_SR[:1])
+    assert one["low"] == pytest.approx(-1.96, abs=0.15)
+
+
+def test_intervals_of_three_seeds_cover_the_truth_about_as_often_as_they_say() -> None:
+    rng, hits = np.random.default_rng(1), 0
+    for trial in range(200):
+        value_S = rng.normal(0.0, 1.0, 3)  # seeds differ by 1, prompts within a seed by 1
+        measured_S = value_S + rng.normal(0.0, 1.0, 3)
+        draws_SR = measured_S[:, None] + rng.normal(0.0, 1.0, (3, 300))
+        found = over_seeds(measured_S, draws_SR, trial)
+        assert found["low"] is not None
+        assert found["high"] is not None
+        hits += found["low"] <= 0.0 <= found["high"]
+    assert hits / 200 > 0.85
+
+
+# --- claims ----------------------------------------------------------------------------------------------------------
+
+
+def summary(leads_by: float) -> dict:
+    """A comparison of two methods whose fronts are `leads_by` apart, and of one point."""
+    space, rng = space_of("helpfulness", "verbosity"), np.random.default_rng(0)
+    settings = EvaluateConfig(prompts={"path": "x"}, directions=5, gold={"helpfulness": "a:b", "verbosity": "a:b"})  # type: ignore[call-arg, arg-type]
+    config = CompareConfig(out="x", budget=1000, run={}, methods=["pooled", "steerlm", "sft"], resamples=50)  # type: ignore[call-arg]
+    grid_DK = space.grid(5)
+    verbosity_D = np.array([20.0, 30.0, 40.0, 50.0, 60.0])
+
+    def scores(height: float, moves: bool = True) -> list[dict[str, np.ndarray]]:
+        one = np.stack([np.full(5, height), verbosity_D if moves else np.full(5, 40.0)], axis=1)
+        return [
+            {reward: one[:, None] + rng.normal(0, 0.5, (5, 40, 2)) for reward in ("model", "gold")} for _ in range(3)
+        ]
+
+    evaluation = {"directions": [{"words": {"value": 10.0 * d}} for d in range(len(grid_DK))]}
+    cost = {"tokens_generated": 400, "training_tokens": 600, "candidates_scored": 10, "wall_s": 1.0}
+    found = {
+        method: [{"cost": cost, "policies": [{"name": "last", "evaluation": evaluation}]}] * 3
+        for method in config.methods
+    }
+    found["sft"] = [{**found["sft"][0], "cost": {**cost, "training_tokens": 100}}] * 3
+    data = {
+        ("pooled", "last"): scores(80 + leads_by),
+        ("steerlm", "last"): scores(80),
+        ("sft", "last"): scores(70, moves=False),
+    }
+    return summarise(found, data, space, settings, config)  # type: ignore[arg-type]
+
+
+def test_the_report_says_which_claims_hold() -> None:
+    claims = summary(leads_by=5.0)["claims"]
+    assert [claim["holds"] for claim in claims] == [True, True, False]
+    assert "IS above SteerLM by 2 points or more" in claims[0]["sentence"]
+    assert "IS above SFT by 2 points or more in helpfulness at its verbosity of 40" in claims[1]["sentence"]
+    assert "NOT every method spends within 10% of 1,000" in claims[2]["sentence"]
+    assert "SFT" in claims[2]["sentence"]
+
+
+def test_the_report_says_which_claims_do_not_hold() -> None:
+    results = summary(leads_by=1.0)
+    claim = results["claims"][0]
+    assert not claim["holds"]
+    assert "is NOT above SteerLM by 2 points or more" in claim["sentence"]
+    assert "ahead on 100% of the range" in claim["sentence"]
+    assert results["leads"]["verbosity"][0]["least"]["value"] == pytest.approx(1.0, abs=0.6)
+    assert results["equal"]["verbosity"]["at"] == [25.0, 30.0, 35.0, 40.0, 45.0, 50.0, 55.0]
