@@ -32,7 +32,14 @@ class SpaceConfig(_Section):
     center: dict[str, float] | None = Field(
         None, description="Axis of the cone of directions, objective -> weight. Default: the first objective."
     )
-    max_angle: float = Field(45.0, gt=0, le=180, description="Half-angle of the trained cone, in degrees.")
+    max_angle: float = Field(45.0, gt=0, le=180, description="Half-angle of the cone a user may ask in, in degrees.")
+    training_angle: float | None = Field(
+        None,
+        gt=0,
+        le=180,
+        description="Half-angle of the cone training draws directions from; a wider one than max_angle keeps what is "
+        "asked off the edge of what was learned. Default: max_angle.",
+    )
     template: str = Field(
         PUBLISHED_TEMPLATE, description="System sentence; {weighted_rating} becomes `helpfulness*97 + verbosity*-26`."
     )
@@ -49,6 +56,7 @@ class SpaceConfig(_Section):
             max_angle=self.max_angle,
             template=self.template,
             presets=self.presets,
+            training_angle=self.training_angle,
         )
 
 
@@ -158,7 +166,10 @@ class SelectionConfig(_Section):
         "under that direction (the paper read literally); random: the control.",
     )
     directions: int = Field(
-        4, ge=1, description="Directions served by each prompt's pool (pooled, random); per_direction uses rollout's."
+        4,
+        ge=1,
+        description="Directions served by each prompt's pool (pooled, random): first those it was asked under, then "
+        "new ones; per_direction serves those it was asked under.",
     )
 
 

@@ -56,8 +56,9 @@ def select_winners(
     """Select from a finished rollout and its scores, shard by shard; return what the stage cost.
 
     `config.method`:
-      pooled         all candidates of a prompt form one pool, whatever direction they were made under, and
-                     `config.directions` new directions are drawn for the prompt (our choice; the paper is silent)
+      pooled         all candidates of a prompt form one pool, whatever direction they were made under, and the pool
+                     serves `config.directions` directions: those the prompt was asked under, then new ones (our
+                     choice; the paper is silent)
       per_direction  the best of the samples made under each of rollout's own directions (step 3 of arXiv 2402.18571)
       random         as pooled, but a random valid candidate: the control at equal budget
 
@@ -144,10 +145,10 @@ def _write_winners(
         case "per_direction":
             directions_PDK, winners_PD = _per_direction(pools, candidates)
         case "pooled":
-            directions_PDK = _draw(space, config.directions, rngs)
+            directions_PDK = _served(pools, candidates, space, config.directions, rngs)
             winners_PD = select(pools.scores_PNK, directions_PDK, pools.valid_PN)
         case "random":
-            directions_PDK = _draw(space, config.directions, rngs)
+            directions_PDK = _served(pools, candidates, space, config.directions, rngs)
             valid_PN = pools.valid_PN
             winners_PD = np.array(
                 [select_random(valid_PN[p : p + 1], config.directions, rng)[0] for p, rng in enumerate(rngs)]
@@ -177,19 +178,31 @@ def _pools(prompt_ids: list[str], scores_RK: np.ndarray, valid_R: np.ndarray) ->
     return _Pools(list(rows), row_PN, scores_RK[row_PN], valid_R[row_PN] & (row_PN >= 0))
 
 
-def _draw(space: DirectionSpace, count: int, rngs: Sequence[np.random.Generator]) -> np.ndarray:
-    return np.array([space.sample(count, rng) for rng in rngs]).reshape(len(rngs), count, space.K)
+def _served(
+    pools: _Pools, candidates: pa.Table, space: DirectionSpace, count: int, rngs: Sequence[np.random.Generator]
+) -> np.ndarray:
+    """directions_PDK of `count` directions for each prompt: those it was asked under in this space, then new draws."""
+    asked_PDK = np.empty((len(rngs), 0, space.K))
+    if "direction" in candidates.column_names and candidates.num_rows and len(candidates["direction"][0]) == space.K:
+        asked_PDK = _asked(pools, candidates)[:, :count]
+    missing = count - asked_PDK.shape[1]
+    drawn_PDK = np.array([space.sample(missing, rng) for rng in rngs]).reshape(len(rngs), missing, space.K)
+    return np.concatenate([asked_PDK, drawn_PDK], axis=1)
+
+
+def _asked(pools: _Pools, candidates: pa.Table) -> np.ndarray:
+    """directions_PDK the candidates of each prompt were made under; rollout keeps a prompt whole, N samples each."""
+    K = pools.scores_PNK.shape[-1]
+    N = int(candidates["k"].to_numpy().max(initial=-1)) + 1
+    direction_RK = np.array(candidates["direction"].to_pylist(), dtype=np.float64).reshape(-1, K)
+    return direction_RK[pools.row_PN[:, :: max(N, 1)]].reshape(len(pools.row_PN), -1, K)
 
 
 def _per_direction(pools: _Pools, candidates: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Rollout's own directions_PDK, and winners_PD as places in each prompt's pool."""
-    P, pool = pools.row_PN.shape
-    N = int(candidates["k"].to_numpy().max(initial=-1)) + 1
-    D = pool // N if N else 0
-    K = pools.scores_PNK.shape[-1]
-    direction_RK = np.array(candidates["direction"].to_pylist(), dtype=np.float64).reshape(-1, K)
-    # rollout keeps a prompt whole: direction by direction, N samples each
-    directions_PDK = direction_RK[pools.row_PN].reshape(P, D, N, K)[:, :, 0]
+    directions_PDK = _asked(pools, candidates)
+    P, D, K = directions_PDK.shape
+    N = pools.row_PN.shape[1] // max(D, 1)
     winners_PD = select_per_direction(
         pools.scores_PNK.reshape(P, D, N, K), directions_PDK, pools.valid_PN.reshape(P, D, N)
     )
