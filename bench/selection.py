@@ -37,7 +37,9 @@ def main() -> None:
     scores_PNK = rng.uniform(0, 100, (prompts, args.pool, args.objectives))
     directions_DK = rng.standard_normal((args.directions, args.objectives))
     directions_DK /= np.linalg.norm(directions_DK, axis=1, keepdims=True)
-    print(f"{prompts * args.pool:,} candidates in {prompts:,} pools x {args.directions} directions, K = {args.objectives}")
+    print(
+        f"{prompts * args.pool:,} candidates in {prompts:,} pools x {args.directions} directions, K = {args.objectives}"
+    )
     winners = {}
     for name, run in {"select": select, "plain": plain}.items():  # select first: memory peaks only grow
         begun = time.perf_counter()
