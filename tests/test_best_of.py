@@ -78,7 +78,7 @@ def test_neighbours_stay_in_the_cone_also_at_its_ends(space) -> None:  # type: i
     robust = RobustSampler(FakeSampler(), scorer, space, 2, within=50)
     for asked_K in space.grid(5):
         near_DK = np.array(robust.neighbours(tuple(asked_K), 200, seed=1))
-        assert space.angle_to_center(near_DK).max() <= space.max_angle + 0.4, "what a parser accepts"
+        assert space.angle_to_center(near_DK).max() <= space.max_angle + 0.5, "what a parser accepts"
         assert np.linalg.norm(near_DK, axis=1) == pytest.approx(1)
         assert len(np.unique(near_DK.round(9), axis=0)) > 50
 
@@ -134,7 +134,7 @@ def test_a_rollout_takes_them_as_any_sampler_and_counts_every_candidate(tmp_path
 
 def test_the_command_line_says_what_is_missing(tmp_path: Path) -> None:
     how = {"direction": None, "samples": 1, "temperature": 0.7, "max_new_tokens": 9, "seed": 0, "clamp": False}
-    with pytest.raises(ConfigError, match="--robust: .* add --best-of"):
+    with pytest.raises(ConfigError, match=r"--robust: .* add --best-of"):
         answer(str(tmp_path), ["hello"], **how, robust=True)
     with pytest.raises(ConfigError, match="--reward: no reward model is found beside"):
         answer(str(tmp_path), ["hello"], **how, best_of=2)

@@ -3,6 +3,7 @@ pytest tests/test_loop_options.py
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pyarrow as pa
 import pytest
 from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, run_config, space_of
 
-from dpa.core.config import DrawConfig, RolloutConfig, SelectionConfig, load_config
-from dpa.core.errors import ConfigError, RejectRateError
+from dpa.core.config import RolloutConfig, SelectionConfig, load_config
+from dpa.core.directions import DirectionSpace
+from dpa.core.errors import ConfigError, DirectionError, RejectRateError
 from dpa.core.records import Prompt, stable_hash
 from dpa.core.selection import select_pairs, spread
 from dpa.recipes.dpa import Loop
@@ -26,13 +28,11 @@ SPACE = space_of(max_angle=60)
 ROLLOUT = RolloutConfig(directions=3, samples=4, prompts_per_shard=4)
 
 
-def stages(
-    path: Path, scorer: FakeScorer | None = None, draw: DrawConfig | None = None
-) -> tuple[StageFolder, StageFolder, list[Prompt]]:
+def stages(path: Path, scorer: FakeScorer | None = None) -> tuple[StageFolder, StageFolder, list[Prompt]]:
     """A finished rollout of six prompts and its scores."""
     candidates, scores = StageFolder(path / "rollout", "iter_1/rollout"), StageFolder(path / "score", "iter_1/score")
     prompts = prompts_of(6)
-    rollout(candidates, prompts, SPACE, [FakeSampler()], ROLLOUT, 0, draw=draw or DrawConfig())
+    rollout(candidates, prompts, SPACE, [FakeSampler()], ROLLOUT, 0)
     score(scores, candidates, prompts, scorer or FakeScorer())
     return candidates, scores, prompts
 
@@ -55,22 +55,22 @@ def rounded(rows: list[dict]) -> list:
 
 @pytest.mark.parametrize(
     ("method", "digest"),
-    [("pooled", "78db1a78d366fdb7"), ("per_direction", "4fc07a6736604260"), ("random", "fb2e5a9bd76c99c8")],
+    [("pooled", "3d1a846d4be464c5"), ("per_direction", "c725d89c1749a528"), ("random", "831d8291532a513f")],
 )
 def test_left_alone_the_options_change_no_row(tmp_path: Path, method: str, digest: str) -> None:
-    """The digests are those of the commit before the options came (f0fef8a)."""
+    """The digests are those of the commit before the options came (c4e21fb)."""
     rows = selected(tmp_path, SelectionConfig(method=method, directions=5))
     assert stable_hash(rounded(rows)) == digest
-    assert stable_hash(rounded(all_rows(StageFolder(tmp_path / "rollout")))) == "f123705355b6b671"
+    assert stable_hash(rounded(all_rows(StageFolder(tmp_path / "rollout")))) == "3c1b6c636d0f7be9"
 
 
 # --- directions -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("space", [SPACE, space_of("a", "b", "c", max_angle=60)], ids=["K2", "K3"])
-def test_ends_moves_that_share_of_the_directions_to_the_outer_fifth(space) -> None:  # type: ignore[no-untyped-def]
+def test_training_ends_moves_that_share_of_the_directions_to_the_outer_fifth(space: DirectionSpace) -> None:
     plain_DK = space.sample(20_000, np.random.default_rng(0))
-    ends_DK = space.sample(20_000, np.random.default_rng(0), ends=0.5)
+    ends_DK = replace(space, training_ends=0.5).sample(20_000, np.random.default_rng(0))
     plain_D, ends_D = space.angle_to_center(plain_DK), space.angle_to_center(ends_DK)
     assert ends_D.max() <= 60 + 1e-9
     assert (plain_D >= 48).mean() == pytest.approx(0.2, abs=0.02)
@@ -80,19 +80,16 @@ def test_ends_moves_that_share_of_the_directions_to_the_outer_fifth(space) -> No
     across_DK = ends_DK - np.outer(ends_DK @ space.center_K, space.center_K)
     before_DK = plain_DK - np.outer(plain_DK @ space.center_K, space.center_K)
     assert (np.einsum("dk,dk->d", across_DK, before_DK) >= 0).all(), "each keeps its side"
-    assert (space.angle_to_center(space.sample(100, np.random.default_rng(0), ends=1.0)) >= 48 - 1e-9).all()
 
 
-def test_a_wider_training_cone_is_drawn_from_but_not_advertised(tmp_path: Path) -> None:
-    wide = DrawConfig(max_angle=80)
-    candidates, scores, prompts = stages(tmp_path, draw=wide)
-    stage = StageFolder(tmp_path / "select", "iter_1/select")
-    select_winners(stage, candidates, scores, prompts, SPACE, SelectionConfig(directions=40), 0, wide)
-    for rows in (all_rows(candidates), all_rows(stage)):
-        angles = SPACE.angle_to_center(np.array([row["direction"] for row in rows]))
-        assert 60 < angles.max() <= 80
-    assert SPACE.max_angle == 60
-    assert SPACE.angle_to_center(SPACE.grid(9)).max() == pytest.approx(60), "it is measured where it is advertised"
+def test_training_ends_are_those_of_the_training_cone_and_travel_with_the_model() -> None:
+    space = replace(SPACE, training_angle=80, training_ends=1.0)
+    angles = space.angle_to_center(space.sample(200, np.random.default_rng(0)))
+    assert 64 - 1e-9 <= angles.min() < 66 and 78 < angles.max() <= 80 + 1e-9
+    assert space.angle_to_center(space.grid(9)).max() == pytest.approx(60), "it is measured where it is advertised"
+    assert DirectionSpace.from_dict(space.to_dict()) == space
+    with pytest.raises(DirectionError, match=r"training_ends: 2 is not in \[0, 1\]"):
+        replace(SPACE, training_ends=2.0)
 
 
 # --- standardised ---------------------------------------------------------------------------------------------------
@@ -236,7 +233,8 @@ def test_the_loop_learns_from_pairs_with_every_option_on(tmp_path: Path) -> None
         "iterations": "2",
         "learner": "dpo",
         "dpo": "{learning_rate: 1.0e-4, optimizer: muon, pairs_per_step: 8, pairs_per_device: 8, replay: 0.5}",
-        "draw": "{max_angle: 55, ends: 0.3}",
+        "space.training_angle": "55",
+        "space.training_ends": "0.3",
         "selection": "{directions: 3, standardise: true}",
         "prompts.count": "6",
         "rollout.directions": "2",
@@ -264,5 +262,5 @@ def test_the_loop_learns_from_pairs_with_every_option_on(tmp_path: Path) -> None
     logged = (tmp_path / "run/iter_2/finetune/log.jsonl").read_text().splitlines()
     assert "rewards/margins" in json.loads(logged[0])
     provenance = json.loads((tmp_path / "run/iter_2/policy/dpa_config.json").read_text())
-    assert provenance["space"]["max_angle"] == 45
+    assert (provenance["space"]["max_angle"], provenance["space"]["training_angle"]) == (45, 55)
     assert provenance["provenance"]["dpo"]["beta"] == 0.1
