@@ -109,7 +109,7 @@ def test_a_model_of_the_loop_answers_on_the_command_line(finished: tuple[Path, P
 
 def test_the_best_of_several_is_judged_by_the_reward_model_of_the_run(finished: tuple[Path, Path]) -> None:
     policy, question = str(finished[1] / "iter_1" / "policy"), "What is the home of Ivy?"
-    plain = answer(policy, [question], "terse", 1, 0.7, 30, 0, clamp=False)
+    plain = answer(policy, [question], "terse", 6, 1.0, 30, 0, clamp=False)
     for robust in (False, True):
-        first, again = (answer(policy, [question], "terse", 1, 0.7, 30, 0, False, 6, robust) for _ in range(2))
+        first, again = (answer(policy, [question], "terse", 6, 1.0, 30, 0, False, 6, robust) for _ in range(2))
         assert first == again != plain
