@@ -74,28 +74,28 @@ def main() -> None:
     truth = FunctionScorer({name: f"dpa.world.true_reward:{name}" for name in space.names})
     prompts = read_prompts(str(args.prompts), "prompt", 0.0)[0][: args.count]
     directions_DK, end_D = asked_directions(space)
-    samplers: dict[str, Sampler] = {"one": plain, "best": BestOfSampler(plain, reward, space, args.candidates)}
+    samplers: dict[str, Sampler] = {"best": BestOfSampler(plain, reward, space, args.candidates), "one": plain}
     for degrees in args.within:
         samplers[f"robust {degrees:g}"] = RobustSampler(plain, reward, space, args.candidates, degrees)
     print(f"{len(prompts)} prompts, {end_D.sum()} ends, {args.candidates} candidates, {args.policy}")
+    print("ends:", "; ".join(str(space.direction(row)) for row in directions_DK[end_D]))
     print(f"{'':10s} {'':7s} {'tokens':>7s} {'true':>7s} {'true - best':>22s} {'model':>7s} {'model - best':>22s}")
     draws_RP = np.random.default_rng(0).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), size=2000)
-    found = {
-        name: utilities(sampler, prompts, directions_DK, space, [truth, reward]) for name, sampler in samplers.items()
-    }
-    for group, chosen_D in (("ends", end_D), ("centre", ~end_D)):
-        for name, (utility_DP, tokens_DP) in found.items():
+    best: list[np.ndarray] = []
+    for name, sampler in samplers.items():
+        utility_DP, tokens_DP = utilities(sampler, prompts, directions_DK, space, [truth, reward])
+        best = best or utility_DP
+        for group, chosen_D in (("ends", end_D), ("centre", ~end_D)):
             cells = [f"{tokens_DP[chosen_D].mean():7.0f}"]
-            for mine_DP, best_DP in zip(utility_DP, found["best"][0], strict=True):
+            for mine_DP, best_DP in zip(utility_DP, best, strict=True):
                 more_P = (mine_DP - best_DP)[chosen_D].mean(axis=0)
                 difference = interval(float(more_P.mean()), draws_RP @ more_P / len(prompts))
                 cells.append(f"{mine_DP[chosen_D].mean():7.2f}")
                 cells.append("{value:+7.2f} [{low:+.2f}, {high:+.2f}]".format(**difference).rjust(22))
             print(f"{name:10s} {group:7s} {' '.join(cells)}", flush=True)
-    for name, (utility_DP, _) in found.items():
-        ends = "  ".join(f"{value:6.2f}" for value in utility_DP[0][end_D].mean(axis=1))
-        print(f"{name:10s} true, each end: {ends}")
-    print("ends:", "; ".join(str(space.direction(row)) for row in directions_DK[end_D]))
+        print(
+            f"{'':10s} true, each end:", *(f"{value:7.2f}" for value in utility_DP[0][end_D].mean(axis=1)), flush=True
+        )
 
 
 if __name__ == "__main__":
