@@ -21,6 +21,9 @@ PUBLISHED_TEMPLATE = (
 
 PLACEHOLDER = "{weighted_rating}"
 
+OUTER = 0.8
+"""Where the ends of a cone begin, as a share of its half-angle."""
+
 _EPSILON = 1e-9
 
 
@@ -88,7 +91,8 @@ class DirectionSpace:
     half-angle, in degrees, of the cone a user may ask in. The published policy has objectives (helpfulness, verbosity),
     the helpfulness axis as center and an advised range of 45 degrees. `training_angle` (default: the same) is the
     half-angle that directions are drawn from in training: a wider one keeps the edge a user asks for from being the
-    edge of what was learned. `presets` name directions written in any other form.
+    edge of what was learned; `training_ends` is the share of them that is moved out to the outer fifth of it.
+    `presets` name directions written in any other form.
 
     Raises DirectionError when a field cannot be used.
     """
@@ -99,6 +103,7 @@ class DirectionSpace:
     template: str = PUBLISHED_TEMPLATE
     presets: Mapping[str, str | Mapping[str, float]] = field(default_factory=dict, hash=False)
     training_angle: float | None = None
+    training_ends: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objectives", tuple(self.objectives))
@@ -118,6 +123,10 @@ class DirectionSpace:
                 f"training_angle: {training:g} is not in [max_angle, 180], and max_angle is {max_angle:g}; widen it."
             )
         object.__setattr__(self, "training_angle", training)
+        ends = read_number(self.training_ends, "training_ends")
+        if not 0 <= ends <= 1:
+            raise DirectionError(f"training_ends: {ends:g} is not in [0, 1]; give a share.")
+        object.__setattr__(self, "training_ends", ends)
         if not isinstance(self.template, str) or self.template.count(PLACEHOLDER) != 1:
             raise DirectionError(f"template: it must contain {PLACEHOLDER} exactly once; add it where the weights go.")
         center = (1.0,) + (0.0,) * (self.K - 1) if self.center is None else self._weights(self.center, "center")
@@ -204,11 +213,14 @@ class DirectionSpace:
         uniform on [0, training_angle] and the azimuth is uniform, which favours the center over uniform area. The
         `count` draws are stratified, one in each of `count` equal parts of the angle (K = 3: of the azimuth too), in
         random order: few directions still cover the cone, so that a pool made under them holds something for each.
+        Then a share `training_ends` of them is moved out along its own great circle, to an angle uniform on the outer
+        fifth.
         """
         angle = self.training_angle
         assert angle is not None
         if self.K == 2:
-            return self._turn((2.0 * _stratified(count, rng) - 1.0) * angle, self._pole_K)
+            degrees_D = (2.0 * _stratified(count, rng) - 1.0) * angle
+            return self._turn(self._towards_ends(degrees_D, rng), self._pole_K)
         polar_D = _stratified(count, rng) * angle
         if self.K == 3:
             azimuth_D = 2.0 * np.pi * (_stratified(count, rng) + rng.random())
@@ -218,7 +230,7 @@ class DirectionSpace:
             normal_DK = rng.standard_normal((count, self.K))
             normal_DK -= np.outer(normal_DK @ self.center_K, self.center_K)
             normal_DK /= np.linalg.norm(normal_DK, axis=1, keepdims=True)
-        return self._turn(polar_D, normal_DK)
+        return self._turn(self._towards_ends(polar_D, rng), normal_DK)
 
     def arc(self, objective: str, count: int) -> np.ndarray:
         """directions_DK at `count` evenly spaced angles -max_angle..max_angle in the plane (center, objective)."""
@@ -289,6 +301,7 @@ class DirectionSpace:
             "center": dict(zip(self.names, self.center, strict=True)),  # type: ignore[arg-type]
             "max_angle": self.max_angle,
             "training_angle": self.training_angle,
+            "training_ends": self.training_ends,
             "template": self.template,
             "presets": {name: value if isinstance(value, str) else dict(value) for name, value in self.presets.items()},
         }
@@ -325,6 +338,7 @@ class DirectionSpace:
             data["template"],
             data["presets"],
             data.get("training_angle"),  # absent before it existed
+            data.get("training_ends", 0.0),
         )
 
     # --- inside ------------------------------------------------------------------------------------------------
@@ -357,6 +371,15 @@ class DirectionSpace:
         turned_DK = np.cos(radians_D)[:, None] * self.center_K + np.sin(radians_D)[:, None] * pole
         turned_DK[np.abs(turned_DK) < 1e-15] = 0.0  # cos(90 degrees) is 6e-17 in floats
         return turned_DK
+
+    def _towards_ends(self, degrees_D: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A share `training_ends` of the angles replaced by ones of the same sign in the outer fifth."""
+        if self.training_ends == 0:
+            return degrees_D  # and not a number more is drawn
+        assert self.training_angle is not None
+        moved_D = rng.random(len(degrees_D)) < self.training_ends
+        outer_D = rng.uniform(OUTER * self.training_angle, self.training_angle, len(degrees_D))
+        return np.where(moved_D, np.copysign(outer_D, degrees_D), degrees_D)
 
     def _clamp(self, direction: Direction) -> Direction:
         weights_K = np.array(direction.weights)
