@@ -32,7 +32,20 @@ class SpaceConfig(_Section):
     center: dict[str, float] | None = Field(
         None, description="Axis of the cone of directions, objective -> weight. Default: the first objective."
     )
-    max_angle: float = Field(45.0, gt=0, le=180, description="Half-angle of the trained cone, in degrees.")
+    max_angle: float = Field(45.0, gt=0, le=180, description="Half-angle of the cone a user may ask in, in degrees.")
+    training_angle: float | None = Field(
+        None,
+        gt=0,
+        le=180,
+        description="Half-angle of the cone training draws directions from; a wider one than max_angle keeps what is "
+        "asked off the edge of what was learned. Default: max_angle.",
+    )
+    training_ends: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the directions drawn in training that is moved out to the outer fifth of that cone.",
+    )
     template: str = Field(
         PUBLISHED_TEMPLATE, description="System sentence; {weighted_rating} becomes `helpfulness*97 + verbosity*-26`."
     )
@@ -49,6 +62,8 @@ class SpaceConfig(_Section):
             max_angle=self.max_angle,
             template=self.template,
             presets=self.presets,
+            training_angle=self.training_angle,
+            training_ends=self.training_ends,
         )
 
 
@@ -149,28 +164,6 @@ class RolloutConfig(_Section):
     max_reject_rate: float = Field(0.05, ge=0, le=1, description="Stop when more than this share of prompts fails.")
 
 
-class DrawConfig(_Section):
-    """How directions are drawn in training, for rollout and for selection; measuring has its own fixed grid."""
-
-    max_angle: float | None = Field(
-        None,
-        gt=0,
-        le=180,
-        description="Half-angle of the cone that is drawn from, in degrees; wider than what users may ask for, the "
-        "ends of theirs are learned from both sides. Default: `space.max_angle`.",
-    )
-    ends: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Share of the directions moved out to the outer fifth of the cone, the others being drawn as ever.",
-    )
-
-
-UNIFORM = DrawConfig()  # type: ignore[call-arg]
-"""Uniformly by angle from the space's own cone."""
-
-
 class SelectionConfig(_Section):
     """Which candidate each direction keeps."""
 
@@ -180,7 +173,10 @@ class SelectionConfig(_Section):
         "under that direction (the paper read literally); random: the control.",
     )
     directions: int = Field(
-        4, ge=1, description="Directions served by each prompt's pool (pooled, random); per_direction uses rollout's."
+        4,
+        ge=1,
+        description="Directions served by each prompt's pool (pooled, random): first those it was asked under, then "
+        "new ones; per_direction serves those it was asked under.",
     )
     standardise: bool = Field(
         False,
@@ -279,7 +275,6 @@ class RunConfig(_Section):
     reward: RewardConfig
     prompts: PromptsConfig
     rollout: RolloutConfig = RolloutConfig()  # type: ignore[call-arg]
-    draw: DrawConfig = UNIFORM
     selection: SelectionConfig = SelectionConfig()  # type: ignore[call-arg]
     finetune: FinetuneConfig = FinetuneConfig()  # type: ignore[call-arg]
     dpo: PreferenceConfig = PreferenceConfig()  # type: ignore[call-arg]

@@ -146,11 +146,11 @@ class Loop:
         """Keep the winner of each direction, for `learner: dpo` with a loser beside it."""
         self._check_iteration(t)
         stage, scores = self._folder.stage(t, "select"), self._folder.stage(t, "score")
-        config, seed, draw = self.config.selection, self.config.seed, self.config.draw
+        config, seed = self.config.selection, self.config.seed
         if t == 0:
-            return select_rated(stage, self.read_ratings(), scores, self.space, config, seed, draw)
+            return select_rated(stage, self.read_ratings(), scores, self.space, config, seed)
         candidates, pairs = self._folder.stage(t, "rollout"), self.config.learner == "dpo"
-        return select_winners(stage, candidates, scores, self.prompts(t), self.space, config, seed, draw, pairs)
+        return select_winners(stage, candidates, scores, self.prompts(t), self.space, config, seed, pairs)
 
     def finetune(self, t: int) -> Ledger:
         """Finetune from the policy of t - 1 on (direction, prompt, winner), or with a loser beside the winner."""
@@ -280,7 +280,7 @@ class Loop:
             return stage.ledger
         grid = self.space.grid(self.config.evaluate.directions) if measuring else None
         with build_samplers(self.policy(t), config, self.space, self.config.remote_code_revision) as samplers:
-            return rollout(stage, prompts, self.space, samplers, config, self.config.seed, grid, self.config.draw)
+            return rollout(stage, prompts, self.space, samplers, config, self.config.seed, grid)
 
     # --- records and checks ------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from dpa.core.config import UNIFORM, DrawConfig, RolloutConfig
+from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DpaError, RejectRateError
 from dpa.core.records import Ledger, Prompt, Sample, Sampler, SampleRequest, candidate_id, seed_of, stable_hash
@@ -48,14 +48,13 @@ def rollout(
     config: RolloutConfig,
     seed: int,
     directions_DK: np.ndarray | None = None,
-    draw: DrawConfig = UNIFORM,
 ) -> Ledger:
     """Sample N responses to each prompt under each of its D directions; return what the stage cost.
 
     Directions: `directions_DK` for every prompt (measuring), or `config.directions` drawn for each prompt from the
-    space as `draw` says, with a generator keyed by (seed, stage, prompt) (training; step 3 of arXiv 2402.18571).
-    Shards are a fixed partition of `prompts`, seeds derive from candidate ids, so rows depend on neither the number of
-    samplers nor interruptions. A prompt is kept whole (D x N rows, direction by direction) or rejected with a reason.
+    space, with a generator keyed by (seed, stage, prompt) (training; step 3 of arXiv 2402.18571). Shards are a fixed
+    partition of `prompts`, seeds derive from candidate ids, so rows depend on neither the number of samplers nor
+    interruptions. A prompt is kept whole (D x N rows, direction by direction) or rejected with a reason.
 
     A finished stage is left as it is and calls no sampler. All samplers must hold the same weights (`revision`).
     Raises RejectRateError above `config.max_reject_rate`, Interrupted on SIGTERM or SIGINT, and what a sampler raises
@@ -74,7 +73,7 @@ def rollout(
     settings = config.model_dump_json(exclude={"workers", "max_reject_rate"})
     grid = None if directions_DK is None else directions_DK.tolist()
     made_from = [
-        stable_hash(revision, seed, space.to_dict(), settings, grid, draw, *(prompt.prompt_id for prompt in shard))
+        stable_hash(revision, seed, space.to_dict(), settings, grid, *(prompt.prompt_id for prompt in shard))
         for shard in shards
     ]
     missing = [number for number, inputs in enumerate(made_from) if stage.shard_digest(number, inputs) is None]
@@ -97,7 +96,7 @@ def rollout(
         if directions_DK is not None:
             return directions_DK
         key = stable_hash("directions", seed, stage.name, prompt.prompt_id)
-        return space.sample(config.directions, np.random.default_rng(int(key, 16)), draw.max_angle, draw.ends)
+        return space.sample(config.directions, np.random.default_rng(int(key, 16)))
 
     check_rejects()
     started = time.monotonic()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from dpa.core.config import UNIFORM, DrawConfig, SelectionConfig
+from dpa.core.config import SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, RejectRateError, StorageError
 from dpa.core.records import Ledger, Prompt, stable_hash
@@ -69,7 +69,6 @@ class _How(NamedTuple):
 
     space: DirectionSpace
     config: SelectionConfig
-    draw: DrawConfig
     seed: int
     pairs: bool
     scale_K: np.ndarray
@@ -77,9 +76,7 @@ class _How(NamedTuple):
     @property
     def identity(self) -> str:
         """Tells shards that would have the same rows."""
-        return stable_hash(
-            self.space.to_dict(), self.config, self.draw, self.seed, self.pairs, self.scale_K.tolist(), digits=32
-        )
+        return stable_hash(self.space.to_dict(), self.config, self.seed, self.pairs, self.scale_K.tolist(), digits=32)
 
 
 def select_winners(
@@ -90,18 +87,18 @@ def select_winners(
     space: DirectionSpace,
     config: SelectionConfig,
     seed: int,
-    draw: DrawConfig = UNIFORM,
     pairs: bool = False,
 ) -> Ledger:
     """Select from a finished rollout and its scores, shard by shard; return what the stage cost.
 
     `config.method`:
-      pooled         all candidates of a prompt form one pool, whatever direction they were made under, and
-                     `config.directions` new directions are drawn for the prompt (our choice; the paper is silent)
+      pooled         all candidates of a prompt form one pool, whatever direction they were made under, and the pool
+                     serves `config.directions` directions: those the prompt was asked under, then new ones (our
+                     choice; the paper is silent)
       per_direction  the best of the samples made under each of rollout's own directions (step 3 of arXiv 2402.18571)
       random         as pooled, but a random valid candidate: the control at equal budget
 
-    Directions are drawn from the space as `draw` says. `config.standardise` weighs r / standard deviation, over all
+    `config.standardise` weighs r / standard deviation, over all
     valid candidates of the stage; `utility` is in the units that were weighed.
 
     `pairs`: multi-objective online DPO (arXiv 2503.00295) instead of winners alone: (chosen, rejected) of the pool
@@ -115,7 +112,7 @@ def select_winners(
     Raises RejectRateError when no prompt has one, RunFolderError when rollout or score is not finished.
     """
     texts = {prompt.prompt_id: json.dumps(prompt.messages, ensure_ascii=False) for prompt in prompts}
-    how = _How(space, config, draw, seed, pairs, _scale(score_stage, space, config))
+    how = _How(space, config, seed, pairs, _scale(score_stage, space, config))
     for number in range(rollout_stage.shards):
         digests = rollout_stage.shard_digest(number), score_stage.shard_digest(number)
         made_from = stable_hash(*digests, how.identity)
@@ -138,7 +135,6 @@ def select_rated(
     space: DirectionSpace,
     config: SelectionConfig,
     seed: int,
-    draw: DrawConfig = UNIFORM,
     pairs: bool = False,
 ) -> Ledger:
     """The same selection over a rated data set's own responses: t = 0, offline.
@@ -155,7 +151,7 @@ def select_rated(
     texts = dict(zip(ratings["prompt_id"].to_pylist(), ratings["messages"].to_pylist(), strict=True))
     candidates = ratings.select(["prompt_id", "response"]).append_column("candidate_id", ratings["row_id"])
     offline = config.model_copy(update={"method": "pooled"}) if config.method == "per_direction" else config
-    how = _How(space, offline, draw, seed, pairs, _scale(score_stage, space, config))
+    how = _How(space, offline, seed, pairs, _scale(score_stage, space, config))
     digests = [score_stage.shard_digest(number) for number in range(score_stage.shards)]
     made_from = stable_hash(*digests, how.identity)
     if stage.shard_digest(0, made_from) is None:
@@ -203,7 +199,7 @@ def _write_winners(
         directions_PDK, winners_PD, losers_PD = _per_direction(pools, candidates, how, rngs)
     else:
         D = how.config.directions
-        directions_PDK = _draw(how.space, D, rngs, how.draw)
+        directions_PDK = _served(pools, candidates, how.space, D, rngs)
         if how.config.method == "random":
             winners_PD = np.array(
                 [select_random(pools.valid_PN[p : p + 1], D, rng)[0] for p, rng in enumerate(rngs)]
@@ -240,22 +236,33 @@ def _pools(prompt_ids: list[str], scores_RK: np.ndarray, valid_R: np.ndarray, sc
     return _Pools(list(rows), row_PN, scores_PNK, scores_PNK / scale_K, valid_R[row_PN] & (row_PN >= 0))
 
 
-def _draw(space: DirectionSpace, count: int, rngs: Sequence[np.random.Generator], draw: DrawConfig) -> np.ndarray:
-    drawn = [space.sample(count, rng, draw.max_angle, draw.ends) for rng in rngs]
-    return np.array(drawn).reshape(len(rngs), count, space.K)
+def _served(
+    pools: _Pools, candidates: pa.Table, space: DirectionSpace, count: int, rngs: Sequence[np.random.Generator]
+) -> np.ndarray:
+    """directions_PDK of `count` directions for each prompt: those it was asked under in this space, then new draws."""
+    asked_PDK = np.empty((len(rngs), 0, space.K))
+    if "direction" in candidates.column_names and candidates.num_rows and len(candidates["direction"][0]) == space.K:
+        asked_PDK = _asked(pools, candidates)[:, :count]
+    missing = count - asked_PDK.shape[1]
+    drawn_PDK = np.array([space.sample(missing, rng) for rng in rngs]).reshape(len(rngs), missing, space.K)
+    return np.concatenate([asked_PDK, drawn_PDK], axis=1)
+
+
+def _asked(pools: _Pools, candidates: pa.Table) -> np.ndarray:
+    """directions_PDK the candidates of each prompt were made under; rollout keeps a prompt whole, N samples each."""
+    K = pools.scores_PNK.shape[-1]
+    N = int(candidates["k"].to_numpy().max(initial=-1)) + 1
+    direction_RK = np.array(candidates["direction"].to_pylist(), dtype=np.float64).reshape(-1, K)
+    return direction_RK[pools.row_PN[:, :: max(N, 1)]].reshape(len(pools.row_PN), -1, K)
 
 
 def _per_direction(
     pools: _Pools, candidates: pa.Table, how: _How, rngs: Sequence[np.random.Generator]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Rollout's own directions_PDK, and winners_PD (with losers_PD where pairs are wanted) as places in each pool."""
-    P, pool = pools.row_PN.shape
-    N = int(candidates["k"].to_numpy().max(initial=-1)) + 1
-    D = pool // N if N else 0
-    K = pools.scores_PNK.shape[-1]
-    direction_RK = np.array(candidates["direction"].to_pylist(), dtype=np.float64).reshape(-1, K)
-    # rollout keeps a prompt whole: direction by direction, N samples each
-    directions_PDK = direction_RK[pools.row_PN].reshape(P, D, N, K)[:, :, 0]
+    directions_PDK = _asked(pools, candidates)
+    P, D, K = directions_PDK.shape
+    N = pools.row_PN.shape[1] // max(D, 1)
     weighed_PDNK, valid_PDN = pools.weighed_PNK.reshape(P, D, N, K), pools.valid_PN.reshape(P, D, N)
 
     def in_pool(places_PD: np.ndarray) -> np.ndarray:
