@@ -24,11 +24,15 @@ VARIANTS: dict[str, dict[str, str]] = {
     "samples: a third": {"rollout.samples": "1"},
     "samples: 4 of 2 directions": {"rollout.directions": "2", "rollout.samples": "4"},
     "samples: 1 of 8 directions": {"rollout.directions": "8", "rollout.samples": "1"},
-    "prompts: twice, served 2 directions": {"prompts.count": "640", "rollout.samples": "1", "selection.directions": "2"},
-    "cone: 55 degrees in training": {"draw.max_angle": "55"},
-    "cone: 65 degrees in training": {"draw.max_angle": "65"},
-    "ends: 30%": {"draw.ends": "0.3"},
-    "cone 55 and ends 30%": {"draw.max_angle": "55", "draw.ends": "0.3"},
+    "prompts: twice, served 2 directions": {
+        "prompts.count": "640",
+        "rollout.samples": "1",
+        "selection.directions": "2",
+    },
+    "cone: 55 degrees in training": {"space.training_angle": "55"},
+    "cone: 65 degrees in training": {"space.training_angle": "65"},
+    "ends: 30%": {"space.training_ends": "0.3"},
+    "cone 55 and ends 30%": {"space.training_angle": "55", "space.training_ends": "0.3"},
     "replay: half as many earlier winners": {"finetune.replay": "0.5"},
     "standardised scores": {"selection.standardise": "true"},
     "iterations: 5, shorter": {"iterations": "5", "prompts.count": "192"},
@@ -54,12 +58,8 @@ def measured(trial: Trial) -> dict[str, Any]:
 
 def table(config: Any, seeds: list[int], names: list[str]) -> str:
     """Markdown: means over seeds, and for the utility the difference from the unchanged loop in each seed."""
-    done = {
-        name: [measured(trial) for trial in trials]
-        for name in names
-        if all((trial := Trial(config, "pooled", seed, VARIANTS[name])).done for seed in seeds)
-        for trials in [[Trial(config, "pooled", seed, VARIANTS[name]) for seed in seeds]]
-    }
+    trials = {name: [Trial(config, "pooled", seed, VARIANTS[name]) for seed in seeds] for name in names}
+    done = {name: list(map(measured, each)) for name, each in trials.items() if all(trial.done for trial in each)}
     if UNCHANGED not in done:
         return "the unchanged loop is not done yet"
     columns = list(done[UNCHANGED][0])

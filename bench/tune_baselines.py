@@ -23,7 +23,7 @@ from dpa.storage.tables import read_json
 from dpa.world.comparison import write_recipe, write_worlds
 
 RATES = [{"finetune.learning_rate": rate} for rate in ("2.0e-3", "4.0e-3", "8.0e-3")]
-DPO_RATES = [{"dpo.learning_rate": rate} for rate in ("3.0e-5", "1.0e-4", "3.0e-4")]
+DPO_RATES = [{"dpo.learning_rate": rate} for rate in ("2.0e-4", "5.0e-4", "1.5e-3")]
 TRIALS: dict[str, list[dict[str, str]]] = {
     "pooled": RATES,
     "per_direction": RATES,
@@ -93,7 +93,9 @@ def row(trial: Trial) -> dict[str, Any]:
 def table(trials: list[Trial]) -> str:
     """Markdown, the best of each method marked."""
     done = [(trial, row(trial)) for trial in trials if trial.done]
-    lines = ["| method | trial | seeds | expected utility | helpfulness, center | hypervolume / 1000 | tau | tokens | s |"]
+    lines = [
+        "| method | trial | seeds | expected utility | helpfulness, center | hypervolume / 1000 | tau | tokens | s |"
+    ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for method in dict.fromkeys(trial.method for trial, _ in done):
         by_label: dict[str, list[dict[str, Any]]] = {}

@@ -4,9 +4,7 @@ pytest tests/test_compare.py
 """
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -29,24 +27,25 @@ def done_jobs(out: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results folder of a quick comparison that was killed twice on its way."""
+    """The results folder of a quick comparison that was killed on its way and resumed."""
     out = tmp_path_factory.mktemp("compare") / "results"
-    for jobs in (1, 5):
-        process = subprocess.Popen([*COMMAND, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while len(done_jobs(out)) < jobs and process.poll() is None:
+    process = subprocess.Popen([*COMMAND, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while len(done_jobs(out)) < 3 and process.poll() is None:
             time.sleep(0.05)
         assert process.poll() is None, "it ended before it could be killed"
         children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.kill()
         process.wait()
-        deadline = time.monotonic() + 10
-        while any(alive(pid) for pid in children) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not any(alive(pid) for pid in children), "workers outlive their parent"
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in children), "workers outlive their parent"
     done = subprocess.run([*COMMAND, str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "report.html" in done.stdout
-    assert re.search(r"compare: [5-9] of 12 jobs are done", done.stderr), done.stderr
+    assert re.search(r"compare: [3-6] of 12 jobs are done", done.stderr), done.stderr
     return out
 
 
@@ -80,9 +79,9 @@ def test_methods_that_are_given_a_budget_spend_it(finished: Path) -> None:
             assert row["total"] == pytest.approx(budget, rel=0.1), row
         assert row["equal"] == (abs(row["total"] - budget) <= 0.1 * budget)
     by_method = {row["method"]: row for row in results["costs"]}
-    # at the first iteration both loops sample the same candidates, and train on as many rows
-    assert by_method["per_direction"]["generated"] == by_method["pooled"]["generated"]
-    assert by_method["per_direction"]["training"] == pytest.approx(by_method["pooled"]["training"], rel=0.1)
+    # as many samples and as many rows trained on; the samples' lengths differ
+    assert by_method["per_direction"]["generated"] == pytest.approx(by_method["pooled"]["generated"], rel=0.25)
+    assert by_method["per_direction"]["training"] == pytest.approx(by_method["pooled"]["training"], rel=0.25)
 
 
 def test_the_report_says_what_holds_and_stands_alone(finished: Path) -> None:
@@ -104,9 +103,9 @@ def test_a_finished_comparison_does_no_work_and_one_with_other_settings_is_refus
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")}
     Comparison(load_comparison(recipe, QUICK)).run()
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")} == before
-    other = subprocess.run([*COMMAND, str(finished), "--set", "run.rollout.samples=4"], capture_output=True, text=True)
+    other = subprocess.run([*COMMAND, str(finished), "--set", "run.rollout.samples=2"], capture_output=True, text=True)
     assert other.returncode == 2
-    assert "run.rollout.samples: 3 -> 4" in other.stderr
+    assert "run.rollout.samples: 1 -> 2" in other.stderr
     assert "Traceback" not in other.stderr
 
 

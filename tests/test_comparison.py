@@ -72,7 +72,7 @@ def test_intervals_widen_with_seeds_that_disagree_and_match_prompts_alone_for_on
     rng = np.random.default_rng(0)
     draws_SR = rng.normal([[0.0], [0.0], [0.0]], 1.0, (3, 2000))
     agreeing = over_seeds(np.zeros(3), draws_SR)
-    disagreeing = over_seeds(np.array([-5.0, 0.0, 5.0]), draws_SR + [[-5.0], [0.0], [5.0]])
+    disagreeing = over_seeds(np.array([-5.0, 0.0, 5.0]), draws_SR + np.array([[-5.0], [0.0], [5.0]]))
     assert agreeing["low"] is not None
     assert disagreeing["low"] is not None
     assert disagreeing["low"] < agreeing["low"] - 3

@@ -221,7 +221,8 @@ def _iterations(results: Record) -> str:
     ]
     columns = ["step", f"mean change at equal {arc}", "least change", "hypervolume", "cone hypervolume"]
     shown = _chart(series, title, arc, upward)
-    return f'<ul class="legend">{legend}</ul><div class="figures">{shown}</div>{table("Each iteration", columns, rows)}'
+    drawn = f'<ul class="legend">{legend}</ul><div class="alone">{shown}</div>'
+    return f"{drawn}{table('Each iteration, against the one before', columns, rows)}"
 
 
 def _measures(results: Record) -> str:
@@ -378,5 +379,6 @@ align-items:baseline}
 .claims .holds{background:var(--goodbg);color:var(--good)}.claims .fails{background:var(--badbg);color:var(--bad)}
 .rest li{margin:.3em 0;color:var(--soft)}
 .tile b{font-size:1.25rem}
+.alone{max-width:560px}
 @media(max-width:520px){.claims li{grid-template-columns:1fr;gap:2px}}
 """

@@ -19,18 +19,16 @@ QUICK = {
     "budget": "16000",
     "run.iterations": "1",
     "run.prompts.count": "8",
-    "run.rollout.directions": "2",
-    "run.rollout.samples": "3",
     "run.rollout.max_new_tokens": "60",
     "run.rollout.prompts_per_shard": "4",
-    "run.selection.directions": "2",
+    "run.selection.directions": "3",
     "run.reward.train.method": "ridge",
     "run.evaluate.directions": "3",
     "run.evaluate.prompts.count": "8",
     "run.evaluate.resamples": "20",
     "resamples": "50",
-    "changes": "{per_direction: {selection.method: per_direction}, random_candidate: {selection.method: random}, "
-    "pooled_third: {rollout.samples: 1}}",
+    "changes.soups": "{rollout.directions: 1}",
+    "changes.scalar_rsf": "{rollout.directions: 1}",
 }
 """A comparison of everything in a few minutes: it shows that all of it works, and nothing about which is better."""
 

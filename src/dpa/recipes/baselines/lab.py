@@ -194,7 +194,9 @@ class Lab:
 
     def only(self, direction_K: np.ndarray) -> DirectionSpace:
         """The space whose cone holds one direction, for selecting and sampling under it alone."""
-        return replace(self.space, center=tuple(map(float, direction_K)), max_angle=NARROWEST, presets={})
+        center = tuple(map(float, direction_K))
+        training: dict[str, Any] = {"training_angle": None, "training_ends": 0.0}
+        return replace(self.space, center=center, max_angle=NARROWEST, presets={}, **training)
 
     def objectives(self, score_stage: StageFolder) -> np.ndarray:
         """scores_RK of a finished score stage; NaN where a row is not valid."""
