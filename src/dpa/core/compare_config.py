@@ -36,7 +36,7 @@ SEED = "{seed}"
 
 
 class CompareConfig(BaseModel):
-    """One comparison."""
+    """One comparison (docs/comparison.md): the file that `dpa compare` takes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -67,6 +67,10 @@ class CompareConfig(BaseModel):
         if len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise ValueError("give different seeds of 0 or more")
         return seeds
+
+    def identity(self) -> "CompareConfig":
+        """What a results folder belongs to: more seeds, methods or workers extend it, or pace it."""
+        return self.model_copy(update={"seeds": [], "methods": [], "workers": 1, "resamples": 1, "tolerance": 1})
 
     def run_config(self, seed: int, out: Path, method: Method | None = None) -> RunConfig:
         """The configuration of the loop for one seed (and method), in the folder `out`. Raises ConfigError."""

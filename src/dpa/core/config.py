@@ -287,10 +287,8 @@ class RunConfig(_Section):
         return self
 
 
-DOES_NOT_CHANGE_RESULTS = frozenset(
-    {"name", "out", "iterations", "rollout.workers", "rollout.max_reject_rate", "seeds", "methods", "workers"}
-)
-"""Fields a resumed run or comparison may change: they name, place, extend or pace work, and alter no finished row."""
+DOES_NOT_CHANGE_RESULTS = frozenset({"name", "out", "iterations", "rollout.workers", "rollout.max_reject_rate"})
+"""Fields a resumed run may change: they name, place, extend or pace the work, and alter no finished row."""
 
 
 Config = TypeVar("Config", bound=BaseModel)

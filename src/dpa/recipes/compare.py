@@ -170,7 +170,7 @@ class Comparison:
 
     def run(self) -> Path:
         """Do every job that is not done, write the report, return its path. Raises DpaError, Interrupted."""
-        with RunFolder(self.config.out).open(self.config):
+        with RunFolder(self.config.out).open(self.config.identity()):
             failed = work_through([*self.shared, *self.jobs], self.config.workers, self.console)
             page = self.report()
             if failed:
