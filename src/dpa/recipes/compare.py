@@ -173,6 +173,9 @@ class Comparison:
         with RunFolder(self.config.out).open(self.config.identity()):
             failed = work_through([*self.shared, *self.jobs], self.config.workers, self.console)
             page = self.report()
+            for claim in read_json(page.with_name("results.json"))["claims"]:
+                mark, style = ("holds", "green") if claim["holds"] else ("DOES NOT HOLD", "bold red")
+                self.console.print(f"{mark}: {claim['sentence']}", style=style, markup=False, highlight=False)
             if failed:
                 raise EngineError(
                     f"{len(failed)} of {len(self.jobs)} jobs failed ({'; '.join(failed)}); the report is of the "

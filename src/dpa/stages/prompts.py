@@ -57,11 +57,14 @@ def draw_prompts(prompts: Sequence[Prompt], t: int, count: int | None, seed: int
     if count is None:
         return list(prompts)
     drawn: list[Prompt] = []
+    orders: dict[int, list[int]] = {}
     start = (t - 1) * count
     for place in range(start, start + min(count, len(prompts))):
-        order = list(range(len(prompts)))
-        Random(f"prompts-{seed}-{place // len(prompts)}").shuffle(order)
-        drawn.append(prompts[order[place % len(prompts)]])
+        rounds, within = divmod(place, len(prompts))
+        if rounds not in orders:
+            orders[rounds] = list(range(len(prompts)))
+            Random(f"prompts-{seed}-{rounds}").shuffle(orders[rounds])
+        drawn.append(prompts[orders[rounds][within]])
     return list({prompt.prompt_id: prompt for prompt in drawn}.values())
 
 
