@@ -109,7 +109,7 @@ function show() {
     slider.setAttribute("aria-valuetext", signedDegrees(lean * space.maxAngle));
     slider.output.textContent = signedDegrees(lean * space.maxAngle);
   }
-  if (document.activeElement !== $("expression")) $("expression").value = space.text(weights);
+  $("expression").value = space.text(weights);
   if (front.points.length) drawFront($("front"), front, weights, steer);
   showSettings();
 }
@@ -300,7 +300,6 @@ async function applyExpression(outside) {
   const check = (how) => postJson("v1/dpa/direction", { direction, outside: how }, key(), signal);
   try {
     const found = await check(outside);
-    $("expression").blur();
     steer(space.weightsOf(found.weights));
   } catch (refusal) {
     if (!(refusal instanceof Refusal)) return;
@@ -371,14 +370,6 @@ function listen() {
   });
   $("stop").addEventListener("click", () => [usual, steered].forEach((answer) => answer.stop()));
   $("expert").addEventListener("submit", () => applyExpression("error"));
-  $("expression").addEventListener("blur", () => {
-    if (!$("expression-error").textContent) $("expression").value = space.text(state.weights);
-  });
-  $("key").addEventListener("input", () => {
-    if (key()) sessionStorage.setItem(KEY, key());
-    else sessionStorage.removeItem(KEY);
-    showSnippet();
-  });
   $("copy-link").addEventListener("click", () => {
     history.replaceState(null, "", addressOf());
     copy(location.href, $("copy-link"));
@@ -465,6 +456,11 @@ async function start() {
 // Nothing here is sent by the browser itself, not even while there is no server to ask.
 document.addEventListener("submit", (event) => event.preventDefault());
 $("key").value = sessionStorage.getItem(KEY) ?? "";
+$("key").addEventListener("input", () => {
+  if (key()) sessionStorage.setItem(KEY, key());
+  else sessionStorage.removeItem(KEY);
+  if (space) showSnippet();
+});
 for (const kind of ["change", "submit"])
   $("key-form").addEventListener(kind, () => {
     $("key-box").open = false;
