@@ -227,6 +227,34 @@ class DirectionSpace:
                 kept.append(point)
         return np.array(kept)
 
+    def neighbours(self, direction: Direction, angle: float, count: int) -> np.ndarray:
+        """directions_DK: `count` directions around the asked one, each at most `angle` degrees away and in the cone.
+
+        K = 2: evenly on both sides, at angle / h, 2 angle / h, ... angle for h a side (an odd one lies on the low
+        side). K > 2: evenly on the circle `angle` degrees around the asked one. Those beyond the trained cone are moved
+        to its edge, so that two may coincide. The same arguments give the same rows.
+
+        What a robust selection samples besides the asked direction (arXiv 2510.20498). Raises DirectionError.
+        """
+        angle = read_number(angle, "angle")
+        if not 0 < angle <= 90:
+            raise DirectionError(f"angle: {angle:g} is not in (0, 90]; give degrees around the asked direction.")
+        axis_K = np.array(direction.weights)
+        first_K = np.linalg.svd(axis_K[None])[2][1]  # orthogonal to the axis, and so are the rows after it
+        if self.K == 2:
+            half = math.ceil(count / 2)
+            steps = np.arange(1, half + 1) / half
+            turns_D = np.concatenate([-steps, steps[: count - half]]) * math.radians(angle)
+            pole_K = first_K if first_K @ self._pole_K >= 0 else -first_K
+            turned_DK = np.cos(turns_D)[:, None] * axis_K + np.sin(turns_D)[:, None] * pole_K
+        else:
+            second_K = np.linalg.svd(axis_K[None])[2][2]
+            around_D = 2 * math.pi * np.arange(count) / max(count, 1)
+            circle_DK = np.cos(around_D)[:, None] * first_K + np.sin(around_D)[:, None] * second_K
+            turned_DK = math.cos(math.radians(angle)) * axis_K + math.sin(math.radians(angle)) * circle_DK
+        inside = [self.parse(row_K, outside="clamp").weights for row_K in turned_DK]
+        return np.array(inside).reshape(count, self.K)
+
     # --- measuring ---------------------------------------------------------------------------------------------
 
     def angle_to_center(self, directions_DK: np.ndarray) -> np.ndarray:
