@@ -115,7 +115,7 @@ def test_every_control_shows_the_same_direction(visit):
 
     opened.press_level(1, 0)
     assert opened.levels() == [0, 0]
-    assert opened.text("#words") == "Helpfulness first, no other leaning."
+    assert opened.text("#words") == "Helpfulness first."
 
 
 def test_the_dial_turns_by_keys_and_by_dragging_and_stops_where_training_stopped(visit):
@@ -202,7 +202,7 @@ def test_without_a_measured_front_everything_else_works(visit):
     assert not opened.page.locator("#front").is_visible()
     opened.press_level(1, -1)
     opened.ask("What is the home of Ivy?")
-    assert "fewer than usual" in opened.text("#steered .count")
+    assert "fewer than the default" in opened.text("#steered .count")
 
 
 def test_an_expression_is_refused_in_the_servers_words_and_the_nearest_trained_one_offered(visit):
@@ -264,23 +264,24 @@ def test_the_pages_arithmetic_is_that_of_the_package(visit, space):
 # --- asking ---
 
 
-def test_both_answers_come_with_the_same_seed_and_only_the_steered_one_states_a_direction(visit):
+def test_both_answers_come_with_the_same_seed_and_differ_in_the_direction_only(visit):
     opened = visit().ready()
     opened.page.click("#presets >> text=terse")
     opened.ask("What is the home of Ivy?")
-    steered, usual = sorted(opened.gateway.bodies, key=lambda body: "dpa" not in body)
+    plain, steered = sorted(opened.gateway.bodies, key=lambda body: len(body["dpa"]))
     assert steered.pop("dpa") == {"helpfulness": 0.751, "verbosity": -0.661}
-    assert steered == usual
-    assert usual["messages"] == [{"role": "user", "content": "What is the home of Ivy?"}]
-    assert usual["stream"] is True
-    assert len(opened.text("#usual .text").split()) == 20
+    assert plain.pop("dpa") == {"helpfulness": 1}
+    assert steered == plain
+    assert plain["messages"] == [{"role": "user", "content": "What is the home of Ivy?"}]
+    assert plain["stream"] is True
+    assert len(opened.text("#default .text").split()) == 20
     assert len(opened.text("#steered .text").split()) == 7
-    assert opened.text("#usual .told") == "no direction stated"
+    assert opened.text("#default .told") == "helpfulness*100 + verbosity*0"
     assert opened.text("#steered .told") == "helpfulness*75 + verbosity*-66"
-    assert opened.text("#steered .count") == "7 words, 13 fewer than usual"
+    assert opened.text("#steered .count") == "7 words, 13 fewer than the default"
     assert opened.page.locator("#steered .bars dt").all_inner_texts() == ["helpfulness", "verbosity"]
     assert opened.page.locator("#steered .bars b").all_inner_texts() == ["37", "42"]
-    assert opened.text("#status") == "Both answers are there: usual 20 words, steered 7 words."
+    assert opened.text("#status") == "Both answers are there: 20 words, and steered 7 words."
 
 
 def test_steering_asks_again_for_the_steered_answer_only(visit):
@@ -288,7 +289,7 @@ def test_steering_asks_again_for_the_steered_answer_only(visit):
     opened.ask("What is the home of Ivy?")
     assert len(opened.gateway.bodies) == 2
     opened.page.click("#presets >> text=terse")
-    opened.page.wait_for_selector("#steered .count:has-text('13 fewer than usual')")
+    opened.page.wait_for_selector("#steered .count:has-text('13 fewer than the default')")
     assert [body.get("dpa") for body in opened.gateway.bodies[2:]] == [{"helpfulness": 0.751, "verbosity": -0.661}]
 
     opened.page.click("#settings summary")
@@ -297,6 +298,18 @@ def test_steering_asks_again_for_the_steered_answer_only(visit):
     assert "earlier" in opened.page.locator("#steered").get_attribute("class")
     opened.page.wait_for_timeout(600)
     assert len(opened.gateway.bodies) == 3
+
+
+def test_the_base_model_stands_beside_it_on_request(visit):
+    opened = visit(extra={"base": True}).ready()
+    opened.page.click("#settings summary")
+    opened.page.select_option("#compare", "base")
+    opened.page.click("#presets >> text=terse")
+    opened.ask("What is the home of Ivy?")
+    assert {body["model"]: "dpa" in body for body in opened.gateway.bodies} == {"fake": True, "fake@base": False}
+    assert opened.text("#default-title") == "Told no direction"
+    assert opened.text("#default .told") == "no direction stated"
+    assert "vs=base" in opened.page.evaluate("location.href")
 
 
 def test_another_seed_asks_both_again(visit):
@@ -411,7 +424,7 @@ def test_every_snippet_sends_exactly_what_the_page_sends(visit):
     opened = visit().ready()
     opened.page.click("#presets >> text=terse")
     opened.ask(NASTY)
-    sent = next(body for body in opened.gateway.bodies if "dpa" in body)
+    sent = max(opened.gateway.bodies, key=lambda body: len(body["dpa"]))
     sent = {name: value for name, value in sent.items() if name not in ("stream", "dpa_options")}
     direction = sent.pop("dpa")
     opened.gateway.bodies.clear()
@@ -440,7 +453,7 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_never_written_into_a_snippet(vis
     page.keyboard.press("Enter")
     opened.ready()
     opened.ask("What is the home of Ivy?")
-    assert opened.text("#usual .count") == "20 words"
+    assert opened.text("#default .count") == "20 words"
     assert page.evaluate("[sessionStorage.getItem('dpa-key'), localStorage.length, document.cookie]") == ["open-sesame", 0, ""]
     page.wait_for_timeout(400)
     assert "sesame" not in page.evaluate("location.href")
@@ -489,17 +502,17 @@ def test_everything_is_reached_by_tab_and_the_focus_is_seen(visit):
 
 def test_phone_width_needs_no_sideways_scrolling(visit):
     long = space_of("helpfulness", "a-very-long-objective-name-without-any-break-in-it", "warmth", "honesty")
-    opened = visit(long, viewport={"width": 360, "height": 740}).ready()
+    opened = visit(long, viewport={"width": 360, "height": 740}, reduced_motion="reduce").ready()
     opened.no_sideways_scrolling()
     opened.page.click("#finer summary")
     opened.press_level(1, 1)
     opened.ask("W" * 300)
     opened.no_sideways_scrolling()
+    assert 0 <= opened.page.locator("#answers").bounding_box()["y"] < 740, "asking leads to the answers"
     opened.page.click("#settings summary")
     opened.no_sideways_scrolling()
     opened.page.click("#key-box summary")
     opened.no_sideways_scrolling()
-    assert opened.page.locator("#answers").bounding_box()["y"] < 740, "asking leads to the answers"
 
 
 def test_who_wants_no_motion_gets_none(visit):

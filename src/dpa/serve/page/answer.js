@@ -106,10 +106,10 @@ export class Answer {
     );
   }
 
-  showDifference(other) {
+  showDifference(other, named) {
     if (!this.done || !other.done) return;
     const more = this.words - other.words;
-    const difference = more === 0 ? "as many as usual" : `${Math.abs(more)} ${more > 0 ? "more" : "fewer"} than usual`;
+    const difference = more === 0 ? `as many as ${named}` : `${Math.abs(more)} ${more > 0 ? "more" : "fewer"} than ${named}`;
     this.#footer(`${plural(this.words, "word")}, ${difference}`);
   }
 

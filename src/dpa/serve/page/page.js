@@ -25,7 +25,7 @@ const SETTINGS = { seed: [0, 2147483647], temperature: [0, 2], maxTokens: [1, 1e
 let space;
 let front;
 let dial;
-let usual;
+let plain;
 let steered;
 const state = { question: "", weights: [], seed: 1, temperature: 0.7, maxTokens: 256, compare: "default", x: 0, snippet: "curl" };
 
@@ -117,7 +117,7 @@ function show() {
 function showSettings() {
   for (const [id, value] of Object.entries({ question: state.question, seed: state.seed, temperature: state.temperature, "max-tokens": state.maxTokens, compare: state.compare, "x-axis": space.names[state.x] }))
     if (document.activeElement !== $(id) && $(id).value !== String(value)) $(id).value = value;
-  $("usual-title").textContent = state.compare === "base" ? "Base model" : "Usual";
+  $("default-title").textContent = state.compare === "base" ? "Told no direction" : "Default";
   showSnippet();
   writeAddress();
 }
@@ -160,11 +160,14 @@ const answerAgain = later(400, () => {
 });
 
 function bodies() {
-  const settings = { ...state, question: state.question };
+  const settings = state;
   const options = space.data.scorer ? { dpa_options: { scores: true } } : {};
-  const other = state.compare === "base" ? `${space.data.model}@base` : space.data.model;
+  const other =
+    state.compare === "base"
+      ? bodyOf(`${space.data.model}@base`, settings, null)
+      : bodyOf(space.data.model, settings, space.mapping(space.reference));
   return {
-    usual: { ...bodyOf(other, settings, null), ...options },
+    plain: { ...other, ...options },
     steered: { ...bodyOf(space.data.model, settings, space.mapping(state.weights)), ...options },
   };
 }
@@ -172,9 +175,9 @@ function bodies() {
 async function ask({ scroll = false } = {}) {
   const asked = bodies();
   const jobs = [steered.run(asked.steered, key())];
-  // The usual answer does not depend on the direction: it is kept while only the direction changes.
-  const kept = usual.asked === JSON.stringify(asked.usual) && (usual.done || usual.running);
-  if (!kept) jobs.push(usual.run(asked.usual, key()));
+  // The other answer does not depend on the direction: it is kept while only the direction changes.
+  const kept = plain.asked === JSON.stringify(asked.plain) && (plain.done || plain.running);
+  if (!kept) jobs.push(plain.run(asked.plain, key()));
   announce(kept ? "Answering again in the new direction." : "Both answers are being written.");
   busy();
   if (scroll && $("answers").getBoundingClientRect().top > innerHeight - 160)
@@ -183,23 +186,27 @@ async function ask({ scroll = false } = {}) {
 }
 
 function busy() {
-  const running = usual.running || steered.running;
+  const running = plain.running || steered.running;
+  const pressed = document.activeElement;
+  // One takes the other's place, so that nothing below moves; whoever had the focus does not lose it.
   $("stop").hidden = !running;
+  $("reseed").hidden = running;
+  if (pressed?.hidden) $("go").focus({ preventScroll: true });
   $("go").textContent = running ? "Ask anew" : "Ask";
 }
 
 function answered(card, how) {
   busy();
-  const values = [usual, steered].flatMap((answer) => Object.values(answer.scores ?? {})).filter(Number.isFinite);
+  const values = [plain, steered].flatMap((answer) => Object.values(answer.scores ?? {})).filter(Number.isFinite);
   const range = [Math.min(0, ...values), Math.max(100, ...values)];
-  for (const answer of [usual, steered]) answer.showScores(range);
-  steered.showDifference(usual);
+  for (const answer of [plain, steered]) answer.showScores(range);
+  steered.showDifference(plain, state.compare === "base" ? "without one" : "the default");
   if (card.refusal?.status === 401) askForKey(card.refusal.message);
-  if (usual.running || steered.running) return;
-  const trouble = steered.refusal ?? usual.refusal;
+  if (plain.running || steered.running) return;
+  const trouble = steered.refusal ?? plain.refusal;
   if (trouble) announce(trouble.message);
   else if (how === "stopped") announce("Stopped.");
-  else if (usual.done && steered.done) announce(`Both answers are there: usual ${usual.words} words, steered ${steered.words} words.`);
+  else if (plain.done && steered.done) announce(`Both answers are there: ${plain.words} words, and steered ${steered.words} words.`);
 }
 
 function askForKey(message) {
@@ -368,7 +375,7 @@ function listen() {
     showSettings();
     $("ask").requestSubmit();
   });
-  $("stop").addEventListener("click", () => [usual, steered].forEach((answer) => answer.stop()));
+  $("stop").addEventListener("click", () => [plain, steered].forEach((answer) => answer.stop()));
   $("expert").addEventListener("submit", () => applyExpression("error"));
   $("copy-link").addEventListener("click", () => {
     history.replaceState(null, "", addressOf());
@@ -437,9 +444,10 @@ async function start() {
     state.maxTokens = Math.min(state.maxTokens, most);
     $("max-tokens").max = most;
   }
-  if (data.base) $("compare").append(make("option", { value: "base", textContent: "the base model" }));
-  usual = new Answer($("usual"), space.names, answered);
+  if (data.base) $("compare").append(make("option", { value: "base", textContent: "no direction, or the base model" }));
+  plain = new Answer($("default"), space.names, answered);
   steered = new Answer($("steered"), space.names, answered);
+  $("words").classList.toggle("several", space.names.length > 2);
   $("finer").open = matchMedia("(min-width: 900px)").matches;
   buildLevels();
   buildPresets();

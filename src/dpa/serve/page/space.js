@@ -153,7 +153,7 @@ export class Space {
       parts.push(`${much}${lean > 0 ? "more" : "less"} ${this.names[k]}`);
     });
     if (parts.length) return sentence(parts);
-    return this.anchor >= 0 ? `${capital(this.names[this.anchor])} first, no other leaning` : "No leaning: the middle";
+    return this.anchor >= 0 ? `${capital(this.names[this.anchor])} first` : "No leaning: the middle";
   }
 }
 
