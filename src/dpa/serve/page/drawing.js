@@ -75,7 +75,7 @@ export function drawFront(box, front, weights, pick) {
   const { space } = front;
   const focused = box.contains(document.activeElement);
   const width = Math.max(240, box.clientWidth);
-  const height = Math.round(Math.min(270, Math.max(230, width * 0.68)));
+  const height = Math.round(Math.min(250, Math.max(220, width * 0.68)));
   const edge = { left: 44, right: 12, top: 12, bottom: 42 };
   const spread = (i) => front.points.flatMap((point) => [point.at[i].value, point.at[i].low, point.at[i].high]);
   const xs = limits(spread(0).filter((v) => v != null), 0.07);
