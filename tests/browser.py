@@ -39,7 +39,7 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def watched_page(browser: Any, url: str, **context: Any) -> Iterator[Any]:
-    """The page at `url`, ready; at the end nothing may have gone wrong in its console, nor any other host been asked."""
+    """The page at `url`; by the end nothing may have gone wrong in its console, nor another host been asked."""
     wrong: list[str] = []
     opened = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
     try:

@@ -132,7 +132,14 @@ class FakeGateway:
         if not body.get("stream"):
             message = {"role": "assistant", "content": " ".join(words)}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            return {"id": "c", "object": "chat.completion", "created": 0, "model": "fake", "choices": [choice], "dpa": final}
+            return {
+                "id": "c",
+                "object": "chat.completion",
+                "created": 0,
+                "model": "fake",
+                "choices": [choice],
+                "dpa": final,
+            }
         return StreamingResponse(self._stream(question, words, about, final), media_type="text/event-stream")
 
     async def _stream(self, question: str, words: list[str], about: dict, final: dict) -> AsyncIterator[str]:

@@ -29,19 +29,20 @@ SPACE = DirectionSpace(
     template="{weighted_rating}",
     presets={"terse": {"helpfulness": 0.75, "verbosity": -0.66}, "wordy": {"helpfulness": 0.75, "verbosity": 0.66}},
 )
-QUESTIONS = make_questions(8, seed=5)
+QUESTIONS = make_questions(4, seed=5)
 
 
-def save_obedient_policy(folder: Path) -> Path:
-    """The policy, and beside it the front that was really measured on it: 5 directions towards each objective."""
+def save_obedient_policy(folder: Path, measured: bool = False) -> Path:
+    """The policy, and with `measured` beside it its front, really measured: 5 directions towards each objective."""
     model, tokenizer = load_policy(START_MODEL, device="cpu")
     words = model.get_input_embeddings().weight
     with torch.no_grad():
         for name, known in MEANS.items():
             words[tokenizer.convert_tokens_to_ids(name)] = words[tokenizer.convert_tokens_to_ids(known)]
     save_policy(model, tokenizer, folder, SPACE, {"made by": "tests/obedient_policy.py"})
-    record = _measure(TransformersSampler(model, tokenizer, SPACE, max_new_tokens=160, temperature=0.7))
-    (folder / EVALUATION_FILE).write_text(json.dumps(record), encoding="utf-8")
+    if measured:
+        record = _measure(TransformersSampler(model, tokenizer, SPACE, max_new_tokens=160, temperature=0.7))
+        (folder / EVALUATION_FILE).write_text(json.dumps(record), encoding="utf-8")
     return folder
 
 

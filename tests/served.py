@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 
 @contextmanager
-def running(*command: object, ready: str, timeout_s: float = 60) -> Iterator[str]:
+def running(*command: object, ready: str, timeout_s: float = 240) -> Iterator[str]:
     """Start `python -m COMMAND` and wait for a line that matches `ready`; gives its first group (or the match).
 
     At the end the process is asked to stop, and killed if it does not.

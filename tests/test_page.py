@@ -75,7 +75,9 @@ class Opened:
 def visit(browser: Any) -> Iterator[Callable[..., Opened]]:
     with ExitStack() as stack:
 
-        def visit(space: DirectionSpace = TWO, key: str | None = None, extra: Any = None, at: str = "/", **context: Any):
+        def visit(
+            space: DirectionSpace = TWO, key: str | None = None, extra: Any = None, at: str = "/", **context: Any
+        ):
             gateway = FakeGateway(space, key, **(extra or {}))
             url = stack.enter_context(serving(gateway.app))
             page = stack.enter_context(watched_page(browser, url + at, **context))
@@ -385,7 +387,7 @@ def test_a_link_restores_the_whole_state_and_asks_nothing_by_itself(visit):
     page = opened.page
     page.click("#key-box summary")
     page.fill("#key", "secret-key")
-    page.fill("#question", "What's \"home\" & <Ivy>?\nSecond line + 100%")
+    page.fill("#question", 'What\'s "home" & <Ivy>?\nSecond line + 100%')
     opened.press_level(2, 1)
     page.click("#settings summary")
     for field, value in {"#seed": "77", "#temperature": "0.3", "#max-tokens": "99"}.items():
@@ -403,13 +405,15 @@ def test_a_link_restores_the_whole_state_and_asks_nothing_by_itself(visit):
         assert restored.text(selector) == opened.text(selector)
     assert restored.axis() == opened.axis() == "warmth →"
     assert restored.levels() == opened.levels()
-    assert second.input_value("#question") == "What's \"home\" & <Ivy>?\nSecond line + 100%"
+    assert second.input_value("#question") == 'What\'s "home" & <Ivy>?\nSecond line + 100%'
     assert [second.input_value(field) for field in ("#seed", "#temperature", "#max-tokens")] == ["77", "0.3", "99"]
     assert second.input_value("#key") == ""
     assert opened.gateway.bodies == []
 
 
-@pytest.mark.parametrize("direction", ["honesty:1", "helpfulness:0.1,verbosity:-1", "helpfulness:x", "helpfulness:0", ""])
+@pytest.mark.parametrize(
+    "direction", ["honesty:1", "helpfulness:0.1,verbosity:-1", "helpfulness:x", "helpfulness:0", ""]
+)
 def test_a_link_that_does_not_fit_the_model_says_so(visit, direction):
     opened = visit(at=f"/#d={direction}&seed=-4&t=900&n=1e9").ready()
     assert "does not fit this model" in opened.text("#notice")
@@ -417,7 +421,7 @@ def test_a_link_that_does_not_fit_the_model_says_so(visit, direction):
     assert [opened.page.input_value(field) for field in ("#seed", "#temperature")] == ["1", "0.7"]
 
 
-NASTY = "It's \"quoted\", costs $5 `now`, \\n stays, ünïcode 🙂\nand a second line"
+NASTY = 'It\'s "quoted", costs $5 `now`, \\n stays, ünïcode 🙂\nand a second line'
 
 
 def test_every_snippet_sends_exactly_what_the_page_sends(visit):
@@ -454,7 +458,11 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_never_written_into_a_snippet(vis
     opened.ready()
     opened.ask("What is the home of Ivy?")
     assert opened.text("#default .count") == "20 words"
-    assert page.evaluate("[sessionStorage.getItem('dpa-key'), localStorage.length, document.cookie]") == ["open-sesame", 0, ""]
+    assert page.evaluate("[sessionStorage.getItem('dpa-key'), localStorage.length, document.cookie]") == [
+        "open-sesame",
+        0,
+        "",
+    ]
     page.wait_for_timeout(400)
     assert "sesame" not in page.evaluate("location.href")
     for kind, variable in (("curl", "$DPA_API_KEY"), ("python", 'os.environ["DPA_API_KEY"]')):
@@ -490,7 +498,7 @@ def test_everything_is_reached_by_tab_and_the_focus_is_seen(visit):
             const halo = node.querySelector?.(".halo");
             const seen = [style.outlineStyle, beside?.outlineStyle].includes("solid")
                 || (halo && getComputedStyle(halo).stroke !== "none");
-            return [node.id || node.getAttribute("name") || node.getAttribute("class") || node.className || node.tagName, seen]; }"""
+            return [node.id || node.getAttribute("name") || node.getAttribute("class") || node.tagName, seen]; }"""
         )
         if place in ("BODY", ""):
             break
@@ -520,5 +528,8 @@ def test_who_wants_no_motion_gets_none(visit):
     opened.page.fill("#question", "slow")
     opened.page.click("#go")
     opened.page.wait_for_selector("#steered[aria-busy] .state:has-text('writing')")
-    assert opened.page.evaluate("getComputedStyle(document.querySelector('#steered .text'), '::after').animationName") == "none"
+    assert (
+        opened.page.evaluate("getComputedStyle(document.querySelector('#steered .text'), '::after').animationName")
+        == "none"
+    )
     opened.page.click("#stop")

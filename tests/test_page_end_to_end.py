@@ -19,7 +19,7 @@ from dpa.world.answers import count_words, read_answer
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder: Path = save_obedient_policy(tmp_path_factory.mktemp("page") / "policy")
+    folder: Path = save_obedient_policy(tmp_path_factory.mktemp("page") / "policy", measured=True)
     serve = ("dpa", "serve", folder, "--name", "demo", "--port", 0, "--threads", 1)
     with running(*serve, ready=r"serving .* at (http\S+)") as address:
         yield address
