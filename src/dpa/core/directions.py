@@ -240,7 +240,7 @@ class DirectionSpace:
         if not 0 < angle <= 90:
             raise DirectionError(f"angle: {angle:g} is not in (0, 90]; give degrees around the asked direction.")
         axis_K = np.array(direction.weights)
-        first_K = np.linalg.svd(axis_K[None])[2][1]  # orthogonal to the axis, and so are the rows after it
+        first_K, *others = _across(axis_K)
         if self.K == 2:
             half = math.ceil(count / 2)
             steps = np.arange(1, half + 1) / half
@@ -248,7 +248,7 @@ class DirectionSpace:
             pole_K = first_K if first_K @ self._pole_K >= 0 else -first_K
             turned_DK = np.cos(turns_D)[:, None] * axis_K + np.sin(turns_D)[:, None] * pole_K
         else:
-            second_K = np.linalg.svd(axis_K[None])[2][2]
+            second_K = others[0]
             around_D = 2 * math.pi * np.arange(count) / max(count, 1)
             circle_DK = np.cos(around_D)[:, None] * first_K + np.sin(around_D)[:, None] * second_K
             turned_DK = math.cos(math.radians(angle)) * axis_K + math.sin(math.radians(angle)) * circle_DK
@@ -429,6 +429,18 @@ class DirectionSpace:
         raise DirectionError(
             f"{where}: {shown(value)} is no direction; write e.g. `{self.names[0]}*0.8 - {self.names[1]}*0.6`."
         )
+
+
+def _across(axis_K: np.ndarray) -> list[np.ndarray]:
+    """One or two unit vectors orthogonal to the axis and to each other, the same on every machine: Gram-Schmidt on the
+    coordinate axes, those least along `axis_K` first."""
+    basis = [axis_K]
+    for k in np.argsort(np.abs(axis_K), kind="stable")[: min(2, len(axis_K) - 1)]:
+        across_K = np.eye(len(axis_K))[k]
+        for known_K in basis:
+            across_K = across_K - (across_K @ known_K) * known_K
+        basis.append(across_K / np.linalg.norm(across_K))
+    return basis[1:]
 
 
 def _unit(weights: Sequence[float], where: str) -> tuple[float, ...]:

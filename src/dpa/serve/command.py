@@ -173,6 +173,7 @@ def _gateway(
         _check_attributes(options.reward, space)
     engines = Engines(
         policy=policy,
+        ours="policy" in children,
         base=child("base") if "base" in children else None,
         base_model="base",
         scorer=scorer,

@@ -10,10 +10,8 @@ import argparse
 import asyncio
 import json
 import logging
-import os
 import secrets
 import sys
-import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -271,10 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--uds", help="listen on this Unix socket ...")
     parser.add_argument("--port", type=int, help="... or on this port of 127.0.0.1")
-    parser.add_argument("--end-with-stdin", action="store_true", help="leave at once when standard input ends")
     args = parser.parse_args(arguments)
-    if args.end_with_stdin:
-        threading.Thread(target=_end_with_stdin, daemon=True).start()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     sys.setswitchinterval(0.001)  # the model's thread must not keep the event loop waiting
     if args.threads:
@@ -355,13 +350,6 @@ async def _refused(request: Request, error: RefusedError) -> Response:
 
 async def _gone(request: Request, error: ClientGoneError) -> Response:
     return Response(status_code=499)  # nobody reads it
-
-
-def _end_with_stdin() -> None:
-    """Standard input is a pipe whose other end the gateway holds: it ends with the gateway, kill -9 included."""
-    while os.read(0, 4096):  # not sys.stdin: its lock would be held while the interpreter ends
-        pass
-    os._exit(1)
 
 
 if __name__ == "__main__":

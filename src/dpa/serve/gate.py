@@ -12,7 +12,7 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
@@ -47,6 +47,7 @@ class Metrics:
         self.in_flight = Gauge("dpa_requests_in_flight", "Requests that hold the engine", registry=self.registry)
         self.gone = Counter("dpa_clients_gone", "Clients that hung up before the end", registry=self.registry)
         self.tokens = Counter("dpa_tokens", "Tokens, as the engine counts them", ["kind"], registry=self.registry)
+        self.engine = Gauge("dpa_engine_answers", "Answers in the engine", ["state"], registry=self.registry)
         self.directions = Counter("dpa_directions", "Where directions came from", ["source"], registry=self.registry)
 
 
@@ -92,7 +93,10 @@ class Gate:
                 self._metrics.in_flight.set(self._in_flight)
             await self._app(scope, receive, answer)
         except RefusedError as error:
-            await refusal(error)(scope, receive, answer)
+            response = refusal(error)
+            if _long_body(_headers(scope)):  # it has not been read
+                response.headers["Connection"] = "close"
+            await response(scope, receive, answer)
         except ClientGoneError:
             self._metrics.gone.inc()
             facts["gone"] = True
@@ -201,10 +205,12 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
     return dict(reversed(scope["headers"]))  # of two the first
 
 
+def _long_body(headers: dict[bytes, bytes]) -> bool:
+    """Whether more of the request may follow than came with its head."""
+    return b"transfer-encoding" in headers or len(headers.get(b"content-length", b"")) > 4
+
+
 def _places(error: BaseException) -> str:
     """Kind and place of a failure: its words might hold a user's."""
     frames = traceback.extract_tb(error.__traceback__)[-6:]
     return f"{type(error).__name__}: " + " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))
-
-
-Stop = Callable[[], None]

@@ -8,7 +8,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
@@ -35,7 +35,7 @@ from dpa.serve.bodies import (
     read_body,
 )
 from dpa.serve.gate import Gate, Metrics
-from dpa.serve.http import DONE, EventStream, Json, event, or_gone
+from dpa.serve.http import DONE, EventStream, Json, event, or_gone, refusal
 from dpa.serve.seeds import nth_seed
 from dpa.serve.settings import Settings
 from dpa.serve.steering import HEADER, Steering, UnknownModelError, neighbourhood, read_direction, steer
@@ -60,10 +60,11 @@ class Engines:
     """Who answers: the policy, what it is compared with (None: the policy itself, told no direction), who scores."""
 
     policy: Upstream
+    ours: bool = False
+    """Whether the policy is behind our own engine, which tells its load."""
     base: Upstream | None = None
     base_model: str = ""
     scorer: Upstream | None = None
-    attributes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,11 @@ class Gateway:
         return Json({"status": "ok" if ready else "starting"}, 200 if ready else 503)
 
     async def _metrics_text(self) -> Response:
+        if self._engines.ours:
+            with suppress(RefusedError):  # it is starting
+                about = await self._engines.policy.get("/dpa/engine")
+                for state in ("running", "waiting"):
+                    self.metrics.engine.labels(state).set(about[state])
         return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4")
 
     async def _models(self) -> Response:
@@ -628,8 +634,7 @@ def _too_slow(limit: float) -> UpstreamError:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, RefusedError)
-    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
-    return Json(error_body(str(error), error.status, error.param, error.code), error.status, headers)
+    return refusal(error)
 
 
 async def _bad_direction(request: Request, error: Exception) -> Response:

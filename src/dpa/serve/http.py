@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -35,8 +36,13 @@ class Json(Response):
 
 
 def refusal(error: RefusedError) -> Json:
-    """The answer to a request that is refused."""
+    """The answer to a request that is refused. A body that is not read to its end must not be sent on for ever: then
+    the connection is closed."""
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
+    if error.status in (408, 413):
+        headers["Connection"] = "close"
+    if error.status == 401:
+        headers["WWW-Authenticate"] = 'Basic realm="dpa", charset="UTF-8"'  # a browser asks its user for the key
     return Json(error_body(str(error), error.status, error.param, error.code), error.status, headers)
 
 
@@ -107,6 +113,9 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn's own raises the signal again at the end, which would end the process by it."""
+        if threading.current_thread() is not threading.main_thread():  # signals are for the main thread
+            yield
+            return
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._asked_to_stop, number)

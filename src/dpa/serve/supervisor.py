@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class EngineProcess:
-    """`python -m dpa.serve.engine` with these arguments, on a Unix socket in a folder only this user can enter.
+    """`python -m MODULE` with these arguments, on a Unix socket in a folder only this user can enter.
 
     The child holds the other end of a pipe and leaves when it ends, so kill -9 of this process leaves no orphan. A
     child that dies is started again after `backoff_s`, twice as long each time; after `max_restarts` in a row, or when
@@ -36,13 +36,14 @@ class EngineProcess:
         failed: Callable[[DpaError], None],
         max_restarts: int = 3,
         backoff_s: float = 0.5,
+        module: str = "dpa.serve.child",
     ) -> None:
         self._folder = tempfile.mkdtemp(prefix="dpa-engine-")  # mode 0700
         self.socket = str(Path(self._folder) / "s")
         """Where it listens."""
         self.ready = threading.Event()
         """Set while it listens."""
-        self._arguments, self._failed = list(arguments), failed
+        self._arguments, self._failed, self._module = list(arguments), failed, module
         self._max_restarts, self._backoff_s = max_restarts, backoff_s
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -72,7 +73,7 @@ class EngineProcess:
 
     def _start(self) -> subprocess.Popen[bytes]:
         Path(self.socket).unlink(missing_ok=True)
-        command = [sys.executable, "-m", "dpa.serve.engine", *self._arguments, "--uds", self.socket, "--end-with-stdin"]
+        command = [sys.executable, "-m", self._module, *self._arguments, "--uds", self.socket]
         package = str(Path(__file__).parents[2])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         # A session of its own: Ctrl-C in a terminal is for the gateway, which then asks the engine to end.
