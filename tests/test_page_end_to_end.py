@@ -13,6 +13,7 @@ from browser import chromium, watched_page
 pytest.importorskip("fastapi", reason="the server's libraries are not installed: pip install 'dpa[serve]'")
 from obedient_policy import QUESTIONS, save_obedient_policy
 from served import running
+from serving import FakeUpstream, gateway_before, in_thread, settings_with
 
 from dpa.world.answers import count_words, read_answer
 
@@ -73,3 +74,46 @@ def test_a_direction_the_policy_was_not_trained_for_is_refused_in_the_servers_wo
         assert "trained up to 45 degrees from" in page.locator("#expression-error").inner_text()
         page.click("#expression-error button")
         assert page.locator("#numbers").inner_text() == "helpfulness*71 + verbosity*0 + warmth*71"
+
+
+KEY = "correct-horse-battery"
+
+
+def test_behind_a_key_the_browser_asks_for_it_and_the_snippets_name_where_it_goes(browser: Any) -> None:
+    fake = FakeUpstream()
+    credentials = {"username": "any", "password": KEY}
+    with (
+        in_thread(fake.app) as engine,
+        gateway_before(engine, settings_with(keys=(KEY,))) as address,
+        watched_page(browser, address, http_credentials=credentials) as page,
+    ):
+        page.wait_for_selector("html[data-ready]")
+        page.fill("#question", "Why?")
+        page.click("#presets >> text=terse")
+        page.click("#go")
+        page.wait_for_selector("article[aria-busy]", state="detached")
+        assert 'told {"helpfulness": 0.86' in page.locator("#steered .text").inner_text()
+        assert "Authorization: Bearer $DPA_API_KEY" in page.locator("#snippet").text_content()
+        assert KEY not in page.content() + page.evaluate("location.href + JSON.stringify(sessionStorage)")
+
+
+def test_an_engine_that_dies_in_the_middle_is_told_and_can_be_asked_again(browser: Any) -> None:
+    fake = FakeUpstream()
+    with (
+        in_thread(fake.app) as engine,
+        gateway_before(engine, settings_with(front=None)) as address,
+        watched_page(browser, address) as page,
+    ):
+        page.wait_for_selector("html[data-ready]")
+        fake.mode = "die"
+        page.fill("#question", "Why?")
+        page.click("#go")
+        page.wait_for_selector("article[aria-busy]", state="detached")
+        assert page.locator("#steered .state").inner_text() == "broken off"
+        assert page.locator("#steered .text").inner_text().startswith("told")
+        assert page.locator("#steered .trouble p").inner_text()
+        fake.mode = "answer"
+        page.click("#steered .trouble button")
+        page.wait_for_selector("#steered .trouble", state="hidden")
+        page.wait_for_selector("article[aria-busy]", state="detached")
+        assert "words" in page.locator("#steered .count").inner_text()

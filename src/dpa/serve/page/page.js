@@ -4,7 +4,7 @@ import { Answer } from "./answer.js";
 import { Dial, drawFront, Front } from "./drawing.js";
 import { bodyOf, curl, python, stock } from "./snippets.js";
 import { norm, add, signedDegrees, Space } from "./space.js";
-import { getJson, postJson, Refusal } from "./stream.js";
+import { asksForKey, getJson, postJson, Refusal } from "./stream.js";
 
 const $ = (id) => document.getElementById(id);
 const make = (tag, properties = {}, ...children) => {
@@ -28,6 +28,8 @@ let dial;
 let plain;
 let steered;
 const state = { question: "", weights: [], seed: 1, temperature: 0.7, maxTokens: 256, compare: "default", x: 0, snippet: "curl" };
+
+let wantsKey = false; // the browser may have asked for it before this page was there
 
 const key = () => $("key").value.trim();
 const origin = () => location.origin + location.pathname.replace(/\/[^/]*$/, "");
@@ -124,7 +126,7 @@ function showSettings() {
 
 function showSnippet() {
   const body = bodyOf(space.data.model, { ...state, question: state.question || "…" }, space.mapping(state.weights));
-  const written = { curl, python, stock }[state.snippet](origin(), Boolean(key()), body);
+  const written = { curl, python, stock }[state.snippet](origin(), wantsKey || Boolean(key()), body);
   $("snippet").firstElementChild.textContent = written;
   for (const tab of document.querySelectorAll('[role="tab"]')) {
     const chosen = tab.dataset.kind === state.snippet;
@@ -438,6 +440,7 @@ async function start() {
   document.title = `${data.model}: ask, and say which way to go`;
   $("model-name").textContent = data.model;
   state.weights = space.reference;
+  wantsKey = Boolean(key()) || (await asksForKey());
   const most = data.limits?.max_tokens;
   if (most) {
     SETTINGS.maxTokens[1] = most;

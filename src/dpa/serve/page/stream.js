@@ -33,6 +33,12 @@ async function send(path, { method = "GET", body, key, signal } = {}) {
   throw new Refusal(String(message), response.status, response.headers.has("Retry-After") && wait >= 0 ? wait : null);
 }
 
+// Whether a client that brings nothing is turned away: the browser may bring what it was told at its own prompt.
+export async function asksForKey() {
+  const response = await fetch("v1/models", { credentials: "omit" }).catch(() => null);
+  return response?.status === 401;
+}
+
 export async function getJson(path, key) {
   return (await send(path, { key })).json();
 }
