@@ -5,12 +5,10 @@ The page's tests drive it in a real browser; `bodies` are the requests it was se
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
@@ -165,23 +163,6 @@ class FakeGateway:
         yield event({}, "stop")
         yield event({}, None, dpa=final)
         yield "data: [DONE]\n\n"
-
-
-@contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """Run the app on a free port of this machine; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "the fake gateway did not start"
-        threading.Event().wait(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(timeout=5)
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:

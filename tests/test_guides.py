@@ -7,6 +7,8 @@ import importlib.util
 import os
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ pytest.importorskip("fastapi", reason="the server's libraries are not installed:
 pytest.importorskip("openai", reason="the openai client is not installed: pip install 'dpa[dev]'")
 pytest.importorskip("litellm", reason="litellm is not installed: pip install 'dpa[dev]'")
 from obedient_policy import QUESTIONS, save_obedient_policy
-from served import running
+from serving import ServeProcess
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else importing it asks the network for prices
 
@@ -32,9 +34,11 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gateway(policy: Path) -> Iterator[str]:
-    serve = ("dpa", "serve", policy, "--name", "demo", "--port", 0, "--threads", 1)
-    with running(*serve, ready=r"serving .* at (http\S+)") as address:
-        yield address
+    server = ServeProcess(policy, "--name", "demo", "--threads", 1)
+    try:
+        yield server.wait().url
+    finally:
+        server.stop()
 
 
 def run_guide(name: str, tmp_path: Path, **replaced: str) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def test_the_openai_client_steers_through_every_form(gateway: str, tmp_path: Pat
         assert answer.dpa["direction"] == TERSE
         assert answer.choices[0].message.content == found["terse"].choices[0].message.content
     assert found["preset"].dpa["direction"] == "helpfulness*75 + verbosity*-66 + warmth*0"
-    assert found["usual_words"].dpa["source"] == "verbosity"
+    assert found["low"].dpa["source"] == "verbosity"
     assert words(found["terse"]) < words(found["wordy"])
     assert found["applied"] == "helpfulness*75 + verbosity*66 + warmth*0"
     assert "trained up to 45 degrees" in found["refused"]
@@ -78,13 +82,21 @@ def test_litellm_steers_and_sees_the_echo(gateway: str, tmp_path: Path) -> None:
 
 
 def test_stock_transformers_serve_is_steered_by_the_template_alone(policy: Path, tmp_path: Path) -> None:
-    stock = ("transformers.cli.transformers", "serve", policy, "--port", 0, "--device", "cpu")
-    with running(*stock, ready=r"running on (http://[\w.:]+)") as address:
-        found = run_guide(
-            "transformers-serve.md",
-            tmp_path,
-            **{"http://127.0.0.1:8001": address, "runs/demo/iter_3/policy": str(policy)},
-        )
+    stock = ["transformers.cli.transformers", "serve", str(policy), "--port", "0", "--device", "cpu"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", *stock],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        address = next(line.split(" on ")[1].split()[0] for line in server.stdout if "running on http" in line)
+        folders = {"http://127.0.0.1:8001": address, "runs/demo/iter_3/policy": str(policy)}
+        found = run_guide("transformers-serve.md", tmp_path, **folders)
+    finally:
+        server.kill()
+        server.communicate()
     assert 5 < words(found["terse"]) < words(found["wordy"]) - 15
 
 

@@ -18,7 +18,8 @@ from browser import chromium, watched_page
 from dpa.core.directions import DirectionSpace, Objective
 
 pytest.importorskip("fastapi", reason="the server's libraries are not installed: pip install 'dpa[serve]'")
-from fake_gateway import MARKUP, PAGE, FakeGateway, serving
+from fake_gateway import MARKUP, PAGE, FakeGateway
+from serving import in_thread
 
 PRESETS = {"terse": {"helpfulness": 0.75, "verbosity": -0.66}, "full": {"helpfulness": 1.0}}
 
@@ -79,7 +80,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Opened]]:
             space: DirectionSpace = TWO, key: str | None = None, extra: Any = None, at: str = "/", **context: Any
         ):
             gateway = FakeGateway(space, key, **(extra or {}))
-            url = stack.enter_context(serving(gateway.app))
+            url = stack.enter_context(in_thread(gateway.app))
             page = stack.enter_context(watched_page(browser, url + at, **context))
             return Opened(page, gateway, url)
 

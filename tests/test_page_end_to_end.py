@@ -12,8 +12,7 @@ from browser import chromium, watched_page
 
 pytest.importorskip("fastapi", reason="the server's libraries are not installed: pip install 'dpa[serve]'")
 from obedient_policy import QUESTIONS, save_obedient_policy
-from served import running
-from serving import FakeUpstream, gateway_before, in_thread, settings_with
+from serving import FakeUpstream, ServeProcess, gateway_before, in_thread, settings_with
 
 from dpa.world.answers import count_words, read_answer
 
@@ -21,9 +20,11 @@ from dpa.world.answers import count_words, read_answer
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder: Path = save_obedient_policy(tmp_path_factory.mktemp("page") / "policy", measured=True)
-    serve = ("dpa", "serve", folder, "--name", "demo", "--port", 0, "--threads", 1)
-    with running(*serve, ready=r"serving .* at (http\S+)") as address:
-        yield address
+    server = ServeProcess(folder, "--name", "demo", "--threads", 1)
+    try:
+        yield server.wait().url
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,7 @@ export class Answer {
     box.hidden = !refusal;
     button.disabled = false;
     this.refusal = refusal;
+    this.card.classList.toggle("failed", Boolean(refusal));
     if (!refusal) return;
     if (refusal.status !== 429) {
       text.textContent = refusal.message;

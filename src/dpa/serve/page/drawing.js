@@ -237,7 +237,7 @@ export class Dial {
     for (let angle = -Math.floor(cone / step) * step; angle <= cone; angle += step)
       this.#node.append(svg("path", { class: "notch", d: `M${point(angle, r)}L${point(angle, r - 7)}` }));
     for (const angle of [-cone, 0, cone]) {
-      const [x, y] = this.at(angle, r + 13);
+      const [x, y] = this.at(angle, r + 19);
       const anchor = angle < 0 ? "end" : angle > 0 ? "start" : "middle";
       this.#node.append(svg("text", { class: "tick", x, y: y + 4, "text-anchor": anchor }, signedDegrees(angle)));
     }

@@ -100,6 +100,7 @@ function show() {
     for (const input of document.getElementsByName(`level-${k}`)) {
       input.checked = Number(input.value) === level;
       input.disabled = !can && !input.checked;
+      input.title = input.disabled ? `Nothing else leans yet: ${space.names[k]} is all there is` : "";
     }
   });
   for (const chip of $("presets").children) chip.setAttribute("aria-pressed", same(weights, chip.weights));
@@ -142,7 +143,7 @@ function redrawFront() {
   const reward = space.data.front_reward === "gold" ? "the true reward" : "the reward model";
   $("front-note").textContent = front.points.length
     ? `${front.points.length} directions on held-out questions, scored by ${reward}, with 95% intervals. Click one, or the line between. Grey: beyond what was trained.`
-    : "No measurement travels with this model. dpa evaluate writes one beside it; the controls work without.";
+    : "No measurement travels with this model. The loop’s evaluation writes one beside it; the controls work without.";
 }
 
 // --- steering and asking ---
@@ -203,7 +204,7 @@ function answered(card, how) {
   const range = [Math.min(0, ...values), Math.max(100, ...values)];
   for (const answer of [plain, steered]) answer.showScores(range);
   steered.showDifference(plain, state.compare === "base" ? "without one" : "the default");
-  if (card.refusal?.status === 401) askForKey(card.refusal.message);
+  if (card.refusal?.status === 401) askForKey();
   if (plain.running || steered.running) return;
   const trouble = steered.refusal ?? plain.refusal;
   if (trouble) announce(trouble.message);
@@ -211,8 +212,8 @@ function answered(card, how) {
   else if (plain.done && steered.done) announce(`Both answers are there: ${plain.words} words, and steered ${steered.words} words.`);
 }
 
-function askForKey(message) {
-  notice(`This server asks for a key. ${message}`);
+function askForKey() {
+  notice(key() ? "The server does not take this key." : "This server asks for a key.");
   $("key-box").open = true;
   $("key").focus();
 }
@@ -312,7 +313,7 @@ async function applyExpression(outside) {
     steer(space.weightsOf(found.weights));
   } catch (refusal) {
     if (!(refusal instanceof Refusal)) return;
-    if (refusal.status === 401) askForKey(refusal.message);
+    if (refusal.status === 401) askForKey();
     error.replaceChildren(refusal.message);
     const nearest = refusal.status === 400 ? await check("clamp").catch(() => null) : null;
     if (!nearest || signal.aborted) return;
@@ -429,7 +430,7 @@ async function start() {
   try {
     data = await getJson("v1/dpa/space", key());
   } catch (refusal) {
-    if (refusal.status === 401) askForKey(refusal.message);
+    if (refusal.status === 401) askForKey();
     else notice(refusal.message);
     return;
   } finally {
