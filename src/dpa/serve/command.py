@@ -64,6 +64,8 @@ def serve(options: Options) -> None:
     folder = None if options.model is None else resolve_model(options.model, options.remote_code_revision).path
     space = _space(options, folder)
     default = space.parse(options.direction) if options.direction is not None else None
+    if options.reward:
+        _check_attributes(options.reward, space)
     listener = _listen(options.host, options.port)
     failure: list[DpaError] = []
     stop: list[Callable[[], None]] = []
@@ -169,8 +171,6 @@ def _gateway(
     scorer = child("policy") if "policy" in children and options.reward else None
     if "scorer" in children:
         scorer = child("scorer")
-    if options.reward:
-        _check_attributes(options.reward, space)
     engines = Engines(
         policy=policy,
         ours="policy" in children,
