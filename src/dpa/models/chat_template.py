@@ -8,9 +8,14 @@ sentence, byte for byte what `DirectionSpace.prompt` writes.
 
 import json
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from jinja2 import TemplateError
+from jinja2.sandbox import SecurityError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dpa.core.directions import PLACEHOLDER, DirectionSpace
@@ -23,6 +28,9 @@ PLAIN_TEMPLATE = (
     "{%- endfor %}"
 )
 """For a plain language model: the system text, a new line, the user's text, and the model goes on from there."""
+
+MAX_TEMPLATE_LINES = 500_000
+"""Lines of Jinja one rendering may run. A template of today's models runs about 20 for each message."""
 
 _BEGIN = "{#- dpa: preference -#}"
 _END = '{#- dpa: end of preference -#}{{- "" }}'
@@ -127,6 +135,33 @@ def has_system_role(template: str) -> bool:
         return False
 
 
+@contextmanager
+def bounded_rendering(lines: int = MAX_TEMPLATE_LINES) -> Iterator[None]:
+    """While the block runs, a chat template may run so many lines of Jinja in this thread, then SecurityError ends it.
+
+    Jinja's sandbox bounds one `range`, not loops within loops: without this a hostile template keeps a server busy for
+    ever. Lines are counted, not seconds, so that the same template is refused on every machine.
+    """
+    left = lines
+
+    def count(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise SecurityError(f"the chat template runs more than {lines:,} lines; it loops without an end")
+        return count
+
+    def enter(frame: FrameType, event: str, argument: object) -> Any:
+        return count if frame.f_code.co_filename == "<template>" else None
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
 def _without_preference(template: str) -> str:
     """The base of a steerable template; any other template as it is."""
     if template.startswith(_BEGIN) and _END in template:
@@ -141,10 +176,11 @@ def _literal(value: str | list[str]) -> str:
 
 def _render(template: str, messages: list[dict[str, str]]) -> str:
     try:
-        # The annotation of this function says str; it returns (texts, spans).
-        texts: Any = render_jinja_template(
-            [messages], chat_template=template, add_generation_prompt=True, bos_token="", eos_token=""
-        )[0]
+        with bounded_rendering():
+            # The annotation of this function says str; it returns (texts, spans).
+            texts: Any = render_jinja_template(
+                [messages], chat_template=template, add_generation_prompt=True, bos_token="", eos_token=""
+            )[0]
     except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
         raise ModelFileError(
             f"model: its chat template does not render ({' '.join(str(error).split())}); "

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -21,7 +22,10 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CONVERT_HINT = "convert it where you trust it: AutoModel.from_pretrained(...).save_pretrained(...) writes safetensors"
 
 EVALUATION_FILE = "dpa_evaluation.json"
-"""Beside the weights: the record of stages.evaluate on held-out prompts, for the model card and for serving."""
+"""Beside the weights: the record of stages.evaluate on held-out prompts, for the model card and the served page."""
+
+SPACE_FILE = "dpa_config.json"
+"""Beside the weights: `{"space": DirectionSpace.to_dict(), "provenance": {...}}`."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"[0-9a-f]{40}")
@@ -113,6 +117,19 @@ def check_safetensors(file: Path) -> None:
         raise ModelFileError(
             f"model: {file} is damaged ({' '.join(str(error).split())}); download or save it again."
         ) from None
+
+
+def load_space(folder: str | Path) -> DirectionSpace:
+    """The direction space a policy was trained over. Raises ModelFileError (or DirectionError) when it is not there."""
+    file = Path(folder) / SPACE_FILE
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelFileError(f"model: {folder} has no {SPACE_FILE}; give a policy that dpa trained.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelFileError(f"model: {file} is not readable JSON ({reason}); save the policy again.") from None
+    return DirectionSpace.from_dict(data.get("space") if isinstance(data, dict) else data)
 
 
 def folder_revision(path: str | Path) -> str:

@@ -2,7 +2,6 @@
 Run its tests: pytest tests/test_policy.py
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.records import Messages
 from dpa.models.chat_template import steerable_template
+from dpa.models.files import SPACE_FILE as SPACE_FILE
+from dpa.models.files import load_space as load_space
 from dpa.models.files import resolve_model
-from dpa.models.training import quiet_libraries
+from dpa.models.quiet import quiet_libraries
 from dpa.storage.tables import save_folder_atomically, write_json
-
-SPACE_FILE = "dpa_config.json"
-"""`{"space": DirectionSpace.to_dict(), "provenance": {...}}`, beside the weights."""
 
 _PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|padding|>")
 
@@ -72,19 +70,6 @@ def save_policy(
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         write_json(unfinished / SPACE_FILE, {"space": space.to_dict(), "provenance": extra})
-
-
-def load_space(folder: str | Path) -> DirectionSpace:
-    """The direction space a policy was trained over. Raises ModelFileError (or DirectionError) when it is not there."""
-    file = Path(folder) / SPACE_FILE
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFileError(f"model: {folder} has no {SPACE_FILE}; give a policy that dpa trained.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelFileError(f"model: {file} is not readable JSON ({reason}); save the policy again.") from None
-    return DirectionSpace.from_dict(data.get("space") if isinstance(data, dict) else data)
 
 
 def make_steerable(tokenizer: PreTrainedTokenizerBase, space: DirectionSpace) -> None:

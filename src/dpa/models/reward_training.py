@@ -26,6 +26,7 @@ from dpa.core.errors import DataError, ModelFileError, TrainingError
 from dpa.core.records import Messages, stable_hash
 from dpa.models.checkpoints import newest_checkpoint
 from dpa.models.policy import context_length, default_device, ensure_pad_token
+from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import (
     GPU_TOKENS,
     PLAIN_TEMPLATE,
@@ -41,7 +42,7 @@ from dpa.models.reward_model import (
 from dpa.models.reward_quality import measure_quality
 from dpa.models.ridge import fit_ridge
 from dpa.models.scorers import RewardModelScorer
-from dpa.models.training import ShowProgress, StopAtBadGradient, StopsAtBadLoss, StopWhenAsked, quiet_libraries
+from dpa.models.training import ShowProgress, StopAtBadGradient, StopsAtBadLoss, StopWhenAsked
 from dpa.storage.stopping import StopOnSignal
 from dpa.storage.tables import disk_error, save_folder_atomically
 

@@ -20,6 +20,7 @@ from dpa.core.errors import ConfigError, ModelFileError
 from dpa.core.records import Messages, Scorer, stable_hash
 from dpa.models.files import folder_revision
 from dpa.models.policy import default_device
+from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import (
     RELEASED_MODEL,
     RELEASED_SPEC,
@@ -30,7 +31,6 @@ from dpa.models.reward_model import (
     load_classifier,
     read_spec,
 )
-from dpa.models.training import quiet_libraries
 
 BF16_TOLERANCE = 2.0
 """Largest difference from the golden scores, on 0-100, of a model loaded in bf16."""

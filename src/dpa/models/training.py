@@ -3,20 +3,15 @@ Run its tests: pytest tests/test_finetuning.py
 """
 
 import json
-import logging
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dpa.core.errors import TrainingError
+from dpa.models.quiet import quiet_libraries as quiet_libraries
 from dpa.storage.progress import ProgressBar
 from dpa.storage.stopping import StopOnSignal
 
@@ -113,30 +108,6 @@ def bad_step(what: str, value: float, state: TrainerState, args: TrainingArgumen
         f"training: the {what} is {value} at step {state.global_step + 1}, so the step was not taken; lower "
         f"learning_rate ({args.learning_rate:g}); earlier checkpoints are kept in {args.output_dir}."
     )
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence the notices and bars of transformers, TRL and datasets: this package says what a user needs to know."""
-    level = transformers.utils.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    trl = logging.getLogger("trl")
-    trl_level = trl.level
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    trl.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # fields that TRL sets and transformers renames
-            yield
-    finally:
-        transformers.utils.logging.set_verbosity(level)
-        trl.setLevel(trl_level)
-        if bars[0]:
-            transformers.utils.logging.enable_progress_bar()
-        if not bars[1]:
-            datasets.enable_progress_bars()
 
 
 def _line(entry: dict[str, Any]) -> str:
