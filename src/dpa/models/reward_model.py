@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages
 from dpa.models.files import resolve_model
+from dpa.models.policy import is_out_of_memory
 from dpa.storage.tables import write_json
 
 RECORD = "dpa_reward.json"
@@ -35,7 +36,6 @@ CPU_TOKENS, GPU_TOKENS = 1024, 16_384
 """Tokens in one forward pass, padding included. A CPU is fastest while a batch stays in its cache: bench/scoring.py."""
 
 _PLACEHOLDER = re.compile(r"\{(prompt|response)\}")
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _try_forward(model: torch.nn.Module, ids_B: Sequence[Sequence[int]], pad_tok
             inputs = {name: values.to(device) for name, values in pad_batch(ids_B, pad_token_id).items()}
             return model(**inputs).logits.double().cpu().numpy()
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU
-        if not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
