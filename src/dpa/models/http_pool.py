@@ -163,10 +163,11 @@ class HttpPool:
         self._start(self._dispatch())
 
     async def _close(self) -> None:
+        self._fail(EngineError("the pool of servers was closed."))
         for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._fail(EngineError("the pool of servers was closed."))
+        # Those who ask are told before the loop stops.
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
         if hasattr(self, "_client"):
             await self._client.aclose()
 
@@ -246,12 +247,14 @@ class HttpPool:
         except TimeoutError:
             job.timeouts += 1
             self._server_failed(server)
-            self._again(job, server, f"no answer within {self._request_s:g} s", self._attempts * (job.timeouts > 1))
+            self._again(job, f"no answer within {self._request_s:g} s", server, give_up=job.timeouts > 1)
+        except (self._httpx.ConnectError, self._httpx.ConnectTimeout) as error:
+            self._unwell(server, job, f"{server.address}: {type(error).__name__}: {error}")
         except (self._httpx.TransportError, OSError) as error:
-            self._server_failed(server)
-            self._again(job, server, f"{server.address}: {type(error).__name__}: {error}".rstrip(": "))
+            # It may be this very request that breaks servers, so it has half as many tries.
+            self._unwell(server, job, f"{server.address}: {type(error).__name__}: {error}", tries=2)
         except self._httpx.HTTPError as error:  # an answer that cannot be decoded
-            self._again(job, server, f"{server.address}: {type(error).__name__}: {error}".rstrip(": "))
+            self._again(job, f"{server.address}: {type(error).__name__}: {error}", server)
         except _TooLong:
             self._resolve(job, Refusal(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes"))
         else:
@@ -279,7 +282,7 @@ class HttpPool:
             try:
                 payload = json.loads(content)
             except (ValueError, RecursionError):
-                self._again(job, server, f"an answer that is no JSON ({_brief(content)})")
+                self._again(job, f"an answer that is no JSON ({_brief(content)})", server)
                 return
             server.failures = server.restarts = 0
             server.limit = min(server.in_flight_limit, server.limit + 1)
@@ -291,13 +294,12 @@ class HttpPool:
             server.not_before = time.monotonic() + wait * self._random.uniform(1.0, 1.1)
             job.crowded = 0 if self._answered > job.answered_before else job.crowded + 1
             job.answered_before = self._answered
-            # Crowding out is no fault of the request, but a server that says 429 and nothing else must end the run.
-            self._again(job, None, said, count=False, tries=job.crowded)
+            # Being crowded out is no fault of the request, but servers that say 429 and nothing else must end the run.
+            self._again(job, said, tries=0, give_up=job.crowded >= self._attempts)
         elif status in _UNWELL:
-            self._server_failed(server)
-            self._again(job, server, f"{server.address}: {said}")
+            self._unwell(server, job, f"{server.address}: {said}")
         elif status == 500:
-            self._again(job, server, f"{server.address}: {said}")
+            self._again(job, f"{server.address}: {said}", server)
         elif status in _REFUSED:
             self._resolve(job, Refusal(f"the server answered {said}", status))
         elif job.only is not None and status == 404:
@@ -308,25 +310,43 @@ class HttpPool:
                 EngineError(f"{server.address}{job.path} answered {said}; {hint.get(status, 'check the address')}.")
             )
 
-    def _again(self, job: "_Job", server: "_Server | None", reason: str, tries: int = 0, count: bool = True) -> None:
-        """Put the request back into the queue, or give it up."""
-        job.tries += count
-        if max(job.tries, tries) >= self._attempts:
-            if job.begun is not None and self._answered > job.begun:
-                self._resolve(job, Refusal(f"{reason}, after {max(job.tries, tries)} tries"))
-            else:
-                self._fail(
-                    EngineError(f"no server answers ({reason}); see that they run, then run the same command to go on.")
-                )
-            return
-        if server is not None:
+    def _unwell(self, server: "_Server", job: "_Job", reason: str, tries: int = 1) -> None:
+        """A server cannot serve now. The request waits for it or another, unless all have failed too often."""
+        self._server_failed(server)
+        job.tries += tries
+        if job.tries >= self._attempts and self._others_answered(job):
+            self._resolve(job, Refusal(f"{reason}, after {job.tries} tries"))
+        elif all(one.process is None and one.failures >= self._attempts for one in self._servers):
+            self._fail(_nobody(reason))
+        else:
             job.avoid = server
-            job.not_before = time.monotonic() + self._rest(job.tries - 1)
-        self._waiting.append(job) if server is not None else self._waiting.appendleft(job)
+            self._waiting.append(job)
+
+    def _again(
+        self, job: "_Job", reason: str, avoid: "_Server | None" = None, tries: int = 1, give_up: bool = False
+    ) -> None:
+        """Put the request back into the queue, or give it up."""
+        job.tries += tries
+        if give_up or job.tries >= self._attempts:
+            if self._others_answered(job):
+                self._resolve(job, Refusal(f"{reason}, after {max(job.tries, 1)} tries"))
+            else:
+                self._fail(_nobody(reason))
+        elif avoid is None:
+            self._waiting.appendleft(job)
+        else:
+            job.avoid, job.not_before = avoid, time.monotonic() + self._rest(job.tries - 1)
+            self._waiting.append(job)
+
+    def _others_answered(self, job: "_Job") -> bool:
+        """Whether the pool answered anything since the request was first tried: then the fault is its own."""
+        return job.begun is not None and self._answered > job.begun
 
     def _server_failed(self, server: "_Server") -> None:
-        server.not_before = time.monotonic() + self._rest(server.failures)
-        server.failures += 1
+        now = time.monotonic()
+        if server.not_before <= now:  # else it rests already: those who failed together are one failure
+            server.not_before = now + self._rest(server.failures)
+            server.failures += 1
         if server.process is not None and server.up:
             server.up = False
             self._start(self._revive(server, server.process))
@@ -404,6 +424,10 @@ class _Job:
 
 class _TooLong(Exception):
     pass
+
+
+def _nobody(reason: str) -> EngineError:
+    return EngineError(f"no server answers ({reason}); see that they run, then run the same command to go on.")
 
 
 def _retry_after(headers: dict[str, str]) -> float | None:

@@ -17,7 +17,6 @@ from dpa.core.errors import ConfigError, EngineError
 
 _GUARD = Path(__file__).with_name("guard.py")
 _STOP_S = 10.0  # to end by itself before it is killed
-_HEALTH_S = 15.0  # a busy server may answer late
 _LOOK_S = 0.1
 _LAST_BYTES = 1000
 
@@ -26,15 +25,22 @@ class ServerProcess:
     """`command` with {policy}, {port} (a free one) and {index} filled in; the words are a shell's, but there is none.
 
     It listens on `host`. It is healthy when GET /health, or /v1/models where there is no /health, answers 200.
-    `start_s` seconds are its time to become so. It ends with this process, kill -9 included (models/guard.py).
+    `start_s` seconds are its time to become so, `health_s` those a busy one has to say it is well. It ends with this
+    process, kill -9 included (models/guard.py).
     Raises ConfigError when the template cannot be filled in.
     """
 
     def __init__(
-        self, command: str, policy: str, index: int = 0, start_s: float = 900.0, host: str = "127.0.0.1"
+        self,
+        command: str,
+        policy: str,
+        index: int = 0,
+        start_s: float = 900.0,
+        health_s: float = 15.0,
+        host: str = "127.0.0.1",
     ) -> None:
         self._command, self._policy, self._index = command, policy, index
-        self._start_s, self._host = start_s, host
+        self._start_s, self._health_s, self._host = start_s, health_s, host
         self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115  appending: reading must not move the writer
         self._guard: subprocess.Popen | None = None
         self._port = 0
@@ -80,14 +86,14 @@ class ServerProcess:
             time.sleep(_LOOK_S)
         return self.address
 
-    def healthy(self, seconds: float = _HEALTH_S) -> bool:
-        """Whether it runs and says it is well."""
+    def healthy(self, seconds: float | None = None) -> bool:
+        """Whether it runs and says it is well, within `seconds` (default: `health_s`)."""
         if not self.running:
             return False
         for path in ("/health", "/v1/models"):
             try:
                 with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-                    self.address + path, timeout=seconds
+                    self.address + path, timeout=seconds or self._health_s
                 ) as answer:
                     return answer.status == 200
             except urllib.error.HTTPError as error:
