@@ -16,7 +16,6 @@ from pathlib import Path
 from dpa.core.errors import ConfigError, EngineError
 
 _GUARD = Path(__file__).with_name("guard.py")
-_STOP_S = 10.0  # to end by itself before it is killed
 _LOOK_S = 0.1
 _LAST_BYTES = 1000
 
@@ -25,8 +24,8 @@ class ServerProcess:
     """`command` with {policy}, {port} (a free one) and {index} filled in; the words are a shell's, but there is none.
 
     It listens on `host`. It is healthy when GET /health, or /v1/models where there is no /health, answers 200.
-    `start_s` seconds are its time to become so, `health_s` those a busy one has to say it is well. It ends with this
-    process, kill -9 included (models/guard.py).
+    `start_s` seconds are its time to become so, `health_s` those a busy one has to say it is well, `stop_s` those it has
+    to end before it is killed. It ends with this process, kill -9 included (models/guard.py).
     Raises ConfigError when the template cannot be filled in.
     """
 
@@ -37,10 +36,11 @@ class ServerProcess:
         index: int = 0,
         start_s: float = 900.0,
         health_s: float = 15.0,
+        stop_s: float = 10.0,
         host: str = "127.0.0.1",
     ) -> None:
         self._command, self._policy, self._index = command, policy, index
-        self._start_s, self._health_s, self._host = start_s, health_s, host
+        self._start_s, self._health_s, self._stop_s, self._host = start_s, health_s, stop_s, host
         self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115  appending: reading must not move the writer
         self._guard: subprocess.Popen | None = None
         self._port = 0
@@ -69,7 +69,7 @@ class ServerProcess:
                 self._port = probe.getsockname()[1]
             self._log.seek(0)
             self._log.truncate()
-            words = [sys.executable, "-I", str(_GUARD), str(_STOP_S), *self._words()]
+            words = [sys.executable, "-I", str(_GUARD), str(self._stop_s), *self._words()]
             self._guard = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -117,7 +117,7 @@ class ServerProcess:
                 assert self._guard.stdin is not None
                 self._guard.stdin.close()  # what the guard waits for
                 try:
-                    self._guard.wait(_STOP_S + 5)
+                    self._guard.wait(self._stop_s + 5)
                 except subprocess.TimeoutExpired:
                     self._guard.kill()
                     self._guard.wait()
