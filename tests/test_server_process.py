@@ -74,9 +74,11 @@ def test_fault_11_a_server_that_dies_is_started_again_and_nothing_is_lost(start:
 
 def test_fault_11_a_server_that_keeps_dying_is_given_up_with_its_last_words(start: Start) -> None:
     process = start("--die-after 0")
-    with HttpPool(processes=[process], max_restarts=2, backoff_s=0.01) as pool:
-        with pytest.raises(EngineError, match=r"died 3 times in a row; it was `.*` and said: loading /a policy"):
-            pool.ask("/", [{}])
+    with (
+        HttpPool(processes=[process], max_restarts=2, backoff_s=0.01) as pool,
+        pytest.raises(EngineError, match=r"died 3 times in a row; it was `.*` and said: loading /a policy"),
+    ):
+        pool.ask("/", [{}])
     assert not process.running
 
 
@@ -97,7 +99,7 @@ def test_fault_11_a_hung_server_is_killed_and_started_again(start: Start) -> Non
 
 def test_a_server_that_does_not_start_is_one_sentence(start: Start) -> None:
     with pytest.raises(
-        EngineError, match="the server ended while it started; .* said: loading .* no card found"
+        EngineError, match=r"the server ended while it started; .* said: loading .* no card found"
     ) as caught:
         HttpPool(processes=[start("--die-at-start")])
     assert "\n" not in str(caught.value)
@@ -113,7 +115,7 @@ def test_a_server_that_is_never_healthy_is_given_up_and_ended() -> None:
 
 @pytest.mark.parametrize("command", ["serve {policy} {prot}", "serve {policy", "serve 'half {port}", "serve {0}"])
 def test_a_template_that_cannot_be_filled_in_is_refused(command: str) -> None:
-    with pytest.raises(ConfigError, match="only {policy}, {port} and {index} are known"):
+    with pytest.raises(ConfigError, match=r"only {policy}, {port} and {index} are known"):
         ServerProcess(command, "policy")
 
 

@@ -23,6 +23,12 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+def _check_addresses(servers: list[str]) -> None:
+    for server in servers:
+        if not server.startswith(("http://", "https://")):
+            raise ValueError(f"servers: {server!r} is no http:// or https:// address")
+
+
 class SpaceConfig(_Section):
     """The direction space: what a user can weigh, and how far."""
 
@@ -106,11 +112,36 @@ class RewardTrainConfig(_Section):
     lora: LoraConfig = Field(LoraConfig(), description="Adapters, for `method: lora`.")  # type: ignore[call-arg]
 
 
+class HttpRewardConfig(_Section):
+    """Servers of a reward model that answer with a vector; docs/engines.md."""
+
+    servers: list[str] = Field(min_length=1, description="Base addresses, such as http://gpu1:8000.")
+    folder: str = Field(
+        description="The model's folder here too: dpa_reward.json says what it rates, the tokenizer how it is asked."
+    )
+    api: Literal["classify", "predict"] = Field(
+        "classify",
+        description="classify: vLLM's, over token ids; predict: text-embeddings-inference's, over text.",
+    )
+    model: str | None = Field(None, description="Name the servers know it by. Default: `folder`.")
+    batch: int = Field(16, ge=1, description="Rows in one request.")
+    in_flight: int = Field(8, ge=1, description="Requests in flight at each server.")
+    request_s: float = Field(120.0, gt=0, description="Seconds one request may take.")
+    attempts: int = Field(6, ge=1, description="Tries of one request, with back-off between them.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the servers' key.")
+
+    @model_validator(mode="after")
+    def _addresses(self) -> "HttpRewardConfig":
+        _check_addresses(self.servers)
+        return self
+
+
 class RewardConfig(_Section):
     """Where scores come from. Several sources are mixed: their attributes stand side by side."""
 
     train: RewardTrainConfig | None = Field(None, description="Train a reward model on the ratings, then use it.")
     folder: str | None = Field(None, description="A trained reward model folder (or Hub id).")
+    http: HttpRewardConfig | None = Field(None, description="A finished reward model behind servers.")
     functions: dict[str, str] = Field(
         default_factory=dict,
         description="Attribute -> Python function `module:name` or `file.py:name`, called as f(messages, response).",
@@ -118,8 +149,8 @@ class RewardConfig(_Section):
 
     @model_validator(mode="after")
     def _some_source(self) -> "RewardConfig":
-        if self.train is None and self.folder is None and not self.functions:
-            raise ValueError("give at least one of train, folder, functions")
+        if self.train is None and self.folder is None and self.http is None and not self.functions:
+            raise ValueError("give at least one of train, folder, http, functions")
         return self
 
 
@@ -174,9 +205,7 @@ class HttpEngineConfig(_Section):
             raise ValueError("give servers or command, not both")
         if self.command is not None and not ("{policy}" in self.command and "{port}" in self.command):
             raise ValueError("command: it must say where {policy} and {port} go")
-        for server in self.servers:
-            if not server.startswith(("http://", "https://")):
-                raise ValueError(f"servers: {server!r} is no http:// or https:// address")
+        _check_addresses(self.servers)
         return self
 
 
@@ -292,6 +321,7 @@ class RunConfig(_Section):
 
 
 _PACE = {f"rollout.engine.http.{field}" for field in HttpEngineConfig.model_fields} - {"rollout.engine.http.steer"}
+_PACE |= {f"reward.http.{field}" for field in HttpRewardConfig.model_fields} - {"reward.http.folder"}
 DOES_NOT_CHANGE_RESULTS = frozenset({"name", "out", "iterations", "rollout.workers", "rollout.max_reject_rate"} | _PACE)
 """Fields a resumed run may change: they name, place, extend or pace the work, and alter no finished row."""
 

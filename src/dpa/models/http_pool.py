@@ -12,18 +12,20 @@ What happens to a request (faults 10 to 12):
     400, 413, 422               refused: never tried again
     401, 403, 404 and the rest  EngineError: the settings are wrong, so the run stops
 
-A request whose tries are used up is refused when others were answered meanwhile; when none was, no server is left and
-EngineError stops the run, which the same command resumes.
+A request whose tries are used up is refused when others were answered meanwhile, or when the pool's touchstone (a
+question that was answered before) is answered now: the fault is its own. Else no server is left, and EngineError stops
+the run, which the same command resumes.
 """
 
 import asyncio
 import json
+import os
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -88,6 +90,8 @@ class HttpPool:
         self._backoff_s, self._processes = backoff_s, tuple(processes)
         self._waiting: deque[_Job] = deque()
         self._serving: set[_Job] = set()
+        self._doubted: set[_Job] = set()
+        self._touchstone: tuple[str, bytes] | None = None
         self._answered = 0
         self._broken: EngineError | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -124,6 +128,10 @@ class HttpPool:
         """
         content = None if body is None else json.dumps(body).encode()
         return self._run(self._ask([_Job(path, content, only=server) for server in self._servers]))
+
+    def set_touchstone(self, path: str, body: dict[str, Any]) -> None:
+        """A question that any server that works answers: it tells a bad request from a bad server."""
+        self._touchstone = path, json.dumps(body).encode()
 
     def close(self) -> None:
         """Drop what is in flight, close the connections, end the processes."""
@@ -239,6 +247,7 @@ class HttpPool:
         return min(free, key=lambda server: server.in_flight, default=None)
 
     async def _serve(self, server: "_Server", job: "_Job") -> None:
+        sent = time.monotonic()
         if job.begun is None:
             job.begun = self._answered
         try:
@@ -246,7 +255,8 @@ class HttpPool:
                 status, headers, content = await self._exchange(server, job)
         except TimeoutError:
             job.timeouts += 1
-            self._server_failed(server)
+            if server.answered_at < sent:  # else the server is well and the request is not
+                self._server_failed(server)
             self._again(job, f"no answer within {self._request_s:g} s", server, give_up=job.timeouts > 1)
         except (self._httpx.ConnectError, self._httpx.ConnectTimeout) as error:
             self._unwell(server, job, f"{server.address}: {type(error).__name__}: {error}")
@@ -285,6 +295,7 @@ class HttpPool:
                 self._again(job, f"an answer that is no JSON ({_brief(content)})", server)
                 return
             server.failures = server.restarts = 0
+            server.answered_at = time.monotonic()
             server.limit = min(server.in_flight_limit, server.limit + 1)
             self._answered += 1
             self._resolve(job, Answer(payload, headers))
@@ -315,7 +326,7 @@ class HttpPool:
         self._server_failed(server)
         job.tries += tries
         if job.tries >= self._attempts and self._others_answered(job):
-            self._resolve(job, Refusal(f"{reason}, after {job.tries} tries"))
+            self._give_up(job, reason)
         elif all(one.process is None and one.failures >= self._attempts for one in self._servers):
             self._fail(_nobody(reason))
         else:
@@ -328,15 +339,37 @@ class HttpPool:
         """Put the request back into the queue, or give it up."""
         job.tries += tries
         if give_up or job.tries >= self._attempts:
-            if self._others_answered(job):
-                self._resolve(job, Refusal(f"{reason}, after {max(job.tries, 1)} tries"))
-            else:
-                self._fail(_nobody(reason))
+            self._give_up(job, reason)
         elif avoid is None:
             self._waiting.appendleft(job)
         else:
             job.avoid, job.not_before = avoid, time.monotonic() + self._rest(job.tries - 1)
             self._waiting.append(job)
+
+    def _give_up(self, job: "_Job", reason: str) -> None:
+        if self._others_answered(job):
+            self._resolve(job, Refusal(f"{reason}, after {max(job.tries, 1)} tries"))
+        elif self._touchstone is None or job.is_touchstone:
+            self._fail(_nobody(reason))
+        else:
+            self._doubted.add(job)
+            self._start(self._try_touchstone(job, reason, self._touchstone))
+
+    async def _try_touchstone(self, job: "_Job", reason: str, touchstone: tuple[str, bytes]) -> None:
+        test = _Job(*touchstone, is_touchstone=True)
+        test.future = self._loop.create_future()
+        test.tries, test.timeouts = self._attempts - 1, 1  # it has one try
+        self._waiting.appendleft(test)
+        self._wake.set()
+        try:
+            if isinstance(await test.future, Answer) or self._others_answered(job):
+                self._give_up(job, reason)
+            else:
+                self._fail(_nobody(reason))
+        except EngineError:
+            pass  # all have been told
+        finally:
+            self._doubted.discard(job)
 
     def _others_answered(self, job: "_Job") -> bool:
         """Whether the pool answered anything since the request was first tried: then the fault is its own."""
@@ -385,10 +418,20 @@ class HttpPool:
     def _fail(self, error: EngineError) -> None:
         """No request can be served any more: those under way and all later ones raise this."""
         self._broken = self._broken or error
-        for job in (*self._waiting, *self._serving):
+        for job in (*self._waiting, *self._serving, *self._doubted):
             if not job.future.done():
                 job.future.set_exception(error)
         self._waiting.clear()
+
+
+def key_in(variable: str | None, field: str) -> str | None:
+    """The key an environment variable holds. Raises ConfigError that names the `field` when it is not set."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise ConfigError(f"{field}: {variable!r} is not set in the environment; set it.")
+    return key
 
 
 @dataclass(eq=False)
@@ -403,6 +446,7 @@ class _Server:
     """In a row."""
     restarts: int = 0
     not_before: float = 0.0
+    answered_at: float = 0.0
     up: bool = True
 
 
@@ -411,7 +455,9 @@ class _Job:
     path: str
     content: bytes | None
     only: _Server | None = None
-    future: asyncio.Future[Answer | Refusal] = field(init=False)
+    is_touchstone: bool = False
+    future: Any = None
+    """asyncio.Future of Answer or Refusal, made on the loop's thread."""
     tries: int = 0
     timeouts: int = 0
     crowded: int = 0

@@ -8,7 +8,6 @@ answer's `usage.prompt_tokens` must be what the policy's own tokenizer makes of 
 """
 
 import json
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Messages, Sample, SampleRequest
 from dpa.models.chat_template import has_system_role
 from dpa.models.files import SafeModel, folder_revision
-from dpa.models.http_pool import Answer, HttpPool, Refusal
+from dpa.models.http_pool import Answer, HttpPool, Refusal, key_in
 from dpa.models.policy import encode_prompt, load_prompting, make_steerable
 from dpa.models.server_process import ServerProcess
 
@@ -145,7 +144,8 @@ class HttpSampler:
         rest = chat
         if chat and chat[0]["role"] == "system":
             rest = chat[1:]
-            sentence = f"{sentence}\n\n{chat[0]['content']}" if chat[0]["content"] else sentence
+            if chat[0]["content"] or not self._has_system_role:
+                sentence = f"{sentence}\n\n{chat[0]['content']}"
         if self._has_system_role:
             return [{"role": "system", "content": sentence}, *rest]
         return [{"role": "user", "content": f"{sentence}\n\n{rest[0]['content']}"}, *rest[1:]]
@@ -210,8 +210,11 @@ class HttpSampler:
                 "the server reports no usage.prompt_tokens, so that nobody can see whether it reads the direction; "
                 "take another server, or set rollout.engine.http.verify to false."
             )
-        with self._encoding:
-            unsteered = len(encode_prompt(self._tokenizer, self._space, prompt.plain, None))
+        try:
+            with self._encoding:
+                unsteered = len(encode_prompt(self._tokenizer, self._space, prompt.plain, None))
+        except TemplateError:  # it takes no system message of its own
+            unsteered = None
         if said == unsteered:
             return (
                 f"the server's chat template ignores `preference`: a prompt of {prompt.tokens} tokens came out as the "
@@ -285,6 +288,7 @@ class HttpSampler:
                 if isinstance(read, Refusal):
                     raise EngineError(f"a server refuses a plain question: {read.reason}.")
         assert prompt is not None
+        self._pool.set_touchstone(_CHAT, self._body(prompt, 0, self._temperature, 1))
         bodies = [self._body(prompt, seed, _PROBE_TEMPERATURE, _PROBE_TOKENS) for seed in range(_PROBE_SEEDS)]
         for of_one_server in zip(*(self._ask_each(prompt, body) for body in bodies), strict=True):
             if len({sample.text for sample in of_one_server if isinstance(sample, Sample)}) == 1:
@@ -317,7 +321,7 @@ def http_samplers(policy: SafeModel, space: DirectionSpace, config: RolloutConfi
         in_flight=http.in_flight,
         request_s=http.request_s,
         attempts=http.attempts,
-        key=_key(http),
+        key=key_in(http.api_key_env, "rollout.engine.http.api_key_env"),
     ) as pool:
         sampler = HttpSampler(
             pool,
@@ -346,17 +350,6 @@ class _Prompt:
     plain: Messages
     """The messages as they were asked."""
     key: str
-
-
-def _key(http: HttpEngineConfig) -> str | None:
-    if http.api_key_env is None:
-        return None
-    key = os.environ.get(http.api_key_env)
-    if not key:
-        raise ConfigError(
-            f"rollout.engine.http.api_key_env: {http.api_key_env!r} is not set in the environment; set it."
-        )
-    return key
 
 
 def _list_of(payload: Any, name: str) -> list[dict[str, Any]]:

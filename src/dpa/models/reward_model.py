@@ -35,6 +35,9 @@ PLAIN_TEMPLATE = "User: {prompt}\n\nAssistant: {response}"
 CPU_TOKENS, GPU_TOKENS = 1024, 16_384
 """Tokens in one forward pass, padding included. A CPU is fastest while a batch stays in its cache: bench/scoring.py."""
 
+BF16_TOLERANCE = 2.0
+"""Largest difference from the golden scores, on 0-100, of a model in bf16."""
+
 _PLACEHOLDER = re.compile(r"\{(prompt|response)\}")
 
 
@@ -160,12 +163,19 @@ def encode(
     tokenizer: Any, template: str | None, max_length: int, prompts: Sequence[Messages], responses: Sequence[str]
 ) -> list[list[int] | None]:
     """Token ids of each conversation, or None where the template refuses it or it is longer than `max_length`."""
-    texts = [_render(tokenizer, template, *row) for row in zip(prompts, responses, strict=True)]
+    texts = render(tokenizer, template, prompts, responses)
     shown = [text for text in texts if text is not None]
     # A chat template writes its own special tokens; a plain template leaves them (BOS, [CLS]) to the tokenizer.
     encoded = iter(tokenizer(shown, add_special_tokens=template is not None)["input_ids"] if shown else [])
     ids_N = [None if text is None else next(encoded) for text in texts]
     return [ids if ids is not None and 0 < len(ids) <= max_length else None for ids in ids_N]
+
+
+def render(
+    tokenizer: Any, template: str | None, prompts: Sequence[Messages], responses: Sequence[str]
+) -> list[str | None]:
+    """Text of each conversation, or None where the template refuses it."""
+    return [_render(tokenizer, template, *row) for row in zip(prompts, responses, strict=True)]
 
 
 def forward(

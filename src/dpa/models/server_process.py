@@ -24,8 +24,8 @@ class ServerProcess:
     """`command` with {policy}, {port} (a free one) and {index} filled in; the words are a shell's, but there is none.
 
     It listens on `host`. It is healthy when GET /health, or /v1/models where there is no /health, answers 200.
-    `start_s` seconds are its time to become so, `health_s` those a busy one has to say it is well, `stop_s` those it has
-    to end before it is killed. It ends with this process, kill -9 included (models/guard.py).
+    `start_s` seconds are its time to become so, `health_s` those a busy one has to say it is well, `stop_s` those it
+    has to end before it is killed. It ends with this process, kill -9 included (models/guard.py).
     Raises ConfigError when the template cannot be filled in.
     """
 
