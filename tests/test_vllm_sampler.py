@@ -134,7 +134,7 @@ def test_what_vllm_is_given(policy: SafeModel) -> None:
 def test_fault_11_a_dead_engine_is_a_clear_error_and_still_shut_down(policy: SafeModel) -> None:
     vllm = FakeVllm()
     with (
-        pytest.raises(EngineError, match="vLLM's engine died .* run the same command"),
+        pytest.raises(EngineError, match=r"vLLM's engine died .* run the same command"),
         vllm_sampler(policy, SPACE, CONFIG, vllm) as sampler,
     ):
         vllm.trouble = "dead"
@@ -163,7 +163,7 @@ def test_fault_13_missing_samples_are_detected(policy: SafeModel, tmp_path: Path
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm_one_sentence_says_how_to_get_it(policy: SafeModel) -> None:
     with (
-        pytest.raises(ConfigError, match=r"vllm cannot be imported .* pip install 'dpa\[vllm\]'"),
+        pytest.raises(ConfigError, match=r"vllm cannot be imported .* .pip install 'dpa\[vllm\]'"),
         build_samplers(policy.path, CONFIG, SPACE),
     ):
         raise AssertionError("never entered")
