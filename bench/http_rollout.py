@@ -3,10 +3,10 @@
     python bench/http_rollout.py [--prompts 48] [--repeats 3] [--in-flight 16] [--server instant|transformers]
 
 Both send the same chat requests (the same bodies, seeds and directions) to one server, at the same concurrency. The
-bare client has its bodies ready, reads the JSON and drops it. The rollout stage draws directions, renders and counts every
-prompt, checks every answer, retries, and writes its shards. They take turns; the best of each counts. `transformers` is
-`transformers serve` with the demo's start model; `instant` answers at once without a model, in a process of its own, so
-that its figure is the most requests a second that either client can make on this machine.
+bare client has its bodies ready, reads the JSON and drops it. The rollout stage draws directions, renders and counts
+every prompt, checks every answer, retries, and writes its shards. They take turns; the best of each counts.
+`transformers` is `transformers serve` with the demo's start model; `instant` answers at once without a model, in a
+process of its own, so that its figure is the most requests a second that either client can make on this machine.
 """
 
 import argparse
