@@ -6,8 +6,8 @@ The model and the prompts are those of bench/rollout.py; an answer may end at an
 all rows into one and keeps no position by which bench/rollout.py holds the end token back.
 
 transformers 5.24, torch 2.13, one thread of a two-core machine that was not quiet, 64 requests x 4 samples, two rounds:
-continuous batching 226 and 198 tokens/s (its own batch size), 506 and 180 (256 tokens); the sampler 3,673 and 1,288. Best
-against best 7.3 times, and within a round 7.3 and 6.5: not adopted on a CPU.
+continuous batching 226 and 198 tokens/s (its own batch size), 506 and 180 (256 tokens); the sampler 3,673 and 1,288.
+Best against best 7.3 times, and within a round 7.3 and 6.5: not adopted on a CPU.
 """
 
 import argparse
