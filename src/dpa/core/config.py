@@ -23,6 +23,12 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+def _check_addresses(servers: list[str]) -> None:
+    for server in servers:
+        if not server.startswith(("http://", "https://")):
+            raise ValueError(f"servers: {server!r} is no http:// or https:// address")
+
+
 class SpaceConfig(_Section):
     """The direction space: what a user can weigh, and how far."""
 
@@ -121,11 +127,36 @@ class RewardTrainConfig(_Section):
     lora: LoraConfig = Field(LoraConfig(), description="Adapters, for `method: lora`.")  # type: ignore[call-arg]
 
 
+class HttpRewardConfig(_Section):
+    """Servers of a reward model that answer with a vector; docs/engines.md."""
+
+    servers: list[str] = Field(min_length=1, description="Base addresses, such as http://gpu1:8000.")
+    folder: str = Field(
+        description="The model's folder here too: dpa_reward.json says what it rates, the tokenizer how it is asked."
+    )
+    api: Literal["classify", "predict"] = Field(
+        "classify",
+        description="classify: vLLM's, over token ids; predict: text-embeddings-inference's, over text.",
+    )
+    model: str | None = Field(None, description="Name the servers know it by. Default: `folder`.")
+    batch: int = Field(16, ge=1, description="Rows in one request.")
+    in_flight: int = Field(8, ge=1, description="Requests in flight at each server.")
+    request_s: float = Field(120.0, gt=0, description="Seconds one request may take.")
+    attempts: int = Field(6, ge=1, description="Tries of one request, with back-off between them.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the servers' key.")
+
+    @model_validator(mode="after")
+    def _addresses(self) -> "HttpRewardConfig":
+        _check_addresses(self.servers)
+        return self
+
+
 class RewardConfig(_Section):
     """Where scores come from. Several sources are mixed: their attributes stand side by side."""
 
     train: RewardTrainConfig | None = Field(None, description="Train a reward model on the ratings, then use it.")
     folder: str | None = Field(None, description="A trained reward model folder (or Hub id).")
+    http: HttpRewardConfig | None = Field(None, description="A finished reward model behind servers.")
     functions: dict[str, str] = Field(
         default_factory=dict,
         description="Attribute -> Python function `module:name` or `file.py:name`, called as f(messages, response).",
@@ -133,8 +164,8 @@ class RewardConfig(_Section):
 
     @model_validator(mode="after")
     def _some_source(self) -> "RewardConfig":
-        if self.train is None and self.folder is None and not self.functions:
-            raise ValueError("give at least one of train, folder, functions")
+        if self.train is None and self.folder is None and self.http is None and not self.functions:
+            raise ValueError("give at least one of train, folder, http, functions")
         return self
 
 
@@ -150,6 +181,73 @@ class PromptsConfig(_Section):
     )
 
 
+class HttpEngineConfig(_Section):
+    """Servers that speak OpenAI's chat API; docs/engines.md says how each is told the direction and what is checked."""
+
+    servers: list[str] = Field(
+        default_factory=list,
+        description="Base addresses, such as http://gpu1:8000/v1; they must serve the policy asked.",
+    )
+    command: str | None = Field(
+        None,
+        description="Instead of `servers`: starts one for each policy and stops it after its rollout, such as "
+        "`vllm serve {policy} --port {port}`; {index} is the number of the replica. No shell.",
+    )
+    replicas: int = Field(1, ge=1, description="Servers that `command` starts.")
+    start_s: float = Field(900.0, gt=0, description="Seconds a started server has until it is healthy.")
+    model: str | None = Field(
+        None, description="Name to ask for. Default: the one under which a server lists the policy's own folder."
+    )
+    server: Literal["auto", "vllm", "sglang", "llama.cpp", "transformers", "openai"] = Field(
+        "auto", description="What the servers are: which fields beyond OpenAI's they take. auto: found out by asking."
+    )
+    steer: Literal["template", "system"] = Field(
+        "template",
+        description="template: the policy's chat template reads `preference`; system: the sentence is written into the "
+        "system message, for servers that hand the template no variables.",
+    )
+    verify: bool = Field(
+        True, description="Refuse a server whose prompts are not as long as the policy's own template makes them."
+    )
+    in_flight: int = Field(32, ge=1, description="Requests in flight at each server.")
+    request_s: float = Field(600.0, gt=0, description="Seconds one request may take.")
+    attempts: int = Field(6, ge=1, description="Tries of one request, with back-off between them.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the servers' key.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "HttpEngineConfig":
+        if self.command is not None and self.servers:
+            raise ValueError("give servers or command, not both")
+        if self.command is not None and not ("{policy}" in self.command and "{port}" in self.command):
+            raise ValueError("command: it must say where {policy} and {port} go")
+        _check_addresses(self.servers)
+        return self
+
+
+class VllmEngineConfig(_Section):
+    """vLLM in this process (it runs its engine in processes of its own)."""
+
+    tensor_parallel: int = Field(1, ge=1, description="Cards one copy of the policy is spread over.")
+    memory: float = Field(0.9, gt=0, le=1, description="Share of a card's memory it may take.")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="Further arguments of `vllm.LLM`.")
+
+
+class EngineConfig(_Section):
+    """What samples from the policy."""
+
+    kind: Literal["transformers", "vllm", "http"] = Field(
+        "transformers", description="transformers: in this process or `workers` of its own; vllm; http: servers."
+    )
+    http: HttpEngineConfig = HttpEngineConfig()  # type: ignore[call-arg]
+    vllm: VllmEngineConfig = VllmEngineConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _servers(self) -> "EngineConfig":
+        if self.kind == "http" and not (self.http.servers or self.http.command):
+            raise ValueError("http: give servers or command")
+        return self
+
+
 class RolloutConfig(_Section):
     """Sampling from the current policy."""
 
@@ -162,6 +260,7 @@ class RolloutConfig(_Section):
     batch_size: int = Field(256, ge=1, description="Sequences decoded together in one worker.")
     workers: int = Field(1, ge=1, description="Sampling processes on this machine; results do not depend on it.")
     max_reject_rate: float = Field(0.05, ge=0, le=1, description="Stop when more than this share of prompts fails.")
+    engine: EngineConfig = EngineConfig()  # type: ignore[call-arg]
 
 
 class SelectionConfig(_Section):
@@ -287,7 +386,9 @@ class RunConfig(_Section):
         return self
 
 
-DOES_NOT_CHANGE_RESULTS = frozenset({"name", "out", "iterations", "rollout.workers", "rollout.max_reject_rate"})
+_PACE = {f"rollout.engine.http.{field}" for field in HttpEngineConfig.model_fields} - {"rollout.engine.http.steer"}
+_PACE |= {f"reward.http.{field}" for field in HttpRewardConfig.model_fields} - {"reward.http.folder"}
+DOES_NOT_CHANGE_RESULTS = frozenset({"name", "out", "iterations", "rollout.workers", "rollout.max_reject_rate"} | _PACE)
 """Fields a resumed run may change: they name, place, extend or pace the work, and alter no finished row."""
 
 

@@ -7,15 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.records import Messages
 from dpa.models.chat_template import steerable_template
 from dpa.models.files import SPACE_FILE as SPACE_FILE
+from dpa.models.files import SafeModel, resolve_model
 from dpa.models.files import load_space as load_space
-from dpa.models.files import resolve_model
 from dpa.models.quiet import quiet_libraries
 from dpa.storage.tables import save_folder_atomically, write_json
 
@@ -51,6 +59,21 @@ def load_policy(
     ensure_pad_token(tokenizer)
     model.to(device or default_device())  # type: ignore[arg-type]
     return model.eval(), tokenizer
+
+
+def load_prompting(policy: SafeModel) -> tuple[PreTrainedTokenizerBase, int, tuple[int, ...]]:
+    """Of a checked folder, without its weights: tokenizer, context in tokens, end tokens. Raises ModelFileError."""
+    try:
+        with quiet_libraries():
+            config = AutoConfig.from_pretrained(policy.path, **policy.tokenizer_kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(policy.path, **policy.tokenizer_kwargs)
+            declared = Path(policy.path, "generation_config.json").is_file()
+            generation = GenerationConfig.from_pretrained(policy.path) if declared else None
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelFileError(f"model: the tokenizer of {policy.path} does not load ({reason}); check it.") from None
+    ensure_pad_token(tokenizer)
+    return tokenizer, _positions(config), _end_ids(generation, tokenizer)
 
 
 def save_policy(
@@ -90,15 +113,29 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends a response: the tokenizer's EOS and those of the generation config."""
-    declared = model.generation_config.eos_token_id if model.generation_config else None
+    return _end_ids(model.generation_config, tokenizer)
+
+
+def _end_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    declared = generation.eos_token_id if generation else None
     declared = declared if isinstance(declared, list) else [declared]
     return tuple(sorted({token for token in [tokenizer.eos_token_id, *declared] if token is not None}))
 
 
 def context_length(model: PreTrainedModel) -> int:
     """Longest sequence the model has positions for, in tokens."""
-    config = model.config.get_text_config()
+    return _positions(model.config)
+
+
+def _positions(config: PreTrainedConfig) -> int:
+    config = config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 1_000_000)  # no limit declared (ALiBi, recurrent)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out: torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU."""
+    said = str(error).lower()
+    return any(words in said for words in ("out of memory", "not enough memory", "can't allocate memory"))
 
 
 def default_device() -> str:

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages
 from dpa.models.files import resolve_model
+from dpa.models.policy import is_out_of_memory
 from dpa.storage.tables import write_json
 
 RECORD = "dpa_reward.json"
@@ -34,8 +35,10 @@ PLAIN_TEMPLATE = "User: {prompt}\n\nAssistant: {response}"
 CPU_TOKENS, GPU_TOKENS = 1024, 16_384
 """Tokens in one forward pass, padding included. A CPU is fastest while a batch stays in its cache: bench/scoring.py."""
 
+BF16_TOLERANCE = 2.0
+"""Largest difference from the golden scores, on 0-100, of a model in bf16."""
+
 _PLACEHOLDER = re.compile(r"\{(prompt|response)\}")
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 @dataclass(frozen=True)
@@ -160,12 +163,19 @@ def encode(
     tokenizer: Any, template: str | None, max_length: int, prompts: Sequence[Messages], responses: Sequence[str]
 ) -> list[list[int] | None]:
     """Token ids of each conversation, or None where the template refuses it or it is longer than `max_length`."""
-    texts = [_render(tokenizer, template, *row) for row in zip(prompts, responses, strict=True)]
+    texts = render(tokenizer, template, prompts, responses)
     shown = [text for text in texts if text is not None]
     # A chat template writes its own special tokens; a plain template leaves them (BOS, [CLS]) to the tokenizer.
     encoded = iter(tokenizer(shown, add_special_tokens=template is not None)["input_ids"] if shown else [])
     ids_N = [None if text is None else next(encoded) for text in texts]
     return [ids if ids is not None and 0 < len(ids) <= max_length else None for ids in ids_N]
+
+
+def render(
+    tokenizer: Any, template: str | None, prompts: Sequence[Messages], responses: Sequence[str]
+) -> list[str | None]:
+    """Text of each conversation, or None where the template refuses it."""
+    return [_render(tokenizer, template, *row) for row in zip(prompts, responses, strict=True)]
 
 
 def forward(
@@ -245,7 +255,7 @@ def _try_forward(model: torch.nn.Module, ids_B: Sequence[Sequence[int]], pad_tok
             inputs = {name: values.to(device) for name, values in pad_batch(ids_B, pad_token_id).items()}
             return model(**inputs).logits.double().cpu().numpy()
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU
-        if not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

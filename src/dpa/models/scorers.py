@@ -19,9 +19,11 @@ from dpa.core.config import RewardConfig
 from dpa.core.errors import ConfigError, ModelFileError
 from dpa.core.records import Messages, Scorer, stable_hash
 from dpa.models.files import folder_revision
+from dpa.models.http_scorer import http_scorer
 from dpa.models.policy import default_device
 from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import (
+    BF16_TOLERANCE,
     RELEASED_MODEL,
     RELEASED_SPEC,
     RewardSpec,
@@ -31,9 +33,6 @@ from dpa.models.reward_model import (
     load_classifier,
     read_spec,
 )
-
-BF16_TOLERANCE = 2.0
-"""Largest difference from the golden scores, on 0-100, of a model loaded in bf16."""
 
 ScoreFunction = Callable[[Messages, str], float]
 
@@ -178,6 +177,8 @@ def build_scorer(
     if config.folder is not None:
         spec = RELEASED_SPEC if config.folder == RELEASED_MODEL else None
         scorers.append(RewardModelScorer(config.folder, spec, remote_code_revision))
+    if config.http is not None:
+        scorers.append(http_scorer(config.http, remote_code_revision))
     if config.functions:
         scorers.append(FunctionScorer(config.functions))
     return scorers[0] if len(scorers) == 1 else MixScorer(scorers)

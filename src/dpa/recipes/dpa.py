@@ -62,6 +62,12 @@ class Loop:
 
     def run(self) -> Path:
         """The whole loop; returns the path of the report."""
+        http = self.config.rollout.engine.http
+        if self.config.rollout.engine.kind == "http" and http.servers and http.model is not None:
+            raise ConfigError(
+                f"rollout.engine.http.model: {http.model!r} is one name at servers that stay the same, while every "
+                "iteration has another policy; give `command`, or run the stages one by one."
+            )
         if self.config.ratings:
             self.read_ratings()
         if self.config.reward.train:
