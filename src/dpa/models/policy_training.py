@@ -24,7 +24,8 @@ from dpa.core.records import stable_hash
 from dpa.models.checkpoints import newest_checkpoint
 from dpa.models.optimizers import MuonWithAdamW
 from dpa.models.policy import context_length, encode_prompt, load_policy, make_steerable, save_policy, turn_end_id
-from dpa.models.training import ShowProgress, StopWhenAsked, WriteLog, quiet_libraries
+from dpa.models.quiet import quiet_libraries
+from dpa.models.training import ShowProgress, StopWhenAsked, WriteLog
 from dpa.storage.run_folder import Reject, count_reasons
 from dpa.storage.stopping import StopOnSignal
 from dpa.storage.tables import disk_error, write_json
