@@ -25,7 +25,7 @@ from peft import LoraConfig, TaskType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from dpa.core.config import FinetuneConfig
+from dpa.core.config import FinetuneConfig, of_results
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError
 from dpa.core.records import stable_hash
@@ -38,7 +38,9 @@ from dpa.models.training import (
     StopsAtBadLoss,
     StopWhenAsked,
     WriteLog,
+    merge_adapters,
     quiet_libraries,
+    trackers,
 )
 from dpa.storage.run_folder import Reject, count_reasons
 from dpa.storage.stopping import StopOnSignal
@@ -105,8 +107,10 @@ def finetune(
     Raises DataError (no row left), ConfigError, TrainingError (NaN or infinite loss; earlier checkpoints are kept),
     Interrupted (on a signal, after a checkpoint), StorageError (disk full).
     """
+    # Frozen weights need no more than bf16, which is what lets adapters of a 7B model train on one 24 GB card.
+    dtype = torch.bfloat16 if config.lora is not None and _mixed(config) else torch.float32
     with quiet_libraries():
-        model, tokenizer = load_policy(policy, remote_code_revision)
+        model, tokenizer = load_policy(policy, remote_code_revision, dtype)
         make_steerable(tokenizer, space)
         longest = min(config.max_length, context_length(model))
         examples, rejects = encode_examples(rows, model, tokenizer, space, longest)
@@ -116,7 +120,8 @@ def finetune(
         examples = [examples[place] for place in order]
         tokens = sum(len(example.ids) for example in examples)
         try:
-            _prepare_work(work, stable_hash([example.ids for example in examples], config, seed, str(policy)))
+            ids = [example.ids for example in examples]
+            _prepare_work(work, stable_hash(ids, of_results(config), seed, str(policy)))
             with StopOnSignal() as stop:
                 trainer = build_trainer(model, tokenizer, examples, work, config, seed)
                 packed_rows = len(cast(Dataset, trainer.train_dataset))
@@ -128,8 +133,14 @@ def finetune(
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
         losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
         if config.lora is not None:
-            trained = trained.merge_and_unload()
-        provenance = {"from": str(policy), "rows": len(examples), "seed": seed, "finetune": config.model_dump()}
+            trained = merge_adapters(trained, dtype)
+        provenance = {
+            "from": str(policy),
+            "remote_code_revision": remote_code_revision,
+            "rows": len(examples),
+            "seed": seed,
+            "finetune": config.model_dump(),
+        }
         if trainer.is_world_process_zero():
             save_policy(trained, tokenizer, out, space, provenance)
     return FinetuneResult(
@@ -220,9 +231,9 @@ def build_trainer(
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
-        bf16=config.bf16 or (cuda and torch.cuda.is_bf16_supported()),
+        bf16=_mixed(config),
         use_cpu=not cuda,
-        gradient_checkpointing=cuda,
+        gradient_checkpointing=cuda if config.gradient_checkpointing is None else config.gradient_checkpointing,
         dataloader_pin_memory=cuda,
         save_strategy="steps",
         save_steps=config.save_steps,
@@ -230,7 +241,7 @@ def build_trainer(
         logging_steps=1,
         logging_nan_inf_filter=False,  # the default replaces a NaN by the average of earlier losses
         disable_tqdm=True,
-        report_to="none",
+        report_to=trackers(config.report_to, "finetune"),
         seed=seed,
     )
     optimizer: dict[str, Any] = {}
@@ -267,6 +278,11 @@ def _train(trainer: SFTTrainer, work: Path, label: str, tokens: int, stop: StopO
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     finally:
         progress.close()
+
+
+def _mixed(config: FinetuneConfig) -> bool:
+    """Whether products are computed in bf16."""
+    return config.bf16 or (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
 
 
 def _accumulation(config: FinetuneConfig) -> int:

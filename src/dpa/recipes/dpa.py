@@ -23,10 +23,11 @@ from dpa.core.records import Ledger, Prompt, Scorer
 from dpa.models.files import EVALUATION_FILE
 from dpa.models.samplers import build_samplers
 from dpa.models.scorers import FunctionScorer, build_scorer
+from dpa.models.training import trackers
 from dpa.stages.evaluate import evaluate, side_by_side
 from dpa.stages.finetune import finetune_policy
 from dpa.stages.prompts import prompts_from_table, prompts_table, read_prompts
-from dpa.stages.ratings import load_ratings, print_summary, read_ratings, save_ratings
+from dpa.stages.ratings import leave_out, load_ratings, print_summary, read_ratings, save_ratings
 from dpa.stages.report import write_report
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score, score_rows
@@ -90,7 +91,7 @@ class Loop:
         if self._ratings is None:
             self._ratings = load_ratings(self.path)
         if self._ratings is None:
-            ratings = read_ratings(self.config.ratings)
+            ratings = leave_out(read_ratings(self.config.ratings), self.held_out)
             self._ratings = ratings.table, save_ratings(ratings, self.path)
             show = True
         table, summary = self._ratings
@@ -164,7 +165,7 @@ class Loop:
             self.policy_folder(t),
             self.config.finetune,
             self.config.seed + t,
-            self.config.remote_code_revision if t == self.first else None,
+            self.config.remote_code_revision,
         )
 
     def evaluate(self, t: int) -> Mapping[str, Any]:
@@ -274,7 +275,7 @@ class Loop:
         stage = self._folder.stage(None, name)
         if stage.done:
             return prompts_from_table(stage.table(0))
-        prompts, rejects = read_prompts(config.path, config.column, self.config.rollout.max_reject_rate)
+        prompts, rejects = read_prompts(config.path, config.column, self.config.rollout.max_reject_rate, config.split)
         stage.write_shard(0, prompts_table(prompts), Ledger(rows=len(prompts), rejects=len(rejects)), rejects)
         stage.finish()
         return prompts
@@ -328,6 +329,7 @@ class Loop:
                 f"evaluate.gold: its names must be the objectives {', '.join(self.space.names)}; "
                 f"{'missing' if missing else 'unknown'}: {', '.join(missing or unknown)}."
             )
+        trackers(self.config.finetune.report_to, "finetune")
         if self.config.reward.train and not self.config.ratings:
             raise ConfigError("reward.train: there are no ratings to train on; add a `ratings` section.")
 
