@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpa.cli import ecosystem
 from dpa.core.errors import ConfigError
 from dpa.version import __version__
 
@@ -21,6 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(ecosystem.app)  # export, fold, push, judge
+
 ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration; docs/configuration.md lists every field.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set rollout.samples=8")
@@ -34,6 +37,9 @@ DirectionText = Annotated[
 Temperature = Annotated[float, typer.Option(help="Softmax temperature.", min=0.01)]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of the samples.", min=0)]
+SpaceName = Annotated[
+    str | None, typer.Option("--space", help="Of a model without dpa_config.json: dpa-v1, a policy or a YAML file.")
+]
 
 
 def _version(show: bool) -> None:
@@ -147,13 +153,14 @@ def generate(
     max_new_tokens: MaxNewTokens = 256,
     seed: Seed = 0,
     clamp: Annotated[bool, typer.Option(help="Move a direction outside the cone to its edge.")] = False,
+    space: SpaceName = None,
 ) -> None:
     """Answer prompts under a direction."""
     from dpa.cli.talk import answer
 
     for text in prompt:
         question = typer.get_text_stream("stdin").read() if text == "-" else text
-        for reply in answer(model, [question], direction, samples, temperature, max_new_tokens, seed, clamp):
+        for reply in answer(model, [question], direction, samples, temperature, max_new_tokens, seed, clamp, space):
             typer.echo(reply)
 
 
@@ -164,11 +171,12 @@ def chat(
     temperature: Temperature = 0.7,
     max_new_tokens: MaxNewTokens = 256,
     seed: Seed = 0,
+    space: SpaceName = None,
 ) -> None:
     """Talk to a model; `/direction TEXT` changes the direction, `/quit` ends."""
     from dpa.cli.talk import converse
 
-    converse(model, direction, temperature, max_new_tokens, seed)
+    converse(model, direction, temperature, max_new_tokens, seed, space)
 
 
 def _pairs(overrides: list[str] | None) -> dict[str, str]:

@@ -24,6 +24,7 @@ from dpa.models.files import EVALUATION_FILE
 from dpa.models.samplers import build_samplers
 from dpa.models.scorers import FunctionScorer, build_scorer
 from dpa.models.training import trackers
+from dpa.stages.card import write_card
 from dpa.stages.evaluate import evaluate, side_by_side
 from dpa.stages.finetune import finetune_policy
 from dpa.stages.prompts import prompts_from_table, prompts_table, read_prompts
@@ -157,7 +158,7 @@ class Loop:
     def finetune(self, t: int) -> Ledger:
         """Finetune from the policy of t - 1 on (direction, prompt, winner)."""
         self._check_iteration(t)
-        return finetune_policy(
+        ledger = finetune_policy(
             self._folder.stage(t, "finetune"),
             self._folder.stage(t, "select"),
             self.policy(t - 1),
@@ -167,6 +168,8 @@ class Loop:
             self.config.seed + t,
             self.config.remote_code_revision,
         )
+        self._write_card(t)
+        return ledger
 
     def evaluate(self, t: int) -> Mapping[str, Any]:
         """Measure the policy of t on the held-out prompts over the grid; says loudly when it does not listen."""
@@ -187,6 +190,7 @@ class Loop:
         found = evaluate(_joined(answers), self._evaluation_scores(t), self.space, settings, self.config.seed)
         write_json(self.policy_folder(t) / EVALUATION_FILE, found)  # the front travels with the model
         write_json(record, found)
+        self._write_card(t, found)
         self.console.print(
             f"t = {t}: {found['listens']['sentence']}", style=None if found["listens"]["verdict"] else "bold red"
         )
@@ -309,6 +313,26 @@ class Loop:
     def _ratings_summary(self) -> dict[str, Any]:
         assert self._ratings is not None
         return self._ratings[1]
+
+    def _write_card(self, t: int, evaluation: Mapping[str, Any] | None = None) -> None:
+        """README.md beside the policy of iteration t."""
+        if evaluation is None and self._evaluation_file(t).is_file():
+            evaluation = read_json(self._evaluation_file(t))
+        config = self.config
+        train, folder = config.reward.train, config.reward.folder
+        sources = [f"a reward model trained on `{train.backbone}`"] if train else []
+        sources += [f"the reward model `{folder}`"] if folder else []
+        sources += [f"Python functions for {', '.join(config.reward.functions)}"] if config.reward.functions else []
+        write_card(
+            self.policy_folder(t),
+            f"{config.name}, t = {t}",
+            self.space,
+            config.policy,
+            [*(ratings.path for ratings in config.ratings), config.prompts.path],
+            f"Scores came from {' and '.join(sources)}.",
+            evaluation,
+            self._ledgers(t),
+        )
 
     def _ledgers(self, t: int) -> dict[str, Any]:
         names = ["rollout", "score", "select", "finetune", "evaluate/rollout", "evaluate/score", "evaluate/gold"]
