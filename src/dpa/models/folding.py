@@ -14,7 +14,7 @@ from dpa.core.directions import Direction, DirectionSpace, Objective
 from dpa.core.errors import ModelFileError
 from dpa.models.chat_template import steerable_template
 from dpa.models.files import CONTENT_SUFFIXES, EVALUATION_FILE, resolve_model
-from dpa.models.policy import SPACE_FILE
+from dpa.models.policy import SPACE_FILE, ensure_pad_token
 from dpa.models.reward_model import (
     RELEASED_SPEC,
     Golden,
@@ -63,9 +63,9 @@ def fold_reward(
     """Save a standard one-logit classifier whose logit is the utility v . r(x, y) of one direction.
 
     The head is linear, so folding it is exact: w = sum over objectives of v_k times the weights of its attributes,
-    times the rows of the head. `out` loads with `AutoModelForSequenceClassification` and as a RewardModelScorer; the chat
-    template writes the reward model's input text, so TRL and RewardBench ask it rightly. The golden example is folded
-    too. Raises ModelFileError, DirectionError.
+    times the rows of the head. `out` loads with `AutoModelForSequenceClassification` and as a RewardModelScorer; the
+    chat template writes the reward model's input text, so TRL and RewardBench ask it rightly. The golden example is
+    folded too. Raises ModelFileError, DirectionError.
     """
     spec = reward_spec(folder, released)
     weights_M = space.combine(np.eye(len(spec.attributes)), spec.attributes) @ np.array(direction.weights)
@@ -88,6 +88,8 @@ def fold_reward(
         model.config.id2label, model.config.label2id = {0: UTILITY}, {UTILITY: 0}
         if spec.template is not None:
             tokenizer.chat_template = chat_template_of(spec.template)
+        if released:
+            ensure_pad_token(tokenizer)
         if tokenizer.pad_token_id is not None:
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         golden = spec.golden

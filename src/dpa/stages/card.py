@@ -12,6 +12,7 @@ import yaml
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.page import duration
+from dpa.storage.rows import is_hub_id
 from dpa.storage.tables import write_bytes
 
 CARD = "README.md"
@@ -59,7 +60,7 @@ def card(
     }
     if _HUB_ID.fullmatch(base) and not Path(base).exists():  # a local path is nobody else's
         metadata["base_model"] = base
-    hub = [source for source in data if _HUB_ID.fullmatch(source) and not Path(source).exists()]
+    hub = [source for source in data if is_hub_id(source)]
     if hub:
         metadata["datasets"] = list(dict.fromkeys(hub))
     parts = [
@@ -88,8 +89,8 @@ def _space(space: DirectionSpace) -> str:
         "## Direction space",
         _table(("objective", "made of these attributes, each on 0-100"), rows),
         "A direction is a unit vector over the objectives, negative weights allowed. Trained within "
-        f"{space.max_angle:g} degrees of `{space.direction(space.center)}`. The model reads it as integers x100 in this system sentence, "
-        "which its chat template writes:",
+        f"{space.max_angle:g} degrees of `{space.direction(space.center)}`. The model reads it as integers x100 in "
+        "this system sentence, which its chat template writes:",
         f"```\n{space.template}\n```",
     ]
     if presets:

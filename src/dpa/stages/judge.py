@@ -32,7 +32,7 @@ REPLY_TOKENS = 4
 RESAMPLES = 1000
 BIASED_BEYOND = 0.1
 """A judge is called position-biased when the first shown wins this much more or less than half, beyond chance."""
-LENGTH_PENALTY = 1.0
+LENGTH_PENALTY = 0.1
 """L2 on the slope of the length model: keeps it finite where length alone decides every pair."""
 SHOWN = 40
 """Pairs on the page; the csv has all."""
