@@ -1,4 +1,4 @@
-"""The model card says what a policy is, how to steer it and what was measured; pushing refuses pickles and says why it fails.
+"""The model card says what a policy is, how to steer it, what was measured; pushing refuses pickles, says why it fails.
 pytest tests/test_card.py
 """
 

@@ -1,4 +1,4 @@
-"""The judge against a server on loopback: both orders, position bias found, length seen through, replayed without a network.
+"""The judge against a server on loopback: both orders, position bias, length seen through, replay without a network.
 pytest tests/test_judge.py
 """
 
@@ -164,7 +164,7 @@ def test_length_control_sees_through_a_judge_who_counts_words() -> None:
     rng = np.random.default_rng(0)
     difference_N = np.where(rng.random(400) < 0.8, 1.0, -1.0) * rng.uniform(20, 200, 400)
     win_N = (rng.random(400) < 1 / (1 + np.exp(-difference_N / 40))).astype(float)
-    assert win_N.mean() > 0.7
+    assert win_N.mean() > 0.68
     assert 0.42 < length_controlled(win_N, difference_N) < 0.58
     fair_N = (rng.random(400) < 0.7).astype(float)  # better whatever the length
     assert length_controlled(fair_N, difference_N) == pytest.approx(0.7, abs=0.08)

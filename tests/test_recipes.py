@@ -12,7 +12,7 @@ import yaml
 from safetensors import safe_open
 from tiny_models import save_tiny_model
 
-from dpa.core.config import load_config, parse_config
+from dpa.core.config import fingerprint, load_config, parse_config
 from dpa.core.errors import ConfigError
 from dpa.core.presets import DPA_V1
 from dpa.models.reward_model import RELEASED_SPEC
@@ -167,3 +167,27 @@ def test_an_unknown_or_missing_tracker_is_refused_before_training(data: Path, tm
         config["finetune"]["report_to"] = [name]
         with pytest.raises(ConfigError, match=said):
             Loop(parse_config(config))
+
+
+def test_a_tracker_gets_the_losses_of_both_trainings(data: Path, tmp_path: Path) -> None:
+    """Needs `pip install tensorboard`; changing trackers later changes no result and is no other run."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = save_tiny_model(tmp_path / "model", "mistral", context=1024)
+    config = small("mistral-7b-dpa", data, tmp_path / "run", model)
+    plain = parse_config(config)
+    config["finetune"]["report_to"] = config["reward"]["train"]["report_to"] = ["tensorboard"]
+    assert fingerprint(parse_config(config)) == fingerprint(plain)
+    with Loop(parse_config(config)) as loop:
+        loop.train_reward()
+        loop.score(0)
+        loop.select(0)
+        loop.finetune(0)
+    tags = set()
+    for events in (tmp_path / "run").rglob("events.out.tfevents.*"):
+        found = EventAccumulator(str(events)).Reload()
+        tags |= {(events.relative_to(tmp_path / "run").parts[0], tag) for tag in found.Tags()["scalars"]}
+    assert ("iter_0", "train/loss") in tags
+    assert "reward_model.training" in {place for place, _ in tags}
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))

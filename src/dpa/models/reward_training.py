@@ -146,7 +146,8 @@ def train_reward_model(
         write_spec(folder, spec, facts)
         model.cpu()  # a card that holds one of them need not hold two
         RewardModelScorer(folder, remote_code_revision=remote_code_revision)  # what was saved must pass its self-test
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    for leftover in checkpoints.glob("*/checkpoint-*") if config.report_to else [checkpoints]:
+        shutil.rmtree(leftover, ignore_errors=True)  # what a tracker wrote beside the checkpoints stays
     return facts
 
 
