@@ -1,14 +1,17 @@
-"""Exports checked against the programs that read them: alpaca-eval, lm-eval, and the openai client.
+"""Exports checked against the programs that read them: alpaca-eval (through the openai client), lm-eval, FastChat.
 
     python -m venv /tmp/consumers && /tmp/consumers/bin/pip install alpaca-eval lm-eval openai
-    python bench/consumers.py POLICY QUESTIONS.jsonl [--with /tmp/consumers/lib/python3.11/site-packages]
+    /tmp/consumers/bin/pip install --no-deps fschat
+    python bench/consumers.py [--policy FOLDER] [--questions FILE] [--with /tmp/consumers/lib/python3.11/site-packages]
 
-POLICY is a folder that dpa trained, QUESTIONS has AlpacaEval's rows. The judge of alpaca-eval is a server on loopback that
-prefers the longer output; no model is downloaded. Prints one line of JSON for each consumer; a consumer that is not
-installed is skipped and said so.
+The policy is a folder that dpa trained (default: the demo start model), the questions are AlpacaEval rows. The judge
+of alpaca-eval is a server on loopback that prefers the longer output; no model is downloaded. Prints one line of JSON
+for each consumer; one that is not installed is said so.
 """
 
 import argparse
+import ast
+import glob
 import importlib.util
 import json
 import os
@@ -78,19 +81,35 @@ class LongerWins(BaseHTTPRequestHandler):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("policy")
-    parser.add_argument("questions")
+    parser.add_argument("--policy")
+    parser.add_argument("--questions")
     parser.add_argument("--with", dest="packages", help="site-packages that hold the consumers")
     options = parser.parse_args()
     if options.packages:
         sys.path.append(options.packages)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), options.packages]))
     with tempfile.TemporaryDirectory() as folder:
-        for check in (alpaca_eval, lm_eval):
-            found = (
-                check(options.policy, options.questions, Path(folder)) if installed(check.__name__) else "not installed"
-            )
-            print(json.dumps({check.__name__: found}))
+        policy = options.policy or start_model(Path(folder) / "start")
+        questions = options.questions or own_questions(Path(folder) / "questions.jsonl")
+        for check in (alpaca_eval, lm_eval, fastchat):
+            found = check(policy, questions, Path(folder)) if installed(check.__name__) else "not installed"
+            print(json.dumps({check.__name__: found}), flush=True)
+
+
+def start_model(folder: Path) -> str:
+    """The demo's start model, made steerable but not trained: answers hardly differ, the forms are the same."""
+    from dpa.core.presets import DPA_V1
+    from dpa.models.policy import load_policy, save_policy
+    from dpa.world.demo import START_MODEL
+
+    save_policy(*load_policy(START_MODEL), folder, DPA_V1, {"from": "the start model of the demo"})
+    return str(folder)
+
+
+def own_questions(file: Path) -> str:
+    rows = [{"instruction": f"What is the home of {name}?", "dataset": "own"} for name in ("Ivy", "Max", "Ada", "Tom")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
 
 
 def installed(name: str) -> bool:
@@ -155,7 +174,7 @@ def alpaca_eval(policy: str, questions: str, folder: Path) -> dict[str, Any]:
 
 
 def lm_eval(policy: str, questions: str, folder: Path) -> dict[str, Any]:
-    """`lm-eval run --config` of a direction, and of a baked folder: both must show the model the direction's sentence."""
+    """`lm-eval run --config` of a direction, and of a baked folder: both must show the direction's sentence."""
     from dpa.models.policy import load_space
 
     space = load_space(policy)
@@ -191,6 +210,30 @@ def lm_eval(policy: str, questions: str, folder: Path) -> dict[str, Any]:
         }
     found["same_answers"] = found["configuration"].pop("answers") == found["baked"].pop("answers")
     return found
+
+
+def fastchat(policy: str, questions: str, folder: Path) -> dict[str, Any]:
+    """MT-Bench answers through FastChat's own reader (that function alone: its module wants every vendor's client)."""
+    rows = [json.loads(line) for line in Path(questions).read_text().splitlines()[:4]]
+    asked = [
+        {"question_id": 81 + n, "category": "stem", "turns": [row["instruction"], "Shorter."]}
+        for n, row in enumerate(rows)
+    ]
+    file = folder / "mt_bench.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    common = ("export", policy, file, "--form", "mt-bench", "--out", folder)
+    (answers,) = dpa(*common, "--max-new-tokens", 40, "-d", "0deg")
+    origin = importlib.util.find_spec("fastchat")
+    assert origin is not None
+    assert origin.origin is not None
+    source = (Path(origin.origin).parent / "llm_judge" / "common.py").read_text()
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    reader = next(node for node in functions if node.name == "load_model_answers")
+    names: dict[str, Any] = {"glob": glob, "os": os, "json": json}
+    exec(compile(ast.Module([reader], []), "common.py", "exec"), names)
+    read = names["load_model_answers"](str(Path(answers).parent))[Path(answers).stem]
+    turns = [read[row["question_id"]]["choices"][0]["turns"] for row in asked]
+    return {"questions": len(read), "with_two_turns": sum(len(pair) == 2 for pair in turns)}
 
 
 if __name__ == "__main__":

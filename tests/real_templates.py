@@ -2,6 +2,7 @@
 Used by: pytest tests/test_real_templates.py
 """
 
+# ruff: noqa: E501
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import CHAT_TEMPLATE, SPACE, save_tiny_model, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dpa.core.config import RewardConfig, RewardTrainConfig
@@ -54,7 +55,10 @@ def reward_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         BertModel(BertConfig(vocab_size=261, pad_token_id=0, **sizes)).save_pretrained(backbone)
-        tiny_tokenizer(None).save_pretrained(backbone)
+        tokenizer = tiny_tokenizer(None)  # it marks both ends of a text, as [CLS] and [SEP] do
+        ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|user|>", "<|end|>")]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|user|> $A <|end|>", special_tokens=ends)
+        tokenizer.save_pretrained(backbone)
     else:
         save_tiny_model(backbone, request.param, chat_template=CHAT_TEMPLATE if request.param == "qwen2" else None)
     rng = np.random.default_rng(0)
@@ -81,13 +85,38 @@ def test_the_logit_is_the_utility_in_plain_transformers(reward_folder: Path, tmp
     utility_N = OBJECTIVES.combine(scores_NM, ATTRIBUTES) @ np.array(ASKED.weights)
     for (messages, response), utility in zip(TALKS, utility_N, strict=True):
         text = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False)
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=spec.template is not None)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
         assert inputs["input_ids"][0].tolist() == encode(tokenizer, spec.template, 256, [messages], [response])[0]
         with torch.inference_mode():
             assert model(**inputs).logits[0, 0].item() == pytest.approx(utility, abs=TOLERANCE)
     folded = RewardModelScorer(tmp_path / "folded")
     assert folded.attributes == ("utility",)
     assert folded.score(prompts, responses)[:, 0] == pytest.approx(utility_N, abs=TOLERANCE)
+
+
+def test_trls_reward_trainer_reads_what_the_reward_model_read(reward_folder: Path, tmp_path: Path) -> None:
+    """It wants one logit and goes by the chat template: its token ids are those the reward model was trained on."""
+    from datasets import Dataset
+    from trl import RewardConfig as TrlConfig
+    from trl import RewardTrainer
+
+    fold_reward(reward_folder, OBJECTIVES, ASKED, tmp_path / "folded")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "folded")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folded")
+    prompt, response = TALKS[1]
+    rows = {"prompt": [prompt], "chosen": [[{"role": "assistant", "content": response}]],
+            "rejected": [[{"role": "assistant", "content": "No."}]]}  # fmt: skip
+    arguments = TrlConfig(output_dir=str(tmp_path / "trl"), max_steps=1, report_to="none", use_cpu=True, bf16=False,
+                          gradient_checkpointing=False, per_device_train_batch_size=1, disable_tqdm=True)  # fmt: skip
+    trainer = RewardTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer
+    )
+    (ids,) = encode(
+        AutoTokenizer.from_pretrained(reward_folder), read_spec(reward_folder).template, 256, [prompt], [response]
+    )
+    assert trainer.train_dataset[0]["chosen_ids"] == ids
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_without_a_space_every_attribute_is_an_objective(reward_folder: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def steered(name: str) -> str:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_direction_reads_as_if_it_had_been_written_by_hand(name: str) -> None:
-    """The steered render equals the plain template's render of the same words as a system prompt (or first question)."""
+    """As the plain template renders the same words given as a system prompt (or in the first question)."""
     if name in WITHOUT_SYSTEM:
         by_hand = [{"role": "user", "content": f"{SENTENCE}\n\nWhy?"}]
         merged = [{"role": "user", "content": f"{SENTENCE}\n\nBe kind.\n\nWhy?"}]

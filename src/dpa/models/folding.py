@@ -5,6 +5,7 @@ Run its tests: pytest tests/test_folding.py
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,8 +87,6 @@ def fold_reward(
         model.set_submodule(name, folded)
         model.config.num_labels = 1
         model.config.id2label, model.config.label2id = {0: UTILITY}, {UTILITY: 0}
-        if spec.template is not None:
-            tokenizer.chat_template = chat_template_of(spec.template)
         if released:
             ensure_pad_token(tokenizer)
         if tokenizer.pad_token_id is not None:
@@ -96,6 +95,9 @@ def fold_reward(
         (ids,) = encode(tokenizer, spec.template, spec.max_length, [golden.messages], [golden.response])
         if ids is None:
             raise ModelFileError(f"reward model: {folder} no longer reads its golden example; restore its template.")
+        template = spec.template
+        if template is not None:
+            template = _to_chat_template(tokenizer, template, golden, ids)
         expected = float(weights_M @ np.array(golden.scores))
         score = float(forward(model, [ids], tokenizer.pad_token_id)[0, 0])
         tolerance = golden.tolerance * float(np.abs(weights_M).sum())
@@ -116,19 +118,36 @@ def fold_reward(
         with save_folder_atomically(out) as unfinished:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
-            write_spec(unfinished, RewardSpec((UTILITY,), {}, spec.template, spec.max_length, golden), facts)
+            write_spec(unfinished, RewardSpec((UTILITY,), {}, template, spec.max_length, golden), facts)
             RewardModelScorer(unfinished)  # what was saved must pass its self-test
 
 
-def chat_template_of(template: str) -> str:
+def chat_template_of(template: str, before: str = "", after: str = "") -> str:
     """A chat template that writes a reward model's plain template from a conversation, letter for letter.
 
-    Special tokens stay with the tokenizer, as for the plain text.
+    `before` and `after`: the special tokens the tokenizer puts around a plain text (BOS, [CLS]).
     """
-    text = json.dumps(template, ensure_ascii=False)
+    text = json.dumps(before + template + after, ensure_ascii=False)
     for field in ("prompt", "response"):
         text = text.replace(f"{{{field}}}", f'" ~ {"dpa.response" if field == "response" else field} ~ "')
     return _CHAT + "{{- " + text + " -}}"
+
+
+def _to_chat_template(tokenizer: Any, template: str, golden: Golden, ids: list[int]) -> str | None:
+    """Give the tokenizer a chat template in place of a plain one; None where both make the same tokens of the golden
+    example, else the plain template, which stays in use: some tokenizers read text after a written BOS otherwise.
+    """
+    plain, marked = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    start = next((at for at in range(len(marked)) if marked[at : at + len(plain)] == plain), 0)
+    around = (
+        tokenizer.convert_ids_to_tokens(marked[:start]),
+        tokenizer.convert_ids_to_tokens(marked[start + len(plain) :]),
+    )
+    tokenizer.chat_template = chat_template_of(template, "".join(around[0]), "".join(around[1]))
+    if encode(tokenizer, None, 10**9, [golden.messages], [golden.response]) == [ids]:
+        return None
+    tokenizer.chat_template = chat_template_of(template)
+    return template
 
 
 def bake_direction(folder: str | Path, space: DirectionSpace, direction: Direction, out: Path) -> None:
