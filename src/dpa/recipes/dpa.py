@@ -92,7 +92,10 @@ class Loop:
         if self._ratings is None:
             self._ratings = load_ratings(self.path)
         if self._ratings is None:
-            ratings = leave_out(read_ratings(self.config.ratings), self.held_out)
+            everything = read_ratings(self.config.ratings)
+            ratings = leave_out(everything, self.held_out)
+            if left_out := everything.table.num_rows - ratings.table.num_rows:
+                self.console.print(f"ratings: {left_out} rows of prompts that are measured on are left out of training")
             self._ratings = ratings.table, save_ratings(ratings, self.path)
             show = True
         table, summary = self._ratings
