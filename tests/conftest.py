@@ -1,4 +1,6 @@
-"""What every test may use: one thread per process, and a process runner for the tests that kill and resume."""
+"""What every test may use: one thread per process, the same examples in every run, and a process runner for the tests
+that kill and resume.
+"""
 
 import os
 import subprocess
@@ -7,8 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("dpa", deadline=None, derandomize=True)  # a busy machine fails no test; every run is the same
+settings.load_profile("dpa")
 
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src"

@@ -52,7 +52,7 @@ weights = st.one_of(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.lists(weights, min_size=2, max_size=4), st.data())
 @example([3, 4], None)
 @example([1.0, -0.001], None)
@@ -84,7 +84,7 @@ def test_ties_round_as_python_rounds(percent: float) -> None:
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"])))
 @example("{% raw %}", "{# @after@ %}")
 @example('\\"{{ @before@ }}', "\r\n\t😀\u2028")
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_any_sentence_survives(before: str, after: str) -> None:
     assume("{weighted_rating}" not in before and "{weighted_rating}" not in after)
     space = DirectionSpace(SPACE.objectives, template=before + "{weighted_rating}" + after)

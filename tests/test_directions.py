@@ -5,6 +5,7 @@ Run: pytest tests/test_directions.py
 import json
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,7 +153,7 @@ def test_hostile_text_is_refused_at_once(hostile):
 
 
 @given(st.text(alphabet="ab*+-. 0123456789edgNn()_;", max_size=40))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_any_text_is_read_or_refused(text):
     space = space_of("a", "b", max_angle=180)
     try:
@@ -183,7 +184,6 @@ def test_published_integers_are_rounded_cosine_and_sine(angle):
 
 
 @given(spaces_and_weights())
-@settings(deadline=None)
 def test_normalising_repeats_in_plain_arithmetic_bit_for_bit(case):
     space, weights = case
     squares = 0.0
@@ -193,7 +193,6 @@ def test_normalising_repeats_in_plain_arithmetic_bit_for_bit(case):
 
 
 @given(spaces_and_weights())
-@settings(deadline=None)
 def test_read_prompt_inverts_prompt_up_to_rounding(case):
     space, weights = case
     direction = space.direction(weights)
@@ -203,7 +202,6 @@ def test_read_prompt_inverts_prompt_up_to_rounding(case):
 
 
 @given(spaces_and_weights())
-@settings(deadline=None)
 def test_what_the_space_prints_it_reads_even_at_the_edge(case):
     wide, weights = case
     direction = wide.direction(weights)
@@ -277,6 +275,32 @@ def test_drawn_directions_are_unit_in_the_cone_and_uniform_by_angle(space):
     assert quartiles == pytest.approx([0.25, 0.5, 0.75], abs=0.04)
     for name in space.arc_names:  # neither side of an objective is favoured
         assert np.mean(space.asked_angle(directions_DK, name) > 0) == pytest.approx(0.5, abs=0.04)
+
+
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_few_draws_still_cover_the_cone(count):
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        angles_D = np.sort(PAPER.asked_angle(PAPER.sample(count, rng), "verbosity"))
+        edges = np.linspace(-PAPER.max_angle, PAPER.max_angle, count + 1)
+        assert (edges[:-1] - 1e-9 <= angles_D).all() and (angles_D <= edges[1:] + 1e-9).all()  # one in each part
+        directions_DK = THREE.sample(count, rng)
+        azimuth_D = np.sort(np.arctan2(directions_DK[:, 2], directions_DK[:, 1]))  # around the first axis, the center
+        gaps_D = np.diff(np.append(azimuth_D, azimuth_D[0] + 2 * np.pi))
+        assert gaps_D.max() <= 2 * 2 * np.pi / count + 1e-9
+
+
+def test_training_may_draw_from_a_wider_cone_than_a_user_may_ask_in():
+    wide = replace(PAPER, training_angle=60)
+    angles_D = np.abs(wide.asked_angle(wide.sample(400, np.random.default_rng(0)), "verbosity"))
+    assert 58 < angles_D.max() <= 60
+    assert np.allclose(wide.grid(9), PAPER.grid(9))
+    with pytest.raises(DirectionError, match="from -45deg to 45deg"):
+        wide.parse("50deg")
+    assert DirectionSpace.from_dict(wide.to_dict()) == wide
+    assert PAPER.training_angle == PAPER.max_angle
+    with pytest.raises(DirectionError, match="training_angle: 30 is not in"):
+        replace(PAPER, training_angle=30)
 
 
 def test_drawing_repeats_with_the_seed():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dpa.cli.talk import answer
 from dpa.core.config import load_config
 from dpa.core.errors import ConfigError, RunFolderError
 from dpa.recipes.dpa import Loop
@@ -104,3 +105,11 @@ def test_a_model_of_the_loop_answers_on_the_command_line(finished: tuple[Path, P
     assert bad.returncode == 2
     assert "Traceback" not in bad.stderr
     assert "helpfulness" in bad.stderr
+
+
+def test_the_best_of_several_is_judged_by_the_reward_model_of_the_run(finished: tuple[Path, Path]) -> None:
+    policy, question = str(finished[1] / "iter_1" / "policy"), "What is the home of Ivy?"
+    plain = answer(policy, [question], "terse", 6, 1.0, 30, 0, clamp=False)
+    for robust in (False, True):
+        first, again = (answer(policy, [question], "terse", 6, 1.0, 30, 0, False, 6, robust) for _ in range(2))
+        assert first == again != plain

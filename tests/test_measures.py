@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -39,7 +39,6 @@ def listening_policy(space: DirectionSpace, directions_DK: np.ndarray, prompts: 
 
 
 @given(LATTICE)
-@settings(deadline=None)
 def test_hypervolume_counts_the_unit_cells_that_are_dominated(points):
     """On a lattice the volume above the reference 0 is the number of unit cells below some point."""
     cells = itertools.product(range(4), repeat=points.shape[1])
@@ -48,7 +47,6 @@ def test_hypervolume_counts_the_unit_cells_that_are_dominated(points):
 
 
 @given(LATTICE)
-@settings(deadline=None)
 def test_the_front_is_what_nobody_dominates(points):
     expected = [
         not any(np.all(other >= point) and np.any(other > point) for other in points)
@@ -88,7 +86,6 @@ def test_the_cone_has_a_volume_up_to_four_objectives(objectives, known):
 
 
 @given(st.integers(2, 8), st.integers(2, 4), st.integers(0, 2**32 - 1))
-@settings(deadline=None)
 def test_regret_and_utility_are_their_sums(D, K, seed):
     rng = np.random.default_rng(seed)
     means_DK, directions_DK = rng.uniform(0, 100, (D, K)), rng.standard_normal((D, K))

@@ -101,7 +101,7 @@ def test_a_row_with_one_mark_trains_one_output() -> None:
 
 
 @given(st.integers(0, 1000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_masked_loss_is_the_mean_over_marks_and_does_not_depend_on_accumulation(seed: int) -> None:
     random = np.random.default_rng(seed)
     logits, labels = random.normal(size=(2, 6, 3)).astype(np.float32)
@@ -123,7 +123,7 @@ def test_a_batch_without_any_mark_costs_nothing() -> None:
 
 
 @given(st.integers(0, 1000), st.floats(0.01, 100))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_ridge_equals_sklearn_on_each_outputs_own_rows(seed: int, penalty: float) -> None:
     random = np.random.default_rng(seed)
     features_NH = random.normal(size=(40, 6)) * random.uniform(0.1, 10, 6) + random.normal(size=6)
@@ -208,7 +208,7 @@ def test_split_keeps_prompts_whole(numbers: list[int], held_out: float, seed: in
 
 
 @given(st.integers(0, 500))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_pairwise_accuracy_against_brute_force(seed: int) -> None:
     random = np.random.default_rng(seed)
     marks_NM = random.integers(0, 3, (20, 1)).astype(float)

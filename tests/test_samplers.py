@@ -155,7 +155,7 @@ def test_recurrent_models_are_refused() -> None:
 rows = st.lists(st.one_of(st.just(0.0), st.floats(1e-3, 1.0)), min_size=1, max_size=12).filter(any)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows, st.floats(0, 1, exclude_max=True), st.floats(0.05, 1.0))
 def test_draw_inverts_the_distribution(weights: list[float], uniform: float, top_p: float) -> None:
     """Against brute force: walk the kept tokens and stop where their mass passes the uniform number."""

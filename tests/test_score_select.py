@@ -107,6 +107,15 @@ def test_directions_follow_the_seed(loop: Loop) -> None:
     ]
 
 
+def test_a_pool_serves_first_the_directions_it_was_asked_under_then_new_ones(loop: Loop) -> None:
+    asked = list(dict.fromkeys(tuple(row["direction"]) for row in loop.pool("p0")[0]))
+    few, many = (loop.select(SelectionConfig(directions=count)) for count in (2, len(asked) + 2))
+    served = [tuple(row["direction"]) for row in many if row["prompt_id"] == "p0"]
+    assert served[: len(asked)] == asked
+    assert len(set(served)) == len(asked) + 2
+    assert [tuple(row["direction"]) for row in few if row["prompt_id"] == "p0"] == asked[:2]
+
+
 def test_objectives_are_combined_at_use(loop: Loop) -> None:
     space = DirectionSpace(
         (

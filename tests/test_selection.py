@@ -39,7 +39,7 @@ def pools(draw):
 
 
 @given(pools())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_select_is_brute_force(case):
     scores, directions, valid = case
     winners = select(scores, directions, valid)
@@ -116,7 +116,7 @@ POINTS = hnp.arrays(
 
 @given(POINTS, st.sampled_from([(-180.0, 180.0), (-45.0, 45.0), (0.0, 360.0), (100.0, 250.0)]))
 @example(np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0], [1.0, 1.0]]), (-180.0, 180.0))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_arcs_are_what_select_chooses(scores, limits):
     arcs = hull_arcs(scores, *limits)
     if np.isnan(scores).any(axis=1).all():
@@ -137,7 +137,7 @@ def test_arcs_are_what_select_chooses(scores, limits):
 
 
 @given(hnp.arrays(np.float64, st.tuples(st.integers(1, 12), st.just(2)), elements=st.integers(-3, 3).map(float)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_arcs_name_the_very_winner_of_select_on_a_lattice(scores):
     """Corners of a small lattice are well apart, so no rounding blurs who wins strictly inside an arc."""
     for arc in hull_arcs(scores):

@@ -12,12 +12,13 @@ from dpa.core.config import load_config
 from dpa.recipes.dpa import Loop
 
 ROOT = Path(__file__).parents[1]
+FUNCTIONS = ROOT / "recipes" / "stories.py"
 SMALL = {
     "policy": str(ROOT / "../shared/data/stories260k"),
     "iterations": "1",
     "prompts.path": str(ROOT / "../shared/data/stories/fairytaleqa_sentence_level_test.csv"),
     "prompts.count": "6",
-    "reward.functions": f"{{dialogue: '{ROOT}/recipes/stories.py:dialogue', length: '{ROOT}/recipes/stories.py:length'}}",
+    "reward.functions": f"{{dialogue: '{FUNCTIONS}:dialogue', length: '{FUNCTIONS}:length'}}",
     "rollout.max_new_tokens": "30",
     "rollout.samples": "2",
     "rollout.workers": "1",

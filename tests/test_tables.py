@@ -50,7 +50,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FileRecord,
     return file, record, file.read_bytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
 def test_any_flipped_bit_or_truncation_is_noticed(
     written: tuple[Path, FileRecord, bytes], place: float, bit: int, cut: bool

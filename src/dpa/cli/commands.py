@@ -153,6 +153,11 @@ def generate(
     max_new_tokens: MaxNewTokens = 256,
     seed: Seed = 0,
     clamp: Annotated[bool, typer.Option(help="Move a direction outside the cone to its edge.")] = False,
+    best_of: Annotated[int, typer.Option("--best-of", min=1, help="Give the best of this many candidates.")] = 1,
+    robust: Annotated[bool, typer.Option(help="With --best-of: sample from neighbouring directions too.")] = False,
+    reward: Annotated[
+        str | None, typer.Option(help="With --best-of: reward model folder. Default: that of the policy's run.")
+    ] = None,
     space: SpaceName = None,
 ) -> None:
     """Answer prompts under a direction."""
@@ -160,7 +165,20 @@ def generate(
 
     for text in prompt:
         question = typer.get_text_stream("stdin").read() if text == "-" else text
-        for reply in answer(model, [question], direction, samples, temperature, max_new_tokens, seed, clamp, space):
+        for reply in answer(
+            model,
+            [question],
+            direction,
+            samples,
+            temperature,
+            max_new_tokens,
+            seed,
+            clamp,
+            best_of,
+            robust,
+            reward,
+            space,
+        ):
             typer.echo(reply)
 
 

@@ -1,13 +1,16 @@
 """`dpa generate` and `dpa chat`: try a policy under a direction."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpa.cli.ecosystem import read_space
 from dpa.core.directions import Direction, DirectionSpace
-from dpa.core.errors import DirectionError, EngineError
+from dpa.core.errors import ConfigError, DirectionError, EngineError
 from dpa.core.records import Messages, SampleRequest, seed_of
+from dpa.models.best_of import BestOfSampler, RobustSampler
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.samplers import SamplerSpec
+from dpa.models.scorers import RewardModelScorer
 
 if TYPE_CHECKING:
     from dpa.core.records import Sampler
@@ -15,10 +18,17 @@ if TYPE_CHECKING:
 
 def answer(
     model: str, prompts: list[str], direction: str | None, samples: int, temperature: float, max_new_tokens: int,
-    seed: int, clamp: bool, space: str | None = None,
+    seed: int, clamp: bool, best_of: int = 1, robust: bool = False, reward: str | None = None,
+    named: str | None = None,
 ) -> list[str]:  # fmt: skip
-    """Answers to each prompt under the direction, in order."""
-    _, sampler, chosen = _open(model, direction, temperature, max_new_tokens, clamp, space)
+    """Answers to each prompt under the direction, in order; the best of `best_of` candidates for each."""
+    if robust and best_of == 1:
+        raise ConfigError("--robust: it picks among candidates; add --best-of 4 or more.")
+    folder = None if best_of == 1 else _reward_folder(model, reward)
+    space, sampler, chosen = _open(model, direction, temperature, max_new_tokens, clamp, named)
+    if folder is not None:
+        kind = RobustSampler if robust else BestOfSampler
+        sampler = kind(sampler, RewardModelScorer(folder), space, best_of)
     return [
         text
         for prompt in prompts
@@ -63,6 +73,14 @@ def _open(
     chosen = None if direction is None else space.parse(direction, outside="clamp" if clamp else "error")
     spec = SamplerSpec(path, space, max_new_tokens, temperature, revision=folder_revision(path))
     return space, spec.build(), chosen
+
+
+def _reward_folder(model: str, reward: str | None) -> str:
+    """The reward model given, or the one of the run folder that the policy lies in (RUN/iter_t/policy)."""
+    beside = Path(model).resolve().parents[1] / "reward_model" if len(Path(model).resolve().parents) > 1 else None
+    if reward is None and (beside is None or not beside.is_dir()):
+        raise ConfigError(f"--reward: no reward model is found beside {model}; give the folder of one for --best-of.")
+    return reward or str(beside)
 
 
 def _ask(sampler: "Sampler", messages: Messages, direction: Direction | None, samples: int, seed: int) -> list[str]:

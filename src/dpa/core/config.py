@@ -33,7 +33,20 @@ class SpaceConfig(_Section):
     center: dict[str, float] | None = Field(
         None, description="Axis of the cone of directions, objective -> weight. Default: the first objective."
     )
-    max_angle: float = Field(45.0, gt=0, le=180, description="Half-angle of the trained cone, in degrees.")
+    max_angle: float = Field(45.0, gt=0, le=180, description="Half-angle of the cone a user may ask in, in degrees.")
+    training_angle: float | None = Field(
+        None,
+        gt=0,
+        le=180,
+        description="Half-angle of the cone training draws directions from; a wider one than max_angle keeps what is "
+        "asked off the edge of what was learned. Default: max_angle.",
+    )
+    training_ends: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the directions drawn in training that is moved out to the outer fifth of that cone.",
+    )
     template: str = Field(
         PUBLISHED_TEMPLATE, description="System sentence; {weighted_rating} becomes `helpfulness*97 + verbosity*-26`."
     )
@@ -66,6 +79,8 @@ class SpaceConfig(_Section):
             max_angle=self.max_angle,
             template=self.template,
             presets=self.presets,
+            training_angle=self.training_angle,
+            training_ends=self.training_ends,
         )
 
 
@@ -188,18 +203,29 @@ class SelectionConfig(_Section):
         "under that direction (the paper read literally); random: the control.",
     )
     directions: int = Field(
-        4, ge=1, description="Directions served by each prompt's pool (pooled, random); per_direction uses rollout's."
+        4,
+        ge=1,
+        description="Directions served by each prompt's pool (pooled, random): first those it was asked under, then "
+        "new ones; per_direction serves those it was asked under.",
+    )
+    standardise: bool = Field(
+        False,
+        description="Divide each objective by its standard deviation over the iteration's candidates before weighing, "
+        "so that an objective that varies little counts as much. A constant one is left as it is.",
+    )
+    rejected: Literal["worst", "random"] = Field(
+        "worst",
+        description="learner: dpo. What the winner is compared with: the worst of the same pool under the direction, "
+        "or a random one below the winner.",
     )
 
 
-class FinetuneConfig(_Section):
-    """Finetuning on (direction, prompt, winner), completion-only loss, through TRL."""
+class _TrainingConfig(_Section):
+    """What every training of a policy has."""
 
     learning_rate: float = Field(1e-5, gt=0, description="Peak step size.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the winners.")
-    max_length: int = Field(2048, ge=16, description="Packed row length in tokens; longer examples are rejected.")
-    packed_rows_per_step: int = Field(8, ge=1, description="Packed rows in one optimizer step, over all devices.")
-    rows_per_device: int = Field(1, ge=1, description="Packed rows in one forward pass; the rest accumulates.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the rows.")
+    max_length: int = Field(2048, ge=16, description="Longest example in tokens; longer ones are rejected.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of steps with rising learning rate.")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
         "cosine", description="Learning rate after the warm-up."
@@ -210,11 +236,39 @@ class FinetuneConfig(_Section):
     )
     lora: LoraConfig | None = Field(None, description="Train adapters and merge them after every iteration.")
     save_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints.")
+    replay: float = Field(
+        0.0,
+        ge=0,
+        description="Rows selected in earlier iterations that are trained on again, drawn anew each iteration, as a "
+        "share of this iteration's rows.",
+    )
     bf16: bool = Field(False, description="Mixed bf16 (on by itself where a GPU supports it).")
     gradient_checkpointing: bool | None = Field(
         None, description="Compute activations twice to save memory. Default: on a GPU."
     )
     report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard, wandb, trackio.")
+
+
+class FinetuneConfig(_TrainingConfig):
+    """Finetuning on (direction, prompt, winner), completion-only loss, through TRL (`learner: sft`)."""
+
+    max_length: int = Field(2048, ge=16, description="Packed row length in tokens; longer examples are rejected.")
+    packed_rows_per_step: int = Field(8, ge=1, description="Packed rows in one optimizer step, over all devices.")
+    rows_per_device: int = Field(1, ge=1, description="Packed rows in one forward pass; the rest accumulates.")
+
+
+class PreferenceConfig(_TrainingConfig):
+    """Finetuning on (direction, prompt, chosen, rejected): DPO through TRL (`learner: dpo`)."""
+
+    learning_rate: float = Field(1e-6, gt=0, description="Peak step size (TRL's; a tenth of what SFT takes, or less).")
+    beta: float = Field(
+        0.1, gt=0, description="Strength of the pull to the policy that training starts from (arXiv 2305.18290)."
+    )
+    sft_weight: float = Field(
+        0.0, ge=0, description="Weight of the chosen responses' own loss per token, added to DPO's (arXiv 2404.19733)."
+    )
+    pairs_per_step: int = Field(32, ge=1, description="Pairs in one optimizer step, over all devices.")
+    pairs_per_device: int = Field(4, ge=1, description="Pairs in one forward pass; the rest accumulates.")
 
 
 class EvaluateConfig(_Section):
@@ -239,6 +293,11 @@ class RunConfig(_Section):
     out: str = Field(description="Run folder. The same command resumes it.")
     seed: int = Field(0, ge=0, description="Every random choice derives from it.")
     iterations: int = Field(3, ge=0, description="T: online iterations after t = 0.")
+    learner: Literal["sft", "dpo"] = Field(
+        "sft",
+        description="What online iterations learn from: sft, the winner of each direction (the paper); dpo, the winner "
+        "against a loser of the same pool (arXiv 2503.00295). t = 0 is always sft: a direction must first be read.",
+    )
     policy: str = Field(description="Start policy: a model folder or Hub id.")
     remote_code_revision: str | None = Field(
         None,
@@ -252,14 +311,24 @@ class RunConfig(_Section):
     rollout: RolloutConfig = RolloutConfig()  # type: ignore[call-arg]
     selection: SelectionConfig = SelectionConfig()  # type: ignore[call-arg]
     finetune: FinetuneConfig = FinetuneConfig()  # type: ignore[call-arg]
+    dpo: PreferenceConfig = PreferenceConfig()  # type: ignore[call-arg]
     evaluate: EvaluateConfig
+
+    @model_validator(mode="after")
+    def _pairs_have_an_order(self) -> "RunConfig":
+        if self.learner == "dpo" and self.selection.method == "random":
+            raise ValueError("selection.method random is a control of learner sft; take pooled or per_direction")
+        return self
 
 
 DOES_NOT_CHANGE_RESULTS = frozenset(
     {
         *("name", "out", "iterations", "rollout.workers", "rollout.max_reject_rate"),
-        *("finetune.report_to", "reward.train.report_to"),
-        *("finetune.gradient_checkpointing", "reward.train.gradient_checkpointing"),
+        *(
+            f"{section}.{field}"
+            for section in ("finetune", "dpo", "reward.train")
+            for field in ("report_to", "gradient_checkpointing")
+        ),
     }
 )
 """Fields a resumed run may change: they name, place, extend or pace the work, and alter no finished row."""

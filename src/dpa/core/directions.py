@@ -21,6 +21,9 @@ PUBLISHED_TEMPLATE = (
 
 PLACEHOLDER = "{weighted_rating}"
 
+OUTER = 0.8
+"""Where the ends of a cone begin, as a share of its half-angle."""
+
 _EPSILON = 1e-9
 
 
@@ -85,8 +88,11 @@ class DirectionSpace:
     """K >= 2 objectives, the trained cone of directions around `center`, and the sentence that states a direction.
 
     `center` is any non-zero vector (mapping or K numbers; default: the first objective's axis), `max_angle` the
-    cone's half-angle in degrees. The published policy has objectives (helpfulness, verbosity), the helpfulness axis
-    as center and an advised range of 45 degrees. `presets` name directions written in any other form.
+    half-angle, in degrees, of the cone a user may ask in. The published policy has objectives (helpfulness, verbosity),
+    the helpfulness axis as center and an advised range of 45 degrees. `training_angle` (default: the same) is the
+    half-angle that directions are drawn from in training: a wider one keeps the edge a user asks for from being the
+    edge of what was learned; `training_ends` is the share of them that is moved out to the outer fifth of it.
+    `presets` name directions written in any other form.
 
     Raises DirectionError when a field cannot be used.
     """
@@ -96,6 +102,8 @@ class DirectionSpace:
     max_angle: float = 45.0
     template: str = PUBLISHED_TEMPLATE
     presets: Mapping[str, str | Mapping[str, float]] = field(default_factory=dict, hash=False)
+    training_angle: float | None = None
+    training_ends: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objectives", tuple(self.objectives))
@@ -109,6 +117,16 @@ class DirectionSpace:
         if not 0 < max_angle <= 180:
             raise DirectionError(f"max_angle: {max_angle:g} is not in (0, 180]; give the cone's half-angle in degrees.")
         object.__setattr__(self, "max_angle", max_angle)
+        training = max_angle if self.training_angle is None else read_number(self.training_angle, "training_angle")
+        if not max_angle <= training <= 180:
+            raise DirectionError(
+                f"training_angle: {training:g} is not in [max_angle, 180], and max_angle is {max_angle:g}; widen it."
+            )
+        object.__setattr__(self, "training_angle", training)
+        ends = read_number(self.training_ends, "training_ends")
+        if not 0 <= ends <= 1:
+            raise DirectionError(f"training_ends: {ends:g} is not in [0, 1]; give a share.")
+        object.__setattr__(self, "training_ends", ends)
         if not isinstance(self.template, str) or self.template.count(PLACEHOLDER) != 1:
             raise DirectionError(f"template: it must contain {PLACEHOLDER} exactly once; add it where the weights go.")
         center = (1.0,) + (0.0,) * (self.K - 1) if self.center is None else self._weights(self.center, "center")
@@ -189,17 +207,30 @@ class DirectionSpace:
     # --- drawing -----------------------------------------------------------------------------------------------
 
     def sample(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Draw directions_DK uniformly by angle (our choice; the paper's P_v is not published).
+        """Draw directions_DK uniformly by angle within `training_angle` (our choice; the paper's P_v is not published).
 
-        K = 2: the signed angle is uniform on [-max_angle, max_angle]. K > 2: the angle to the center is uniform on
-        [0, max_angle] and the azimuth is uniform, which favours the center over uniform area.
+        K = 2: the signed angle is uniform on [-training_angle, training_angle]. K > 2: the angle to the center is
+        uniform on [0, training_angle] and the azimuth is uniform, which favours the center over uniform area. The
+        `count` draws are stratified, one in each of `count` equal parts of the angle (K = 3: of the azimuth too), in
+        random order: few directions still cover the cone, so that a pool made under them holds something for each.
+        Then a share `training_ends` of them is moved out along its own great circle, to an angle uniform on the outer
+        fifth.
         """
+        angle = self.training_angle
+        assert angle is not None
         if self.K == 2:
-            return self._turn(rng.uniform(-self.max_angle, self.max_angle, count), self._pole_K)
-        normal_DK = rng.standard_normal((count, self.K))
-        normal_DK -= np.outer(normal_DK @ self.center_K, self.center_K)
-        normal_DK /= np.linalg.norm(normal_DK, axis=1, keepdims=True)
-        return self._turn(rng.uniform(0.0, self.max_angle, count), normal_DK)
+            degrees_D = (2.0 * _stratified(count, rng) - 1.0) * angle
+            return self._turn(self._towards_ends(degrees_D, rng), self._pole_K)
+        polar_D = _stratified(count, rng) * angle
+        if self.K == 3:
+            azimuth_D = 2.0 * np.pi * (_stratified(count, rng) + rng.random())
+            plane_2K = np.linalg.svd(self.center_K[None])[2][1:]  # an orthonormal basis of what is not the center
+            normal_DK = np.cos(azimuth_D)[:, None] * plane_2K[0] + np.sin(azimuth_D)[:, None] * plane_2K[1]
+        else:
+            normal_DK = rng.standard_normal((count, self.K))
+            normal_DK -= np.outer(normal_DK @ self.center_K, self.center_K)
+            normal_DK /= np.linalg.norm(normal_DK, axis=1, keepdims=True)
+        return self._turn(self._towards_ends(polar_D, rng), normal_DK)
 
     def arc(self, objective: str, count: int) -> np.ndarray:
         """directions_DK at `count` evenly spaced angles -max_angle..max_angle in the plane (center, objective)."""
@@ -269,6 +300,8 @@ class DirectionSpace:
             ],
             "center": dict(zip(self.names, self.center, strict=True)),  # type: ignore[arg-type]
             "max_angle": self.max_angle,
+            "training_angle": self.training_angle,
+            "training_ends": self.training_ends,
             "template": self.template,
             "presets": {name: value if isinstance(value, str) else dict(value) for name, value in self.presets.items()},
         }
@@ -298,7 +331,15 @@ class DirectionSpace:
                     f"direction space: the objective {shown(item)} lacks name or attributes; save the model again."
                 )
             objectives.append(Objective(item["name"], item["attributes"], str(item.get("description", ""))))
-        return cls(tuple(objectives), data["center"], data["max_angle"], data["template"], data["presets"])
+        return cls(
+            tuple(objectives),
+            data["center"],
+            data["max_angle"],
+            data["template"],
+            data["presets"],
+            data.get("training_angle"),  # absent before it existed
+            data.get("training_ends", 0.0),
+        )
 
     # --- inside ------------------------------------------------------------------------------------------------
 
@@ -330,6 +371,15 @@ class DirectionSpace:
         turned_DK = np.cos(radians_D)[:, None] * self.center_K + np.sin(radians_D)[:, None] * pole
         turned_DK[np.abs(turned_DK) < 1e-15] = 0.0  # cos(90 degrees) is 6e-17 in floats
         return turned_DK
+
+    def _towards_ends(self, degrees_D: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A share `training_ends` of the angles replaced by ones of the same sign in the outer fifth."""
+        if self.training_ends == 0:
+            return degrees_D  # and not a number more is drawn
+        assert self.training_angle is not None
+        moved_D = rng.random(len(degrees_D)) < self.training_ends
+        outer_D = rng.uniform(OUTER * self.training_angle, self.training_angle, len(degrees_D))
+        return np.where(moved_D, np.copysign(outer_D, degrees_D), degrees_D)
 
     def _clamp(self, direction: Direction) -> Direction:
         weights_K = np.array(direction.weights)
@@ -401,6 +451,11 @@ class DirectionSpace:
         raise DirectionError(
             f"{where}: {shown(value)} is no direction; write e.g. `{self.names[0]}*0.8 - {self.names[1]}*0.6`."
         )
+
+
+def _stratified(count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` uniform numbers in [0, 1), one in each of `count` equal parts, in random order."""
+    return (rng.permutation(count) + rng.random(count)) / max(count, 1)
 
 
 def _unit(weights: Sequence[float], where: str) -> tuple[float, ...]:

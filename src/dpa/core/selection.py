@@ -2,7 +2,8 @@
 Run its tests: pytest tests/test_selection.py
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -77,6 +78,44 @@ def select_random(valid_PN: np.ndarray, directions: int, rng: np.random.Generato
     if valid_PN.shape[1] == 0:
         return np.full(draw_PD.shape, -1, dtype=np.int64)
     return np.where(count_P[:, None] > 0, np.take_along_axis(valid_first_PN, draw_PD, axis=1), -1)
+
+
+def select_pairs(
+    scores_PNK: np.ndarray,
+    directions_PDK: np.ndarray,
+    valid_PN: np.ndarray,
+    rejected: Literal["worst", "random"] = "worst",
+    rngs: Sequence[np.random.Generator] = (),
+) -> tuple[np.ndarray, np.ndarray]:
+    """(winners_PD, losers_PD): for each prompt and direction the best candidate and one to prefer it to.
+
+    The winner is `select`'s. The loser has a lower utility: the lowest of all ("worst"; of equal ones the lowest
+    index), or one drawn uniformly from those below the winner ("random", by the prompt's own generator). -1 in both
+    where no candidate lies below the winner.
+    """
+    winners_PD = select(scores_PNK, directions_PDK, valid_PN)
+    losers_PD = np.full_like(winners_PD, -1)
+    known_PN = valid_PN & np.isfinite(scores_PNK).all(axis=2)
+    scores_PKN = np.ascontiguousarray(np.where(known_PN[..., None], scores_PNK, 0.0).swapaxes(1, 2))
+    for p, d in np.ndindex(winners_PD.shape):
+        utility_N = np.einsum("kn,k->n", scores_PKN[p], directions_PDK[p, d])
+        below = np.flatnonzero(known_PN[p] & (utility_N < utility_N[winners_PD[p, d]]))
+        if winners_PD[p, d] < 0 or len(below) == 0:
+            winners_PD[p, d] = -1
+        elif rejected == "random":
+            losers_PD[p, d] = rngs[p].choice(below)
+        else:
+            losers_PD[p, d] = below[utility_N[below].argmin()]
+    return winners_PD, losers_PD
+
+
+def spread(scores_NK: np.ndarray) -> np.ndarray:
+    """scale_K: the standard deviation of each objective over the rows that are finite; 1 where it does not vary."""
+    known_NK = scores_NK[np.isfinite(scores_NK).all(axis=1)]
+    if len(known_NK) == 0:
+        return np.ones(scores_NK.shape[1])
+    scale_K = known_NK.std(axis=0)
+    return np.where((np.ptp(known_NK, axis=0) > 0) & (scale_K > 0), scale_K, 1.0)
 
 
 class Arc(NamedTuple):

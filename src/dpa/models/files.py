@@ -21,7 +21,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CONVERT_HINT = "convert it where you trust it: AutoModel.from_pretrained(...).save_pretrained(...) writes safetensors"
 
 EVALUATION_FILE = "dpa_evaluation.json"
-"""Beside the weights: the record of stages.evaluate on held-out prompts, for the model card and the serving page."""
+"""Beside the weights: the record of stages.evaluate on held-out prompts, for the model card and for serving."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"[0-9a-f]{40}")

@@ -7,52 +7,34 @@ Examples are packed whole into rows of at most `max_length`, long and short ones
 each example, which keeps them from attending to each other.
 """
 
-import json
-import math
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import torch
 from datasets import Dataset
-from jinja2 import TemplateError
-from peft import LoraConfig, TaskType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from dpa.core.config import FinetuneConfig, of_results
+from dpa.core.config import FinetuneConfig
 from dpa.core.directions import DirectionSpace
-from dpa.core.errors import ConfigError, DataError
-from dpa.core.records import stable_hash
-from dpa.models.checkpoints import newest_checkpoint
-from dpa.models.optimizers import MuonWithAdamW
-from dpa.models.policy import context_length, encode_prompt, load_policy, make_steerable, save_policy, turn_end_id
-from dpa.models.training import (
-    ShowProgress,
-    StopAtBadGradient,
-    StopsAtBadLoss,
-    StopWhenAsked,
-    WriteLog,
-    merge_adapters,
-    quiet_libraries,
-    trackers,
+from dpa.models.policy_training import (
+    RowEncoder,
+    accumulation,
+    adapters,
+    optimizer_class,
+    shared_arguments,
+    train_policy,
 )
-from dpa.storage.run_folder import Reject, count_reasons
-from dpa.storage.stopping import StopOnSignal
-from dpa.storage.tables import disk_error, write_json
+from dpa.models.training import StopAtBadGradient, StopsAtBadLoss
+from dpa.storage.run_folder import Reject
 
 IGNORED = -100
 """Label of a token without loss."""
 
 OPEN_ROWS = 32
 """Packed rows that may still take an example."""
-
-_INPUTS_FILE = "inputs.json"
 
 
 @dataclass(frozen=True)
@@ -76,6 +58,11 @@ class Example:
 
     ids: list[int]
     prompt_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return len(self.ids)
 
     @property
     def labels(self) -> list[int]:
@@ -104,58 +91,27 @@ def finetune(
     an uninterrupted one would. A response that is empty, or that does not fit `config.max_length` (or the model's
     context) with its prompt, is rejected. `label` names the work in messages.
 
-    Raises DataError (no row left), ConfigError, TrainingError (NaN or infinite loss; earlier checkpoints are kept),
-    Interrupted (on a signal, after a checkpoint), StorageError (disk full).
+    Raises what `models.policy_training.train_policy` raises.
     """
-    # Frozen weights need no more than bf16, which is what lets adapters of a 7B model train on one 24 GB card.
-    dtype = torch.bfloat16 if config.lora is not None and _mixed(config) else torch.float32
-    with quiet_libraries():
-        model, tokenizer = load_policy(policy, remote_code_revision, dtype)
-        make_steerable(tokenizer, space)
-        longest = min(config.max_length, context_length(model))
+
+    def encode(
+        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int
+    ) -> tuple[list[Example], list[Reject]]:
         examples, rejects = encode_examples(rows, model, tokenizer, space, longest)
-        if not examples:
-            raise DataError(f"{label}: none of {len(rows)} rows can be trained on ({count_reasons(rejects)}).")
         order = np.random.default_rng(seed).permutation(len(examples))
-        examples = [examples[place] for place in order]
-        tokens = sum(len(example.ids) for example in examples)
-        try:
-            ids = [example.ids for example in examples]
-            _prepare_work(work, stable_hash(ids, of_results(config), seed, str(policy)))
-            with StopOnSignal() as stop:
-                trainer = build_trainer(model, tokenizer, examples, work, config, seed)
-                packed_rows = len(cast(Dataset, trainer.train_dataset))
-                _train(trainer, work, label, tokens, stop)
-                if trainer.state.global_step < trainer.state.max_steps:
-                    raise stop.interrupted(label, trainer.state.global_step, trainer.state.max_steps, "steps")
-        except OSError as error:
-            raise disk_error(error, work, "saving a checkpoint") from None
-        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-        losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-        if config.lora is not None:
-            trained = merge_adapters(trained, dtype)
-        provenance = {
-            "from": str(policy),
-            "remote_code_revision": remote_code_revision,
-            "rows": len(examples),
-            "seed": seed,
-            "finetune": config.model_dump(),
-        }
-        if trainer.is_world_process_zero():
-            save_policy(trained, tokenizer, out, space, provenance)
+        return [examples[place] for place in order], rejects
+
+    def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> SFTTrainer:
+        return build_trainer(model, tokenizer, examples, work, config, seed)
+
+    done = train_policy(policy, space, out, work, config, seed, encode, build, remote_code_revision, label)
     return FinetuneResult(
-        training_tokens=round(tokens * config.epochs),
-        steps=trainer.state.global_step,
-        losses=losses,
-        rejects=tuple(rejects),
-        padding_share=1 - tokens / (packed_rows * config.max_length),
+        training_tokens=round(done.tokens * config.epochs),
+        steps=done.steps,
+        losses=done.logged("loss"),
+        rejects=done.rejects,
+        padding_share=1 - done.tokens / (done.rows * config.max_length),
     )
-
-
-def remove_checkpoints(work: Path) -> None:
-    """Free what only an interrupted training needs: three times the model's size, or more."""
-    for checkpoint in work.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
 
 
 def encode_examples(
@@ -165,25 +121,16 @@ def encode_examples(
 
     The prompt is what the sampler shows; the response follows as its own tokens, then the token that ends a turn.
     """
-    end = turn_end_id(model, tokenizer)
+    encoder = RowEncoder(model, tokenizer, space, longest)
     examples, rejects = [], []
     columns = ("candidate_id", "messages", "direction", "response")
     for identity, messages, direction, response in zip(*(rows[name].to_pylist() for name in columns), strict=True):
-        try:
-            prompt = encode_prompt(tokenizer, space, json.loads(messages), direction)
-            completion = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
-        except (TemplateError, KeyError, TypeError, ValueError) as error:
-            rejects.append(Reject(identity, f"cannot be written as tokens ({type(error).__name__})"))
-            continue
-        length = len(prompt) + len(completion) + 1
-        if not completion:
-            rejects.append(Reject(identity, "the response is empty"))
-        elif len(prompt) + 1 >= longest:
-            rejects.append(Reject(identity, f"the prompt fills the {longest} tokens of an example"))
-        elif length > longest:
-            rejects.append(Reject(identity, f"prompt and response exceed the {longest} tokens of an example"))
+        encoded = encoder.encode(messages, direction, [response])
+        if isinstance(encoded, str):
+            rejects.append(Reject(identity, encoded))
         else:
-            examples.append(Example([*prompt, *completion, end], len(prompt)))
+            prompt, (completion,) = encoded
+            examples.append(Example([*prompt, *completion], len(prompt)))
     return examples, rejects
 
 
@@ -219,36 +166,15 @@ def build_trainer(
     seed: int,
 ) -> SFTTrainer:
     """The SFTTrainer over the packed examples, checkpoints in `work`. Raises ConfigError."""
-    cuda = torch.cuda.is_available()
     arguments = SFTConfig(
-        output_dir=str(work),
+        **shared_arguments(config, work, seed),
         padding_free=True,
         max_length=None,  # the rows are packed below
         per_device_train_batch_size=config.rows_per_device,
-        gradient_accumulation_steps=_accumulation(config),
-        learning_rate=config.learning_rate,
-        num_train_epochs=config.epochs,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        bf16=_mixed(config),
-        use_cpu=not cuda,
-        gradient_checkpointing=cuda if config.gradient_checkpointing is None else config.gradient_checkpointing,
-        dataloader_pin_memory=cuda,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=2,  # the older one is deleted once the newer is written
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # the default replaces a NaN by the average of earlier losses
-        disable_tqdm=True,
-        report_to=trackers(config.report_to, "finetune"),
-        seed=seed,
+        gradient_accumulation_steps=accumulation(
+            "finetune.packed_rows_per_step", config.packed_rows_per_step, "rows_per_device", config.rows_per_device
+        ),
     )
-    optimizer: dict[str, Any] = {}
-    if config.optimizer == "muon":
-        # A Trainer calls the factory for a function of (model, **kwargs), once adapters are in place.
-        kwargs = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        optimizer = {"optimizer_cls_and_kwargs": (_muon_factory, kwargs)}
     rows = pack([len(example.ids) for example in examples], config.max_length)
     trainer = _Trainer(
         model=model,
@@ -262,62 +188,8 @@ def build_trainer(
         ),
         processing_class=tokenizer,
         callbacks=[StopAtBadGradient()],
-        peft_config=_adapters(config),
-        **optimizer,
+        peft_config=adapters(config),
+        optimizer_cls_and_kwargs=optimizer_class(config),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _train(trainer: SFTTrainer, work: Path, label: str, tokens: int, stop: StopOnSignal) -> None:
-    progress = ShowProgress(label, tokens)
-    for callback in (progress, WriteLog(work / "log.jsonl"), StopWhenAsked(stop)):
-        trainer.add_callback(callback)
-    newest = newest_checkpoint(work)
-    try:
-        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
-    finally:
-        progress.close()
-
-
-def _mixed(config: FinetuneConfig) -> bool:
-    """Whether products are computed in bf16."""
-    return config.bf16 or (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
-
-
-def _accumulation(config: FinetuneConfig) -> int:
-    """Forward passes of one device in an optimizer step. Raises ConfigError."""
-    devices = int(os.environ.get("WORLD_SIZE", "1"))  # set by `accelerate launch` and torchrun
-    together = config.rows_per_device * devices
-    if config.packed_rows_per_step % together:
-        raise ConfigError(
-            f"finetune.packed_rows_per_step: {config.packed_rows_per_step} is no multiple of rows_per_device times "
-            f"devices ({together}); take {together * math.ceil(config.packed_rows_per_step / together)}."
-        )
-    return config.packed_rows_per_step // together
-
-
-def _adapters(config: FinetuneConfig) -> LoraConfig | None:
-    if config.lora is None:
-        return None
-    return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules="all-linear",
-    )
-
-
-def _muon_factory() -> type[MuonWithAdamW]:
-    return MuonWithAdamW
-
-
-def _prepare_work(work: Path, identity: str) -> None:
-    """Make the folder; checkpoints of other examples or settings than `identity` names are removed."""
-    work.mkdir(parents=True, exist_ok=True)
-    file = work / _INPUTS_FILE
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")) == identity:
-        return
-    remove_checkpoints(work)
-    write_json(file, identity)

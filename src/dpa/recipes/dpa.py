@@ -149,27 +149,31 @@ class Loop:
         return score(stage, self._folder.stage(t, "rollout"), self.prompts(t), self.scorer)
 
     def select(self, t: int) -> Ledger:
-        """Keep the winner of each direction."""
+        """Keep the winner of each direction, for `learner: dpo` with a loser beside it."""
         self._check_iteration(t)
         stage, scores = self._folder.stage(t, "select"), self._folder.stage(t, "score")
         config, seed = self.config.selection, self.config.seed
         if t == 0:
             return select_rated(stage, self.read_ratings(), scores, self.space, config, seed)
-        candidates = self._folder.stage(t, "rollout")
-        return select_winners(stage, candidates, scores, self.prompts(t), self.space, config, seed)
+        candidates, pairs = self._folder.stage(t, "rollout"), self.config.learner == "dpo"
+        return select_winners(stage, candidates, scores, self.prompts(t), self.space, config, seed, pairs)
 
     def finetune(self, t: int) -> Ledger:
-        """Finetune from the policy of t - 1 on (direction, prompt, winner)."""
+        """Finetune from the policy of t - 1 on (direction, prompt, winner), or with a loser beside the winner."""
         self._check_iteration(t)
+        pairs = self.config.learner == "dpo" and t > 0
+        config = self.config.dpo if pairs else self.config.finetune
+        earlier = range(1 if pairs else self.first, t if config.replay else 0)
         ledger = finetune_policy(
             self._folder.stage(t, "finetune"),
             self._folder.stage(t, "select"),
             self.policy(t - 1),
             self.space,
             self.policy_folder(t),
-            self.config.finetune,
+            config,
             self.config.seed + t,
             self.config.remote_code_revision,
+            [self._folder.stage(before, "select") for before in earlier],
         )
         self._write_card(t)
         return ledger
@@ -356,7 +360,7 @@ class Loop:
                 f"evaluate.gold: its names must be the objectives {', '.join(self.space.names)}; "
                 f"{'missing' if missing else 'unknown'}: {', '.join(missing or unknown)}."
             )
-        trackers(self.config.finetune.report_to, "finetune")
+        trackers([*self.config.finetune.report_to, *self.config.dpo.report_to], "finetune")
         if self.config.reward.train and not self.config.ratings:
             raise ConfigError("reward.train: there are no ratings to train on; add a `ratings` section.")
 

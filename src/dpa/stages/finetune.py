@@ -1,17 +1,21 @@
-"""Finetune: the policy learns to give each direction its winner.
-Run its tests: pytest tests/test_finetuning.py
+"""Finetune: the policy learns to give each direction its winner, or to prefer it to a loser.
+Run its tests: pytest tests/test_finetuning.py tests/test_loop_options.py
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
-from dpa.core.config import FinetuneConfig
+from dpa.core.config import FinetuneConfig, PreferenceConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import Ledger
-from dpa.models.finetuning import finetune, remove_checkpoints
+from dpa.models.finetuning import FinetuneResult, finetune
 from dpa.models.policy import SPACE_FILE
+from dpa.models.policy_training import remove_checkpoints
+from dpa.models.preference_training import PreferenceResult, preference_finetune
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
 
@@ -22,33 +26,35 @@ def finetune_policy(
     policy: str | Path,
     space: DirectionSpace,
     out: Path,
-    config: FinetuneConfig,
+    config: FinetuneConfig | PreferenceConfig,
     seed: int,
     remote_code_revision: str | None = None,
+    earlier: Sequence[StageFolder] = (),
 ) -> Ledger:
-    """Finetune `policy` on the winners of a finished selection, save the new policy at `out`, return what it cost.
+    """Finetune `policy` on the rows of a finished selection, save the new policy at `out`, return what it cost.
 
-    A finished stage whose policy stands is left alone; an interrupted one goes on from its newest checkpoint.
-    `log.jsonl` in the stage's folder has the loss of every step; rows that cannot be trained on go to rejects. The
-    ledger's `extra` counts optimizer steps.
+    The class of `config` says what the rows are: winners, or pairs. `config.replay` adds rows of the `earlier`
+    selections (see `with_replay`). A finished stage whose policy stands is left alone; an interrupted one goes on from
+    its newest checkpoint. `log.jsonl` in the stage's folder has the loss of every step; rows that cannot be trained on
+    go to rejects. The ledger's `extra` counts optimizer steps, replayed rows and, for pairs, the tokens that the
+    reference read too.
 
-    Raises what `models.finetuning.finetune` raises, and RunFolderError when the selection is not finished.
+    Raises what `models.policy_training.train_policy` raises, and RunFolderError when a selection is not finished.
     """
     if stage.done and (out / SPACE_FILE).is_file():
         return stage.ledger
     begun = time.monotonic()
-    rows = pa.concat_tables(list(select_stage.tables()))
-    result = finetune(
-        policy,
-        rows,
-        space,
-        out=out,
-        work=stage.path,
-        config=config,
-        seed=seed,
-        remote_code_revision=remote_code_revision,
-        label=stage.name,
-    )
+    selected = pa.concat_tables(list(select_stage.tables()))
+    rows = with_replay(selected, [table for stage in earlier for table in stage.tables()], config.replay, seed)
+    extra = {"replayed": float(len(rows) - len(selected))} if config.replay else {}
+    result: FinetuneResult | PreferenceResult
+    if isinstance(config, PreferenceConfig):
+        result = preference_finetune(
+            policy, rows, space, out, stage.path, config, seed, remote_code_revision, label=stage.name
+        )
+        extra["reference_tokens"] = result.training_tokens
+    else:
+        result = finetune(policy, rows, space, out, stage.path, config, seed, remote_code_revision, label=stage.name)
     stage.write_rejects(result.rejects)
     ledger = Ledger(
         training_tokens=result.training_tokens,
@@ -56,8 +62,18 @@ def finetune_policy(
         rejects=len(result.rejects),
         wall_s=time.monotonic() - begun,
         peak_memory=peak_memory(),
-        extra={"steps": result.steps},
+        extra={"steps": result.steps, **extra},
     )
     stage.finish(ledger)
     remove_checkpoints(stage.path)
     return ledger
+
+
+def with_replay(rows: pa.Table, earlier: Sequence[pa.Table], share: float, seed: int) -> pa.Table:
+    """`rows`, and after them share x len(rows) of the earlier ones, drawn without replacement (all, where fewer)."""
+    count = min(round(share * len(rows)), sum(map(len, earlier)))
+    if count == 0:
+        return rows
+    pool = pa.concat_tables(earlier)
+    drawn = np.random.default_rng([seed, 0x4E91A4]).choice(len(pool), size=count, replace=False)
+    return pa.concat_tables([rows, pool.take(np.sort(drawn))])

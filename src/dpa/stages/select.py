@@ -14,7 +14,7 @@ from dpa.core.config import SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, RejectRateError, StorageError
 from dpa.core.records import Ledger, Prompt, stable_hash
-from dpa.core.selection import select, select_per_direction, select_random
+from dpa.core.selection import select, select_pairs, select_per_direction, select_random, spread
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import Reject, StageFolder, count_reasons
 
@@ -30,18 +30,53 @@ SCHEMA = pa.schema(
 )
 """Followed by one float column per objective."""
 
+PAIRS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("messages", pa.string()),
+        ("direction", pa.list_(pa.float64())),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("utility_chosen", pa.float64()),
+        ("utility_rejected", pa.float64()),
+        ("chosen_id", pa.string()),
+        ("rejected_id", pa.string()),
+    ]
+)
+"""Followed by one float column per objective: the chosen one's."""
+
 NOT_ATTRIBUTES = ("candidate_id", "prompt_id", "valid")
 
 NO_SCORE = "no candidate has a valid score"
+NO_PAIR = "no candidate is better than another under any direction"
 
 
 class _Pools(NamedTuple):
-    """The candidates of some prompts, padded to the largest pool; `row_PN` is the row of each (-1: padding)."""
+    """The candidates of some prompts, padded to the largest pool.
+
+    `row_PN` is the row of each (-1: padding), `weighed_PNK` its scores over the scale.
+    """
 
     prompt_ids: list[str]
     row_PN: np.ndarray
     scores_PNK: np.ndarray
+    weighed_PNK: np.ndarray
     valid_PN: np.ndarray
+
+
+class _How(NamedTuple):
+    """What selection goes by. `scale_K` divides the objectives before they are weighed."""
+
+    space: DirectionSpace
+    config: SelectionConfig
+    seed: int
+    pairs: bool
+    scale_K: np.ndarray
+
+    @property
+    def identity(self) -> str:
+        """Tells shards that would have the same rows."""
+        return stable_hash(self.space.to_dict(), self.config, self.seed, self.pairs, self.scale_K.tolist(), digits=32)
 
 
 def select_winners(
@@ -52,24 +87,35 @@ def select_winners(
     space: DirectionSpace,
     config: SelectionConfig,
     seed: int,
+    pairs: bool = False,
 ) -> Ledger:
     """Select from a finished rollout and its scores, shard by shard; return what the stage cost.
 
     `config.method`:
-      pooled         all candidates of a prompt form one pool, whatever direction they were made under, and
-                     `config.directions` new directions are drawn for the prompt (our choice; the paper is silent)
+      pooled         all candidates of a prompt form one pool, whatever direction they were made under, and the pool
+                     serves `config.directions` directions: those the prompt was asked under, then new ones (our
+                     choice; the paper is silent)
       per_direction  the best of the samples made under each of rollout's own directions (step 3 of arXiv 2402.18571)
       random         as pooled, but a random valid candidate: the control at equal budget
 
+    `config.standardise` weighs r / standard deviation, over all
+    valid candidates of the stage; `utility` is in the units that were weighed.
+
+    `pairs`: multi-objective online DPO (arXiv 2503.00295) instead of winners alone: (chosen, rejected) of the pool
+    under the same v . r. Published: prompts carry the weights they are judged by, the pair is the better and the worse
+    of two samples under them. Ours: the pair is the best and the worst (or a random one) of the pool, `per_direction`
+    with two samples being theirs; directions are signed and drawn by angle, theirs are weights from a Dirichlet.
+
     Random choices are keyed by (seed, stage, prompt). Of equal utilities the lowest candidate (in rollout's order)
-    wins. A prompt without a valid candidate goes to rejects.
+    wins. A prompt without a valid candidate, or without any pair, goes to rejects.
 
     Raises RejectRateError when no prompt has one, RunFolderError when rollout or score is not finished.
     """
     texts = {prompt.prompt_id: json.dumps(prompt.messages, ensure_ascii=False) for prompt in prompts}
+    how = _How(space, config, seed, pairs, _scale(score_stage, space, config))
     for number in range(rollout_stage.shards):
         digests = rollout_stage.shard_digest(number), score_stage.shard_digest(number)
-        made_from = stable_hash(*digests, space.to_dict(), config, seed)
+        made_from = stable_hash(*digests, how.identity)
         if stage.shard_digest(number, made_from) is not None:
             continue
         candidates, scores = rollout_stage.table(number), score_stage.table(number)
@@ -78,7 +124,7 @@ def select_winners(
                 f"{score_stage.path}: shard {number} scores other candidates than {rollout_stage.path} holds; "
                 "delete the score stage's folder and run the same command again."
             )
-        _write_winners(stage, number, made_from, candidates, scores, texts, space, config, seed)
+        _write_winners(stage, number, made_from, candidates, scores, texts, how)
     return _finish(stage, rollout_stage.shards)
 
 
@@ -89,6 +135,7 @@ def select_rated(
     space: DirectionSpace,
     config: SelectionConfig,
     seed: int,
+    pairs: bool = False,
 ) -> Ledger:
     """The same selection over a rated data set's own responses: t = 0, offline.
 
@@ -104,10 +151,11 @@ def select_rated(
     texts = dict(zip(ratings["prompt_id"].to_pylist(), ratings["messages"].to_pylist(), strict=True))
     candidates = ratings.select(["prompt_id", "response"]).append_column("candidate_id", ratings["row_id"])
     offline = config.model_copy(update={"method": "pooled"}) if config.method == "per_direction" else config
+    how = _How(space, offline, seed, pairs, _scale(score_stage, space, config))
     digests = [score_stage.shard_digest(number) for number in range(score_stage.shards)]
-    made_from = stable_hash(*digests, space.to_dict(), config, seed)
+    made_from = stable_hash(*digests, how.identity)
     if stage.shard_digest(0, made_from) is None:
-        _write_winners(stage, 0, made_from, candidates, scores, texts, space, offline, seed)
+        _write_winners(stage, 0, made_from, candidates, scores, texts, how)
     return _finish(stage, 1)
 
 
@@ -123,6 +171,14 @@ def _finish(stage: StageFolder, shards: int) -> Ledger:
     return stage.ledger
 
 
+def _scale(score_stage: StageFolder, space: DirectionSpace, config: SelectionConfig) -> np.ndarray:
+    """scale_K over the whole stage, so that every shard is weighed alike; ones where nothing is standardised."""
+    if not config.standardise:
+        return np.ones(space.K)
+    scores_RK, valid_R = _objectives(pa.concat_tables(list(score_stage.tables())), space)
+    return spread(scores_RK[valid_R])
+
+
 def _write_winners(
     stage: StageFolder,
     number: int,
@@ -130,29 +186,31 @@ def _write_winners(
     candidates: pa.Table,
     scores: pa.Table,
     texts: Mapping[str, str],
-    space: DirectionSpace,
-    config: SelectionConfig,
-    seed: int,
+    how: _How,
 ) -> None:
     started = time.monotonic()
-    pools = _pools(candidates["prompt_id"].to_pylist(), *_objectives(scores, space))
+    pools = _pools(candidates["prompt_id"].to_pylist(), *_objectives(scores, how.space), how.scale_K)
     rngs = [
-        np.random.default_rng(int(stable_hash("select", seed, stage.name, prompt_id), 16))
+        np.random.default_rng(int(stable_hash("select", how.seed, stage.name, prompt_id), 16))
         for prompt_id in pools.prompt_ids
     ]
-    match config.method:
-        case "per_direction":
-            directions_PDK, winners_PD = _per_direction(pools, candidates)
-        case "pooled":
-            directions_PDK = _draw(space, config.directions, rngs)
-            winners_PD = select(pools.scores_PNK, directions_PDK, pools.valid_PN)
-        case "random":
-            directions_PDK = _draw(space, config.directions, rngs)
-            valid_PN = pools.valid_PN
+    losers_PD = None
+    if how.config.method == "per_direction":
+        directions_PDK, winners_PD, losers_PD = _per_direction(pools, candidates, how, rngs)
+    else:
+        D = how.config.directions
+        directions_PDK = _served(pools, candidates, how.space, D, rngs)
+        if how.config.method == "random":
             winners_PD = np.array(
-                [select_random(valid_PN[p : p + 1], config.directions, rng)[0] for p, rng in enumerate(rngs)]
-            ).reshape(len(rngs), config.directions)
-    table, rejects = _winner_rows(pools, directions_PDK, winners_PD, candidates, texts, space)
+                [select_random(pools.valid_PN[p : p + 1], D, rng)[0] for p, rng in enumerate(rngs)]
+            ).reshape(len(rngs), D)
+        elif how.pairs:
+            winners_PD, losers_PD = select_pairs(
+                pools.weighed_PNK, directions_PDK, pools.valid_PN, how.config.rejected, rngs
+            )
+        else:
+            winners_PD = select(pools.weighed_PNK, directions_PDK, pools.valid_PN)
+    table, rejects = _winner_rows(pools, directions_PDK, winners_PD, losers_PD, candidates, texts, how.space)
     ledger = Ledger(
         rows=table.num_rows, rejects=len(rejects), wall_s=time.monotonic() - started, peak_memory=peak_memory()
     )
@@ -166,7 +224,7 @@ def _objectives(scores: pa.Table, space: DirectionSpace) -> tuple[np.ndarray, np
     return space.combine(scores_RM, attributes), scores["valid"].to_numpy(zero_copy_only=False)
 
 
-def _pools(prompt_ids: list[str], scores_RK: np.ndarray, valid_R: np.ndarray) -> _Pools:
+def _pools(prompt_ids: list[str], scores_RK: np.ndarray, valid_R: np.ndarray, scale_K: np.ndarray) -> _Pools:
     """Rows grouped by prompt, prompts and rows in the order in which they first appear."""
     rows: dict[str, list[int]] = {}
     for row, prompt_id in enumerate(prompt_ids):
@@ -174,60 +232,88 @@ def _pools(prompt_ids: list[str], scores_RK: np.ndarray, valid_R: np.ndarray) ->
     row_PN = np.full((len(rows), max(map(len, rows.values()), default=0)), -1)
     for p, members in enumerate(rows.values()):
         row_PN[p, : len(members)] = members
-    return _Pools(list(rows), row_PN, scores_RK[row_PN], valid_R[row_PN] & (row_PN >= 0))
+    scores_PNK = scores_RK[row_PN]
+    return _Pools(list(rows), row_PN, scores_PNK, scores_PNK / scale_K, valid_R[row_PN] & (row_PN >= 0))
 
 
-def _draw(space: DirectionSpace, count: int, rngs: Sequence[np.random.Generator]) -> np.ndarray:
-    return np.array([space.sample(count, rng) for rng in rngs]).reshape(len(rngs), count, space.K)
+def _served(
+    pools: _Pools, candidates: pa.Table, space: DirectionSpace, count: int, rngs: Sequence[np.random.Generator]
+) -> np.ndarray:
+    """directions_PDK of `count` directions for each prompt: those it was asked under in this space, then new draws."""
+    asked_PDK = np.empty((len(rngs), 0, space.K))
+    if "direction" in candidates.column_names and candidates.num_rows and len(candidates["direction"][0]) == space.K:
+        asked_PDK = _asked(pools, candidates)[:, :count]
+    missing = count - asked_PDK.shape[1]
+    drawn_PDK = np.array([space.sample(missing, rng) for rng in rngs]).reshape(len(rngs), missing, space.K)
+    return np.concatenate([asked_PDK, drawn_PDK], axis=1)
 
 
-def _per_direction(pools: _Pools, candidates: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Rollout's own directions_PDK, and winners_PD as places in each prompt's pool."""
-    P, pool = pools.row_PN.shape
-    N = int(candidates["k"].to_numpy().max(initial=-1)) + 1
-    D = pool // N if N else 0
+def _asked(pools: _Pools, candidates: pa.Table) -> np.ndarray:
+    """directions_PDK the candidates of each prompt were made under; rollout keeps a prompt whole, N samples each."""
     K = pools.scores_PNK.shape[-1]
+    N = int(candidates["k"].to_numpy().max(initial=-1)) + 1
     direction_RK = np.array(candidates["direction"].to_pylist(), dtype=np.float64).reshape(-1, K)
-    # rollout keeps a prompt whole: direction by direction, N samples each
-    directions_PDK = direction_RK[pools.row_PN].reshape(P, D, N, K)[:, :, 0]
-    winners_PD = select_per_direction(
-        pools.scores_PNK.reshape(P, D, N, K), directions_PDK, pools.valid_PN.reshape(P, D, N)
+    return direction_RK[pools.row_PN[:, :: max(N, 1)]].reshape(len(pools.row_PN), -1, K)
+
+
+def _per_direction(
+    pools: _Pools, candidates: pa.Table, how: _How, rngs: Sequence[np.random.Generator]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Rollout's own directions_PDK, and winners_PD (with losers_PD where pairs are wanted) as places in each pool."""
+    directions_PDK = _asked(pools, candidates)
+    P, D, K = directions_PDK.shape
+    N = pools.row_PN.shape[1] // max(D, 1)
+    weighed_PDNK, valid_PDN = pools.weighed_PNK.reshape(P, D, N, K), pools.valid_PN.reshape(P, D, N)
+
+    def in_pool(places_PD: np.ndarray) -> np.ndarray:
+        return np.where(places_PD >= 0, places_PD + N * np.arange(D), -1)
+
+    if not how.pairs:
+        return directions_PDK, in_pool(select_per_direction(weighed_PDNK, directions_PDK, valid_PDN)), None
+    winners, losers = select_pairs(
+        weighed_PDNK.reshape(P * D, N, K),
+        directions_PDK.reshape(P * D, 1, K),
+        valid_PDN.reshape(P * D, N),
+        how.config.rejected,
+        [rng for rng in rngs for _ in range(D)],
     )
-    return directions_PDK, np.where(winners_PD >= 0, winners_PD + N * np.arange(D), -1)
+    return directions_PDK, in_pool(winners.reshape(P, D)), in_pool(losers.reshape(P, D))
 
 
 def _winner_rows(
     pools: _Pools,
     directions_PDK: np.ndarray,
     winners_PD: np.ndarray,
+    losers_PD: np.ndarray | None,
     candidates: pa.Table,
     texts: Mapping[str, str],
     space: DirectionSpace,
 ) -> tuple[pa.Table, list[Reject]]:
-    clash = {field.name for field in SCHEMA} & set(space.names)
+    """Rows of SCHEMA, or of PAIRS where there are losers; rejects are the prompts that have none."""
+    fields = SCHEMA if losers_PD is None else PAIRS
+    clash = {field.name for field in fields} & set(space.names)
     if clash:
         raise DataError(f"space.objectives: `{clash.pop()}` is the name of a column; rename the objective.")
     ids, responses = candidates["candidate_id"].to_pylist(), candidates["response"].to_pylist()
     rows: list[dict] = []
-    for p, prompt_id in enumerate(pools.prompt_ids):
-        for direction_K, winner in zip(directions_PDK[p], winners_PD[p], strict=True):
-            if winner < 0:
-                continue
-            row = pools.row_PN[p, winner]
-            scores_K = pools.scores_PNK[p, winner]
-            rows.append(
-                {
-                    "prompt_id": prompt_id,
-                    "messages": texts[prompt_id],
-                    "direction": direction_K.tolist(),
-                    "candidate_id": ids[row],
-                    "response": responses[row],
-                    "utility": float(direction_K @ scores_K),
-                    **dict(zip(space.names, scores_K.tolist(), strict=True)),
-                }
-            )
-    schema = pa.schema([*SCHEMA, *(pa.field(name, pa.float64()) for name in space.names)])
-    rejects = [
-        Reject(prompt_id, NO_SCORE) for p, prompt_id in enumerate(pools.prompt_ids) if not pools.valid_PN[p].any()
-    ]
-    return pa.Table.from_pylist(rows, schema), rejects
+    for p, d in np.ndindex(winners_PD.shape):
+        winner, direction_K = winners_PD[p, d], directions_PDK[p, d]
+        if winner < 0:
+            continue
+        prompt_id = pools.prompt_ids[p]
+        row = {"prompt_id": prompt_id, "messages": texts[prompt_id], "direction": direction_K.tolist()}
+        best, utility = pools.row_PN[p, winner], float(direction_K @ pools.weighed_PNK[p, winner])
+        if losers_PD is None:
+            row |= {"candidate_id": ids[best], "response": responses[best], "utility": utility}
+        else:
+            loser = losers_PD[p, d]
+            other = pools.row_PN[p, loser]
+            row |= {"chosen": responses[best], "rejected": responses[other], "utility_chosen": utility}
+            row["utility_rejected"] = float(direction_K @ pools.weighed_PNK[p, loser])
+            row |= {"chosen_id": ids[best], "rejected_id": ids[other]}
+        rows.append(row | dict(zip(space.names, pools.scores_PNK[p, winner].tolist(), strict=True)))
+    schema = pa.schema([*fields, *(pa.field(name, pa.float64()) for name in space.names)])
+    reasons = {p: NO_SCORE for p in range(len(pools.prompt_ids)) if not pools.valid_PN[p].any()}
+    if losers_PD is not None:
+        reasons |= {p: NO_PAIR for p in np.flatnonzero((losers_PD < 0).all(axis=1)).tolist() if p not in reasons}
+    return pa.Table.from_pylist(rows, schema), [Reject(pools.prompt_ids[p], reasons[p]) for p in sorted(reasons)]

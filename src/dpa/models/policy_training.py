@@ -1,0 +1,250 @@
+"""What trainings of a policy share, learn they from winners (finetuning.py) or from pairs (preference_training.py).
+Run its tests: pytest tests/test_finetuning.py tests/test_preference_training.py
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from datasets import Dataset
+from jinja2 import TemplateError
+from peft import LoraConfig, TaskType
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from dpa.core.config import FinetuneConfig, PreferenceConfig, of_results
+from dpa.core.directions import DirectionSpace
+from dpa.core.errors import ConfigError, DataError
+from dpa.core.records import stable_hash
+from dpa.models.checkpoints import newest_checkpoint
+from dpa.models.optimizers import MuonWithAdamW
+from dpa.models.policy import context_length, encode_prompt, load_policy, make_steerable, save_policy, turn_end_id
+from dpa.models.training import ShowProgress, StopWhenAsked, WriteLog, merge_adapters, quiet_libraries, trackers
+from dpa.storage.run_folder import Reject, count_reasons
+from dpa.storage.stopping import StopOnSignal
+from dpa.storage.tables import disk_error, write_json
+
+TrainingConfig = FinetuneConfig | PreferenceConfig
+
+_INPUTS_FILE = "inputs.json"
+
+
+class Encoded(Protocol):
+    """A training example as token ids. Its `repr` tells it from any other."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the policy reads when it trains on it."""
+        ...
+
+
+E = TypeVar("E", bound=Encoded)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training did: `tokens` of one pass over `examples` of them, `rows` of the Trainer's data set, `log` its
+    log history."""
+
+    tokens: int
+    examples: int
+    rows: int
+    steps: int
+    log: tuple[dict[str, Any], ...]
+    rejects: tuple[Reject, ...]
+
+    def logged(self, name: str) -> tuple[float, ...]:
+        """The values of one number, one per optimizer step."""
+        return tuple(entry[name] for entry in self.log if name in entry)
+
+
+def train_policy(
+    policy: str | Path,
+    space: DirectionSpace,
+    out: Path,
+    work: Path,
+    config: TrainingConfig,
+    seed: int,
+    encode: Callable[[PreTrainedModel, PreTrainedTokenizerBase, int], tuple[list[E], list[Reject]]],
+    build: Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[E]], Trainer],
+    remote_code_revision: str | None = None,
+    label: str = "finetune",
+) -> Trained:
+    """Train `policy` and save the new one at `out`, whole or not at all.
+
+    `encode(model, tokenizer, longest)` makes the examples, `build(model, tokenizer, examples)` the Trainer over them,
+    with checkpoints in `work`. `work` keeps `log.jsonl` too; the same call resumes from the newest complete checkpoint
+    and ends where an uninterrupted one would. `label` names the work in messages.
+
+    Raises DataError (no example left), ConfigError, TrainingError (NaN or infinite loss; earlier checkpoints are kept),
+    Interrupted (on a signal, after a checkpoint), StorageError (disk full).
+    """
+    # Frozen weights need no more than bf16, which is what lets adapters of a 7B model train on one 24 GB card.
+    dtype = torch.bfloat16 if config.lora is not None and _mixed(config) else torch.float32
+    with quiet_libraries():
+        model, tokenizer = load_policy(policy, remote_code_revision, dtype)
+        make_steerable(tokenizer, space)
+        examples, rejects = encode(model, tokenizer, min(config.max_length, context_length(model)))
+        if not examples:
+            raise DataError(f"{label}: none of {len(rejects)} rows can be trained on ({count_reasons(rejects)}).")
+        tokens = sum(example.tokens for example in examples)
+        try:
+            _prepare_work(work, stable_hash(examples, of_results(config), seed, str(policy)))
+            with StopOnSignal() as stop:
+                trainer = build(model, tokenizer, examples)
+                _train(trainer, work, label, tokens, stop)
+                if trainer.state.global_step < trainer.state.max_steps:
+                    raise stop.interrupted(label, trainer.state.global_step, trainer.state.max_steps, "steps")
+        except OSError as error:
+            raise disk_error(error, work, "saving a checkpoint") from None
+        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+        if config.lora is not None:
+            trained = merge_adapters(trained, dtype)
+        section = "dpo" if isinstance(config, PreferenceConfig) else "finetune"
+        provenance = {
+            "from": str(policy),
+            "remote_code_revision": remote_code_revision,
+            "rows": len(examples),
+            "seed": seed,
+            section: config.model_dump(),
+        }
+        if trainer.is_world_process_zero():
+            save_policy(trained, tokenizer, out, space, provenance)
+    return Trained(
+        tokens=tokens,
+        examples=len(examples),
+        rows=len(cast(Dataset, trainer.train_dataset)),
+        steps=trainer.state.global_step,
+        log=tuple(trainer.state.log_history),
+        rejects=tuple(rejects),
+    )
+
+
+def remove_checkpoints(work: Path) -> None:
+    """Free what only an interrupted training needs: three times the model's size, or more."""
+    for checkpoint in work.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+class RowEncoder:
+    """Turns rows into token ids: the prompt as the sampler shows it, then a response as its own tokens, then the token
+    that ends a turn."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, space: DirectionSpace, longest: int
+    ) -> None:
+        self._tokenizer, self._space, self._longest = tokenizer, space, longest
+        self._end = turn_end_id(model, tokenizer)
+
+    def encode(
+        self, messages: str, direction: Sequence[float] | None, responses: Sequence[str]
+    ) -> tuple[list[int], list[list[int]]] | str:
+        """Ids of the prompt (`messages`: JSON text) and of each response, or the reason why there are none."""
+        try:
+            prompt = encode_prompt(self._tokenizer, self._space, json.loads(messages), direction)
+            texts = [
+                self._tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
+                for response in responses
+            ]
+        except (TemplateError, KeyError, TypeError, ValueError) as error:
+            return f"cannot be written as tokens ({type(error).__name__})"
+        if not all(texts):
+            return "the response is empty"
+        if len(prompt) + 1 >= self._longest:
+            return f"the prompt fills the {self._longest} tokens of an example"
+        if len(prompt) + max(map(len, texts)) + 1 > self._longest:
+            return f"prompt and response exceed the {self._longest} tokens of an example"
+        return prompt, [[*text, self._end] for text in texts]
+
+
+def shared_arguments(config: TrainingConfig, work: Path, seed: int) -> dict[str, Any]:
+    """The arguments that SFTConfig and DPOConfig have in common."""
+    cuda = torch.cuda.is_available()
+    return {
+        "output_dir": str(work),
+        "learning_rate": config.learning_rate,
+        "num_train_epochs": config.epochs,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": config.warmup,
+        "weight_decay": config.weight_decay,
+        "bf16": _mixed(config),
+        "use_cpu": not cuda,
+        "gradient_checkpointing": cuda if config.gradient_checkpointing is None else config.gradient_checkpointing,
+        "dataloader_pin_memory": cuda,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,  # the older one is deleted once the newer is written
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # the default replaces a NaN by the average of earlier losses
+        "disable_tqdm": True,
+        "report_to": trackers(config.report_to, "dpo" if isinstance(config, PreferenceConfig) else "finetune"),
+        "seed": seed,
+    }
+
+
+def optimizer_class(config: TrainingConfig) -> tuple[Any, dict[str, Any]] | None:
+    """A Trainer's `optimizer_cls_and_kwargs`; None for its own AdamW."""
+    if config.optimizer == "adamw":
+        return None
+    # A Trainer calls the factory for a function of (model, **kwargs), once adapters are in place.
+    return _muon_factory, {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+
+
+def adapters(config: TrainingConfig) -> LoraConfig | None:
+    """The adapters to train, where the configuration asks for them."""
+    if config.lora is None:
+        return None
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules="all-linear",
+    )
+
+
+def accumulation(field: str, per_step: int, per_device_field: str, per_device: int) -> int:
+    """Forward passes of one device in an optimizer step. Raises ConfigError."""
+    devices = int(os.environ.get("WORLD_SIZE", "1"))  # set by `accelerate launch` and torchrun
+    together = per_device * devices
+    if per_step % together:
+        raise ConfigError(
+            f"{field}: {per_step} is no multiple of {per_device_field} times devices ({together}); "
+            f"take {together * math.ceil(per_step / together)}."
+        )
+    return per_step // together
+
+
+def _train(trainer: Trainer, work: Path, label: str, tokens: int, stop: StopOnSignal) -> None:
+    progress = ShowProgress(label, tokens)
+    for callback in (progress, WriteLog(work / "log.jsonl"), StopWhenAsked(stop)):
+        trainer.add_callback(callback)
+    newest = newest_checkpoint(work)
+    try:
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    finally:
+        progress.close()
+
+
+def _mixed(config: TrainingConfig) -> bool:
+    """Whether products are computed in bf16."""
+    return config.bf16 or (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
+def _muon_factory() -> type[MuonWithAdamW]:
+    return MuonWithAdamW
+
+
+def _prepare_work(work: Path, identity: str) -> None:
+    """Make the folder; checkpoints of other examples or settings than `identity` names are removed."""
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / _INPUTS_FILE
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) == identity:
+        return
+    remove_checkpoints(work)
+    write_json(file, identity)

@@ -1,0 +1,266 @@
+"""Each option of the loop does what its name says, and left alone changes nothing.
+pytest tests/test_loop_options.py
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, run_config, space_of
+
+from dpa.core.config import RolloutConfig, SelectionConfig, load_config
+from dpa.core.directions import DirectionSpace
+from dpa.core.errors import ConfigError, DirectionError, RejectRateError
+from dpa.core.records import Prompt, stable_hash
+from dpa.core.selection import select_pairs, spread
+from dpa.recipes.dpa import Loop
+from dpa.stages.finetune import with_replay
+from dpa.stages.rollout import rollout
+from dpa.stages.score import score
+from dpa.stages.select import select_winners
+from dpa.storage.run_folder import StageFolder
+from dpa.world.demo import write_world
+
+SPACE = space_of(max_angle=60)
+ROLLOUT = RolloutConfig(directions=3, samples=4, prompts_per_shard=4)
+
+
+def stages(path: Path, scorer: FakeScorer | None = None) -> tuple[StageFolder, StageFolder, list[Prompt]]:
+    """A finished rollout of six prompts and its scores."""
+    candidates, scores = StageFolder(path / "rollout", "iter_1/rollout"), StageFolder(path / "score", "iter_1/score")
+    prompts = prompts_of(6)
+    rollout(candidates, prompts, SPACE, [FakeSampler()], ROLLOUT, 0)
+    score(scores, candidates, prompts, scorer or FakeScorer())
+    return candidates, scores, prompts
+
+
+def selected(path: Path, config: SelectionConfig, scorer: FakeScorer | None = None, **more: object) -> list[dict]:
+    """Rows of a selection over `stages`."""
+    candidates, scores, prompts = stages(path, scorer)
+    stage = StageFolder(path / "select", "iter_1/select")
+    select_winners(stage, candidates, scores, prompts, SPACE, config, 0, **more)
+    return all_rows(stage)
+
+
+def rounded(rows: list[dict]) -> list:
+    """The rows' values, floats to nine digits (the last bits are the machine's own)."""
+    return json.loads(json.dumps(rows), parse_float=lambda text: round(float(text), 9))
+
+
+# --- left alone -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "digest"),
+    [("pooled", "3d1a846d4be464c5"), ("per_direction", "c725d89c1749a528"), ("random", "831d8291532a513f")],
+)
+def test_left_alone_the_options_change_no_row(tmp_path: Path, method: str, digest: str) -> None:
+    """The digests are those of the commit before the options came (c4e21fb)."""
+    rows = selected(tmp_path, SelectionConfig(method=method, directions=5))
+    assert stable_hash(rounded(rows)) == digest
+    assert stable_hash(rounded(all_rows(StageFolder(tmp_path / "rollout")))) == "3c1b6c636d0f7be9"
+
+
+# --- directions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", [SPACE, space_of("a", "b", "c", max_angle=60)], ids=["K2", "K3"])
+def test_training_ends_moves_that_share_of_the_directions_to_the_outer_fifth(space: DirectionSpace) -> None:
+    plain_DK = space.sample(20_000, np.random.default_rng(0))
+    ends_DK = replace(space, training_ends=0.5).sample(20_000, np.random.default_rng(0))
+    plain_D, ends_D = space.angle_to_center(plain_DK), space.angle_to_center(ends_DK)
+    assert ends_D.max() <= 60 + 1e-9
+    assert (plain_D >= 48).mean() == pytest.approx(0.2, abs=0.02)
+    assert (ends_D >= 48).mean() == pytest.approx(0.5 + 0.5 * 0.2, abs=0.02)
+    stayed_D = np.abs(plain_DK - ends_DK).max(axis=1) < 1e-12
+    assert stayed_D.mean() == pytest.approx(0.5, abs=0.02), "the others are drawn as ever"
+    across_DK = ends_DK - np.outer(ends_DK @ space.center_K, space.center_K)
+    before_DK = plain_DK - np.outer(plain_DK @ space.center_K, space.center_K)
+    assert (np.einsum("dk,dk->d", across_DK, before_DK) >= 0).all(), "each keeps its side"
+
+
+def test_training_ends_are_those_of_the_training_cone_and_travel_with_the_model() -> None:
+    space = replace(SPACE, training_angle=80, training_ends=1.0)
+    angles = space.angle_to_center(space.sample(200, np.random.default_rng(0)))
+    assert 64 - 1e-9 <= angles.min() < 66 and 78 < angles.max() <= 80 + 1e-9
+    assert space.angle_to_center(space.grid(9)).max() == pytest.approx(60), "it is measured where it is advertised"
+    assert DirectionSpace.from_dict(space.to_dict()) == space
+    with pytest.raises(DirectionError, match=r"training_ends: 2 is not in \[0, 1\]"):
+        replace(SPACE, training_ends=2.0)
+
+
+# --- standardised ---------------------------------------------------------------------------------------------------
+
+
+class Narrow(FakeScorer):
+    """Helpfulness varies a hundredth as much as it did."""
+
+    def score(self, prompts, responses):  # type: ignore[no-untyped-def]
+        return super().score(prompts, responses) * [0.01, 1.0]
+
+
+class Constant(FakeScorer):
+    """Helpfulness never varies."""
+
+    def score(self, prompts, responses):  # type: ignore[no-untyped-def]
+        return super().score(prompts, responses) * [0.0, 1.0] + [50.0, 0.0]
+
+
+def test_standardised_selection_does_not_depend_on_an_objectives_scale(tmp_path: Path) -> None:
+    for standardise, same in ((True, True), (False, False)):
+        config = SelectionConfig(directions=8, standardise=standardise)
+        wide = selected(tmp_path / f"wide-{standardise}", config)
+        narrow = selected(tmp_path / f"narrow-{standardise}", config, Narrow())
+        winners = [[row["candidate_id"] for row in rows] for rows in (wide, narrow)]
+        assert (winners[0] == winners[1]) is same
+    assert narrow[0]["helpfulness"] < 1.01, "the columns keep the scorer's own scale"
+
+
+def test_fault_15_an_objective_without_variance_is_not_divided_by_zero(tmp_path: Path) -> None:
+    rows = selected(tmp_path, SelectionConfig(directions=8, standardise=True), Constant())
+    assert len(rows) == 48
+    assert all(np.isfinite(row["utility"]) for row in rows)
+    assert spread(np.array([[1.0, 5.0], [3.0, 5.0], [np.nan, 9.0]])).tolist() == [1.0, 1.0]
+    assert spread(np.full((5, 2), 0.1)).tolist() == [1.0, 1.0], "rounding is no variance"
+    assert spread(np.empty((0, 3))).tolist() == [1.0, 1.0, 1.0]
+
+
+# --- replay ---------------------------------------------------------------------------------------------------------
+
+
+def test_replay_adds_that_share_of_earlier_rows_once_each() -> None:
+    now, before = (
+        pa.table({"id": range(100)}),
+        [pa.table({"id": range(1000, 1060)}), pa.table({"id": range(2000, 2040)})],
+    )
+    assert with_replay(now, before, 0.0, 1) is now
+    assert with_replay(now, [], 0.5, 1) is now
+    ids = with_replay(now, before, 0.25, 1)["id"].to_pylist()
+    assert ids[:100] == list(range(100))
+    assert len(ids) == 125 == len(set(ids))
+    assert {identity // 1000 for identity in ids[100:]} == {1, 2}
+    assert ids != with_replay(now, before, 0.25, 2)["id"].to_pylist(), "drawn anew for each iteration"
+    assert ids == with_replay(now, before, 0.25, 1)["id"].to_pylist()
+    assert len(with_replay(now, before, 3.0, 1)) == 200, "no more than there are"
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["pooled", "per_direction"])
+@pytest.mark.parametrize("rejected", ["worst", "random"])
+def test_a_pair_is_the_best_of_the_pool_and_a_worse_one(tmp_path: Path, method: str, rejected: str) -> None:
+    config = SelectionConfig(method=method, directions=5, rejected=rejected)
+    winners = selected(tmp_path / "winners", config)
+    pairs = selected(tmp_path / "pairs", config, pairs=True)
+    assert [(row["prompt_id"], row["direction"], row["chosen_id"]) for row in pairs] == [
+        (row["prompt_id"], row["direction"], row["candidate_id"]) for row in winners
+    ]
+    candidates = {row["candidate_id"]: row for row in all_rows(StageFolder(tmp_path / "pairs" / "rollout"))}
+    scores = {row["candidate_id"]: row for row in all_rows(StageFolder(tmp_path / "pairs" / "score"))}
+    at_the_bottom = 0
+    for row in pairs:
+        pool = [
+            identity
+            for identity, candidate in candidates.items()
+            if candidate["prompt_id"] == row["prompt_id"]
+            and (method == "pooled" or candidate["direction"] == row["direction"])
+        ]
+        utility = {
+            identity: np.dot(row["direction"], [scores[identity]["helpfulness"], scores[identity]["verbosity"]])
+            for identity in pool
+        }
+        assert row["utility_chosen"] == pytest.approx(max(utility.values()))
+        assert row["utility_rejected"] == pytest.approx(utility[row["rejected_id"]])
+        assert row["utility_chosen"] > row["utility_rejected"]
+        assert row["rejected"] == candidates[row["rejected_id"]]["response"]
+        at_the_bottom += utility[row["rejected_id"]] == min(utility.values())
+    assert bool(at_the_bottom == len(pairs)) is (rejected == "worst")
+
+
+def test_fault_15_equal_candidates_make_no_pair_and_are_counted(tmp_path: Path) -> None:
+    class Same(FakeScorer):
+        def score(self, prompts, responses):  # type: ignore[no-untyped-def]
+            rows = super().score(prompts, responses)
+            same = [messages[-1]["content"] == "question2" for messages in prompts]
+            return np.where(np.array(same)[:, None], 50.0, rows)
+
+    rows = selected(tmp_path, SelectionConfig(directions=5), Same(), pairs=True)
+    assert {row["prompt_id"] for row in rows} == {"p0", "p1", "p3", "p4", "p5"}
+    rejects = (tmp_path / "select" / "rejects.jsonl").read_text()
+    assert json.loads(rejects) == {
+        "id": "p2",
+        "stage": "iter_1/select",
+        "reason": "no candidate is better than another under any direction",
+    }
+
+
+def test_fault_14_a_candidate_without_a_score_is_neither_chosen_nor_rejected() -> None:
+    scores_PNK = np.array([[[1.0, 1.0], [np.nan, 9.0], [3.0, 3.0], [-np.inf, 0.0], [0.0, 0.0]]])
+    valid_PN = np.array([[True, True, True, True, False]])
+    directions_PDK = np.array([[[1.0, 0.0], [-1.0, 0.0]]])
+    rngs = [np.random.default_rng(0)]
+    for rejected in ("worst", "random"):
+        winners_PD, losers_PD = select_pairs(scores_PNK, directions_PDK, valid_PN, rejected, rngs)
+        assert winners_PD.tolist() == [[2, 0]]
+        assert losers_PD.tolist() == [[0, 2]]
+    winners_PD, losers_PD = select_pairs(scores_PNK, directions_PDK, np.zeros((1, 5), dtype=bool))
+    assert winners_PD.tolist() == losers_PD.tolist() == [[-1, -1]]
+
+
+def test_no_pair_at_all_stops_the_run(tmp_path: Path) -> None:
+    class Same(FakeScorer):
+        def score(self, prompts, responses):  # type: ignore[no-untyped-def]
+            return np.full((len(responses), 2), 50.0)
+
+    with pytest.raises(RejectRateError, match="no candidate is better than another"):
+        selected(tmp_path, SelectionConfig(directions=5), Same(), pairs=True)
+
+
+def test_random_winners_have_no_losers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="random is a control of learner sft"):
+        run_config(tmp_path, learner="dpo", selection={"method": "random"})
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+def test_the_loop_learns_from_pairs_with_every_option_on(tmp_path: Path) -> None:
+    settings = {
+        "iterations": "2",
+        "learner": "dpo",
+        "dpo": "{learning_rate: 1.0e-4, optimizer: muon, pairs_per_step: 8, pairs_per_device: 8, replay: 0.5}",
+        "space.training_angle": "55",
+        "space.training_ends": "0.3",
+        "selection": "{directions: 3, standardise: true}",
+        "prompts.count": "6",
+        "rollout.directions": "2",
+        "rollout.samples": "2",
+        "rollout.max_new_tokens": "30",
+        "rollout.workers": "1",
+        "evaluate.directions": "3",
+        "evaluate.prompts.count": "2",
+        "evaluate.resamples": "20",
+        "reward.train.method": "ridge",
+    }
+    recipe = write_world(tmp_path / "world", tmp_path / "run", seed=3, rated_questions=15, prompts=20)
+    with Loop(load_config(recipe, settings)) as loop:
+        loop.run()
+    policies = json.loads((tmp_path / "run" / "results.json").read_text())["policies"]
+    assert [policy["name"] for policy in policies] == ["t = 0", "t = 1", "t = 2"]
+    winners = StageFolder(tmp_path / "run/iter_0/select").table(0).column_names
+    pairs = StageFolder(tmp_path / "run/iter_1/select").table(0).column_names
+    assert "response" in winners and {"chosen", "rejected", "utility_chosen", "utility_rejected"} <= set(pairs)
+    ledgers = [policy["ledger"]["finetune"] for policy in policies]
+    assert "reference_tokens" not in ledgers[0]["extra"]
+    assert ledgers[1]["extra"]["reference_tokens"] == ledgers[1]["training_tokens"] > 0
+    assert ledgers[1]["extra"]["replayed"] == 0, "winners of t = 0 are no pairs"
+    assert ledgers[2]["extra"]["replayed"] == 9 == ledgers[2]["rows"] - policies[2]["ledger"]["select"]["rows"]
+    logged = (tmp_path / "run/iter_2/finetune/log.jsonl").read_text().splitlines()
+    assert "rewards/margins" in json.loads(logged[0])
+    provenance = json.loads((tmp_path / "run/iter_2/policy/dpa_config.json").read_text())
+    assert (provenance["space"]["max_angle"], provenance["space"]["training_angle"]) == (45, 55)
+    assert provenance["provenance"]["dpo"]["beta"] == 0.1
