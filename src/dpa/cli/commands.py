@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpa.cli import ecosystem
 from dpa.core.errors import ConfigError
 from dpa.version import __version__
 
@@ -21,6 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(ecosystem.app)  # export, fold, push, judge
+
 ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration; docs/configuration.md lists every field.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set rollout.samples=8")
@@ -34,6 +37,9 @@ DirectionText = Annotated[
 Temperature = Annotated[float, typer.Option(help="Softmax temperature.", min=0.01)]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of the samples.", min=0)]
+SpaceName = Annotated[
+    str | None, typer.Option("--space", help="Of a model without dpa_config.json: dpa-v1, a policy or a YAML file.")
+]
 
 
 def _version(show: bool) -> None:
@@ -152,6 +158,7 @@ def generate(
     reward: Annotated[
         str | None, typer.Option(help="With --best-of: reward model folder. Default: that of the policy's run.")
     ] = None,
+    space: SpaceName = None,
 ) -> None:
     """Answer prompts under a direction."""
     from dpa.cli.talk import answer
@@ -159,7 +166,18 @@ def generate(
     for text in prompt:
         question = typer.get_text_stream("stdin").read() if text == "-" else text
         for reply in answer(
-            model, [question], direction, samples, temperature, max_new_tokens, seed, clamp, best_of, robust, reward
+            model,
+            [question],
+            direction,
+            samples,
+            temperature,
+            max_new_tokens,
+            seed,
+            clamp,
+            best_of,
+            robust,
+            reward,
+            space,
         ):
             typer.echo(reply)
 
@@ -171,11 +189,12 @@ def chat(
     temperature: Temperature = 0.7,
     max_new_tokens: MaxNewTokens = 256,
     seed: Seed = 0,
+    space: SpaceName = None,
 ) -> None:
     """Talk to a model; `/direction TEXT` changes the direction, `/quit` ends."""
     from dpa.cli.talk import converse
 
-    converse(model, direction, temperature, max_new_tokens, seed)
+    converse(model, direction, temperature, max_new_tokens, seed, space)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dpa.core.directions import PUBLISHED_TEMPLATE, DirectionSpace, Objective
 from dpa.core.errors import ConfigError
+from dpa.core.presets import SPACES
 from dpa.core.records import stable_hash
 
 
@@ -30,7 +31,7 @@ def _check_addresses(servers: list[str]) -> None:
 
 
 class SpaceConfig(_Section):
-    """The direction space: what a user can weigh, and how far."""
+    """The direction space: what a user can weigh, and how far. `space: dpa-v1` is that of the published policy."""
 
     objectives: dict[str, dict[str, float] | None] = Field(
         description="Objective -> weights of the attributes it is made of; null means the attribute of the same name."
@@ -58,6 +59,22 @@ class SpaceConfig(_Section):
     presets: dict[str, str | dict[str, float]] = Field(
         default_factory=dict, description="Name -> direction, in any form a direction can be written."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        """A published space's name becomes its fields, so that the resolved configuration names every choice."""
+        if not isinstance(data, str):
+            return data
+        if data not in SPACES:
+            raise ValueError(f"give the fields of a space, or the name of a published one: {', '.join(SPACES)}")
+        space = SPACES[data]
+        return {
+            "objectives": {objective.name: dict(objective.attributes) for objective in space.objectives},
+            "max_angle": space.max_angle,
+            "template": space.template,
+            "presets": dict(space.presets),
+        }
 
     def build(self) -> DirectionSpace:
         """Make the DirectionSpace this section describes."""
@@ -124,6 +141,11 @@ class RewardTrainConfig(_Section):
     max_length: int = Field(2048, ge=8, description="Longest input in tokens; longer ones are rejected and counted.")
     ridge_penalty: float = Field(1.0, gt=0, description="L2 penalty of `method: ridge`, on standardised features.")
     held_out: float = Field(0.1, gt=0, lt=1, description="Share of PROMPTS held out to measure quality.")
+    gradient_checkpointing: bool | None = Field(
+        None, description="Compute activations twice to save memory. Default: on a GPU."
+    )
+    bf16: bool = Field(False, description="Mixed bf16 (on by itself where a GPU supports it).")
+    report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard, wandb, trackio.")
     lora: LoraConfig = Field(LoraConfig(), description="Adapters, for `method: lora`.")  # type: ignore[call-arg]
 
 
@@ -157,6 +179,11 @@ class RewardConfig(_Section):
     train: RewardTrainConfig | None = Field(None, description="Train a reward model on the ratings, then use it.")
     folder: str | None = Field(None, description="A trained reward model folder (or Hub id).")
     http: HttpRewardConfig | None = Field(None, description="A finished reward model behind servers.")
+    preset: Literal["dpa-v1"] | None = Field(
+        None,
+        description="`folder` is a copy of the published reward model, which has no dpa_reward.json: its order, "
+        "template and golden vector are known here. By its Hub id it is recognised anyway.",
+    )
     functions: dict[str, str] = Field(
         default_factory=dict,
         description="Attribute -> Python function `module:name` or `file.py:name`, called as f(messages, response).",
@@ -172,7 +199,10 @@ class RewardConfig(_Section):
 class PromptsConfig(_Section):
     """Questions asked in the loop, or held out to measure it."""
 
-    path: str = Field(description="File of prompts (.jsonl, .parquet, .csv): text or `messages`, optional `id`.")
+    path: str = Field(
+        description="File of prompts (.jsonl, .parquet, .csv): text or `messages`, optional `id`; or a Hub dataset id."
+    )
+    split: str = Field("train", description="Split, for a Hub dataset; only its `column` is read.")
     column: str = Field("prompt", description="Column of the prompt's text, where there is no `messages` column.")
     count: int | None = Field(
         None,
@@ -312,6 +342,10 @@ class _TrainingConfig(_Section):
         "share of this iteration's rows.",
     )
     bf16: bool = Field(False, description="Mixed bf16 (on by itself where a GPU supports it).")
+    gradient_checkpointing: bool | None = Field(
+        None, description="Compute activations twice to save memory. Default: on a GPU."
+    )
+    report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard, wandb, trackio.")
 
 
 class FinetuneConfig(_TrainingConfig):
@@ -386,10 +420,20 @@ class RunConfig(_Section):
         return self
 
 
-_PACE = {f"rollout.engine.http.{field}" for field in HttpEngineConfig.model_fields} - {"rollout.engine.http.steer"}
-_PACE |= {f"reward.http.{field}" for field in HttpRewardConfig.model_fields} - {"reward.http.folder"}
-DOES_NOT_CHANGE_RESULTS = frozenset({"name", "out", "iterations", "rollout.workers", "rollout.max_reject_rate"} | _PACE)
+_PACE = {
+    *("name", "out", "iterations", "rollout.workers", "rollout.max_reject_rate"),
+    *(f"rollout.engine.http.{field}" for field in HttpEngineConfig.model_fields if field != "steer"),
+    *(f"reward.http.{field}" for field in HttpRewardConfig.model_fields if field != "folder"),
+    *(f"{section}.report_to" for section in ("finetune", "dpo", "reward.train")),
+    *(f"{section}.gradient_checkpointing" for section in ("finetune", "dpo", "reward.train")),
+}
+DOES_NOT_CHANGE_RESULTS = frozenset(_PACE)
 """Fields a resumed run may change: they name, place, extend or pace the work, and alter no finished row."""
+
+
+def of_results(config: BaseModel) -> str:
+    """The text of a training section without what alters no result, such as trackers."""
+    return str(config.model_copy(update={"report_to": [], "gradient_checkpointing": None}))
 
 
 def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> RunConfig:

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import SecurityError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dpa.core.directions import PLACEHOLDER, DirectionSpace
+from dpa.core.directions import PLACEHOLDER, Direction, DirectionSpace
 from dpa.core.errors import ModelFileError
 
 PLAIN_TEMPLATE = (
@@ -104,7 +104,12 @@ _INTO_USER = """
 """
 
 
-def steerable_template(base_template: str | None, space: DirectionSpace) -> str:
+_DEFAULT = """
+{%- if preference is not defined or preference is none -%}{%- set preference = @preference@ -%}{%- endif -%}
+"""
+
+
+def steerable_template(base_template: str | None, space: DirectionSpace, default: Direction | None = None) -> str:
     """Extend a chat template so that `preference` (objective -> weight) states a direction of the space.
 
     The sentence leads the system message; the system prompt that was there follows after a blank line. Where the base
@@ -112,6 +117,7 @@ def steerable_template(base_template: str | None, space: DirectionSpace) -> str:
     Without `preference` the base template renders as it always did. An unknown objective, a zero vector or a weight
     that is no number raises the template's own error. `base_template` None means a plain language model
     (PLAIN_TEMPLATE). A template that is steerable already is taught the new space instead of being wrapped twice.
+    `default` is stated wherever no preference is asked.
 
     Raises ModelFileError when the base template does not render a plain question.
     """
@@ -121,6 +127,9 @@ def steerable_template(base_template: str | None, space: DirectionSpace) -> str:
     sentence = re.sub("@(?:names|before|after)@", lambda match: literals[match.group()], _SENTENCE)
     # A block that opens the base loses the blanks before it (lstrip_blocks), which it would not do in mid-line.
     base = re.sub(r"^[ \t]+(?=\{[%#])", "", base)
+    if default is not None:
+        weights = json.dumps({name: float(weight) for name, weight in default.as_mapping().items()})
+        sentence = _DEFAULT.replace("@preference@", weights) + sentence
     return _BEGIN + sentence + (_INTO_SYSTEM if has_system_role(base) else _INTO_USER) + _END + base
 
 

@@ -32,7 +32,8 @@ _REVISION = re.compile(r"[0-9a-f]{40}")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _INDEX = "model.safetensors.index.json"
 _MAX_JSON_BYTES = 64_000_000  # the largest tokenizer.json in use are about 35 MB
-_CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
+CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
+"""Files that make a model what it is; README.md is not one of them."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def folder_revision(path: str | Path) -> str:
     files = sorted(
         file
         for file in folder.iterdir()
-        if file.suffix in _CONTENT_SUFFIXES and file.name != EVALUATION_FILE and file.is_file()
+        if file.suffix in CONTENT_SUFFIXES and file.name != EVALUATION_FILE and file.is_file()
     )
     return _digest(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 

@@ -18,8 +18,8 @@ from dpa.core.errors import EngineError, ModelFileError
 from dpa.core.records import Messages
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.http_pool import Answer, HttpPool, Refusal, key_in
-from dpa.models.reward_model import BF16_TOLERANCE, RELEASED_MODEL, RELEASED_SPEC, RewardSpec, encode, read_spec, render
 from dpa.models.quiet import quiet_libraries
+from dpa.models.reward_model import BF16_TOLERANCE, RELEASED_MODEL, RELEASED_SPEC, RewardSpec, encode, read_spec, render
 
 _PATHS = {"classify": "/classify", "predict": "/predict"}
 

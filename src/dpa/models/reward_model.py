@@ -125,7 +125,7 @@ def load_classifier(
 ) -> tuple[Any, Any, Path]:
     """A sequence classifier, its tokenizer, and the checked folder they came from. `fields` go to its configuration.
 
-    A head of another width is made anew. Raises ModelFileError.
+    A head of another width is made anew; in bf16 the head alone stays in fp32 (`exact_head`). Raises ModelFileError.
     """
     safe = resolve_model(name, remote_code_revision)
     try:
@@ -136,7 +136,30 @@ def load_classifier(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelFileError(f"reward model: {name} does not load as a classifier ({reason}); check it.") from None
+    if dtype != torch.float32:
+        exact_head(model)
     return model, tokenizer, Path(safe.path)
+
+
+def find_head(model: torch.nn.Module, outputs: int) -> tuple[str, torch.nn.Linear] | None:
+    """Name and module of the last linear layer with that many outputs, whatever the architecture calls it."""
+    named = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.out_features == outputs
+    ]
+    return named[-1] if named else None
+
+
+def exact_head(model: Any) -> None:
+    """Let the last layer of a bf16 classifier compute in fp32: bf16 has steps of 0.5 at a score of 70."""
+    found = find_head(model, model.config.num_labels)
+    if found is not None:
+        found[1].float().register_forward_pre_hook(_in_fp32)
+
+
+def _in_fp32(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(value.float() for value in inputs)
 
 
 def check_template(template: str) -> None:

@@ -4,14 +4,15 @@ Run its tests: pytest tests/test_finetuning.py
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import integration_utils
 
-from dpa.core.errors import TrainingError
-from dpa.models.quiet import quiet_libraries as quiet_libraries
+from dpa.core.errors import ConfigError, TrainingError
 from dpa.storage.progress import ProgressBar
 from dpa.storage.stopping import StopOnSignal
 
@@ -108,6 +109,31 @@ def bad_step(what: str, value: float, state: TrainerState, args: TrainingArgumen
         f"training: the {what} is {value} at step {state.global_step + 1}, so the step was not taken; lower "
         f"learning_rate ({args.learning_rate:g}); earlier checkpoints are kept in {args.output_dir}."
     )
+
+
+def merge_adapters(model: Any, dtype: torch.dtype, exact: str | None = None) -> Any:
+    """The model with its adapters added to its weights, on the CPU, in `dtype` (fp32: the module named `exact`).
+
+    They are added in fp32: in bf16 most of a small update would be rounded away.
+    """
+    merged = model.to("cpu", torch.float32).merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        if exact is None or not name.startswith(f"{exact}."):
+            parameter.data = parameter.data.to(dtype)
+    merged.config.dtype = dtype
+    return merged
+
+
+def trackers(names: Sequence[str], section: str) -> list[str] | str:
+    """`report_to` of a Trainer; ConfigError names a tracker that is unknown or not installed."""
+    known = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
+    here = integration_utils.get_available_reporting_integrations()
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{section}.report_to: {name!r} is no tracker; known: {', '.join(known)}.")
+        if name not in here:
+            raise ConfigError(f"{section}.report_to: {name} is not installed; pip install {name}.")
+    return list(names) or "none"
 
 
 def _line(entry: dict[str, Any]) -> str:
