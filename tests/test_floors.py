@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "dpa"
-FLOORS = ["version", "core", "storage", "models", "stages", "recipes", "world", "cli"]
+FLOORS = ["version", "core", "storage", "models", "stages", "serve", "recipes", "world", "cli"]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TORCH_FREE = {"version", "core", "storage", "stages"}
 

@@ -126,13 +126,13 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damaged_safetensors_are_refused(folder: Path, case: str) -> None:
+def test_fault_29_damaged_safetensors_are_refused(folder: Path, case: str) -> None:
     (folder / "model.safetensors").write_bytes(DAMAGED[case])
     with pytest.raises(ModelFileError, match=r"model\.safetensors is damaged .*again\.$"):
         resolve_model(folder)
 
 
-def test_a_lying_header_allocates_nothing(folder: Path) -> None:
+def test_fault_29_a_lying_header_allocates_nothing(folder: Path) -> None:
     """In a process with 1 GB of address space to spare, a header that claims 2^60 bytes is only a sentence."""
     (folder / "model.safetensors").write_bytes(header({}, length=2**60))
     code = (

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,18 +126,29 @@ def test_damaged_weights_are_an_engine_error() -> None:
 
 
 class SmallMemory(LlamaForCausalLM):
-    """A device that holds `capacity` sequences."""
+    """A device that holds `capacity` sequences. What a failed batch took must be free when the next one begins."""
 
     capacity = 3
+    error: RuntimeError = torch.OutOfMemoryError("CUDA out of memory")
 
     def forward(self, input_ids: torch.Tensor, **kwargs):
+        taken = self.__dict__.setdefault("taken", [])
+        assert not any(reference() is not None for reference in taken)
         if len(input_ids) > self.capacity:
-            raise torch.OutOfMemoryError("out of memory")
+            cache = torch.zeros(1)
+            taken.append(weakref.ref(cache))
+            raise type(self.error)(*self.error.args)  # a new one: an error keeps the frames it went through
         return super().forward(input_ids, **kwargs)
 
 
-def test_out_of_memory_means_smaller_batches(ending_model) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["gpu", "cpu"],
+)
+def test_fault_16_out_of_memory_means_smaller_batches(ending_model, error: RuntimeError) -> None:
     small = SmallMemory(ending_model.config).eval()
+    small.error = error
     small.load_state_dict(ending_model.state_dict())
     small.generation_config.eos_token_id = MANY_ENDS
     requests = asked(tuple(range(5)))

@@ -179,7 +179,7 @@ class SmallMemory(torch.nn.Module):
         return SimpleNamespace(logits=total[:, None].float())
 
 
-def test_out_of_memory_means_smaller_batches_and_the_same_scores() -> None:
+def test_fault_16_out_of_memory_means_smaller_batches_and_the_same_scores() -> None:
     random = np.random.default_rng(0)
     ids_N = [random.integers(1, 100, random.integers(1, 20)).tolist() for _ in range(50)]
     small = SmallMemory(tokens=64)
@@ -187,7 +187,7 @@ def test_out_of_memory_means_smaller_batches_and_the_same_scores() -> None:
     assert 0 < small.failures < 10, "a batch that failed teaches the later ones"
 
 
-def test_one_row_that_does_not_fit_is_a_clear_error() -> None:
+def test_fault_16_one_row_that_does_not_fit_is_a_clear_error() -> None:
     with pytest.raises(EngineError, match="one row of 20 tokens"):
         forward(SmallMemory(tokens=10), [[1] * 20], 0)
 

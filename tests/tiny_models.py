@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from dpa.core.directions import DirectionSpace, Objective
@@ -62,6 +64,7 @@ def tiny_model(architecture: str = "llama", context: int = 256, seed: int = 0, *
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }[architecture]
     fields = {
         **common,
@@ -76,8 +79,10 @@ def tiny_model(architecture: str = "llama", context: int = 256, seed: int = 0, *
     return model_class(config_class(**fields)).eval()
 
 
-def save_tiny_model(folder: Path, architecture: str = "llama", chat_template: str | None = CHAT_TEMPLATE) -> Path:
+def save_tiny_model(
+    folder: Path, architecture: str = "llama", chat_template: str | None = CHAT_TEMPLATE, context: int = 256
+) -> Path:
     """A plain Hugging Face folder with a tiny model and its tokenizer."""
-    tiny_model(architecture).save_pretrained(folder)
+    tiny_model(architecture, context).save_pretrained(folder)
     tiny_tokenizer(chat_template).save_pretrained(folder)
     return folder

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpa.cli.ecosystem import read_space
 from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import ConfigError, DirectionError, EngineError
 from dpa.core.records import Messages, SampleRequest, seed_of
 from dpa.models.best_of import BestOfSampler, RobustSampler
-from dpa.models.files import folder_revision
-from dpa.models.policy import load_space
+from dpa.models.files import folder_revision, resolve_model
 from dpa.models.samplers import SamplerSpec
 from dpa.models.scorers import RewardModelScorer
 
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 def answer(
     model: str, prompts: list[str], direction: str | None, samples: int, temperature: float, max_new_tokens: int,
     seed: int, clamp: bool, best_of: int = 1, robust: bool = False, reward: str | None = None,
+    named: str | None = None,
 ) -> list[str]:  # fmt: skip
     """Answers to each prompt under the direction, in order; the best of `best_of` candidates for each."""
     if robust and best_of == 1:
         raise ConfigError("--robust: it picks among candidates; add --best-of 4 or more.")
     folder = None if best_of == 1 else _reward_folder(model, reward)
-    space, sampler, chosen = _open(model, direction, temperature, max_new_tokens, clamp)
+    space, sampler, chosen = _open(model, direction, temperature, max_new_tokens, clamp, named)
     if folder is not None:
         kind = RobustSampler if robust else BestOfSampler
         sampler = kind(sampler, RewardModelScorer(folder), space, best_of)
@@ -35,9 +36,11 @@ def answer(
     ]
 
 
-def converse(model: str, direction: str | None, temperature: float, max_new_tokens: int, seed: int) -> None:
+def converse(
+    model: str, direction: str | None, temperature: float, max_new_tokens: int, seed: int, named: str | None = None
+) -> None:
     """A conversation on the terminal."""
-    space, sampler, chosen = _open(model, direction, temperature, max_new_tokens, clamp=False)
+    space, sampler, chosen = _open(model, direction, temperature, max_new_tokens, False, named)
     print(f"objectives: {', '.join(space.names)}; direction: {chosen or 'none'}; /direction TEXT, /reset, /quit")
     messages: Messages = []
     while True:
@@ -63,11 +66,12 @@ def converse(model: str, direction: str | None, temperature: float, max_new_toke
 
 
 def _open(
-    model: str, direction: str | None, temperature: float, max_new_tokens: int, clamp: bool
+    model: str, direction: str | None, temperature: float, max_new_tokens: int, clamp: bool, named: str | None
 ) -> tuple[DirectionSpace, "Sampler", Direction | None]:
-    space = load_space(model)
+    path = resolve_model(model).path
+    space = read_space(named or path)
     chosen = None if direction is None else space.parse(direction, outside="clamp" if clamp else "error")
-    spec = SamplerSpec(model, space, max_new_tokens, temperature, revision=folder_revision(model))
+    spec = SamplerSpec(path, space, max_new_tokens, temperature, revision=folder_revision(path))
     return space, spec.build(), chosen
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dpa.core.directions import PUBLISHED_TEMPLATE, DirectionSpace, Objective
 from dpa.core.errors import ConfigError
+from dpa.core.presets import SPACES
 from dpa.core.records import stable_hash
 
 
@@ -23,8 +24,14 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+def _check_addresses(servers: list[str]) -> None:
+    for server in servers:
+        if not server.startswith(("http://", "https://")):
+            raise ValueError(f"servers: {server!r} is no http:// or https:// address")
+
+
 class SpaceConfig(_Section):
-    """The direction space: what a user can weigh, and how far."""
+    """The direction space: what a user can weigh, and how far. `space: dpa-v1` is that of the published policy."""
 
     objectives: dict[str, dict[str, float] | None] = Field(
         description="Objective -> weights of the attributes it is made of; null means the attribute of the same name."
@@ -52,6 +59,22 @@ class SpaceConfig(_Section):
     presets: dict[str, str | dict[str, float]] = Field(
         default_factory=dict, description="Name -> direction, in any form a direction can be written."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        """A published space's name becomes its fields, so that the resolved configuration names every choice."""
+        if not isinstance(data, str):
+            return data
+        if data not in SPACES:
+            raise ValueError(f"give the fields of a space, or the name of a published one: {', '.join(SPACES)}")
+        space = SPACES[data]
+        return {
+            "objectives": {objective.name: dict(objective.attributes) for objective in space.objectives},
+            "max_angle": space.max_angle,
+            "template": space.template,
+            "presets": dict(space.presets),
+        }
 
     def build(self) -> DirectionSpace:
         """Make the DirectionSpace this section describes."""
@@ -118,7 +141,36 @@ class RewardTrainConfig(_Section):
     max_length: int = Field(2048, ge=8, description="Longest input in tokens; longer ones are rejected and counted.")
     ridge_penalty: float = Field(1.0, gt=0, description="L2 penalty of `method: ridge`, on standardised features.")
     held_out: float = Field(0.1, gt=0, lt=1, description="Share of PROMPTS held out to measure quality.")
+    gradient_checkpointing: bool | None = Field(
+        None, description="Compute activations twice to save memory. Default: on a GPU."
+    )
+    bf16: bool = Field(False, description="Mixed bf16 (on by itself where a GPU supports it).")
+    report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard, wandb, trackio.")
     lora: LoraConfig = Field(LoraConfig(), description="Adapters, for `method: lora`.")  # type: ignore[call-arg]
+
+
+class HttpRewardConfig(_Section):
+    """Servers of a reward model that answer with a vector; docs/engines.md."""
+
+    servers: list[str] = Field(min_length=1, description="Base addresses, such as http://gpu1:8000.")
+    folder: str = Field(
+        description="The model's folder here too: dpa_reward.json says what it rates, the tokenizer how it is asked."
+    )
+    api: Literal["classify", "predict"] = Field(
+        "classify",
+        description="classify: vLLM's, over token ids; predict: text-embeddings-inference's, over text.",
+    )
+    model: str | None = Field(None, description="Name the servers know it by. Default: `folder`.")
+    batch: int = Field(16, ge=1, description="Rows in one request.")
+    in_flight: int = Field(8, ge=1, description="Requests in flight at each server.")
+    request_s: float = Field(120.0, gt=0, description="Seconds one request may take.")
+    attempts: int = Field(6, ge=1, description="Tries of one request, with back-off between them.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the servers' key.")
+
+    @model_validator(mode="after")
+    def _addresses(self) -> "HttpRewardConfig":
+        _check_addresses(self.servers)
+        return self
 
 
 class RewardConfig(_Section):
@@ -126,6 +178,12 @@ class RewardConfig(_Section):
 
     train: RewardTrainConfig | None = Field(None, description="Train a reward model on the ratings, then use it.")
     folder: str | None = Field(None, description="A trained reward model folder (or Hub id).")
+    http: HttpRewardConfig | None = Field(None, description="A finished reward model behind servers.")
+    preset: Literal["dpa-v1"] | None = Field(
+        None,
+        description="`folder` is a copy of the published reward model, which has no dpa_reward.json: its order, "
+        "template and golden vector are known here. By its Hub id it is recognised anyway.",
+    )
     functions: dict[str, str] = Field(
         default_factory=dict,
         description="Attribute -> Python function `module:name` or `file.py:name`, called as f(messages, response).",
@@ -133,21 +191,91 @@ class RewardConfig(_Section):
 
     @model_validator(mode="after")
     def _some_source(self) -> "RewardConfig":
-        if self.train is None and self.folder is None and not self.functions:
-            raise ValueError("give at least one of train, folder, functions")
+        if self.train is None and self.folder is None and self.http is None and not self.functions:
+            raise ValueError("give at least one of train, folder, http, functions")
         return self
 
 
 class PromptsConfig(_Section):
     """Questions asked in the loop, or held out to measure it."""
 
-    path: str = Field(description="File of prompts (.jsonl, .parquet, .csv): text or `messages`, optional `id`.")
+    path: str = Field(
+        description="File of prompts (.jsonl, .parquet, .csv): text or `messages`, optional `id`; or a Hub dataset id."
+    )
+    split: str = Field("train", description="Split, for a Hub dataset; only its `column` is read.")
     column: str = Field("prompt", description="Column of the prompt's text, where there is no `messages` column.")
     count: int | None = Field(
         None,
         ge=1,
         description="Prompts drawn for each iteration (no repeats until all are used) or measurement. Default: all.",
     )
+
+
+class HttpEngineConfig(_Section):
+    """Servers that speak OpenAI's chat API; docs/engines.md says how each is told the direction and what is checked."""
+
+    servers: list[str] = Field(
+        default_factory=list,
+        description="Base addresses, such as http://gpu1:8000/v1; they must serve the policy asked.",
+    )
+    command: str | None = Field(
+        None,
+        description="Instead of `servers`: starts one for each policy and stops it after its rollout, such as "
+        "`vllm serve {policy} --port {port}`; {index} is the number of the replica. No shell.",
+    )
+    replicas: int = Field(1, ge=1, description="Servers that `command` starts.")
+    start_s: float = Field(900.0, gt=0, description="Seconds a started server has until it is healthy.")
+    model: str | None = Field(
+        None, description="Name to ask for. Default: the one under which a server lists the policy's own folder."
+    )
+    server: Literal["auto", "vllm", "sglang", "llama.cpp", "transformers", "openai"] = Field(
+        "auto", description="What the servers are: which fields beyond OpenAI's they take. auto: found out by asking."
+    )
+    steer: Literal["template", "system"] = Field(
+        "template",
+        description="template: the policy's chat template reads `preference`; system: the sentence is written into the "
+        "system message, for servers that hand the template no variables.",
+    )
+    verify: bool = Field(
+        True, description="Refuse a server whose prompts are not as long as the policy's own template makes them."
+    )
+    in_flight: int = Field(32, ge=1, description="Requests in flight at each server.")
+    request_s: float = Field(600.0, gt=0, description="Seconds one request may take.")
+    attempts: int = Field(6, ge=1, description="Tries of one request, with back-off between them.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the servers' key.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "HttpEngineConfig":
+        if self.command is not None and self.servers:
+            raise ValueError("give servers or command, not both")
+        if self.command is not None and not ("{policy}" in self.command and "{port}" in self.command):
+            raise ValueError("command: it must say where {policy} and {port} go")
+        _check_addresses(self.servers)
+        return self
+
+
+class VllmEngineConfig(_Section):
+    """vLLM in this process (it runs its engine in processes of its own)."""
+
+    tensor_parallel: int = Field(1, ge=1, description="Cards one copy of the policy is spread over.")
+    memory: float = Field(0.9, gt=0, le=1, description="Share of a card's memory it may take.")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="Further arguments of `vllm.LLM`.")
+
+
+class EngineConfig(_Section):
+    """What samples from the policy."""
+
+    kind: Literal["transformers", "vllm", "http"] = Field(
+        "transformers", description="transformers: in this process or `workers` of its own; vllm; http: servers."
+    )
+    http: HttpEngineConfig = HttpEngineConfig()  # type: ignore[call-arg]
+    vllm: VllmEngineConfig = VllmEngineConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _servers(self) -> "EngineConfig":
+        if self.kind == "http" and not (self.http.servers or self.http.command):
+            raise ValueError("http: give servers or command")
+        return self
 
 
 class RolloutConfig(_Section):
@@ -162,6 +290,7 @@ class RolloutConfig(_Section):
     batch_size: int = Field(256, ge=1, description="Sequences decoded together in one worker.")
     workers: int = Field(1, ge=1, description="Sampling processes on this machine; results do not depend on it.")
     max_reject_rate: float = Field(0.05, ge=0, le=1, description="Stop when more than this share of prompts fails.")
+    engine: EngineConfig = EngineConfig()  # type: ignore[call-arg]
 
 
 class SelectionConfig(_Section):
@@ -213,6 +342,10 @@ class _TrainingConfig(_Section):
         "share of this iteration's rows.",
     )
     bf16: bool = Field(False, description="Mixed bf16 (on by itself where a GPU supports it).")
+    gradient_checkpointing: bool | None = Field(
+        None, description="Compute activations twice to save memory. Default: on a GPU."
+    )
+    report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard, wandb, trackio.")
 
 
 class FinetuneConfig(_TrainingConfig):
@@ -287,8 +420,20 @@ class RunConfig(_Section):
         return self
 
 
-DOES_NOT_CHANGE_RESULTS = frozenset({"name", "out", "iterations", "rollout.workers", "rollout.max_reject_rate"})
+_PACE = {
+    *("name", "out", "iterations", "rollout.workers", "rollout.max_reject_rate"),
+    *(f"rollout.engine.http.{field}" for field in HttpEngineConfig.model_fields if field != "steer"),
+    *(f"reward.http.{field}" for field in HttpRewardConfig.model_fields if field != "folder"),
+    *(f"{section}.report_to" for section in ("finetune", "dpo", "reward.train")),
+    *(f"{section}.gradient_checkpointing" for section in ("finetune", "dpo", "reward.train")),
+}
+DOES_NOT_CHANGE_RESULTS = frozenset(_PACE)
 """Fields a resumed run may change: they name, place, extend or pace the work, and alter no finished row."""
+
+
+def of_results(config: BaseModel) -> str:
+    """The text of a training section without what alters no result, such as trackers."""
+    return str(config.model_copy(update={"report_to": [], "gradient_checkpointing": None}))
 
 
 Config = TypeVar("Config", bound=BaseModel)

@@ -258,6 +258,34 @@ class DirectionSpace:
                 kept.append(point)
         return np.array(kept)
 
+    def neighbours(self, direction: Direction, angle: float, count: int) -> np.ndarray:
+        """directions_DK: `count` directions around the asked one, each at most `angle` degrees away and in the cone.
+
+        K = 2: evenly on both sides, at angle / h, 2 angle / h, ... angle for h a side (an odd one lies on the low
+        side). K > 2: evenly on the circle `angle` degrees around the asked one. Those beyond the trained cone are moved
+        to its edge, so that two may coincide. The same arguments give the same rows.
+
+        What a robust selection samples besides the asked direction (arXiv 2510.20498). Raises DirectionError.
+        """
+        angle = read_number(angle, "angle")
+        if not 0 < angle <= 90:
+            raise DirectionError(f"angle: {angle:g} is not in (0, 90]; give degrees around the asked direction.")
+        axis_K = np.array(direction.weights)
+        first_K, *others = _across(axis_K)
+        if self.K == 2:
+            half = math.ceil(count / 2)
+            steps = np.arange(1, half + 1) / half
+            turns_D = np.concatenate([-steps, steps[: count - half]]) * math.radians(angle)
+            pole_K = first_K if first_K @ self._pole_K >= 0 else -first_K
+            turned_DK = np.cos(turns_D)[:, None] * axis_K + np.sin(turns_D)[:, None] * pole_K
+        else:
+            second_K = others[0]
+            around_D = 2 * math.pi * np.arange(count) / max(count, 1)
+            circle_DK = np.cos(around_D)[:, None] * first_K + np.sin(around_D)[:, None] * second_K
+            turned_DK = math.cos(math.radians(angle)) * axis_K + math.sin(math.radians(angle)) * circle_DK
+        inside = [self.parse(row_K, outside="clamp").weights for row_K in turned_DK]
+        return np.array(inside).reshape(count, self.K)
+
     # --- measuring ---------------------------------------------------------------------------------------------
 
     def angle_to_center(self, directions_DK: np.ndarray) -> np.ndarray:
@@ -456,6 +484,18 @@ class DirectionSpace:
 def _stratified(count: int, rng: np.random.Generator) -> np.ndarray:
     """`count` uniform numbers in [0, 1), one in each of `count` equal parts, in random order."""
     return (rng.permutation(count) + rng.random(count)) / max(count, 1)
+
+
+def _across(axis_K: np.ndarray) -> list[np.ndarray]:
+    """One or two unit vectors orthogonal to the axis and to each other, the same on every machine: Gram-Schmidt on the
+    coordinate axes, those least along `axis_K` first."""
+    basis = [axis_K]
+    for k in np.argsort(np.abs(axis_K), kind="stable")[: min(2, len(axis_K) - 1)]:
+        across_K = np.eye(len(axis_K))[k]
+        for known_K in basis:
+            across_K = across_K - (across_K @ known_K) * known_K
+        basis.append(across_K / np.linalg.norm(across_K))
+    return basis[1:]
 
 
 def _unit(weights: Sequence[float], where: str) -> tuple[float, ...]:

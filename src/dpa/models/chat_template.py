@@ -8,12 +8,17 @@ sentence, byte for byte what `DirectionSpace.prompt` writes.
 
 import json
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from jinja2 import TemplateError
+from jinja2.sandbox import SecurityError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dpa.core.directions import PLACEHOLDER, DirectionSpace
+from dpa.core.directions import PLACEHOLDER, Direction, DirectionSpace
 from dpa.core.errors import ModelFileError
 
 PLAIN_TEMPLATE = (
@@ -23,6 +28,9 @@ PLAIN_TEMPLATE = (
     "{%- endfor %}"
 )
 """For a plain language model: the system text, a new line, the user's text, and the model goes on from there."""
+
+MAX_TEMPLATE_LINES = 500_000
+"""Lines of Jinja one rendering may run. A template of today's models runs about 20 for each message."""
 
 _BEGIN = "{#- dpa: preference -#}"
 _END = '{#- dpa: end of preference -#}{{- "" }}'
@@ -96,7 +104,12 @@ _INTO_USER = """
 """
 
 
-def steerable_template(base_template: str | None, space: DirectionSpace) -> str:
+_DEFAULT = """
+{%- if preference is not defined or preference is none -%}{%- set preference = @preference@ -%}{%- endif -%}
+"""
+
+
+def steerable_template(base_template: str | None, space: DirectionSpace, default: Direction | None = None) -> str:
     """Extend a chat template so that `preference` (objective -> weight) states a direction of the space.
 
     The sentence leads the system message; the system prompt that was there follows after a blank line. Where the base
@@ -104,6 +117,7 @@ def steerable_template(base_template: str | None, space: DirectionSpace) -> str:
     Without `preference` the base template renders as it always did. An unknown objective, a zero vector or a weight
     that is no number raises the template's own error. `base_template` None means a plain language model
     (PLAIN_TEMPLATE). A template that is steerable already is taught the new space instead of being wrapped twice.
+    `default` is stated wherever no preference is asked.
 
     Raises ModelFileError when the base template does not render a plain question.
     """
@@ -113,6 +127,9 @@ def steerable_template(base_template: str | None, space: DirectionSpace) -> str:
     sentence = re.sub("@(?:names|before|after)@", lambda match: literals[match.group()], _SENTENCE)
     # A block that opens the base loses the blanks before it (lstrip_blocks), which it would not do in mid-line.
     base = re.sub(r"^[ \t]+(?=\{[%#])", "", base)
+    if default is not None:
+        weights = json.dumps({name: float(weight) for name, weight in default.as_mapping().items()})
+        sentence = _DEFAULT.replace("@preference@", weights) + sentence
     return _BEGIN + sentence + (_INTO_SYSTEM if has_system_role(base) else _INTO_USER) + _END + base
 
 
@@ -125,6 +142,33 @@ def has_system_role(template: str) -> bool:
         return "dpa-system" in _render(template, [{"role": "system", "content": "dpa-system"}, question])
     except ModelFileError:
         return False
+
+
+@contextmanager
+def bounded_rendering(lines: int = MAX_TEMPLATE_LINES) -> Iterator[None]:
+    """While the block runs, a chat template may run so many lines of Jinja in this thread, then SecurityError ends it.
+
+    Jinja's sandbox bounds one `range`, not loops within loops: without this a hostile template keeps a server busy for
+    ever. Lines are counted, not seconds, so that the same template is refused on every machine.
+    """
+    left = lines
+
+    def count(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise SecurityError(f"the chat template runs more than {lines:,} lines; it loops without an end")
+        return count
+
+    def enter(frame: FrameType, event: str, argument: object) -> Any:
+        return count if frame.f_code.co_filename == "<template>" else None
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _without_preference(template: str) -> str:
@@ -141,10 +185,11 @@ def _literal(value: str | list[str]) -> str:
 
 def _render(template: str, messages: list[dict[str, str]]) -> str:
     try:
-        # The annotation of this function says str; it returns (texts, spans).
-        texts: Any = render_jinja_template(
-            [messages], chat_template=template, add_generation_prompt=True, bos_token="", eos_token=""
-        )[0]
+        with bounded_rendering():
+            # The annotation of this function says str; it returns (texts, spans).
+            texts: Any = render_jinja_template(
+                [messages], chat_template=template, add_generation_prompt=True, bos_token="", eos_token=""
+            )[0]
     except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
         raise ModelFileError(
             f"model: its chat template does not render ({' '.join(str(error).split())}); "

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from dpa.core.errors import EngineError, ModelFileError
 
-_STRIDE = 64  # positions by which the cache grows
+STRIDE = 64  # positions by which the cache grows
 _LOOK_EVERY = 4  # steps between looks at which rows have ended: each look waits for the device
 _LEAVE_AT = 0.94  # ended rows leave once at most this share of the batch is alive
 
@@ -66,7 +66,7 @@ def decode(
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     ends = torch.tensor(how.end_ids, device=device)
     steps = max(limits_B)
-    uniforms_BT = torch.from_numpy(np.stack([_uniforms(seed, steps) for seed in seeds_B])).to(device)
+    uniforms_BT = torch.from_numpy(np.stack([uniforms(seed, steps) for seed in seeds_B])).to(device)
     row_of_B = torch.tensor(prompt_of_B, device=device)
     limit_B = torch.tensor(limits_B, device=device)
     tokens_BT = torch.full((len(seeds_B), steps), how.pad_id, device=device)
@@ -82,7 +82,7 @@ def decode(
     ids = torch.tensor([[how.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     seen = torch.arange(width, device=device) >= (width - lengths)[:, None]
-    cache = Cache(layer_class_to_replicate=_StridedLayer)
+    cache = Cache(layer_class_to_replicate=StridedLayer)
     logits_BV = forward(ids, seen.long(), (seen.cumsum(-1) - 1).clamp(min=0))
     if bool(logits_BV.isnan().any()):
         raise EngineError("sampler: the model's output is NaN; its weights are damaged or its dtype too narrow.")
@@ -101,9 +101,9 @@ def decode(
             if count == 0:
                 break
             if count <= _LEAVE_AT * len(ended_B):
-                staying = _fill_holes(ended_B, count)
+                staying = fill_holes(ended_B, count)
                 for layer in cache.layers:
-                    assert isinstance(layer, _StridedLayer)
+                    assert isinstance(layer, StridedLayer)
                     layer.keep_rows(staying)
                 token_B, seen_BT, uniforms_BT = token_B[staying], seen_BT[staying], uniforms_BT[staying]
                 length_B, limit_B = length_B[staying], limit_B[staying]
@@ -113,15 +113,21 @@ def decode(
     return [_until_end(row, limit, how.end_ids) for row, limit in zip(tokens_BT.tolist(), limits_B, strict=True)]
 
 
-def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+def draw(
+    logits_BV: torch.Tensor,
+    uniform_B: torch.Tensor,
+    temperature: float | torch.Tensor,
+    top_p: float | torch.Tensor,
+) -> torch.Tensor:
     """Invert the cumulative distribution of each row at its uniform number: token_B.
 
     With `top_p` < 1 only the most probable tokens whose mass before them is below `top_p` are kept. The sum runs in
-    double precision, so that a token of probability zero is never drawn.
+    double precision, so that a token of probability zero is never drawn. `temperature` and `top_p` may be columns
+    (B, 1), one number for each row; a column of top_p always sorts, so it must hold none that is 1.
     """
     probabilities_BV = torch.softmax(logits_BV / temperature, dim=-1)
     order_BV = None
-    if top_p < 1:
+    if isinstance(top_p, torch.Tensor) or top_p < 1:
         probabilities_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
         before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
         probabilities_BV = probabilities_BV.masked_fill(before_BV >= top_p, 0.0)
@@ -131,7 +137,7 @@ def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, t
     return (place_B1 if order_BV is None else order_BV.gather(1, place_B1))[:, 0]
 
 
-class _StridedLayer(DynamicLayer):
+class StridedLayer(DynamicLayer):
     """Keys and values of one layer, kept at the front of buffers that grow by strides: a step writes one position."""
 
     keys: torch.Tensor
@@ -151,8 +157,8 @@ class _StridedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if end > self._key_buffer.shape[-2]:
-            self._key_buffer = _grown(self.keys, end + _STRIDE)
-            self._value_buffer = _grown(self.values, end + _STRIDE)
+            self._key_buffer = _grown(self.keys, end + STRIDE)
+            self._value_buffer = _grown(self.values, end + STRIDE)
         self._key_buffer[:, :, start:end] = key_states
         self._value_buffer[:, :, start:end] = value_states
         self.keys, self.values = self._key_buffer[:, :, :end], self._value_buffer[:, :, :end]
@@ -162,11 +168,22 @@ class _StridedLayer(DynamicLayer):
         self._set(self._key_buffer.index_select(0, indices), self._value_buffer.index_select(0, indices))
 
     def keep_rows(self, staying: torch.Tensor) -> None:
-        """Keep the rows `staying`, as `_fill_holes` orders them: only those that change place are copied."""
+        """Keep the rows `staying`, as `fill_holes` orders them: only those that change place are copied."""
         moved = (staying != torch.arange(len(staying), device=staying.device)).nonzero()[:, 0]
         for buffer in (self._key_buffer, self._value_buffer):
             buffer[moved] = buffer.index_select(0, staying[moved])
         self._set(self._key_buffer[: len(staying)], self._value_buffer[: len(staying)])
+
+    def join(self, other: "StridedLayer") -> None:
+        """Take the other's rows in after one's own; the shorter side is padded in front, so that both end together."""
+        length = max(self.keys.shape[-2], other.keys.shape[-2])
+        self.keys, self._key_buffer = _stacked(self.keys, other.keys, length)
+        self.values, self._value_buffer = _stacked(self.values, other.values, length)
+
+    def drop_front(self, count: int) -> None:
+        """Forget the first `count` positions, which no row has."""
+        self._key_buffer, self._value_buffer = self._key_buffer[:, :, count:], self._value_buffer[:, :, count:]
+        self.keys, self.values = self.keys[:, :, count:], self.values[:, :, count:]
 
     def _set(self, key_buffer: torch.Tensor, value_buffer: torch.Tensor) -> None:
         length = self.keys.shape[-2]
@@ -174,7 +191,7 @@ class _StridedLayer(DynamicLayer):
         self.keys, self.values = key_buffer[:, :, :length], value_buffer[:, :, :length]
 
 
-def _fill_holes(ended_B: torch.Tensor, count: int) -> torch.Tensor:
+def fill_holes(ended_B: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` rows that go on, those beyond `count` in the places of ended ones before it."""
     staying = torch.arange(count, device=ended_B.device)
     staying[ended_B[:count]] = (~ended_B[count:]).nonzero()[:, 0] + count
@@ -187,7 +204,16 @@ def _grown(states: torch.Tensor, length: int) -> torch.Tensor:
     return buffer
 
 
-def _uniforms(seed: int, count: int) -> np.ndarray:
+def _stacked(above: torch.Tensor, below: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of both, `length` positions and the buffer they stand in. The padding is zero: a NaN would spread."""
+    count = len(above)
+    buffer = above.new_zeros((count + len(below), above.shape[1], length + STRIDE, above.shape[3]))
+    buffer[:count, :, length - above.shape[2] : length] = above
+    buffer[count:, :, length - below.shape[2] : length] = below
+    return buffer[:, :, :length], buffer
+
+
+def uniforms(seed: int, count: int) -> np.ndarray:
     """`count` numbers in [0, 1): a counter-based generator keyed by the seed, the same on every machine."""
     return np.random.Generator(np.random.Philox(key=seed)).random(count)
 

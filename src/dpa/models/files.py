@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -21,14 +22,18 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CONVERT_HINT = "convert it where you trust it: AutoModel.from_pretrained(...).save_pretrained(...) writes safetensors"
 
 EVALUATION_FILE = "dpa_evaluation.json"
-"""Beside the weights: the record of stages.evaluate on held-out prompts, for the model card and for serving."""
+"""Beside the weights: the record of stages.evaluate on held-out prompts, for the model card and the served page."""
+
+SPACE_FILE = "dpa_config.json"
+"""Beside the weights: `{"space": DirectionSpace.to_dict(), "provenance": {...}}`."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _INDEX = "model.safetensors.index.json"
 _MAX_JSON_BYTES = 64_000_000  # the largest tokenizer.json in use are about 35 MB
-_CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
+CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
+"""Files that make a model what it is; README.md is not one of them."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,19 @@ def check_safetensors(file: Path) -> None:
         ) from None
 
 
+def load_space(folder: str | Path) -> DirectionSpace:
+    """The direction space a policy was trained over. Raises ModelFileError (or DirectionError) when it is not there."""
+    file = Path(folder) / SPACE_FILE
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelFileError(f"model: {folder} has no {SPACE_FILE}; give a policy that dpa trained.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelFileError(f"model: {file} is not readable JSON ({reason}); save the policy again.") from None
+    return DirectionSpace.from_dict(data.get("space") if isinstance(data, dict) else data)
+
+
 def folder_revision(path: str | Path) -> str:
     """Name a model by its content: 16 hex digits of a sha256 over weights, configuration, tokenizer and code.
 
@@ -126,7 +144,7 @@ def folder_revision(path: str | Path) -> str:
     files = sorted(
         file
         for file in folder.iterdir()
-        if file.suffix in _CONTENT_SUFFIXES and file.name != EVALUATION_FILE and file.is_file()
+        if file.suffix in CONTENT_SUFFIXES and file.name != EVALUATION_FILE and file.is_file()
     )
     return _digest(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 

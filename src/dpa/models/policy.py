@@ -9,18 +9,25 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.records import Messages
 from dpa.models.chat_template import steerable_template
-from dpa.models.files import resolve_model
-from dpa.models.training import quiet_libraries
+from dpa.models.files import SPACE_FILE as SPACE_FILE
+from dpa.models.files import SafeModel, resolve_model
+from dpa.models.files import load_space as load_space
+from dpa.models.quiet import quiet_libraries
 from dpa.storage.tables import save_folder_atomically, write_json
-
-SPACE_FILE = "dpa_config.json"
-"""`{"space": DirectionSpace.to_dict(), "provenance": {...}}`, beside the weights."""
 
 _PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|padding|>")
 
@@ -56,6 +63,21 @@ def load_policy(
     return model.eval(), tokenizer
 
 
+def load_prompting(policy: SafeModel) -> tuple[PreTrainedTokenizerBase, int, tuple[int, ...]]:
+    """Of a checked folder, without its weights: tokenizer, context in tokens, end tokens. Raises ModelFileError."""
+    try:
+        with quiet_libraries():
+            config = AutoConfig.from_pretrained(policy.path, **policy.tokenizer_kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(policy.path, **policy.tokenizer_kwargs)
+            declared = Path(policy.path, "generation_config.json").is_file()
+            generation = GenerationConfig.from_pretrained(policy.path) if declared else None
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelFileError(f"model: the tokenizer of {policy.path} does not load ({reason}); check it.") from None
+    ensure_pad_token(tokenizer)
+    return tokenizer, _positions(config), _end_ids(generation, tokenizer)
+
+
 def save_policy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -73,19 +95,6 @@ def save_policy(
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         write_json(unfinished / SPACE_FILE, {"space": space.to_dict(), "provenance": extra})
-
-
-def load_space(folder: str | Path) -> DirectionSpace:
-    """The direction space a policy was trained over. Raises ModelFileError (or DirectionError) when it is not there."""
-    file = Path(folder) / SPACE_FILE
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFileError(f"model: {folder} has no {SPACE_FILE}; give a policy that dpa trained.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelFileError(f"model: {file} is not readable JSON ({reason}); save the policy again.") from None
-    return DirectionSpace.from_dict(data.get("space") if isinstance(data, dict) else data)
 
 
 def make_steerable(tokenizer: PreTrainedTokenizerBase, space: DirectionSpace) -> None:
@@ -106,15 +115,29 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends a response: the tokenizer's EOS and those of the generation config."""
-    declared = model.generation_config.eos_token_id if model.generation_config else None
+    return _end_ids(model.generation_config, tokenizer)
+
+
+def _end_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    declared = generation.eos_token_id if generation else None
     declared = declared if isinstance(declared, list) else [declared]
     return tuple(sorted({token for token in [tokenizer.eos_token_id, *declared] if token is not None}))
 
 
 def context_length(model: PreTrainedModel) -> int:
     """Longest sequence the model has positions for, in tokens."""
-    config = model.config.get_text_config()
+    return _positions(model.config)
+
+
+def _positions(config: PreTrainedConfig) -> int:
+    config = config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 1_000_000)  # no limit declared (ALiBi, recurrent)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out: torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU."""
+    said = str(error).lower()
+    return any(words in said for words in ("out of memory", "not enough memory", "can't allocate memory"))
 
 
 def default_device() -> str:

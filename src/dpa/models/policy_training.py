@@ -17,14 +17,15 @@ from jinja2 import TemplateError
 from peft import LoraConfig, TaskType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from dpa.core.config import FinetuneConfig, PreferenceConfig
+from dpa.core.config import FinetuneConfig, PreferenceConfig, of_results
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError
 from dpa.core.records import stable_hash
 from dpa.models.checkpoints import newest_checkpoint
 from dpa.models.optimizers import MuonWithAdamW
 from dpa.models.policy import context_length, encode_prompt, load_policy, make_steerable, save_policy, turn_end_id
-from dpa.models.training import ShowProgress, StopWhenAsked, WriteLog, quiet_libraries
+from dpa.models.quiet import quiet_libraries
+from dpa.models.training import ShowProgress, StopWhenAsked, WriteLog, merge_adapters, trackers
 from dpa.storage.run_folder import Reject, count_reasons
 from dpa.storage.stopping import StopOnSignal
 from dpa.storage.tables import disk_error, write_json
@@ -84,15 +85,17 @@ def train_policy(
     Raises DataError (no example left), ConfigError, TrainingError (NaN or infinite loss; earlier checkpoints are kept),
     Interrupted (on a signal, after a checkpoint), StorageError (disk full).
     """
+    # Frozen weights need no more than bf16, which is what lets adapters of a 7B model train on one 24 GB card.
+    dtype = torch.bfloat16 if config.lora is not None and _mixed(config) else torch.float32
     with quiet_libraries():
-        model, tokenizer = load_policy(policy, remote_code_revision)
+        model, tokenizer = load_policy(policy, remote_code_revision, dtype)
         make_steerable(tokenizer, space)
         examples, rejects = encode(model, tokenizer, min(config.max_length, context_length(model)))
         if not examples:
             raise DataError(f"{label}: none of {len(rejects)} rows can be trained on ({count_reasons(rejects)}).")
         tokens = sum(example.tokens for example in examples)
         try:
-            _prepare_work(work, stable_hash(examples, config, seed, str(policy)))
+            _prepare_work(work, stable_hash(examples, of_results(config), seed, str(policy)))
             with StopOnSignal() as stop:
                 trainer = build(model, tokenizer, examples)
                 _train(trainer, work, label, tokens, stop)
@@ -102,9 +105,15 @@ def train_policy(
             raise disk_error(error, work, "saving a checkpoint") from None
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
         if config.lora is not None:
-            trained = trained.merge_and_unload()
+            trained = merge_adapters(trained, dtype)
         section = "dpo" if isinstance(config, PreferenceConfig) else "finetune"
-        provenance = {"from": str(policy), "rows": len(examples), "seed": seed, section: config.model_dump()}
+        provenance = {
+            "from": str(policy),
+            "remote_code_revision": remote_code_revision,
+            "rows": len(examples),
+            "seed": seed,
+            section: config.model_dump(),
+        }
         if trainer.is_world_process_zero():
             save_policy(trained, tokenizer, out, space, provenance)
     return Trained(
@@ -164,9 +173,9 @@ def shared_arguments(config: TrainingConfig, work: Path, seed: int) -> dict[str,
         "lr_scheduler_type": config.schedule,
         "warmup_steps": config.warmup,
         "weight_decay": config.weight_decay,
-        "bf16": config.bf16 or (cuda and torch.cuda.is_bf16_supported()),
+        "bf16": _mixed(config),
         "use_cpu": not cuda,
-        "gradient_checkpointing": cuda,
+        "gradient_checkpointing": cuda if config.gradient_checkpointing is None else config.gradient_checkpointing,
         "dataloader_pin_memory": cuda,
         "save_strategy": "steps",
         "save_steps": config.save_steps,
@@ -174,7 +183,7 @@ def shared_arguments(config: TrainingConfig, work: Path, seed: int) -> dict[str,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # the default replaces a NaN by the average of earlier losses
         "disable_tqdm": True,
-        "report_to": "none",
+        "report_to": trackers(config.report_to, "dpo" if isinstance(config, PreferenceConfig) else "finetune"),
         "seed": seed,
     }
 
@@ -221,6 +230,11 @@ def _train(trainer: Trainer, work: Path, label: str, tokens: int, stop: StopOnSi
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     finally:
         progress.close()
+
+
+def _mixed(config: TrainingConfig) -> bool:
+    """Whether products are computed in bf16."""
+    return config.bf16 or (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
 
 
 def _muon_factory() -> type[MuonWithAdamW]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages
 from dpa.models.files import resolve_model
+from dpa.models.policy import is_out_of_memory
 from dpa.storage.tables import write_json
 
 RECORD = "dpa_reward.json"
@@ -34,8 +35,10 @@ PLAIN_TEMPLATE = "User: {prompt}\n\nAssistant: {response}"
 CPU_TOKENS, GPU_TOKENS = 1024, 16_384
 """Tokens in one forward pass, padding included. A CPU is fastest while a batch stays in its cache: bench/scoring.py."""
 
+BF16_TOLERANCE = 2.0
+"""Largest difference from the golden scores, on 0-100, of a model in bf16."""
+
 _PLACEHOLDER = re.compile(r"\{(prompt|response)\}")
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def load_classifier(
 ) -> tuple[Any, Any, Path]:
     """A sequence classifier, its tokenizer, and the checked folder they came from. `fields` go to its configuration.
 
-    A head of another width is made anew. Raises ModelFileError.
+    A head of another width is made anew; in bf16 the head alone stays in fp32 (`exact_head`). Raises ModelFileError.
     """
     safe = resolve_model(name, remote_code_revision)
     try:
@@ -133,7 +136,30 @@ def load_classifier(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelFileError(f"reward model: {name} does not load as a classifier ({reason}); check it.") from None
+    if dtype != torch.float32:
+        exact_head(model)
     return model, tokenizer, Path(safe.path)
+
+
+def find_head(model: torch.nn.Module, outputs: int) -> tuple[str, torch.nn.Linear] | None:
+    """Name and module of the last linear layer with that many outputs, whatever the architecture calls it."""
+    named = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.out_features == outputs
+    ]
+    return named[-1] if named else None
+
+
+def exact_head(model: Any) -> None:
+    """Let the last layer of a bf16 classifier compute in fp32: bf16 has steps of 0.5 at a score of 70."""
+    found = find_head(model, model.config.num_labels)
+    if found is not None:
+        found[1].float().register_forward_pre_hook(_in_fp32)
+
+
+def _in_fp32(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(value.float() for value in inputs)
 
 
 def check_template(template: str) -> None:
@@ -160,12 +186,19 @@ def encode(
     tokenizer: Any, template: str | None, max_length: int, prompts: Sequence[Messages], responses: Sequence[str]
 ) -> list[list[int] | None]:
     """Token ids of each conversation, or None where the template refuses it or it is longer than `max_length`."""
-    texts = [_render(tokenizer, template, *row) for row in zip(prompts, responses, strict=True)]
+    texts = render(tokenizer, template, prompts, responses)
     shown = [text for text in texts if text is not None]
     # A chat template writes its own special tokens; a plain template leaves them (BOS, [CLS]) to the tokenizer.
     encoded = iter(tokenizer(shown, add_special_tokens=template is not None)["input_ids"] if shown else [])
     ids_N = [None if text is None else next(encoded) for text in texts]
     return [ids if ids is not None and 0 < len(ids) <= max_length else None for ids in ids_N]
+
+
+def render(
+    tokenizer: Any, template: str | None, prompts: Sequence[Messages], responses: Sequence[str]
+) -> list[str | None]:
+    """Text of each conversation, or None where the template refuses it."""
+    return [_render(tokenizer, template, *row) for row in zip(prompts, responses, strict=True)]
 
 
 def forward(
@@ -245,7 +278,7 @@ def _try_forward(model: torch.nn.Module, ids_B: Sequence[Sequence[int]], pad_tok
             inputs = {name: values.to(device) for name, values in pad_batch(ids_B, pad_token_id).items()}
             return model(**inputs).logits.double().cpu().numpy()
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU
-        if not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -21,18 +21,21 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-from dpa.core.config import RewardTrainConfig
+from dpa.core.config import RewardTrainConfig, of_results
 from dpa.core.errors import DataError, ModelFileError, TrainingError
 from dpa.core.records import Messages, stable_hash
 from dpa.models.checkpoints import newest_checkpoint
 from dpa.models.policy import context_length, default_device, ensure_pad_token
+from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import (
+    BF16_TOLERANCE,
     GPU_TOKENS,
     PLAIN_TEMPLATE,
     Golden,
     RewardSpec,
     check_template,
     encode,
+    find_head,
     forward,
     load_classifier,
     pad_batch,
@@ -41,7 +44,14 @@ from dpa.models.reward_model import (
 from dpa.models.reward_quality import measure_quality
 from dpa.models.ridge import fit_ridge
 from dpa.models.scorers import RewardModelScorer
-from dpa.models.training import ShowProgress, StopAtBadGradient, StopsAtBadLoss, StopWhenAsked, quiet_libraries
+from dpa.models.training import (
+    ShowProgress,
+    StopAtBadGradient,
+    StopsAtBadLoss,
+    StopWhenAsked,
+    merge_adapters,
+    trackers,
+)
 from dpa.storage.stopping import StopOnSignal
 from dpa.storage.tables import disk_error, save_folder_atomically
 
@@ -112,14 +122,16 @@ def train_reward_model(
     if config.method == "ridge":
         model = _fit_ridge_head(model, rows, config, pad)
     else:
-        inputs = stable_hash(rows.ids_N, rows.marks_NM.tolist(), rows.train, config, seed)
+        inputs = stable_hash(rows.ids_N, rows.marks_NM.tolist(), rows.train, of_results(config), seed)
         model = _finetune(model, rows, config, pad, checkpoints / inputs, seed)
     model.eval()
-    spec = RewardSpec(tuple(attributes), dict(scales), template, max_length, _golden(model, rows, pad))
+    tolerance = GOLDEN_TOLERANCE if _backbone_dtype(config) == torch.float32 else BF16_TOLERANCE
+    spec = RewardSpec(tuple(attributes), dict(scales), template, max_length, _golden(model, rows, pad, tolerance))
     facts = {
         **_quality(model, rows, attributes, pad),
         "training": {
             "backbone": config.backbone,
+            "remote_code_revision": remote_code_revision,
             "method": config.method,
             "seed": seed,
             "epochs": 0 if config.method == "ridge" else config.epochs,
@@ -133,8 +145,10 @@ def train_reward_model(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_spec(folder, spec, facts)
+        model.cpu()  # a card that holds one of them need not hold two
         RewardModelScorer(folder, remote_code_revision=remote_code_revision)  # what was saved must pass its self-test
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    for leftover in checkpoints.glob("*/checkpoint-*") if config.report_to else [checkpoints]:
+        shutil.rmtree(leftover, ignore_errors=True)  # what a tracker wrote beside the checkpoints stays
     return facts
 
 
@@ -165,17 +179,13 @@ class Head:
     """The last linear layer of a sequence classifier, whatever the architecture calls it."""
 
     def __init__(self, model: PreTrainedModel, outputs: int) -> None:
-        named = [
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module.out_features == outputs
-        ]
-        if not named:
+        found = find_head(model, outputs)
+        if found is None:
             raise ModelFileError(
                 f"reward.train.backbone: {type(model).__name__} ends in no linear layer; take another."
             )
         self.model = model
-        self.name, self.linear = named[-1]
+        self.name, self.linear = found
 
     @property
     def has_bias(self) -> bool:
@@ -242,7 +252,7 @@ def _load_backbone(config: RewardTrainConfig, attributes: Sequence[str], revisio
     model, tokenizer, _ = load_classifier(
         config.backbone,
         revision,
-        torch.float32,
+        _backbone_dtype(config),
         num_labels=len(attributes),
         problem_type="regression",
         id2label=dict(enumerate(attributes)),
@@ -310,11 +320,14 @@ def _finetune(
             modules_to_save=[head.name],
         )
         trained = get_peft_model(model, adapters)
+        for parameter in trained.parameters():
+            if parameter.requires_grad:  # steps in bf16 would be rounded away
+                parameter.data = parameter.data.float()
     labels_NM = np.nan_to_num(labels_NM, nan=MISSING)
     data = [{"input_ids": rows.ids_N[row], "labels": labels_NM[row]} for row in rows.train]
     _run_trainer(trained, data, config, pad, checkpoints, seed)
     if config.method == "lora":
-        trained = trained.merge_and_unload()
+        trained = merge_adapters(trained, _backbone_dtype(config), exact=head.name).to(default_device())
     head = Head(trained, outputs)
     head.write(*unit.leave(*head.read()))
     return trained
@@ -331,8 +344,8 @@ def _run_trainer(
     lengths = [len(row["input_ids"]) for row in data]
     per_device = _rows_per_device(config.batch_size, max(lengths))
     cuda = torch.cuda.is_available()
-    if cuda:
-        model.gradient_checkpointing_enable()
+    if cuda if config.gradient_checkpointing is None else config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant, frozen inputs would stop gradients
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=per_device,
@@ -341,7 +354,7 @@ def _run_trainer(
         num_train_epochs=config.epochs,
         lr_scheduler_type="cosine",
         warmup_steps=WARMUP,
-        bf16=cuda and torch.cuda.is_bf16_supported(),
+        bf16=_mixed(config),
         use_cpu=not cuda,
         save_strategy="steps",
         save_steps=SAVE_STEPS,
@@ -349,7 +362,7 @@ def _run_trainer(
         logging_steps=10,
         logging_nan_inf_filter=False,  # the default hides a NaN from the log
         disable_tqdm=True,
-        report_to="none",
+        report_to=trackers(config.report_to, "reward.train"),
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
         label_names=["labels"],
@@ -381,8 +394,20 @@ def _run_trainer(
             raise disk_error(error, checkpoints, "saving a checkpoint") from None
         finally:
             progress.close()
+        # Mixed precision wraps `forward` for good; scores are measured as a scorer will compute them.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if trainer.state.global_step < trainer.state.max_steps:
             raise stop.interrupted("reward model", trainer.state.global_step, trainer.state.max_steps, "steps")
+
+
+def _mixed(config: RewardTrainConfig) -> bool:
+    """Whether products are computed in bf16."""
+    return config.bf16 or (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
+def _backbone_dtype(config: RewardTrainConfig) -> torch.dtype:
+    """Weights that stay frozen need no more than bf16; all weights are trained in fp32."""
+    return torch.bfloat16 if config.method != "full" and _mixed(config) else torch.float32
 
 
 def _rows_per_device(batch_size: int, longest: int) -> int:
@@ -391,14 +416,14 @@ def _rows_per_device(batch_size: int, longest: int) -> int:
     return max(fitting, default=1)
 
 
-def _golden(model: PreTrainedModel, rows: EncodedRows, pad: int) -> Golden:
+def _golden(model: PreTrainedModel, rows: EncodedRows, pad: int, tolerance: float) -> Golden:
     """The held-out row of median length and its scores."""
     middle = sorted(rows.held_out, key=lambda row: (len(rows.ids_N[row]), row))[len(rows.held_out) // 2]
     example, ids = rows.examples[middle], rows.ids_N[middle]
     scores = forward(model, [ids], pad)[0]
     if not np.isfinite(scores).all():
         raise TrainingError("reward training: the trained model's scores are not finite; lower its learning_rate.")
-    return Golden(example.messages, example.response, tuple(scores.tolist()), tuple(ids), GOLDEN_TOLERANCE)
+    return Golden(example.messages, example.response, tuple(scores.tolist()), tuple(ids), tolerance)
 
 
 def _quality(model: PreTrainedModel, rows: EncodedRows, attributes: Sequence[str], pad: int) -> dict[str, Any]:

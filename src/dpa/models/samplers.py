@@ -24,15 +24,18 @@ from dpa.core.errors import DpaError, EngineError
 from dpa.core.records import Sample, Sampler, SampleRequest
 from dpa.models.decoding import Decoding, check_decodable, decode
 from dpa.models.files import folder_revision, resolve_model
+from dpa.models.http_sampler import http_samplers
 from dpa.models.policy import (
     context_length,
     default_device,
     encode_prompt,
     end_token_ids,
+    is_out_of_memory,
     load_policy,
     load_space,
     make_steerable,
 )
+from dpa.models.vllm_sampler import vllm_sampler
 
 
 class TransformersSampler:
@@ -93,13 +96,18 @@ class TransformersSampler:
     def _sample_batch(self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> list[Sample]:
         distinct = {ids: place for place, ids in enumerate(dict.fromkeys(prompts))}
         limits = [min(self._how.max_new_tokens, self._context - len(ids)) for ids in prompts]
+        rows: list[list[int]] | None
         try:
             rows = decode(self._model, list(distinct), [distinct[ids] for ids in prompts], seeds, limits, self._how)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            rows = None
+        if rows is None:  # outside the `except`, whose traceback would keep the cache that did not fit
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             if len(prompts) == 1:
-                raise EngineError(
-                    "sampler: one sequence does not fit in memory; lower rollout.max_new_tokens."
-                ) from None
+                raise EngineError("sampler: one sequence does not fit in memory; lower rollout.max_new_tokens.")
             half = len(prompts) // 2
             return self._sample_batch(prompts[:half], seeds[:half]) + self._sample_batch(prompts[half:], seeds[half:])
         texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -220,14 +228,23 @@ def build_samplers(
     remote_code_revision: str | None = None,
 ) -> Iterator[list[Sampler]]:
     """The samplers a rollout asks for: one in this process, or `config.workers` processes that share the cores (or,
-    one after another, the cards). They are closed at the end of the block.
+    one after another, the cards), or what `config.engine` names. They are closed at the end of the block.
 
     `space` defaults to the one saved with the policy. Raises ModelFileError.
     """
-    path = resolve_model(policy, remote_code_revision).path
+    safe = resolve_model(policy, remote_code_revision)
+    path, space = safe.path, space or load_space(safe.path)
+    if config.engine.kind == "http":
+        with http_samplers(safe, space, config) as over_http:
+            yield list(over_http)
+        return
+    if config.engine.kind == "vllm":
+        with vllm_sampler(safe, space, config) as sampler:
+            yield [sampler]
+        return
     spec = SamplerSpec(
         policy=path,
-        space=space or load_space(path),
+        space=space,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,

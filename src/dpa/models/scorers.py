@@ -19,8 +19,11 @@ from dpa.core.config import RewardConfig
 from dpa.core.errors import ConfigError, ModelFileError
 from dpa.core.records import Messages, Scorer, stable_hash
 from dpa.models.files import folder_revision
-from dpa.models.policy import default_device
+from dpa.models.http_scorer import http_scorer
+from dpa.models.policy import default_device, ensure_pad_token
+from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import (
+    BF16_TOLERANCE,
     RELEASED_MODEL,
     RELEASED_SPEC,
     RewardSpec,
@@ -30,10 +33,6 @@ from dpa.models.reward_model import (
     load_classifier,
     read_spec,
 )
-from dpa.models.training import quiet_libraries
-
-BF16_TOLERANCE = 2.0
-"""Largest difference from the golden scores, on 0-100, of a model loaded in bf16."""
 
 ScoreFunction = Callable[[Messages, str], float]
 
@@ -63,6 +62,9 @@ class RewardModelScorer:
             self.model, self.tokenizer, path = load_classifier(folder, remote_code_revision, dtype)
         self.model.to(device).eval()
         self.spec = spec or read_spec(path)
+        if spec is not None:  # a model from elsewhere may pad with EOS; its golden example says whether this is right
+            ensure_pad_token(self.tokenizer)
+            self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.attributes = self.spec.attributes
         self.revision = folder_revision(path)
         self._token_budget = token_budget
@@ -176,8 +178,10 @@ def build_scorer(
             raise ValueError("reward.train needs the folder its model was saved in")
         scorers.append(RewardModelScorer(reward_folder))
     if config.folder is not None:
-        spec = RELEASED_SPEC if config.folder == RELEASED_MODEL else None
+        spec = RELEASED_SPEC if config.folder == RELEASED_MODEL or config.preset == "dpa-v1" else None
         scorers.append(RewardModelScorer(config.folder, spec, remote_code_revision))
+    if config.http is not None:
+        scorers.append(http_scorer(config.http, remote_code_revision))
     if config.functions:
         scorers.append(FunctionScorer(config.functions))
     return scorers[0] if len(scorers) == 1 else MixScorer(scorers)

@@ -3,20 +3,16 @@ Run its tests: pytest tests/test_finetuning.py
 """
 
 import json
-import logging
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import integration_utils
 
-from dpa.core.errors import TrainingError
+from dpa.core.errors import ConfigError, TrainingError
 from dpa.storage.progress import ProgressBar
 from dpa.storage.stopping import StopOnSignal
 
@@ -115,28 +111,29 @@ def bad_step(what: str, value: float, state: TrainerState, args: TrainingArgumen
     )
 
 
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence the notices and bars of transformers, TRL and datasets: this package says what a user needs to know."""
-    level = transformers.utils.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    trl = logging.getLogger("trl")
-    trl_level = trl.level
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    trl.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # fields that TRL sets and transformers renames
-            yield
-    finally:
-        transformers.utils.logging.set_verbosity(level)
-        trl.setLevel(trl_level)
-        if bars[0]:
-            transformers.utils.logging.enable_progress_bar()
-        if not bars[1]:
-            datasets.enable_progress_bars()
+def merge_adapters(model: Any, dtype: torch.dtype, exact: str | None = None) -> Any:
+    """The model with its adapters added to its weights, on the CPU, in `dtype` (fp32: the module named `exact`).
+
+    They are added in fp32: in bf16 most of a small update would be rounded away.
+    """
+    merged = model.to("cpu", torch.float32).merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        if exact is None or not name.startswith(f"{exact}."):
+            parameter.data = parameter.data.to(dtype)
+    merged.config.dtype = dtype
+    return merged
+
+
+def trackers(names: Sequence[str], section: str) -> list[str] | str:
+    """`report_to` of a Trainer; ConfigError names a tracker that is unknown or not installed."""
+    known = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
+    here = integration_utils.get_available_reporting_integrations()
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{section}.report_to: {name!r} is no tracker; known: {', '.join(known)}.")
+        if name not in here:
+            raise ConfigError(f"{section}.report_to: {name} is not installed; pip install {name}.")
+    return list(names) or "none"
 
 
 def _line(entry: dict[str, Any]) -> str:

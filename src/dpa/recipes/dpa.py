@@ -22,10 +22,12 @@ from dpa.core.records import Ledger, Prompt, Scorer
 from dpa.models.files import EVALUATION_FILE
 from dpa.models.samplers import build_samplers
 from dpa.models.scorers import FunctionScorer, build_scorer
+from dpa.models.training import trackers
+from dpa.stages.card import write_card
 from dpa.stages.evaluate import evaluate, side_by_side
 from dpa.stages.finetune import finetune_policy
 from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
-from dpa.stages.ratings import load_ratings, print_summary, read_ratings, save_ratings
+from dpa.stages.ratings import leave_out, load_ratings, print_summary, read_ratings, save_ratings
 from dpa.stages.report import write_report
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score, score_rows
@@ -61,6 +63,12 @@ class Loop:
 
     def run(self) -> Path:
         """The whole loop; returns the path of the report."""
+        http = self.config.rollout.engine.http
+        if self.config.rollout.engine.kind == "http" and http.servers and http.model is not None:
+            raise ConfigError(
+                f"rollout.engine.http.model: {http.model!r} is one name at servers that stay the same, while every "
+                "iteration has another policy; give `command`, or run the stages one by one."
+            )
         if self.config.ratings:
             self.read_ratings()
         if self.config.reward.train:
@@ -89,7 +97,10 @@ class Loop:
         if self._ratings is None:
             self._ratings = load_ratings(self.path)
         if self._ratings is None:
-            ratings = read_ratings(self.config.ratings)
+            everything = read_ratings(self.config.ratings)
+            ratings = leave_out(everything, self.held_out)
+            if left_out := everything.table.num_rows - ratings.table.num_rows:
+                self.console.print(f"ratings: {left_out} rows of prompts that are measured on are left out of training")
             self._ratings = ratings.table, save_ratings(ratings, self.path)
             show = True
         table, summary = self._ratings
@@ -158,7 +169,7 @@ class Loop:
         pairs = self.config.learner == "dpo" and t > 0
         config = self.config.dpo if pairs else self.config.finetune
         earlier = range(1 if pairs else self.first, t if config.replay else 0)
-        return finetune_policy(
+        ledger = finetune_policy(
             self._folder.stage(t, "finetune"),
             self._folder.stage(t, "select"),
             self.policy(t - 1),
@@ -166,9 +177,11 @@ class Loop:
             self.policy_folder(t),
             config,
             self.config.seed + t,
-            self.config.remote_code_revision if t == self.first else None,
+            self.config.remote_code_revision,
             [self._folder.stage(before, "select") for before in earlier],
         )
+        self._write_card(t)
+        return ledger
 
     def evaluate(self, t: int) -> Mapping[str, Any]:
         """Measure the policy of t on the held-out prompts over the grid; says loudly when it does not listen."""
@@ -189,6 +202,7 @@ class Loop:
         found = evaluate(_joined(answers), self._evaluation_scores(t), self.space, settings, self.config.seed)
         write_json(self.policy_folder(t) / EVALUATION_FILE, found)  # the front travels with the model
         write_json(record, found)
+        self._write_card(t, found)
         self.console.print(
             f"t = {t}: {found['listens']['sentence']}", style=None if found["listens"]["verdict"] else "bold red"
         )
@@ -268,7 +282,7 @@ class Loop:
         stage = self._folder.stage(None, name)
         if stage.done:
             return prompts_from_table(stage.table(0))
-        prompts, rejects = read_prompts(config.path, config.column, self.config.rollout.max_reject_rate)
+        prompts, rejects = read_prompts(config.path, config.column, self.config.rollout.max_reject_rate, config.split)
         stage.write_shard(0, prompts_table(prompts), Ledger(rows=len(prompts), rejects=len(rejects)), rejects)
         stage.finish()
         return prompts
@@ -303,6 +317,26 @@ class Loop:
         assert self._ratings is not None
         return self._ratings[1]
 
+    def _write_card(self, t: int, evaluation: Mapping[str, Any] | None = None) -> None:
+        """README.md beside the policy of iteration t."""
+        if evaluation is None and self._evaluation_file(t).is_file():
+            evaluation = read_json(self._evaluation_file(t))
+        config = self.config
+        train, folder = config.reward.train, config.reward.folder
+        sources = [f"a reward model trained on `{train.backbone}`"] if train else []
+        sources += [f"the reward model `{folder}`"] if folder else []
+        sources += [f"Python functions for {', '.join(config.reward.functions)}"] if config.reward.functions else []
+        write_card(
+            self.policy_folder(t),
+            f"{config.name}, t = {t}",
+            self.space,
+            config.policy,
+            [*(ratings.path for ratings in config.ratings), config.prompts.path],
+            f"Scores came from {' and '.join(sources)}.",
+            evaluation,
+            self._ledgers(t),
+        )
+
     def _ledgers(self, t: int) -> dict[str, Any]:
         names = ["rollout", "score", "select", "finetune", "evaluate/rollout", "evaluate/score", "evaluate/gold"]
         stages = {name: self._folder.stage(t, name) for name in names if (self.path / f"iter_{t}" / name).is_dir()}
@@ -322,6 +356,7 @@ class Loop:
                 f"evaluate.gold: its names must be the objectives {', '.join(self.space.names)}; "
                 f"{'missing' if missing else 'unknown'}: {', '.join(missing or unknown)}."
             )
+        trackers([*self.config.finetune.report_to, *self.config.dpo.report_to], "finetune")
         if self.config.reward.train and not self.config.ratings:
             raise ConfigError("reward.train: there are no ratings to train on; add a `ratings` section.")
 

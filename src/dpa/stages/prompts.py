@@ -3,7 +3,7 @@ Run its tests: pytest tests/test_prompts.py
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from dpa.core.errors import DataError, RejectRateError
 from dpa.core.records import Prompt, stable_hash
-from dpa.storage.rows import BadRow, check_messages, check_text, find_files, read_rows
+from dpa.storage.rows import BadRow, check_messages, check_text, find_files, is_hub_id, read_hub_rows, read_rows
 from dpa.storage.run_folder import Reject, count_reasons
 
 MAX_ID = 200
@@ -20,9 +20,9 @@ MAX_ID = 200
 
 
 def read_prompts(
-    path: str | Path, column: str = "prompt", max_reject_rate: float = 0.05
+    path: str | Path, column: str = "prompt", max_reject_rate: float = 0.05, split: str = "train"
 ) -> tuple[list[Prompt], list[Reject]]:
-    """Read prompts from a .jsonl, .parquet or .csv file, or a folder of them.
+    """Read prompts from a .jsonl, .parquet or .csv file, a folder of them, or a `split` of a Hub data set.
 
     A row has `messages` (chat messages ending with a user's turn, as a list or as JSON text) or text in `column`,
     and optionally `id` (text or a whole number). Without an id the content is the id, so the order of the rows changes
@@ -34,13 +34,12 @@ def read_prompts(
     """
     prompts: dict[str, Prompt] = {}
     rejects: list[Reject] = []
-    for file in find_files(Path(path)):
-        for place, row in read_rows(file, [column, "id"]):
-            try:
-                prompt = _read_row(row, column, prompts)
-                prompts[prompt.prompt_id] = prompt
-            except BadRow as error:
-                rejects.append(Reject(place, str(error)))
+    for place, row in _rows(str(path), column, split):
+        try:
+            prompt = _read_row(row, column, prompts)
+            prompts[prompt.prompt_id] = prompt
+        except BadRow as error:
+            rejects.append(Reject(place, str(error)))
     total = len(prompts) + len(rejects)
     if len(rejects) > max_reject_rate * total:
         raise RejectRateError(
@@ -79,6 +78,16 @@ def prompts_from_table(table: pa.Table) -> list[Prompt]:
     """Invert `prompts_table`."""
     columns = table["prompt_id"].to_pylist(), table["messages"].to_pylist()
     return [Prompt(prompt_id, json.loads(text)) for prompt_id, text in zip(*columns, strict=True)]
+
+
+def _rows(path: str, column: str, split: str) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    if is_hub_id(path):
+        # A rated data set's `messages` hold the answer too: of a Hub data set only the column is the prompt.
+        for place, row in read_hub_rows(path, split, "prompts"):
+            yield place, {column: row.get(column)}
+        return
+    for file in find_files(Path(path)):
+        yield from read_rows(file, [column, "id"])
 
 
 def _read_row(row: dict[str, Any] | BadRow, column: str, known: dict[str, Prompt]) -> Prompt:

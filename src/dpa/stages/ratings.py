@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from rich.table import Table
 
 from dpa.core.config import RatingsConfig
 from dpa.core.errors import DataError, RejectRateError
-from dpa.core.records import SCALE, Messages, stable_hash
-from dpa.storage.rows import BadRow, check_messages, check_text, find_files, read_rows
+from dpa.core.records import SCALE, Messages, Prompt, stable_hash
+from dpa.storage.rows import BadRow, check_messages, check_text, find_files, is_hub_id, read_hub_rows, read_rows
 from dpa.storage.run_folder import Reject, count_reasons
 from dpa.storage.tables import FileRecord, read_table, write_bytes, write_json, write_table
 
@@ -46,7 +46,6 @@ _LOW_SCORE = re.compile(
     r"|(?<![\d.])[01]\s*(?:/\s*10|out\s+of\s+10)(?!\d)",
     re.IGNORECASE,
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,15 @@ def read_ratings(configs: Sequence[RatingsConfig]) -> Ratings:
     if not rows:
         raise DataError("ratings: there is no usable row; check the paths and the columns.")
     return Ratings(_table(rows, scales), scales, rejects, sum(row.trapped for row in rows))
+
+
+def leave_out(ratings: Ratings, prompts: Sequence[Prompt]) -> Ratings:
+    """The ratings without the rows of these prompts, so that what is measured on was never trained on."""
+    held_out = {stable_hash(json.dumps(prompt.messages, ensure_ascii=False)) for prompt in prompts}
+    kept = [prompt_id not in held_out for prompt_id in ratings.table["prompt_id"].to_pylist()]
+    if not any(kept):
+        raise DataError("ratings: every rated row belongs to a prompt of evaluate.prompts; measure on other prompts.")
+    return replace(ratings, table=ratings.table.filter(pa.array(kept)))
 
 
 def save_ratings(ratings: Ratings, folder: Path) -> dict[str, Any]:
@@ -269,26 +277,12 @@ def _read_one(config: RatingsConfig, scales: Mapping[str, Scale]) -> tuple[list[
 
 def _raw_rows(config: RatingsConfig) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     path = Path(config.path).expanduser()
-    if not path.exists() and _HUB_ID.fullmatch(config.path) and not path.suffix and not path.parent.is_dir():
-        yield from _hub_rows(config)
+    if is_hub_id(config.path):
+        yield from read_hub_rows(config.path, config.split, "ratings")
         return
     text_columns = [config.columns.get(name, name) for name in ("prompt", "response", "source")]
     for file in find_files(path):
         yield from read_rows(file, text_columns)
-
-
-def _hub_rows(config: RatingsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    from datasets import load_dataset  # slow to import; reads data files only, never a data set's own code
-
-    try:
-        rows = load_dataset(config.path, split=config.split)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"ratings: {config.path!r} split {config.split!r} is neither a file here nor a Hub data set that can be "
-            f"reached ({type(error).__name__}); check the name."
-        ) from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{config.path}:{number}", row
 
 
 def _helpsteer(config: RatingsConfig, raw: dict[str, Any], names: Sequence[str]) -> Iterator[RatedRow | BadRow]:

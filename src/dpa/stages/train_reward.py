@@ -62,6 +62,7 @@ def print_quality(facts: Mapping[str, Any], console: Console | None = None) -> N
         caption="mean, length: RMSE of always saying the mean, of a ridge on length alone; r: Pearson; tau: Kendall; "
         "pairs: share of pairs of responses to one prompt put in the raters' order",
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("attribute", no_wrap=True)
     for heading in ("n", "MAE", "RMSE", "mean", "length", "r", "tau", "pairs"):

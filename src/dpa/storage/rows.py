@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_ratings.py
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ MAX_CHARACTERS = 1_000_000
 """A longer text is a broken row: no context holds it."""
 
 _ROLES = ("system", "user", "assistant")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class BadRow(Exception):
@@ -40,6 +42,27 @@ def find_files(path: Path) -> list[Path]:
             f"{', '.join(SUFFIXES)} (a pickle is never opened); convert it."
         )
     return [path]
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether this names a data set of the Hub rather than a file: `owner/name`, and nothing of that name is here."""
+    here = Path(path).expanduser()
+    return not here.exists() and _HUB_ID.fullmatch(path) is not None and not here.suffix and not here.parent.is_dir()
+
+
+def read_hub_rows(name: str, split: str, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """As `read_rows`, of a Hub data set. Only its data files are read, never its code. Raises DataError."""
+    from datasets import load_dataset  # slow to import
+
+    try:
+        rows = load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{field}: {name!r} split {split!r} is neither a file here nor a Hub data set that can be "
+            f"reached ({type(error).__name__}); check the name."
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}:{number}", row
 
 
 def read_rows(file: Path, text_columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -75,18 +76,23 @@ def run_demo(out: Path, seed: int = 0, development: bool = False, overrides: Map
 
 def show_results(console: Console, results: Mapping[str, Any]) -> None:
     """Print a table of the iterations, by the true reward, and one question answered in several directions."""
-    table = Table(title="On held-out questions, by the TRUE reward (95% bootstrap intervals over questions)")
-    for heading in ("policy", "hypervolume", "cone hypervolume", "expected utility", "words, tersest to wordiest"):
-        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    table = Table(
+        title="On held-out questions, by the TRUE reward",
+        caption="[95% bootstrap interval over questions]; hypervolume in thousands; words of the tersest and the "
+        "wordiest direction; tau: Kendall's, asked angle against achieved",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     arcs = results["policies"][0]["evaluation"]["arcs"]
-    for arc in arcs:
-        table.add_column(f"tau {arc}", justify="right")
+    for heading in ("policy", "hypervolume", "utility", "words", *(f"tau\n{arc}" for arc in arcs)):
+        table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
     for policy in results["policies"]:
         measures = policy["evaluation"]["measures"]["gold"]
         words = [direction["words"]["value"] for direction in policy["evaluation"]["directions"]]
         table.add_row(
             policy["name"],
-            *(_interval(measures[name]) for name in ("hypervolume", "cone_hypervolume", "expected_utility")),
+            _interval(measures["hypervolume"], per=1000),
+            _interval(measures["expected_utility"], digits=1),
             f"{min(words):.0f} to {max(words):.0f}",
             *(f"{measures['kendall_tau'][arc]['value']:.2f}" for arc in arcs),
         )
@@ -98,8 +104,9 @@ def show_results(console: Console, results: Mapping[str, Any]) -> None:
         console.print(f"  {answer['response']}\n", markup=False)
 
 
-def _interval(found: Mapping[str, float]) -> str:
-    return f"{found['value']:,.0f} [{found['low']:,.0f}, {found['high']:,.0f}]"
+def _interval(found: Mapping[str, float], per: float = 1.0, digits: int = 0) -> str:
+    value, low, high = (f"{found[name] / per:,.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} \\[{low}, {high}]"
 
 
 def yaml_string(text: str) -> str:

@@ -1,0 +1,144 @@
+"""The server under load: 64 clients for 60 seconds, what the gateway adds to a request, and memory over time.
+
+    python bench/serve.py [MODEL] [--clients 64] [--seconds 60]
+
+MODEL is a policy folder (default: the demo's start model, made steerable on the spot). Overhead is measured first, one
+client, the same request alternately to the gateway and to the engine behind it: the difference of the medians.
+"""
+
+import argparse
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import psutil
+
+CHAT = "/v1/chat/completions"
+QUESTIONS = ("What is the home of Ivy?", "How old is Tansy?", "Who is the friend of Fern?", "What colour is Ivy?")
+
+
+def body_of(number: int, tokens: int) -> dict:
+    """A request whose direction, question and seed change with its number."""
+    return {
+        "model": "demo",
+        "messages": [{"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}],
+        "chat_template_kwargs": {"preference": {"helpfulness": 1.0, "verbosity": (number % 7 - 3) / 4}},
+        "seed": number,
+        "temperature": 0.7,
+        "max_tokens": tokens,
+    }
+
+
+def overhead(url: str, socket: str, count: int) -> tuple[float, float]:
+    """Median milliseconds of one small request through the gateway, and straight to the engine."""
+    times: dict[str, list[float]] = {"gateway": [], "engine": []}
+    transport = httpx.HTTPTransport(uds=socket)
+    with (
+        httpx.Client(base_url=url, timeout=60) as gateway,
+        httpx.Client(base_url="http://engine", transport=transport, timeout=60) as engine,
+    ):
+        for number in range(count):
+            for name, client in (("gateway", gateway), ("engine", engine)):
+                begun = time.perf_counter()
+                assert client.post(CHAT, json=body_of(number, 16)).status_code == 200
+                times[name].append(1000 * (time.perf_counter() - begun))
+    return statistics.median(times["gateway"][10:]), statistics.median(times["engine"][10:])
+
+
+async def load(url: str, clients: int, seconds: float, processes: list[psutil.Process]) -> None:
+    """Every client asks again as soon as it is answered; half of them stream."""
+    statuses: Counter[str] = Counter()
+    latencies: list[float] = []
+    tokens = 0
+    deadline = time.monotonic() + seconds
+
+    async def client(number: int) -> None:
+        nonlocal tokens
+        async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+            asked = number
+            while time.monotonic() < deadline:
+                asked += clients
+                body = {**body_of(asked, 60), "stream": bool(number % 2), "stream_options": {"include_usage": True}}
+                begun = time.monotonic()
+                try:
+                    answer = await http.post(CHAT, json=body)
+                except httpx.HTTPError as error:
+                    statuses[type(error).__name__] += 1
+                    continue
+                latencies.append(time.monotonic() - begun)
+                whole = answer.status_code == 200 and (not number % 2 or answer.text.rstrip().endswith("[DONE]"))
+                failed = '"error"' in answer.text[-400:]
+                statuses[str(answer.status_code) if whole and not failed else f"broken {answer.status_code}"] += 1
+
+    async def watch() -> None:
+        while time.monotonic() < deadline:
+            await asyncio.sleep(seconds / 6)
+            sizes = " ".join(f"{process.memory_info().rss / 1e6:6.1f}" for process in processes)
+            print(f"  {seconds - (deadline - time.monotonic()):5.1f} s   {sizes}", flush=True)
+
+    print("  time      MB: gateway, engine")
+    await asyncio.gather(watch(), *(client(number) for number in range(clients)))
+    metrics = httpx.get(f"{url}/metrics").text
+    tokens = sum(float(line.split()[1]) for line in metrics.splitlines() if line.startswith('dpa_tokens_total{kind="c'))
+    latencies.sort()
+    print(
+        f"{clients} clients, {seconds:g} s: {dict(statuses)}; {sum(statuses.values()) / seconds:.1f} requests/s, "
+        f"{tokens / seconds:.0f} tokens/s; latency median {latencies[len(latencies) // 2]:.2f} s, "
+        f"p99 {latencies[int(0.99 * len(latencies))]:.2f} s"
+    )
+
+
+def steerable_start_model(folder: Path) -> Path:
+    """The demo's start model with a direction space."""
+    from dpa.core.directions import DirectionSpace, Objective
+    from dpa.models.policy import load_policy, save_policy
+    from dpa.world.demo import START_MODEL
+
+    model, tokenizer = load_policy(START_MODEL)
+    space = DirectionSpace((Objective("helpfulness", {"a": 1.0}), Objective("verbosity", {"b": 1.0})))
+    save_policy(model, tokenizer, folder, space, {})
+    return folder
+
+
+def main() -> None:
+    """Start the server, measure, stop it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--requests", type=int, default=200, help="pairs of requests for the overhead")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        model = args.model or str(steerable_start_model(Path(scratch) / "policy"))
+        begun = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dpa", "serve", model, "--name", "demo", "--port", "0", "--threads", "1"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().rpartition(" at ")[2].strip()
+            print(f"ready after {time.monotonic() - begun:.1f} s (load average {os.getloadavg()[0]:.1f})")
+            gateway = psutil.Process(process.pid)
+            (engine,) = gateway.children()
+            line = engine.cmdline()
+            through, straight = overhead(url, line[line.index("--uds") + 1], args.requests)
+            print(f"median ms: gateway {through:.2f}, engine alone {straight:.2f}, overhead {through - straight:.2f}")
+            asyncio.run(load(url, args.clients, args.seconds, [gateway, engine]))
+        finally:
+            process.terminate()
+            print(f"exit code {process.wait(30)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The gate every request passes: who may enter, how many at once, what is counted and what is logged.
+Run its tests: pytest tests/test_gateway.py
+"""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import logging
+import secrets
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from typing import Any, TextIO
+from urllib.parse import urlsplit
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dpa.serve.bodies import RefusedError
+from dpa.serve.http import ClientGoneError, refusal
+from dpa.serve.settings import Settings
+
+OPEN_PATH = "/health"
+"""The one path that needs no key."""
+
+COUNTED = ("/v1/chat/completions", "/v1/completions")
+"""The paths that hold an engine: these are limited, and timed as answers."""
+
+_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """Prometheus metrics of one gateway; their labels come from fixed sets, so a client cannot make more of them."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("dpa_requests", "Requests answered", ["route", "status"], registry=self.registry)
+        self.seconds = Histogram(
+            "dpa_request_seconds", "From first byte to last", ["route"], buckets=_BUCKETS, registry=self.registry
+        )
+        self.first_token = Histogram(
+            "dpa_first_token_seconds", "To the first chunk of a stream", buckets=_BUCKETS, registry=self.registry
+        )
+        self.in_flight = Gauge("dpa_requests_in_flight", "Requests that hold the engine", registry=self.registry)
+        self.gone = Counter("dpa_clients_gone", "Clients that hung up before the end", registry=self.registry)
+        self.tokens = Counter("dpa_tokens", "Tokens, as the engine counts them", ["kind"], registry=self.registry)
+        self.engine = Gauge("dpa_engine_answers", "Answers in the engine", ["state"], registry=self.registry)
+        self.directions = Counter("dpa_directions", "Where directions came from", ["source"], registry=self.registry)
+
+
+class Gate:
+    """ASGI middleware around the application. `routes` are the paths that are labelled by their name in metrics.
+
+    It answers 401 without a key (constant-time comparison, every path but /health), 403 to another site's page, 429
+    at once beyond `limits.requests` in flight, 503 while draining, and 500 in OpenAI's shape where the code fails.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, routes: Iterable[str]) -> None:
+        self.draining = False
+        self._app, self._settings, self._metrics = app, settings, metrics
+        self._routes = frozenset(routes)
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
+        self._in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = time.monotonic()
+        request_id = secrets.token_hex(8)
+        facts: dict[str, Any] = {}
+        scope["dpa"] = facts
+        status = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+            await send(message)
+
+        counted = scope["method"] == "POST" and scope["path"] in COUNTED
+        entered = False
+        try:
+            self._admit(scope, counted)
+            if counted:
+                entered = True
+                self._in_flight += 1
+                self._metrics.in_flight.set(self._in_flight)
+            await self._app(scope, receive, answer)
+        except RefusedError as error:
+            response = refusal(error)
+            if _long_body(_headers(scope)):  # it has not been read
+                response.headers["Connection"] = "close"
+            await response(scope, receive, answer)
+        except ClientGoneError:
+            self._metrics.gone.inc()
+            facts["gone"] = True
+        except Exception as error:  # a mistake of ours: the client gets its shape, the log the place
+            facts["failure"] = _places(error)
+            if not status:
+                await refusal(RefusedError("server: it failed; its log has the request's id.", 500))(
+                    scope, receive, answer
+                )
+        finally:
+            if entered:
+                self._in_flight -= 1
+                self._metrics.in_flight.set(self._in_flight)
+            seconds = time.monotonic() - begun
+            route = scope["path"] if scope["path"] in self._routes else "other"
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.seconds.labels(route).observe(seconds)
+            level = logging.ERROR if "failure" in facts else logging.INFO
+            logging.getLogger("dpa.serve").log(
+                level,
+                "request",
+                extra={
+                    "facts": {
+                        "id": request_id,
+                        "method": scope["method"] if scope["method"].isalpha() else "?",
+                        "route": route,
+                        "status": status,
+                        "ms": round(1000 * seconds, 1),
+                        **facts,
+                    }
+                },
+            )
+
+    def _admit(self, scope: Scope, counted: bool) -> None:
+        headers = _headers(scope)
+        self._check_site(headers)
+        if scope["path"] != OPEN_PATH:
+            self._check_key(headers.get(b"authorization", b""))
+        if self.draining and scope["path"] != OPEN_PATH:
+            raise RefusedError("server: it is shutting down; ask another.", 503, retry_after_s=5)
+        if counted and self._in_flight >= self._settings.limits.requests:
+            raise RefusedError(
+                f"server: {self._in_flight} requests are in flight, as many as it takes; ask again.",
+                429,
+                code="too_many_requests",
+                retry_after_s=1,
+            )
+
+    def _check_key(self, authorization: bytes) -> None:
+        """`Bearer KEY`, or Basic with the key as password, which a browser asks its user for."""
+        if not self._digests:
+            return
+        kind, _, given = authorization.partition(b" ")
+        if kind.lower() == b"basic":
+            try:
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except (binascii.Error, ValueError):
+                given = b""
+        elif kind.lower() != b"bearer":
+            given = b""
+        digest = hashlib.sha256(given.strip()).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if not any(matches):
+            raise RefusedError(
+                "key: it is missing or wrong; send `Authorization: Bearer KEY`.", 401, code="invalid_api_key"
+            )
+
+    def _check_site(self, headers: dict[bytes, bytes]) -> None:
+        """A page of another site, open in the user's browser, must not ask in the user's name."""
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        hosts = self._settings.hosts
+        if hosts and (urlsplit(f"//{host}").hostname or "") not in hosts:
+            raise RefusedError("host: this gateway is not known by that name; start it with --allow-host NAME.", 403)
+        origin = headers.get(b"origin")
+        if origin is not None and urlsplit(origin.decode("latin-1").lower()).netloc != host:
+            raise RefusedError("origin: another site's page may not use this gateway.", 403)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, event, and the record's `facts`. No text of users is ever in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info and record.exc_info[1] is not None:
+            line["failure"] = _places(record.exc_info[1])
+        return json.dumps(line)
+
+
+def log_json(stream: TextIO | None = None) -> None:
+    """Send the gateway's log, and uvicorn's, to `stream` (standard error) as JSON lines."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonLines())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("dpa").setLevel(logging.INFO)
+
+
+def _headers(scope: Scope) -> dict[bytes, bytes]:
+    return dict(reversed(scope["headers"]))  # of two the first
+
+
+def _long_body(headers: dict[bytes, bytes]) -> bool:
+    """Whether more of the request may follow than came with its head."""
+    return b"transfer-encoding" in headers or len(headers.get(b"content-length", b"")) > 4
+
+
+def _places(error: BaseException) -> str:
+    """Kind and place of a failure: its words might hold a user's."""
+    frames = traceback.extract_tb(error.__traceback__)[-6:]
+    return f"{type(error).__name__}: " + " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))

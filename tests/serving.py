@@ -1,0 +1,219 @@
+"""What the server's tests stand on: a scripted upstream, a gateway in a thread, and `dpa serve` as a real process.
+Used by: pytest tests/test_gateway.py tests/test_serve.py
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from dpa.core.directions import DirectionSpace, Objective
+from dpa.serve.gateway import Engines, Gateway
+from dpa.serve.http import Server
+from dpa.serve.settings import Settings
+from dpa.serve.upstream import Upstream
+
+SOURCE = Path(__file__).parents[1] / "src"
+CHAT = "/v1/chat/completions"
+SPACE = DirectionSpace(
+    objectives=(Objective("helpfulness", {"good": 1.0}), Objective("verbosity", {"long": 1.0})),
+    presets={"terse": "-30deg", "wordy": "30deg"},
+)
+QUESTION = [{"role": "user", "content": "Why?"}]
+
+
+class FakeUpstream:
+    """An OpenAI-compatible server that keeps what it was asked and answers as it is told.
+
+    An answer says which direction it was asked with, and has seed modulo 7 more words. `mode`: "answer", "slow" (until
+    `release` is set), "stall" (a stream goes silent), "die" (it breaks off), "garbage" (no JSON), a number (a status).
+    It scores too: "good" is 50, "long" the number of the response's words.
+    """
+
+    def __init__(self) -> None:
+        self.mode: str | int = "answer"
+        self.asked: list[dict[str, Any]] = []
+        self.cancelled = 0
+        self.running = 0
+        self.release = threading.Event()
+        routes = [
+            Route("/v1/models", self._models),
+            Route(CHAT, self._answer, methods=["POST"]),
+            Route("/v1/completions", self._answer, methods=["POST"]),
+            Route("/dpa/score", self._score, methods=["POST"]),
+        ]
+        self.app = Starlette(routes=routes)
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"data": [{"id": "upstream-model"}]})
+
+    async def _score(self, request: Request) -> Response:
+        body = await request.json()
+        scores = [[50.0, float(len(text.split()))] for text in body["responses"]]
+        return JSONResponse({"attributes": ["good", "long"], "scores": scores})
+
+    async def _answer(self, request: Request) -> Response:
+        body = await request.json()
+        self.asked.append(body)
+        if isinstance(self.mode, int):
+            return JSONResponse({"error": {"message": "no luck", "type": "x"}}, self.mode, {"Retry-After": "7"})
+        if self.mode == "garbage":
+            return Response("<html>", media_type="text/html")
+        chat = request.url.path == CHAT
+        preference = body.get("chat_template_kwargs", {}).get("preference", {})
+        words = f"told {json.dumps(preference)} " + "word " * ((body.get("seed") or 0) % 7)
+        if body.get("stream"):
+            return StreamingResponse(self._stream(words, chat), media_type="text/event-stream")
+        self.running += 1
+        try:
+            while self.mode == "slow" and not self.release.is_set():
+                await asyncio.sleep(0.01)
+                if await request.is_disconnected():
+                    self.cancelled += 1
+                    break
+        finally:
+            self.running -= 1
+        said = {"message": {"role": "assistant", "content": words}} if chat else {"text": words}
+        choices = [{"index": n, **said, "finish_reason": "stop"} for n in range(body.get("n") or 1)]
+        usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+        return JSONResponse({"id": "x", "object": "o", "model": "upstream-model", "choices": choices, "usage": usage})
+
+    async def _stream(self, words: str, chat: bool) -> AsyncIterator[bytes]:
+        self.running += 1
+        try:
+            for number, word in enumerate(words.split(" ")):
+                if self.mode == "stall" and number == 1:
+                    await asyncio.sleep(3600)
+                if self.mode == "die" and number == 1:
+                    raise RuntimeError("the engine is gone")
+                while self.mode == "slow" and number == 1 and not self.release.is_set():
+                    await asyncio.sleep(0.01)
+                delta = {"delta": {"content": word + " "}} if chat else {"text": word + " "}
+                yield _event({"id": "x", "object": "o", "choices": [{"index": 0, **delta, "finish_reason": None}]})
+            end = {"delta": {}} if chat else {"text": ""}
+            yield _event({"id": "x", "object": "o", "choices": [{"index": 0, **end, "finish_reason": "stop"}]})
+            yield b"data: [DONE]\n\n"
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data).encode() + b"\r\n\r\n"
+
+
+@contextmanager
+def in_thread(app: Any) -> Iterator[str]:
+    """Serve an ASGI application on a free port of this machine; yields its URL."""
+    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        up = threading.Event()
+        server = Server(config, up.set)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        assert up.wait(10)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(5)
+
+
+@contextmanager
+def gateway_before(upstream_url: str, settings: Settings | None = None, scorer: bool = False) -> Iterator[str]:
+    """A gateway in front of an upstream, both in this process; yields the gateway's URL."""
+    settings = settings or settings_with()
+    stall_s = settings.limits.stall_seconds
+    engines = Engines(policy=Upstream(upstream_url, stall_s=stall_s), scorer=Upstream(upstream_url) if scorer else None)
+    with in_thread(Gateway(settings, engines).gate) as url:
+        yield url
+
+
+def settings_with(**changes: Any) -> Settings:
+    """Settings of a model called demo."""
+    return Settings(**{"name": "demo", "upstream_model": "upstream-model", "space": SPACE, **changes})
+
+
+def events_of(response: httpx.Response) -> list[Any]:
+    """The data of each server-sent event, `[DONE]` as text."""
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n") if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+class ServeProcess:
+    """`dpa serve` with these arguments on a free port. `wait` until it says that it serves; `stop` sends a signal."""
+
+    def __init__(self, *arguments: object, env: dict[str, str] | None = None, log: Path | None = None) -> None:
+        self.log = log
+        self._stderr = log.open("wb") if log is not None else subprocess.PIPE
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "dpa", "serve", *map(str, arguments), "--port", "0"],
+            env={**os.environ, "PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+        )
+        self.url = ""
+
+    def wait(self) -> "ServeProcess":
+        """Until it is ready; its URL is then known."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if " at " not in line:
+            raise AssertionError(f"dpa serve ended: {self.process.wait(10)}")
+        self.url = line.rpartition(" at ")[2].strip()
+        return self
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
+        """Send the signal and return the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(timeout)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        if self._stderr is not subprocess.PIPE:
+            self._stderr.close()
+        return code
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids of the children of a process."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(line) for line in found.split()]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def within(seconds: float, condition: Any) -> bool:
+    """Whether the condition comes true in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return bool(condition())

@@ -1,0 +1,161 @@
+"""The model card says what a policy is, how to steer it, what was measured; pushing refuses pickles, says why it fails.
+pytest tests/test_card.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fakes import space_of
+from tiny_models import save_tiny_model
+
+from dpa.core.config import EvaluateConfig
+from dpa.core.errors import EngineError, ModelFileError
+from dpa.models.files import folder_revision
+from dpa.models.hub import push_model
+from dpa.stages.card import CARD, card, write_card
+from dpa.storage.tables import write_bytes
+
+SPACE = space_of("helpfulness", "verbosity", presets={"terse": "-40deg"})
+DATA = ["nvidia/HelpSteer2", "data/own.jsonl"]
+
+
+def interval(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 1, "high": value + 1}
+
+
+EVALUATION: dict[str, Any] = {
+    "prompts": 40,
+    "answers": 360,
+    "listens": {"by": "gold", "sentence": "The policy follows its direction (tau 0.94)."},
+    "directions": [
+        {
+            "direction": str(SPACE.direction(weights)),
+            "objectives": {"gold": {"helpfulness": interval(60.0 + d), "verbosity": interval(20.0 * d)}},
+            "words": interval(10.0 + 5 * d),
+            "front": {"gold": d != 1},
+        }
+        for d, weights in enumerate(SPACE.grid(EvaluateConfig(prompts={"path": "x"}, directions=3).directions))
+    ],
+}
+LEDGER = {
+    "rollout": {"tokens_generated": 12_000, "candidates_scored": 0, "training_tokens": 0, "wall_s": 61.0},
+    "finetune": {"tokens_generated": 0, "candidates_scored": 0, "training_tokens": 34_567, "wall_s": 5.0},
+}
+
+
+def test_the_card_has_metadata_space_snippets_front_and_ledger() -> None:
+    text = card(
+        "demo, t = 3", SPACE, "Qwen/Qwen2.5-0.5B-Instruct", DATA, "Scores came from a test.", EVALUATION, LEDGER
+    )
+    _, header, body = text.split("---\n", 2)
+    metadata = yaml.safe_load(header)
+    assert metadata["base_model"] == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert metadata["datasets"] == ["nvidia/HelpSteer2"]  # a local file is nobody else's
+    assert metadata["library_name"] == "transformers"
+    assert SPACE.template in body
+    for words in ("helpfulness", "verbosity", "`terse`", "chat_template_kwargs", "LLM(", "OpenAI(", "45 degrees"):
+        assert words in body
+    assert "| `helpfulness*71 + verbosity*-71` | 60.0 (59.0 to 61.0) | 0.0 (-1.0 to 1.0) |" in body
+    assert "the known true reward" in body
+    assert "12,000" in body
+    assert "34,567" in body
+
+
+def test_the_hubs_own_parser_reads_the_header() -> None:
+    from huggingface_hub import ModelCard
+
+    read = ModelCard(card("demo", SPACE, "Qwen/Qwen2.5-0.5B-Instruct", DATA, "")).data
+    assert read.base_model == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert "directional-preference-alignment" in (read.tags or [])
+
+
+def test_the_snippets_preference_is_inside_the_cone() -> None:
+    """What the card tells people to type works as it stands."""
+    import json
+    import re
+
+    found = re.findall(r"preference=(\{[^}]*\})", card("demo", SPACE, "a/b", DATA, ""))
+    assert found
+    SPACE.parse(json.loads(found[0]))
+
+
+def test_a_card_does_not_change_what_the_policy_is(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    before = folder_revision(folder)
+    write_card(folder, "demo", SPACE, "start", DATA, "", EVALUATION, LEDGER)
+    assert "base_model" not in (folder / CARD).read_text().split("---")[1]
+    assert folder_revision(folder) == before
+    stamp = (folder / CARD).stat().st_mtime_ns
+    write_card(folder, "demo", SPACE, "start", DATA, "", EVALUATION, LEDGER)
+    assert (folder / CARD).stat().st_mtime_ns == stamp
+
+
+class FakeApi:
+    """What push uses of huggingface_hub.HfApi."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self._error = error
+
+    def create_repo(self, repo_id: str, **options: Any) -> str:
+        self.calls.append(("create", {"repo_id": repo_id, **options}))
+        if self._error:
+            raise self._error
+        return f"https://huggingface.co/{repo_id}"
+
+    def upload_folder(self, **options: Any) -> None:
+        self.calls.append(("upload", options))
+
+
+def test_a_checked_folder_is_pushed_private_with_its_card(tmp_path: Path) -> None:
+    from fnmatch import fnmatch
+
+    folder = save_tiny_model(tmp_path / "model")
+    write_card(folder, "demo", SPACE, "start", DATA, "")
+    api = FakeApi()
+    assert push_model(folder, "me/demo", api=api) == "https://huggingface.co/me/demo"
+    (_, created), (_, uploaded) = api.calls
+    assert created == {"repo_id": "me/demo", "private": True, "exist_ok": True}
+    assert uploaded["folder_path"] == str(folder)
+    for name in (CARD, "model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (folder / name).is_file()
+        assert any(fnmatch(name, pattern) for pattern in uploaded["allow_patterns"])
+
+
+def test_a_pickle_is_not_pushed(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    write_bytes(folder / "optimizer.pt", b"\x80\x04.")
+    api = FakeApi()
+    with pytest.raises(ModelFileError, match=r"optimizer\.pt"):
+        push_model(folder, "me/demo", api=api)
+    assert api.calls == []
+
+
+def test_failures_of_the_hub_are_one_sentence(tmp_path: Path) -> None:
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    folder = save_tiny_model(tmp_path / "model")
+    for error, kind, said in (
+        (OfflineModeIsEnabled("offline"), EngineError, "HF_HUB_OFFLINE"),
+        (HFValidationError("bad name"), ModelFileError, "owner/name"),
+        (ConnectionError("no route"), EngineError, "cannot be reached"),
+    ):
+        with pytest.raises(kind, match=said):
+            push_model(folder, "me/demo", api=FakeApi(error))
+
+
+def test_the_real_client_offline_says_so(tmp_path: Path) -> None:
+    """HF_HUB_OFFLINE is read when huggingface_hub is imported, so this asks in a process of its own."""
+    import os
+    import subprocess
+    import sys
+
+    folder = save_tiny_model(tmp_path / "model")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "dpa", "push", str(folder), "me/demo"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1
+    assert "HF_HUB_OFFLINE" in result.stderr
+    assert "Traceback" not in result.stderr

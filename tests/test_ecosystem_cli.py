@@ -1,0 +1,122 @@
+"""`dpa export`, `fold`, `judge` and `--space` as a user types them; a mistake is one sentence and exit code 2.
+pytest tests/test_ecosystem_cli.py
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from test_judge import Server, by_length
+from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
+from typer.testing import CliRunner
+
+from dpa.cli.commands import app
+from dpa.core.errors import ConfigError, DpaError, ModelFileError
+from dpa.core.presets import DPA_V1
+from dpa.models.policy import load_space, save_policy
+from dpa.stages.judge import read_answers
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "pol"
+    save_policy(tiny_model(context=1024), tiny_tokenizer(), folder, SPACE, {"from": "test"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("q") / "q.jsonl"
+    file.write_text("".join(json.dumps({"instruction": f"Do {n}.", "dataset": "d"}) + "\n" for n in range(3)))
+    return file
+
+
+def dpa(*arguments: object) -> str:
+    """Run a command in this process; what it raises is raised here."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_export_writes_one_entry_per_direction_and_a_curve(policy: Path, questions: Path, tmp_path: Path) -> None:
+    output = dpa("export", policy, questions, "--grid", 3, "--out", tmp_path, "--max-new-tokens", 5)
+    files = [Path(line) for line in output.splitlines() if line.endswith(".json")]
+    assert [file.stem for file in files] == [f"pol@{d}" for d in (
+        "helpfulness+71_verbosity-71", "helpfulness+100_verbosity+0", "helpfulness+71_verbosity+71"
+    )]  # fmt: skip
+    assert len(read_answers(files[0])[1]) == 3
+    assert (tmp_path / "curve.csv").read_text().count("\n") == 4
+    assert "<svg" in (tmp_path / "curve.svg").read_text()
+
+
+def test_lm_eval_gets_a_configuration_per_direction(policy: Path, tmp_path: Path) -> None:
+    output = dpa("export", policy, "--form", "lm-eval", "-d", "helpfulness*0.8 - verbosity*0.6", "--out", tmp_path)
+    (file,) = tmp_path.glob("lm_eval/*.yaml")
+    assert str(file) in output
+    config = yaml.safe_load(file.read_text())
+    assert config["model_args"]["chat_template_args"] == {"preference": {"helpfulness": 0.8, "verbosity": -0.6}}
+
+
+def test_bake_writes_a_folder_and_overwrites_nothing_of_others(policy: Path, tmp_path: Path) -> None:
+    dpa("export", policy, "--bake", "-30deg", "--out", tmp_path / "terse")
+    assert load_space(tmp_path / "terse") == SPACE
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match="choose a new folder"):
+        dpa("export", policy, "--bake", "-30deg", "--out", tmp_path / "mine")
+
+
+def test_a_published_policy_without_dpa_config_is_steered_by_its_spaces_name(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "DPA-v1-Mistral-7B", "mistral", context=1024)
+    with pytest.raises(ModelFileError, match=r"dpa_config\.json"):
+        dpa("generate", folder, "Why?", "-d", "-15deg", "--max-new-tokens", 3)
+    dpa("generate", folder, "Why?", "-d", "-15deg", "--max-new-tokens", 3, "--space", "dpa-v1")
+    direction = DPA_V1.parse("-15deg")
+    assert DPA_V1.prompt(direction) == (
+        "You are a helpful, respectful, and honest assistant who always responds to the user in a harmless way. "
+        "Your response should maximize weighted rating = helpfulness*97 + verbosity*-26"
+    )
+
+
+def test_judge_asks_models_shows_the_cost_first_and_replays(policy: Path, questions: Path, tmp_path: Path) -> None:
+    server = Server(by_length)
+    try:
+        sides = (f"{policy}@-40deg", f"{policy}@40deg")
+        common = ("judge", *sides, "-p", "40deg", "--judge", "fake", "--questions", questions, "--out", tmp_path)
+        common += ("--max-new-tokens", 5)
+        with pytest.raises(ConfigError, match="--yes"):
+            dpa(*common, "--base-url", server.url, "--limit-tokens", 10)
+        assert server.bodies == []
+        output = dpa(*common, "--base-url", server.url, "--price-in", 2)
+        assert "6 calls to make" in output
+        assert "in your prices" in output
+        assert len(server.bodies) == 6
+    finally:
+        server.close()
+    again = dpa(*common)
+    assert "0 calls to make (6 are in the cache)" in again
+    assert [line for line in output.splitlines() if line.startswith("Told")] == [
+        line for line in again.splitlines() if line.startswith("Told")
+    ]
+    assert (tmp_path / "judge.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("export", "POLICY"), "question file is missing"),
+        (("export", "POLICY", "--form", "helm"), "--form"),
+        (("export", "POLICY", "-d", "80deg", "q.jsonl"), "degrees"),
+        (("judge", "a.json", "b.json", "-p", "0deg", "--judge", "m"), "is no file"),
+        (("judge", "POLICY@0deg", "b.json", "-p", "0deg", "--judge", "m"), "give --questions"),
+        (("fold", "POLICY", "-d", "x", "--out", "o"), "dpa_reward.json"),
+        (("fold", "POLICY", "-d", "x", "--out", "o", "--preset", "v2"), "--preset"),
+        (("push", "missing", "me/x"), "no folder"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: tuple[str, ...], said: str, policy: Path) -> None:
+    with pytest.raises(DpaError, match=said) as error:
+        dpa(*(argument.replace("POLICY", str(policy)) for argument in arguments))
+    assert error.value.exit_code == 2

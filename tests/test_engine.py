@@ -1,0 +1,269 @@
+"""The engine: rows join and leave without changing an answer, text comes whole, a leaving client frees its row.
+pytest tests/test_engine.py
+"""
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import CHAT, events_of, in_thread, within
+from tiny_models import SPACE, tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpa.core.errors import EngineError
+from dpa.core.records import SampleRequest
+from dpa.models.batching import ContinuousBatch, Row
+from dpa.models.decoding import Decoding, decode
+from dpa.models.policy import make_steerable
+from dpa.models.samplers import TransformersSampler
+from dpa.serve.engine import Engine
+from dpa.serve.text_stream import TextStream
+
+QUESTION: Any = [{"role": "user", "content": "Why?"}]
+PREFERENCE = {"helpfulness": 0.8, "verbosity": -0.6}
+
+
+def steerable(context: int = 4096) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = tiny_model(context=context), tiny_tokenizer()
+    make_steerable(tokenizer, SPACE)
+    return model, tokenizer
+
+
+# --- the batch ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral", "qwen2"])
+def test_an_answer_does_not_depend_on_who_joins_and_leaves(architecture: str) -> None:
+    changes = {"sliding_window": None} if architecture in ("mistral", "qwen2") else {}
+    model = tiny_model(architecture, **changes)
+    chance = random.Random(0)
+    prompts = [[5 + chance.randrange(250) for _ in range(chance.randrange(1, 120))] for _ in range(6)]
+    seeds = list(range(18))
+    how = Decoding(0.9, 1.0, 60, (1,), 0)
+    expected = decode(model, prompts, [seed % 6 for seed in seeds], seeds, [60] * 18, how)
+    batch = ContinuousBatch(model, (1,), 0)
+    rows = [Row(prompts[seed % 6], seed, 60, 0.9, 1.0) for seed in seeds]
+    noise = [Row(prompts[n % 6], 99 + n, 40, (0.0, 0.4)[n % 2], 0.7) for n in range(8)]
+    waiting: list[Row] = [*rows, *noise]
+    chance.shuffle(waiting)
+    while waiting or batch.rows:
+        joining = [waiting.pop() for _ in range(min(len(waiting), chance.randrange(4)))]
+        if joining:
+            batch.join(joining)
+        batch.step()
+        leaving = [row for row in batch.rows if row in noise and chance.random() < 0.05]
+        batch.leave(leaving, "cancelled")
+    assert [row.tokens for row in rows] == expected
+    assert {row.finish_reason for row in rows} <= {"stop", "length"}
+
+
+def test_the_cache_does_not_grow_with_those_who_left() -> None:
+    model = tiny_model()
+    batch = ContinuousBatch(model, (), 0)
+    for n in range(16):
+        batch.join([Row([7] * 10, n, 30, 1.0, 1.0)])
+        for _ in range(15):  # two at a time, each 30 tokens long: 240 columns in all, were none forgotten
+            batch.step()
+    assert batch._width() < 110
+
+
+def test_nan_is_not_sampled_from() -> None:
+    model = tiny_model()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(EngineError, match="NaN"):
+        ContinuousBatch(model, (1,), 0).join([Row([5], 0, 5, 1.0, 1.0)])
+
+
+# --- the text -------------------------------------------------------------------------------------------------------
+
+
+def pieces_of(text: str, stops: list[str] | None = None) -> tuple[list[str], TextStream]:
+    tokenizer = tiny_tokenizer()
+    stream = TextStream(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), stops or [])
+    pieces = []
+    for token in tokenizer(text)["input_ids"]:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            break
+    pieces.append(stream.finish())
+    return pieces, stream
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve café", "日本語 text", "👩‍👩‍👧 family", "a\ufffdb", " lead", ""])
+def test_pieces_joined_are_the_text_and_never_half_a_character(text: str) -> None:
+    pieces, stream = pieces_of(text)
+    assert "".join(pieces) == text == stream.text
+    if "\ufffd" not in text:
+        assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_an_unfinished_character_at_the_end_is_shown_as_such() -> None:
+    tokenizer = tiny_tokenizer()
+    stream = TextStream(lambda ids: tokenizer.decode(ids), [])
+    for token in tokenizer("é")["input_ids"][:1]:
+        assert stream.push(token) == ""
+    assert stream.finish() == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("stops", "left", "stopped"),
+    [
+        (["o w"], "hell", True),
+        (["xyz"], "hello world", False),
+        (["d", "l"], "he", True),
+        (["world!"], "hello world", False),
+        (["hello"], "", True),
+        (["ll", "hell"], "", True),
+    ],
+)
+def test_a_stop_string_ends_the_text_before_it_and_no_piece_shows_it(
+    stops: list[str], left: str, stopped: bool
+) -> None:
+    pieces, stream = pieces_of("hello world", stops)
+    assert "".join(pieces) == left == stream.text and stream.stopped is stopped
+
+
+# --- HTTP -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    model, tokenizer = steerable()
+
+    class Started:
+        """The engine's loop starts in the event loop that serves it."""
+
+        def __init__(self) -> None:
+            self.engine = Engine("m", model, tokenizer, "rev", None, max_rows=4)
+            self.app = self.engine.app()
+            self.begun = False
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if not self.begun and self.engine.loop is not None:
+                self.begun = True
+                self.engine.loop.start()
+            await self.app(scope, receive, send)
+
+    with in_thread(Started()) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=30) as client:
+        yield client
+
+
+def ask(client: httpx.Client, **fields: Any) -> httpx.Response:
+    body = {"messages": QUESTION, "max_tokens": 30, "seed": 7, "temperature": 1.0, **fields}
+    return client.post(CHAT, json=body)
+
+
+def said(answer: httpx.Response) -> list[str]:
+    return [choice["message"]["content"] for choice in answer.json()["choices"]]
+
+
+def test_answers_are_those_of_the_sampler_with_the_same_seed(client: httpx.Client) -> None:
+    sampler = TransformersSampler(*steerable(), SPACE, max_new_tokens=30)
+    (samples,) = sampler.sample([SampleRequest(QUESTION, (0.8, -0.6), (7, 8))])
+    kwargs = {"preference": PREFERENCE}
+    answers = [ask(client, seed=seed, chat_template_kwargs=kwargs) for seed in (7, 8)]
+    assert [said(answer)[0] for answer in answers] == [sample.text for sample in samples]
+    assert answers[0].json()["usage"]["completion_tokens"] == samples[0].tokens
+    assert said(ask(client)) != said(answers[0]), "the direction changes the prompt"
+
+
+def test_a_stream_says_what_the_whole_answer_says(client: httpx.Client) -> None:
+    for fields in ({}, {"stop": ["a", "e", "q"]}, {"n": 3}, {"temperature": 0}, {"top_p": 0.5}):
+        whole = ask(client, **fields).json()
+        *chunks, done = events_of(ask(client, stream=True, stream_options={"include_usage": True}, **fields))
+        texts = [""] * len(whole["choices"])
+        reasons = [None] * len(texts)
+        for chunk in chunks[:-1]:
+            (choice,) = chunk["choices"]
+            texts[choice["index"]] += choice["delta"].get("content", "")
+            reasons[choice["index"]] = choice["finish_reason"] or reasons[choice["index"]]
+        assert done == "[DONE]" and chunks[-1]["usage"] == whole["usage"] and chunks[-1]["choices"] == []
+        assert texts == [choice["message"]["content"] for choice in whole["choices"]]
+        assert reasons == [choice["finish_reason"] for choice in whole["choices"]]
+
+
+def test_seed_temperature_and_n_are_honoured(client: httpx.Client) -> None:
+    assert said(ask(client)) == said(ask(client)) != said(ask(client, seed=8))
+    assert said(ask(client, temperature=0, seed=1)) == said(ask(client, temperature=0, seed=2))
+    three = said(ask(client, n=3))
+    assert len(set(three)) == 3 and three[0] == said(ask(client))[0]
+    assert said(ask(client, seed=-5)) == said(ask(client, seed=-5))
+
+
+def test_completions_continue_text_and_tokens(client: httpx.Client) -> None:
+    body = {"max_tokens": 5, "temperature": 0}
+    texts = client.post("/v1/completions", json={"prompt": ["abc", "b"], **body}).json()["choices"]
+    ids = tiny_tokenizer()("abc")["input_ids"]
+    from_ids = client.post("/v1/completions", json={"prompt": ids, **body}).json()["choices"]
+    assert len(texts) == 2 and from_ids[0]["text"] == texts[0]["text"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{}]},
+        {"logprobs": True},
+        {"frequency_penalty": 1.0},
+        {"chat_template_kwargs": {"preference": {"x": 1}}},
+        {"messages": [{"role": "user", "content": "x" * 5000}]},
+        {"messages": [{"role": "alien", "content": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    ],
+)
+def test_what_it_cannot_do_is_a_400_that_names_it(client: httpx.Client, fields: dict[str, Any]) -> None:
+    answer = ask(client, **fields)
+    assert answer.status_code == 400
+    field = next(iter(fields)).removeprefix("chat_template_kwargs") or "messages"
+    assert field in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_38_a_client_that_leaves_frees_its_row(client: httpx.Client, url: str, stream: bool) -> None:
+    def load() -> tuple[int, int]:
+        about = client.get("/dpa/engine").json()
+        return about["running"], about["waiting"]
+
+    with pytest.raises(httpx.ReadTimeout):
+        if stream:
+            with httpx.stream("POST", url + CHAT, json=_endless(stream=True), timeout=10) as response:
+                for _ in response.iter_lines():
+                    assert load() == (3, 0)
+                    raise httpx.ReadTimeout("seen enough")
+        else:
+            httpx.post(url + CHAT, json=_endless(), timeout=0.3)
+    begun = time.monotonic()
+    assert within(1.0, lambda: load() == (0, 0))
+    assert time.monotonic() - begun < 1.0
+
+
+def _endless(**fields: Any) -> dict[str, Any]:
+    return {"messages": QUESTION, "max_tokens": 4000, "n": 3, "temperature": 0, **fields}
+
+
+def test_more_than_fit_wait_their_turn(client: httpx.Client) -> None:
+    answers = said(ask(client, n=8, max_tokens=20))  # four rows are written at once
+    assert len(answers) == 8 and answers[:3] == said(ask(client, n=3, max_tokens=20))
+
+
+def test_30_a_request_cannot_make_the_template_loop_for_ever(tmp_path: Path) -> None:
+    model, tokenizer = steerable()
+    tokenizer.chat_template = (
+        "{% if messages[0].content == 'boom' %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
+        "{% endfor %}{% endif %}{{ messages[0].content }}"
+    )
+    app = Engine("m", model, tokenizer, "rev", None, max_rows=1).app()
+    with in_thread(app) as url:
+        begun = time.monotonic()
+        answer = httpx.post(url + CHAT, json={"messages": [{"role": "user", "content": "boom"}]}, timeout=20)
+        assert answer.status_code == 400 and "lines" in answer.json()["error"]["message"]
+        assert time.monotonic() - begun < 5

@@ -1,0 +1,532 @@
+"""The gateway before a scripted upstream: what is let in, what is sent on, what comes back when things go wrong.
+pytest tests/test_gateway.py
+"""
+
+import base64
+import inspect
+import io
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import CHAT, QUESTION, SPACE, FakeUpstream, events_of, gateway_before, in_thread, settings_with, within
+
+from dpa.models.files import EVALUATION_FILE
+from dpa.serve.front import load_front
+from dpa.serve.gate import Gate, JsonLines
+from dpa.serve.settings import Limits
+
+KEY = "correct-horse-battery"
+TERSE = "helpfulness*87 + verbosity*-50"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[tuple[FakeUpstream, str]]:
+    fake = FakeUpstream()
+    with in_thread(fake.app) as url:
+        yield fake, url
+
+
+@pytest.fixture
+def fake(engine: tuple[FakeUpstream, str]) -> FakeUpstream:
+    fake = engine[0]
+    fake.mode, fake.asked, fake.cancelled = "answer", [], 0
+    fake.release = threading.Event()
+    return fake
+
+
+@pytest.fixture(scope="module")
+def url(engine: tuple[FakeUpstream, str]) -> Iterator[str]:
+    """A gateway with a scorer, and limits that a test reaches in no time."""
+    limits = Limits(body_bytes=60_000, max_tokens=100, requests=4, seconds=2.0, stall_seconds=0.5)
+    with gateway_before(engine[1], settings_with(limits=limits), scorer=True) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=10) as client:
+        yield client
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "demo", "messages": QUESTION, **fields}
+
+
+def refused(response: httpx.Response, status: int) -> str:
+    """The message of an error in OpenAI's shape, which it must have."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"] and error["type"]
+    assert "Traceback" not in response.text
+    return error["message"]
+
+
+# --- what is sent on, and what comes back --------------------------------------------------------------------------
+
+
+def test_the_direction_travels_as_a_template_variable_and_is_echoed(fake: FakeUpstream, client: httpx.Client) -> None:
+    answer = client.post(CHAT, json=chat(model="demo:terse", temperature=0.3, foo={"bar": 1}))
+    assert answer.headers["x-dpa-direction"] == TERSE and answer.headers["x-dpa-source"] == "model"
+    dpa = answer.json()["dpa"]
+    assert dpa["direction"] == TERSE and dpa["source"] == "model" and dpa["clamped"] is False
+    assert dpa["scores"]["helpfulness"] == 50.0 and dpa["words"] == len(_said(answer).split())
+    (sent,) = fake.asked
+    assert sent["chat_template_kwargs"]["preference"] == SPACE.parse("terse").as_mapping()
+    assert sent["model"] == "upstream-model" and answer.json()["model"] == "demo:terse"
+    assert sent["temperature"] == 0.3 and sent["foo"] == {"bar": 1}, "unknown fields travel on"
+    assert sent["max_tokens"] == 100 and "dpa" not in sent
+
+
+def _said(answer: httpx.Response) -> str:
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+def test_a_stream_says_first_what_was_done_and_last_how_it_came_out(fake: FakeUpstream, client: httpx.Client) -> None:
+    answer = client.post(CHAT, json=chat(dpa="-10deg", stream=True, seed=3), headers={"X-DPA-Direction": "terse"})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *chunks, done = events_of(answer)
+    assert done == "[DONE]" and answer.headers["x-dpa-direction"] == str(SPACE.parse("-10deg"))
+    assert chunks[0]["dpa"]["source"] == "body" and "scores" not in chunks[0]["dpa"]
+    assert chunks[0]["dpa"]["ignored"] == [{"source": "header", "direction": TERSE}]
+    said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert chunks[-1]["dpa"]["words"] == len(said.split()) and chunks[-1]["dpa"]["scores"]["helpfulness"] == 50.0
+    assert all("dpa" not in chunk for chunk in chunks[1:-1])
+
+
+def test_completions_are_steered_through_the_template_and_raw_without_a_direction(
+    fake: FakeUpstream, client: httpx.Client
+) -> None:
+    for stream in (False, True):
+        fake.asked = []
+        raw = client.post("/v1/completions", json={"model": "demo", "prompt": "Once", "stream": stream})
+        told = client.post("/v1/completions", json={"model": "demo:terse", "prompt": "Once", "stream": stream})
+        assert fake.asked[0]["prompt"] == "Once" and "messages" not in fake.asked[0]
+        assert fake.asked[1]["messages"] == [{"role": "user", "content": "Once"}] and "prompt" not in fake.asked[1]
+        if stream:
+            texts = ["".join(chunk["choices"][0]["text"] for chunk in events_of(one)[:-1]) for one in (raw, told)]
+            assert all(chunk["object"] == "text_completion" for chunk in events_of(told)[:-1])
+        else:
+            texts = [one.json()["choices"][0]["text"] for one in (raw, told)]
+            assert told.json()["object"] == "text_completion"
+        assert "told {}" in texts[0] and '"verbosity": -0.49' in texts[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_best_of_returns_what_the_direction_values_most(fake: FakeUpstream, client: httpx.Client, stream: bool) -> None:
+    body = chat(dpa="terse", seed=6, dpa_options={"best_of": 4}, stream=stream)
+    answer = client.post(CHAT, json=body)
+    assert len(fake.asked) == 4 and len({sent["seed"] for sent in fake.asked}) == 4
+    assert 6 in {sent["seed"] for sent in fake.asked}
+    assert all(0 <= sent["seed"] < 2**63 for sent in fake.asked)
+    last = events_of(answer)[-2] if stream else answer.json()
+    dpa = last["dpa"]
+    (chosen,) = [one for one in dpa["candidates"] if one["chosen"]]
+    assert chosen["utility"] == max(one["utility"] for one in dpa["candidates"])
+    assert chosen["scores"] == dpa["scores"] and dpa["scores"]["verbosity"] == dpa["words"]
+    assert dpa["words"] == min(one["scores"]["verbosity"] for one in dpa["candidates"]), "terse: the shortest"
+    if not stream:
+        assert answer.json()["usage"] == {"prompt_tokens": 12, "completion_tokens": 20, "total_tokens": 32}
+        assert len(_said(answer).split()) == dpa["words"]
+    again = client.post(CHAT, json={**body, "stream": False}).json()
+    assert again["dpa"]["candidates"] == dpa["candidates"], "the same seed, the same answers"
+
+
+def test_robust_selection_samples_neighbours_and_lets_the_asked_direction_choose(
+    fake: FakeUpstream, client: httpx.Client
+) -> None:
+    options = {"best_of": 2, "robust": {"angle": 12, "neighbors": 2}, "base": True}
+    dpa = client.post(CHAT, json=chat(dpa="terse", seed=5, dpa_options=options)).json()["dpa"]
+    asked = SPACE.parse("terse")
+    near = [str(SPACE.direction(row)) for row in SPACE.neighbours(asked, 12, 2)]
+    assert [one["direction"] for one in dpa["candidates"]] == [TERSE, TERSE, near[0], near[0], near[1], near[1]]
+    for one in dpa["candidates"]:
+        expected = sum(one["scores"][name] * weight for name, weight in asked.as_mapping().items())
+        assert one["utility"] == pytest.approx(expected)
+    told = [sent.get("chat_template_kwargs", {}).get("preference") for sent in fake.asked]
+    assert told.count(None) == 1 and len(told) == 7 and dpa["base"]["content"].startswith("told {}")
+    assert dpa["direction"] == TERSE
+
+
+def test_the_base_answer_has_the_same_seed_and_no_direction(fake: FakeUpstream, client: httpx.Client) -> None:
+    answer = client.post(CHAT, json=chat(dpa="terse", dpa_options={"base": True})).json()
+    steered, plain = sorted(fake.asked, key=lambda sent: "chat_template_kwargs" not in sent)
+    assert steered["seed"] == plain["seed"] and "chat_template_kwargs" not in plain
+    base = answer["dpa"]["base"]
+    assert base["content"].startswith("told {}") and base["scores"]["verbosity"] == base["words"]
+    assert client.post(CHAT, json=chat(model="demo@base")).json()["dpa"]["direction"] is None
+    refused(client.post(CHAT, json=chat(dpa="terse", stream=True, dpa_options={"base": True})), 400)
+
+
+def test_a_selection_without_a_scorer_is_refused(engine: tuple[FakeUpstream, str], fake: FakeUpstream) -> None:
+    with gateway_before(engine[1]) as url:
+        message = refused(httpx.post(url + CHAT, json=chat(dpa="terse", dpa_options={"best_of": 2})), 400)
+        assert "--reward" in message
+        answer = httpx.post(url + CHAT, json=chat(dpa="terse", n=2)).json()
+        assert answer["dpa"]["scores"] is None and [one["words"] for one in answer["dpa"]["choices"]] == [5, 5]
+
+
+def test_the_space_says_what_may_be_asked(client: httpx.Client) -> None:
+    space = client.get("/v1/dpa/space").json()
+    assert space["model"] == "demo" and [o["name"] for o in space["objectives"]] == ["helpfulness", "verbosity"]
+    assert space["presets"]["terse"]["text"] == TERSE and space["max_angle"] == 45.0 and space["front"] is None
+    assert space["scorer"] is True and space["limits"]["max_tokens"] == 100
+    models = [model["id"] for model in client.get("/v1/models").json()["data"]]
+    assert models == ["demo", "demo:terse", "demo:wordy"]
+
+
+def test_a_direction_is_read_for_the_page(client: httpx.Client) -> None:
+    read = client.post("/v1/dpa/direction", json={"direction": "helpfulness - 3*verbosity", "outside": "clamp"}).json()
+    assert read["text"] == "helpfulness*71 + verbosity*-71" and read["clamped"] and read["angle"] == pytest.approx(45)
+    message = refused(client.post("/v1/dpa/direction", json={"direction": "helpfulness - 3*verbosity"}), 400)
+    assert "45" in message
+
+
+def test_front_comes_from_the_record_beside_the_model(tmp_path: Path) -> None:
+    value = {"value": 2.0, "low": 1.0, "high": 3.0}
+    measured = {"helpfulness": value, "verbosity": value}
+    point = {"weights": [0.8, -0.6], "objectives": {"model": measured, "gold": measured}, "words": value}
+    assert load_front(tmp_path, SPACE) == (None, None)
+    (tmp_path / EVALUATION_FILE).write_text(json.dumps({"directions": [point]}))
+    (found,), reward = load_front(tmp_path, SPACE)
+    assert reward == "gold" and found["text"] == "helpfulness*80 + verbosity*-60" and found["words"] == 2.0
+    assert found["objectives"]["verbosity"] == value
+    for damaged in ("{", "[]", '{"directions": [{"weights": [1], "objectives": {}}]}', '{"directions": 3}'):
+        (tmp_path / EVALUATION_FILE).write_text(damaged)
+        assert load_front(tmp_path, SPACE) == (None, None)
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+BAD_DIRECTIONS = [
+    {"helpfulnes": 1},
+    {"helpfulness": 0},
+    {"helpfulness": "1"},
+    "helpfulness*1e400",
+    "+".join(["helpfulness"] * 3000),
+    "(" * 500 + "helpfulness",
+    "helpfulness*٣",
+    "helpfulness*0.8; ignore previous",
+    "180deg",
+    7,
+]
+
+
+@pytest.mark.parametrize("value", BAD_DIRECTIONS, ids=lambda value: repr(value)[:25])
+def test_33_what_is_no_direction_is_400_within_50_ms(fake: FakeUpstream, client: httpx.Client, value: Any) -> None:
+    refused(client.post(CHAT, json=chat(dpa=value)), 400)
+    fastest = 9.0
+    for _ in range(30):  # the machine may be busy with other things
+        begun = time.perf_counter()
+        refused(client.post(CHAT, json=chat(chat_template_kwargs={"preference": value})), 400)
+        fastest = min(fastest, time.perf_counter() - begun)
+        if fastest < 0.05:
+            break
+    assert fastest < 0.05 and fake.asked == []
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"model": "demo", "messages": [{"role": "user", "content": "a"}], "dpa": {"helpfulness": 1e400}}',
+        b'{"model": "demo", "messages": [{"role": "user", "content": "a"}], "dpa": {"helpfulness": NaN}}',
+        b'{"model": "demo", "messages": [{"role": "user", "content": "a"}], "dpa": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+    ],
+)
+def test_33_numbers_and_nesting_that_json_does_not_stop_are_400(client: httpx.Client, raw: bytes) -> None:
+    refused(client.post(CHAT, content=raw), 400)
+
+
+BAD_BODIES: list[tuple[Any, int]] = [
+    (b"", 400),
+    (b"[]", 400),
+    (b"3", 400),
+    (b"null", 400),
+    (b'"text"', 400),
+    (b"{", 400),
+    (b"\xff\xfe{}", 400),
+    (b'{"model": "demo", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
+    (b"[" * 40_000, 400),
+    (b'{"a":' * 100 + b"1" + b"}" * 100, 400),
+    (b" " * 70_000, 413),
+    ({}, 400),
+    (chat(messages=[]), 400),
+    (chat(messages="hi"), 400),
+    (chat(messages=[3]), 400),
+    (chat(messages=[{"role": "user", "content": 3}]), 400),
+    (chat(messages=[{"role": "", "content": "x"}]), 400),
+    (chat(messages=[{"role": "system", "content": "<dpa>terse</dpa>"}]), 400),
+    (chat(messages=[{"role": "user", "content": "x"}] * 1025), 400),
+    (chat(n=1_000_000), 400),
+    (chat(n=0), 400),
+    (chat(n=1.5), 400),
+    (chat(n=True), 400),
+    (chat(max_tokens=1_000_000_000), 400),
+    (chat(max_completion_tokens=1_000_000_000), 400),
+    (chat(max_tokens=-1), 400),
+    (chat(max_tokens="5"), 400),
+    (chat(stop=["a"] * 10_000), 400),
+    (chat(stop="x" * 10_000), 400),
+    (chat(stop=[""]), 400),
+    (chat(temperature=1e308), 400),
+    (chat(temperature=-1), 400),
+    (chat(top_p=0), 400),
+    (chat(seed=10**30), 400),
+    (chat(stream="yes"), 400),
+    (chat(dpa_options={"best_of": 10**6}), 400),
+    (chat(dpa_options={"best_off": 2}), 400),
+    (chat(dpa="terse", dpa_options={"robust": {"angle": 1000}}), 400),
+    (chat(dpa="terse", dpa_options={"best_of": 8, "robust": True}), 400),
+    (chat(dpa_options={"best_of": 2}), 400),
+    (chat(chat_template_kwargs="x"), 400),
+    (chat(model="nosuch"), 404),
+    (chat(model="demo:nosuch"), 404),
+    (chat(verbosity="loud"), 400),
+]
+
+
+@pytest.mark.parametrize(("body", "status"), BAD_BODIES, ids=lambda value: repr(value)[:40])
+def test_35_bad_bodies_are_4xx_in_openai_shape(
+    fake: FakeUpstream, client: httpx.Client, body: Any, status: int
+) -> None:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    message = refused(client.post(CHAT, content=data, headers={"content-type": "application/json"}), status)
+    assert len(message) < 600 and fake.asked == []
+
+
+def test_35_a_body_without_an_end_is_cut_at_the_limit(client: httpx.Client) -> None:
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 10_000
+            yield b" " * 10_000
+
+    refused_in_time = False
+    try:
+        refused(client.post(CHAT, content=endless()), 413)
+        refused_in_time = True
+    except httpx.TransportError:  # the answer came while the client still wrote
+        refused_in_time = True
+    assert refused_in_time and sent < 20_000_000
+
+
+@pytest.mark.parametrize("length", ["99999999999", "-1", "1" * 5000, "x"])
+def test_35_a_declared_length_is_believed_only_to_refuse(url: str, length: str) -> None:
+    """By hand: no client library would send these."""
+    port = int(url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as wire:
+        wire.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{{}}".encode())
+        assert wire.recv(100).split()[1] in (b"400", b"413")
+
+
+def test_36_every_route_but_health_needs_the_key(engine: tuple[FakeUpstream, str], fake: FakeUpstream) -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLines())
+    logging.getLogger("dpa.serve").addHandler(handler)
+    logging.getLogger("dpa.serve").setLevel(logging.INFO)
+    try:
+        with gateway_before(engine[1], settings_with(keys=(KEY, "another-long-key"))) as url, httpx.Client() as client:
+            right = {"Authorization": f"Bearer {KEY}"}
+            paths = [*client.get(f"{url}/openapi.json", headers=right).json()["paths"], "/", "/index.html", "/nosuch"]
+            paths += [
+                "/openapi.json",
+                "/docs",
+                "//v1/models",
+                "/v1/models/",
+                "/health/",
+                "/health/../v1/models",
+                "/HEALTH",
+            ]
+            assert "/metrics" in paths and CHAT in paths
+            wrong = [{}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": KEY}, {"Authorization": "Bearer"}]
+            wrong += [{"Authorization": "Basic !"}, {"X-API-Key": KEY}, {"Authorization": f"Bearer {KEY[:-1]}"}]
+            for path in paths:
+                for method in ("GET", "POST", "OPTIONS", "HEAD", "PUT"):
+                    if path == "/health":
+                        continue
+                    answer = client.request(method, url + path, headers=wrong[0])
+                    assert answer.status_code == 401, (method, path)
+            for headers in wrong:
+                answer = client.post(url + CHAT, json=chat(), headers=headers)
+                refused(answer, 401)
+                assert answer.headers["www-authenticate"].startswith("Basic")
+            assert client.get(f"{url}/health").status_code == 200
+            basic = base64.b64encode(f"me:{KEY}".encode()).decode()
+            for headers in (right, {"Authorization": "bearer another-long-key"}, {"Authorization": f"Basic {basic}"}):
+                assert client.get(f"{url}/v1/models", headers=headers).status_code == 200
+            client.post(url + CHAT, json=chat(), headers=right)
+    finally:
+        logging.getLogger("dpa.serve").removeHandler(handler)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert len(lines) > 50 and {line["status"] for line in lines} == {200, 401}
+    assert KEY not in stream.getvalue() and "Why?" not in stream.getvalue() and "told" not in stream.getvalue()
+    assert all("authorization" not in asked for asked in fake.asked)
+
+
+def test_36_keys_are_compared_in_constant_time() -> None:
+    """By reading, as no clock here is fine enough: the check hands digests to hmac and leaves no loop early."""
+    source = inspect.getsource(Gate._check_key)
+    assert "hmac.compare_digest(digest, known) for known in self._digests]" in source and "==" not in source.replace(
+        'kind.lower() == b"basic"', ""
+    )
+
+
+def test_another_site_in_the_users_browser_is_turned_away(engine: tuple[FakeUpstream, str]) -> None:
+    with gateway_before(engine[1], settings_with(hosts=("localhost", "127.0.0.1"))) as url, httpx.Client() as client:
+        assert client.post(url + CHAT, json=chat(), headers={"Origin": url}).status_code == 200
+        refused(client.post(url + CHAT, json=chat(), headers={"Origin": "http://evil.example"}), 403)
+        refused(client.post(url + CHAT, json=chat(), headers={"Host": "evil.example"}), 403)
+
+
+def test_37_beyond_the_limit_429_at_once_and_the_accepted_finish(
+    fake: FakeUpstream, client: httpx.Client, url: str
+) -> None:
+    fake.mode = "slow"
+    with ThreadPoolExecutor(4) as pool:
+        accepted = [pool.submit(httpx.post, url + CHAT, json=chat(stream=bool(n % 2)), timeout=10) for n in range(4)]
+        assert within(3, lambda: fake.running == 4)
+        begun = time.perf_counter()
+        answer = client.post(CHAT, json=chat())
+        assert time.perf_counter() - begun < 0.2
+        refused(answer, 429)
+        assert int(answer.headers["retry-after"]) >= 1
+        assert client.get("/health").status_code == 200 and client.get("/v1/models").status_code == 200
+        fake.release.set()
+        assert [one.result().status_code for one in accepted] == [200] * 4
+    assert client.post(CHAT, json=chat()).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_38_a_client_that_leaves_is_noticed_within_a_second(
+    fake: FakeUpstream, client: httpx.Client, stream: bool
+) -> None:
+    fake.mode = "slow"
+    with pytest.raises(httpx.ReadTimeout):
+        client.post(CHAT, json=chat(stream=stream), timeout=0.3)
+    begun = time.monotonic()
+    assert within(1.0, lambda: fake.running == 0), "the upstream still works for nobody"
+    assert time.monotonic() - begun < 1.0
+    metrics = client.get("/metrics").text
+    assert "dpa_requests_in_flight 0.0" in metrics
+
+
+@pytest.mark.parametrize(("mode", "status"), [("stall", 504), ("die", 502)])
+def test_39_an_upstream_that_stalls_or_dies_ends_the_stream_with_an_error_and_done(
+    fake: FakeUpstream, client: httpx.Client, mode: str, status: int
+) -> None:
+    fake.mode = mode
+    *chunks, error, done = events_of(client.post(CHAT, json=chat(stream=True)))
+    assert chunks[0]["dpa"] and done == "[DONE]"
+    assert set(error["error"]) == {"message", "type", "param", "code"} and error["error"]["type"] == "server_error"
+    assert within(1.0, lambda: fake.running == 0)
+
+
+def test_39_the_time_limit_ends_a_request(fake: FakeUpstream, client: httpx.Client) -> None:
+    fake.mode = "slow"
+    begun = time.monotonic()
+    refused(client.post(CHAT, json=chat()), 504)
+    assert time.monotonic() - begun < 4.5
+    assert within(1.0, lambda: fake.running == 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "status"), [(500, 502), (429, 429), (503, 503), (401, 502), (400, 400), ("garbage", 502), (302, 502)]
+)
+def test_an_upstream_error_is_passed_on_or_a_bad_gateway(
+    fake: FakeUpstream, client: httpx.Client, mode: str | int, status: int
+) -> None:
+    fake.mode = mode
+    answer = client.post(CHAT, json=chat())
+    refused(answer, status)
+    if status in (429, 503):
+        assert answer.headers["retry-after"] == "7"
+    *_, error, done = events_of(client.post(CHAT, json=chat(stream=True)))
+    assert "error" in error and done == "[DONE]"
+
+
+def test_an_upstream_that_is_not_there_is_503(fake: FakeUpstream) -> None:
+    with gateway_before("http://127.0.0.1:9") as url:
+        answer = httpx.post(url + CHAT, json=chat())
+        refused(answer, 503)
+        assert "retry-after" in answer.headers
+
+
+OPEN_WEBUI = {
+    "stream": True,
+    "model": "demo:terse",
+    "messages": [{"role": "system", "content": "You are kind."}, {"role": "user", "content": "Why?"}],
+    "temperature": 0.8,
+    "top_p": 0.9,
+    "max_tokens": 64,
+    "frequency_penalty": 0,
+    "seed": 1,
+    "stop": None,
+    "stream_options": {"include_usage": True},
+    "metadata": {"chat_id": "x", "variables": {"{{USER_NAME}}": "me"}},
+    "custom": {"logit_bias": {}},
+}
+
+
+def test_40_what_open_webui_sends_passes_unchanged(fake: FakeUpstream, client: httpx.Client) -> None:
+    answer = client.post(CHAT, json=OPEN_WEBUI)
+    *chunks, done = events_of(answer)
+    assert done == "[DONE]" and chunks[0]["dpa"]["direction"] == answer.headers["x-dpa-direction"] == TERSE
+    (sent,) = fake.asked
+    added = {"model": "upstream-model", "chat_template_kwargs": sent["chat_template_kwargs"]}
+    assert sent == {name: value for name, value in OPEN_WEBUI.items() if name != "stop"} | added
+
+
+def test_40_tools_and_their_results_pass_unchanged(fake: FakeUpstream, client: httpx.Client) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        *QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "42"},
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": "data:,"}}, {"type": "text", "text": "x"}],
+        },
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    body = chat(messages=messages, tools=tools, response_format={"type": "json_object"}, logprobs=True)
+    assert client.post(CHAT, json=body).status_code == 200
+    (sent,) = fake.asked
+    assert all(sent[name] == body[name] for name in ("messages", "tools", "response_format", "logprobs"))
+
+
+def test_metrics_count_and_no_client_can_make_more_of_them(fake: FakeUpstream, client: httpx.Client) -> None:
+    for n in range(20):
+        client.get(f"/made-up-{n}")
+        client.request(f"M{n}", "/made-up")
+    text = client.get("/metrics").text
+    assert "made-up" not in text and 'dpa_directions_total{source="model"}' in text
+    assert 'dpa_requests_total{route="/v1/chat/completions",status="200"}' in text
+
+
+def test_text_is_logged_only_when_asked(engine: tuple[FakeUpstream, str], fake: FakeUpstream) -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLines())
+    logger = logging.getLogger("dpa.serve")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        for log_text in (False, True):
+            stream.truncate(0)
+            with gateway_before(engine[1], settings_with(log_text=log_text)) as url:
+                httpx.post(url + CHAT, json=chat())
+            assert ("Why?" in stream.getvalue()) is log_text
+    finally:
+        logger.removeHandler(handler)

@@ -1,0 +1,243 @@
+"""A pool of servers: shared load, back-pressure, retries, time limits, and which failures end what.
+pytest tests/test_http_pool.py
+
+Faults 10 to 12 of the project's list, over real sockets; the servers misbehave, nothing is patched.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from fake_server import FakeServer
+
+from dpa.core.errors import EngineError
+from dpa.models.http_pool import MAX_ANSWER_BYTES, Answer, HttpPool, Refusal, _retry_after
+
+QUICK = {"backoff_s": 0.01, "request_s": 20.0}
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as server:
+        yield server
+
+
+def numbered(count: int) -> list[dict]:
+    return [{"number": number} for number in range(count)]
+
+
+def echoes(answers: list) -> list[int]:
+    return [answer.payload["echo"]["number"] for answer in answers]
+
+
+def failing_first(times: int, reply, numbers: range = range(10**6)):
+    """Answers that go wrong `times` times for each of these numbers, and then right."""
+    failed: dict[int, int] = {}
+
+    def answer(body: dict):
+        number = body["number"]
+        if number in numbers and failed.setdefault(number, 0) < times:
+            failed[number] += 1
+            return reply
+        return 200, {"echo": body}, {}
+
+    return answer
+
+
+def test_answers_come_in_the_order_of_the_questions(server: FakeServer) -> None:
+    with HttpPool([server.address], in_flight=8) as pool:
+        assert echoes(pool.ask("/x", numbered(50))) == list(range(50))
+        assert pool.ask("/x", []) == []
+    assert [path for _, path, _ in server.asked] == ["/x"] * 50
+
+
+def test_each_server_has_at_most_so_many_requests_and_the_least_loaded_gets_the_next() -> None:
+    with (
+        FakeServer(busy_s=0.02) as quick,
+        FakeServer(busy_s=0.2) as slow,
+        HttpPool([quick.address, slow.address], in_flight=3) as pool,
+    ):
+        assert echoes(pool.ask("/", numbered(40))) == list(range(40))
+        assert quick.most_at_once == slow.most_at_once == 3
+        assert len(quick.asked) > 2 * len(slow.asked)
+
+
+def test_the_key_is_sent_and_several_threads_may_ask(server: FakeServer) -> None:
+    with HttpPool([server.address], key="sesame", in_flight=4) as pool:
+        found: list[list[int]] = []
+        threads = [threading.Thread(target=lambda: found.append(echoes(pool.ask("/", numbered(20))))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [list(range(20))] * 3
+    assert {headers["authorization"] for headers in server.headers_seen} == {"Bearer sesame"}
+
+
+@pytest.mark.parametrize("reply", [(500, {}, {}), (503, {}, {}), (200, b"<html>", {}), "reset"], ids=str)
+def test_fault_12_passing_failures_are_tried_again_and_lose_nothing(server: FakeServer, reply) -> None:
+    server.answer = failing_first(2, reply, range(3, 6))
+    with HttpPool([server.address], in_flight=4, **QUICK) as pool:
+        assert echoes(pool.ask("/", numbered(12))) == list(range(12))
+    numbers = [body["number"] for body in server.bodies()]
+    assert [numbers.count(number) for number in (2, 3, 5, 6)] == [1, 3, 3, 1]
+
+
+def test_fault_12_retry_after_is_honoured(server: FakeServer) -> None:
+    server.answer = failing_first(1, (429, {}, {"retry-after": "1"}), range(1))
+    with HttpPool([server.address], in_flight=1, **QUICK) as pool:
+        assert echoes(pool.ask("/", numbered(3))) == [0, 1, 2]
+    times = [when for when, _, _ in server.asked]
+    assert times[1] - times[0] >= 1.0, "nothing at all is asked of it meanwhile"
+    assert [body["number"] for body in server.bodies()] == [0, 0, 1, 2]
+
+
+def test_fault_12_a_server_that_says_429_is_asked_less_at_once_and_loses_nothing() -> None:
+    with FakeServer(busy_s=0.01, room=2) as server, HttpPool([server.address], in_flight=16, **QUICK) as pool:
+        assert echoes(pool.ask("/", numbered(60))) == list(range(60))
+        assert len(server.asked) < 60 * 3
+
+
+def test_retry_after_may_be_a_date() -> None:
+    soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 90))
+    assert 80 < (_retry_after({"retry-after": soon}) or 0) <= 90
+    assert _retry_after({"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT"}) == 0
+    assert [_retry_after({"retry-after": text}) for text in ("7", "soon", "-3", "1 h")] == [
+        7,
+        None,
+        None,
+        None,
+    ]
+    assert _retry_after({}) is None
+
+
+def test_fault_12_rests_grow_and_are_capped_and_random(server: FakeServer) -> None:
+    with HttpPool([server.address], backoff_s=0.5) as pool:
+        rests = [[pool._rest(failures) for _ in range(50)] for failures in range(12)]
+    for failures, drawn in enumerate(rests):
+        longest = min(30.0, 0.5 * 2**failures)
+        assert longest / 2 <= min(drawn) < max(drawn) <= longest
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_fault_12_a_refused_request_is_not_tried_again_and_neighbours_are_served(
+    server: FakeServer, status: int
+) -> None:
+    server.answer = failing_first(99, (status, {"error": {"message": "too long"}}, {}), range(2, 3))
+    with HttpPool([server.address], **QUICK) as pool:
+        answers = pool.ask("/", numbered(5))
+    assert answers[2] == Refusal(f"the server answered {status} too long", status)
+    assert echoes(answers[:2] + answers[3:]) == [0, 1, 3, 4]
+    assert [body["number"] for body in server.bodies()].count(2) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"), [(401, "api_key_env"), (403, "api_key_env"), (404, "name"), (302, "address")]
+)
+def test_fault_12_wrong_settings_stop_at_once(server: FakeServer, status: int, hint: str) -> None:
+    server.answer = lambda body: (status, {"detail": "no"}, {})
+    with HttpPool([server.address], in_flight=1, key="secret-key", **QUICK) as pool:
+        with pytest.raises(EngineError, match=f"answered {status} no.*{hint}") as caught:
+            pool.ask("/", numbered(5))
+        with pytest.raises(EngineError):
+            pool.ask("/", numbered(1))
+    assert len(server.asked) == 1
+    assert "secret-key" not in str(caught.value)
+
+
+def test_fault_10_a_request_that_hangs_is_tried_once_more_and_neighbours_do_not_wait(server: FakeServer) -> None:
+    server.answer = failing_first(99, "hang", range(1))
+    with HttpPool([server.address], in_flight=4, request_s=0.4, backoff_s=0.01) as pool:
+        begun = time.monotonic()
+        answers = pool.ask("/", numbered(30))
+        assert time.monotonic() - begun < 10
+    assert isinstance(answers[0], Refusal)
+    assert "no answer within 0.4 s" in answers[0].reason
+    assert echoes(answers[1:]) == list(range(1, 30))
+    assert [body["number"] for body in server.bodies()].count(0) == 2
+
+
+def test_fault_10_a_request_that_always_fails_is_given_up_alone(server: FakeServer) -> None:
+    server.answer = failing_first(99, (500, {"error": "boom"}, {}), range(1))
+    with HttpPool([server.address], attempts=3, **QUICK) as pool:
+        answers = pool.ask("/", numbered(10))
+    assert isinstance(answers[0], Refusal)
+    assert "500 boom, after 3 tries" in answers[0].reason
+    assert echoes(answers[1:]) == list(range(1, 10))
+
+
+def test_fault_11_a_server_that_dies_hands_its_requests_to_the_others(server: FakeServer) -> None:
+    """It dies with requests in its hands, on its fifth."""
+    dying = FakeServer(busy_s=0.05)
+    dying.answer = lambda body: "hang" if len(dying.asked) < 5 or dying.stop() else "reset"
+    with HttpPool([server.address, dying.address], in_flight=5, **QUICK) as pool:
+        assert echoes(pool.ask("/", numbered(60))) == list(range(60))
+    assert len(dying.asked) == 5
+    assert len(server.asked) == 60
+
+
+def test_fault_10_a_touchstone_tells_a_bad_request_from_a_bad_server(server: FakeServer) -> None:
+    """Nothing else is in flight: only a question known to be good can tell."""
+    server.answer = failing_first(99, (500, {}, {}), range(1))
+    with HttpPool([server.address], attempts=3, **QUICK) as pool:
+        pool.set_touchstone("/", {"number": 7})
+        (answer,) = pool.ask("/", numbered(1))
+        assert isinstance(answer, Refusal) and "after 3 tries" in answer.reason
+        server.answer = lambda body: (500, {}, {})
+        with pytest.raises(EngineError, match="no server answers"):
+            pool.ask("/", numbered(1))
+    assert [body["number"] for body in server.bodies()] == [0, 0, 0, 7] * 2
+
+
+@pytest.mark.parametrize("how", ["gone", "hangs", "busy"])
+def test_fault_11_no_server_left_is_a_clear_error_and_soon(server: FakeServer, how: str) -> None:
+    server.answer = lambda body: "hang" if how == "hangs" else (429, {}, {"retry-after": "0"})
+    if how == "gone":
+        server.stop()
+    with HttpPool([server.address], attempts=3, backoff_s=0.01, request_s=0.3) as pool:
+        begun = time.monotonic()
+        with pytest.raises(EngineError, match=r"no server answers .* run the same command to go on"):
+            pool.ask("/", numbered(20))
+        assert time.monotonic() - begun < 10
+
+
+def test_an_endless_answer_is_not_read(server: FakeServer) -> None:
+    server.answer = lambda body: (200, b"1" * (MAX_ANSWER_BYTES + 1), {})
+    with HttpPool([server.address]) as pool:
+        (answer,) = pool.ask("/", numbered(1))
+    assert isinstance(answer, Refusal) and "more than 16,000,000 bytes" in answer.reason
+
+
+def test_every_server_can_be_asked(server: FakeServer) -> None:
+    with FakeServer(pages={"/page": [2]}) as other, HttpPool([server.address, other.address]) as pool:
+        missing, page = pool.ask_every_server("/page", None)
+        assert isinstance(missing, Refusal) and missing.status == 404
+        assert isinstance(page, Answer) and page.payload == [2]
+        assert len(pool.ask_every_server("/", {"number": 1})) == 2
+        assert len(server.asked) == len(other.asked) == 1
+
+
+def test_closing_drops_what_is_in_flight_at_once(server: FakeServer) -> None:
+    server.answer = lambda body: "hang"
+    pool = HttpPool([server.address])
+    raised: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            pool.ask("/", numbered(3))
+        except EngineError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while len(server.asked) < 3:
+        time.sleep(0.01)
+    begun = time.monotonic()
+    pool.close()
+    pool.close()
+    thread.join(5)
+    assert len(raised) == 1 and "closed" in str(raised[0])
+    assert time.monotonic() - begun < 5
+    with pytest.raises(EngineError, match="closed"):
+        pool.ask("/", numbered(1))

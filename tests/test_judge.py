@@ -1,0 +1,238 @@
+"""The judge against a server on loopback: both orders, position bias, length seen through, replay without a network.
+pytest tests/test_judge.py
+"""
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import space_of
+
+from dpa.core.errors import ConfigError, DataError, EngineError
+from dpa.models.judge_client import ChatJudge
+from dpa.stages.judge import (
+    Pair,
+    estimate,
+    judge,
+    length_controlled,
+    make_pairs,
+    prompts_of,
+    read_answers,
+    read_verdict,
+    sentence,
+    write_verdicts,
+)
+
+SPACE = space_of("helpfulness", "verbosity")
+TERSE = SPACE.parse("helpfulness*0.8 - verbosity*0.6")
+FULL = SPACE.parse("helpfulness*0.8 + verbosity*0.6")
+_ANSWERS = re.compile(
+    r"\[Answer A\]\n(.*?)\n\[End of answer A\]\n\n\[Answer B\]\n(.*?)\n\[End of answer B\]", re.DOTALL
+)
+
+
+def by_length(prompt: str) -> str:
+    """Prefers the answer whose length the wish is for; a tie where they are as long."""
+    wants_long = "verbosity: -" not in prompt
+    a, b = (len(text) for text in _ANSWERS.findall(prompt)[0])
+    if a == b:
+        return "TIE"
+    return "A" if (a > b) == wants_long else "B"
+
+
+class Server:
+    """A judge on loopback: `say` makes the reply; the first `statuses` are answered instead; bodies are kept."""
+
+    def __init__(self, say: Callable[[str], str]) -> None:
+        self.say = say
+        self.statuses: list[tuple[int, dict[str, str]]] = []
+        self.bodies: list[dict] = []
+        self.keys: set[str | None] = set()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.bodies.append(body)
+                outer.keys.add(self.headers.get("Authorization"))
+                status, headers = outer.statuses.pop(0) if outer.statuses else (200, {})
+                message = {"role": "assistant", "content": outer.say(body["messages"][0]["content"])}
+                reply = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(reply)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(reply)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server(by_length)
+    yield server
+    server.close()
+
+
+PAIRS = [Pair(f"Request {n}", "word " * (n % 5 + 3), "word " * (n % 5 + 1)) for n in range(20)]
+
+
+def asker(server: Server | None, folder: Path, **options) -> ChatJudge:
+    return ChatJudge(server.url if server else None, "fake-judge", folder / "cache.jsonl", backoff_s=0.01, **options)
+
+
+def test_the_judge_is_told_the_preference_and_win_rates_follow_it(server: Server, tmp_path: Path) -> None:
+    for wish, expected in ((TERSE, 0.0), (FULL, 1.0)):
+        found = judge(asker(server, tmp_path), PAIRS, SPACE, wish, ("long", "short"))
+        assert found["win_rate"]["value"] == expected
+        assert found["first_shown_wins"]["value"] == 0.5
+        assert found["agreement"] == 1.0
+        assert not found["position_biased"]
+        assert found["longer_wins"] == expected
+        assert found["characters"]["long"] > found["characters"]["short"]
+    assert len(server.bodies) == 2 * 2 * len(PAIRS)
+    prompt = server.bodies[0]["messages"][0]["content"]
+    assert "- helpfulness: 80\n- verbosity: -60" in prompt
+
+
+def test_a_judge_who_loves_the_first_answer_is_found_out(server: Server, tmp_path: Path) -> None:
+    server.say = lambda prompt: "A"
+    found = judge(asker(server, tmp_path), PAIRS, SPACE, FULL, ("x", "y"))
+    assert found["win_rate"]["value"] == 0.5  # the two orders cancel
+    assert found["first_shown_wins"]["value"] == 1.0
+    assert found["agreement"] == 0.0
+    assert found["position_biased"]
+    assert "POSITION-BIASED" in sentence(found)
+
+
+def test_a_rerun_without_a_network_gives_the_same_table(server: Server, tmp_path: Path) -> None:
+    first = judge(asker(server, tmp_path), PAIRS, SPACE, TERSE, ("x", "y"))
+    with (tmp_path / "cache.jsonl").open("ab") as file:
+        file.write(b'{"key": "half a l')  # the power went
+    replayed = asker(None, tmp_path)
+    assert replayed.missing(prompts_of(PAIRS, SPACE, TERSE)) == []
+    assert judge(replayed, PAIRS, SPACE, TERSE, ("x", "y")) == first
+    assert replayed.calls == 0
+    with pytest.raises(EngineError, match="not in"):
+        judge(replayed, PAIRS, SPACE, FULL, ("x", "y"))
+
+
+def test_trouble_is_tried_again_and_refusals_are_not(server: Server, tmp_path: Path) -> None:
+    server.statuses = [(429, {"Retry-After": "0"}), (500, {}), (503, {})]
+    found = judge(asker(server, tmp_path, together=1, key="secret"), PAIRS[:1], SPACE, FULL, ("x", "y"))
+    assert found["judged"] == 1
+    assert len(server.bodies) == 2 + 3
+    assert server.keys == {"Bearer secret"}
+    server.say = lambda prompt: "A"
+    server.statuses = [(401, {})]
+    with pytest.raises(EngineError, match="401"):
+        asker(server, tmp_path / "other", together=1).ask(["x"])
+    assert len(server.bodies) == 2 + 3 + 1
+    server.close()
+    gone = ChatJudge(server.url, "m", tmp_path / "third.jsonl", backoff_s=0.001)
+    with pytest.raises(EngineError, match="is it running"):
+        gone.ask(["x"])
+    with pytest.raises(ConfigError, match="no address"):
+        ChatJudge("localhost:8000", "m", tmp_path / "third.jsonl")
+
+
+def test_replies_that_came_before_a_failure_are_kept(server: Server, tmp_path: Path) -> None:
+    server.statuses = [(200, {}), (200, {}), (401, {})]
+    with pytest.raises(EngineError):
+        judge(asker(server, tmp_path, together=1), PAIRS, SPACE, FULL, ("x", "y"))
+    before = len(server.bodies)
+    judge(asker(server, tmp_path, together=1), PAIRS, SPACE, FULL, ("x", "y"))
+    assert len(server.bodies) - before <= 2 * len(PAIRS) - 2
+
+
+def test_length_control_sees_through_a_judge_who_counts_words() -> None:
+    """First answers are longer in 80% of the pairs and length alone decides: at equal length it is a draw."""
+    rng = np.random.default_rng(0)
+    difference_N = np.where(rng.random(400) < 0.8, 1.0, -1.0) * rng.uniform(20, 200, 400)
+    win_N = (rng.random(400) < 1 / (1 + np.exp(-difference_N / 40))).astype(float)
+    assert win_N.mean() > 0.68
+    assert 0.42 < length_controlled(win_N, difference_N) < 0.58
+    fair_N = (rng.random(400) < 0.7).astype(float)  # better whatever the length
+    assert length_controlled(fair_N, difference_N) == pytest.approx(0.7, abs=0.08)
+    assert length_controlled(np.ones(10), np.zeros(10)) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("A", 1.0),
+        ("**B**", 0.0),
+        ("tie.", 0.5),
+        ("Answer A", 1.0),
+        ("Verdict: B", 0.0),
+        ("A good answer would be short.\nFinal answer: B", 0.0),
+        ("A\nBecause it is shorter.", 1.0),
+        ("A or B, who knows", None),
+        ("Both are fine", None),
+        ("", None),
+    ],
+)
+def test_verdicts(reply: str, verdict: float | None) -> None:
+    assert read_verdict(reply) == verdict
+
+
+def test_replies_that_are_no_verdict_are_counted_and_left_out(server: Server, tmp_path: Path) -> None:
+    server.say = lambda prompt: "I would rather not" if "Request 3\n" in prompt else by_length(prompt)
+    found = judge(asker(server, tmp_path), PAIRS, SPACE, FULL, ("x", "y"))
+    assert (found["judged"], found["invalid"]) == (19, 1)
+    server.say = lambda prompt: "no"
+    with pytest.raises(DataError, match="A, B or TIE"):
+        judge(asker(server, tmp_path / "other"), PAIRS, SPACE, FULL, ("x", "y"))
+
+
+def test_the_estimate_counts_calls_and_tokens_before_anything_is_asked() -> None:
+    prompts = prompts_of(PAIRS, SPACE, FULL)
+    found = estimate(prompts)
+    assert found.calls == 40
+    assert found.tokens_in == round(sum(map(len, prompts)) / 4)
+
+
+def test_the_page_shows_answers_side_by_side_and_runs_nothing(server: Server, tmp_path: Path) -> None:
+    pairs = [Pair("<script>alert(1)</script>", "yes yes", "<img onerror=x>"), *PAIRS]
+    found = judge(asker(server, tmp_path), pairs, SPACE, TERSE, ("x", "y"))
+    page = write_verdicts(tmp_path / "out", [found]).read_text()
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "yes yes" in page
+    assert (tmp_path / "out" / "judge.csv").read_text().count("helpfulness*80") == len(pairs)
+    assert json.loads((tmp_path / "out" / "judge.json").read_text())[0]["win_rate"] == found["win_rate"]
+
+
+def test_answer_files_of_both_forms_are_read(tmp_path: Path) -> None:
+    rows = [{"instruction": "Do", "output": "one"}, {"instruction": "Do", "output": "two"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    hard = {
+        "uid": "u",
+        "messages": [{"role": "user", "content": "Do"}, {"role": "assistant", "content": {"answer": "x"}}],
+    }
+    (tmp_path / "b.jsonl").write_text(json.dumps(hard) + "\n")
+    name, first = read_answers(tmp_path / "a.json")
+    assert (name, list(first.values())) == ("a", ["one", "two"])
+    assert make_pairs(first, read_answers(tmp_path / "b.jsonl")[1]) == [Pair("Do", "one", "x")]
+    with pytest.raises(DataError, match="no common request"):
+        make_pairs({"a": "b"}, {"c": "d"})
+    (tmp_path / "c.json").write_text("{}")
+    with pytest.raises(DataError):
+        make_pairs(read_answers(tmp_path / "c.json")[1], first)
+    (tmp_path / "d.json").write_text('[{"a": 1}]')
+    with pytest.raises(DataError, match="dpa export"):
+        read_answers(tmp_path / "d.json")

@@ -1,0 +1,536 @@
+"""The page in a real browser, against a gateway without a model: its controls agree, its answers stream, it is usable
+by keyboard, at phone width and through a screen reader.
+
+pytest tests/test_page.py
+"""
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import chromium, watched_page
+
+from dpa.core.directions import DirectionSpace, Objective
+
+pytest.importorskip("fastapi", reason="the server's libraries are not installed: pip install 'dpa[serve]'")
+from fake_gateway import MARKUP, PAGE, FakeGateway
+from serving import in_thread
+
+PRESETS = {"terse": {"helpfulness": 0.75, "verbosity": -0.66}, "full": {"helpfulness": 1.0}}
+
+
+def space_of(*names: str, **options: Any) -> DirectionSpace:
+    return DirectionSpace(tuple(Objective(name, {name: 1.0}, f"how much {name}") for name in names), **options)
+
+
+TWO = space_of("helpfulness", "verbosity", presets=PRESETS)
+THREE = space_of("helpfulness", "verbosity", "warmth", presets=PRESETS)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as opened:
+        yield opened
+
+
+class Opened:
+    """A page, the gateway behind it, and the words for what a user does."""
+
+    def __init__(self, page: Any, gateway: FakeGateway, url: str) -> None:
+        self.page, self.gateway, self.url = page, gateway, url
+
+    def ready(self) -> "Opened":
+        self.page.wait_for_selector("html[data-ready]")
+        return self
+
+    def text(self, selector: str) -> str:
+        return self.page.locator(selector).inner_text()
+
+    def ask(self, question: str) -> None:
+        self.page.fill("#question", question)
+        self.page.click("#go")
+        self.finished()
+
+    def finished(self) -> None:
+        self.page.wait_for_selector("article[aria-busy]", state="detached")
+
+    def axis(self) -> str:
+        return self.page.locator("#front .axis").first.text_content()
+
+    def press_level(self, k: int, level: int) -> None:
+        self.page.locator(f'input[name="level-{k}"][value="{level}"]').check(force=True)
+
+    def levels(self) -> list[int]:
+        return [int(box.get_attribute("value")) for box in self.page.locator("#levels input:checked").all()]
+
+    def no_sideways_scrolling(self) -> None:
+        assert self.page.evaluate("document.documentElement.scrollWidth") <= self.page.viewport_size["width"]
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Opened]]:
+    with ExitStack() as stack:
+
+        def visit(
+            space: DirectionSpace = TWO, key: str | None = None, extra: Any = None, at: str = "/", **context: Any
+        ):
+            gateway = FakeGateway(space, key, **(extra or {}))
+            url = stack.enter_context(in_thread(gateway.app))
+            page = stack.enter_context(watched_page(browser, url + at, **context))
+            return Opened(page, gateway, url)
+
+        yield visit
+
+
+# --- one direction, every control ---
+
+
+def test_every_control_shows_the_same_direction(visit):
+    opened = visit().ready()
+    page = opened.page
+    assert opened.levels() == [0, 0]
+    assert opened.text("#numbers") == "helpfulness*100 + verbosity*0"
+    assert page.locator("#presets >> text=full").get_attribute("aria-pressed") == "true"
+
+    opened.press_level(1, 1)
+    assert opened.text("#words") == "More verbosity."
+    assert opened.text("#numbers") == "helpfulness*85 + verbosity*52"
+    assert page.locator(".dial").get_attribute("aria-valuenow") == "31"
+    assert page.locator(".dial").get_attribute("aria-valuetext") == "+31°, More verbosity"
+    assert page.input_value("#expression") == "helpfulness*85 + verbosity*52"
+    assert page.locator("#presets >> text=full").get_attribute("aria-pressed") == "false"
+
+    page.click("#presets >> text=terse")
+    assert opened.levels() == [-1, -1]
+    assert opened.text("#numbers") == "helpfulness*75 + verbosity*-66"
+    assert page.locator(".dial").get_attribute("aria-valuenow") == "-41"
+
+    page.fill("#expression", "helpfulness*3 + verbosity")
+    page.click("#expert button")
+    page.wait_for_selector('.dial[aria-valuenow="18"]')
+    assert opened.text("#numbers") == "helpfulness*95 + verbosity*32"
+    assert opened.levels() == [1, 1]
+
+    opened.press_level(1, 0)
+    assert opened.levels() == [0, 0]
+    assert opened.text("#words") == "Helpfulness first."
+
+
+def test_the_dial_turns_by_keys_and_by_dragging_and_stops_where_training_stopped(visit):
+    opened = visit().ready()
+    dial = opened.page.locator(".dial")
+    dial.focus()
+    opened.page.keyboard.press("ArrowLeft")
+    assert dial.get_attribute("aria-valuenow") == "-1"
+    opened.page.keyboard.press("PageUp")
+    assert dial.get_attribute("aria-valuenow") == "9"
+    opened.page.keyboard.press("End")
+    opened.page.keyboard.press("ArrowRight")
+    assert dial.get_attribute("aria-valuenow") == "45"
+
+    box = dial.bounding_box()
+    middle, bottom = box["x"] + box["width"] / 2, box["y"] + box["height"] * 128 / 150
+    opened.page.mouse.move(middle, bottom - 60)
+    opened.page.mouse.down()
+    assert dial.get_attribute("aria-valuenow") == "0"
+    opened.page.mouse.move(middle - 40, bottom - 69)
+    assert dial.get_attribute("aria-valuenow") == "-30"
+    opened.page.mouse.move(middle - 80, bottom - 5)
+    assert dial.get_attribute("aria-valuenow") == "-45", "the greyed, untrained part cannot be chosen"
+    opened.page.mouse.up()
+    assert opened.text("#numbers") == "helpfulness*71 + verbosity*-71"
+
+
+def test_more_objectives_have_sliders_and_the_others_give_way_at_the_end_of_the_cone(visit):
+    opened = visit(THREE).ready()
+    sliders = opened.page.locator("#sliders input")
+    assert sliders.count() == 2, "the center's own objective has no arc"
+    sliders.nth(0).focus()
+    opened.page.keyboard.press("End")
+    assert opened.text("#numbers") == "helpfulness*71 + verbosity*71 + warmth*0"
+    sliders.nth(1).focus()
+    for _ in range(3):
+        opened.page.keyboard.press("PageDown")
+    assert int(sliders.nth(1).input_value()) < -20
+    assert int(sliders.nth(0).input_value()) < 98
+    direction = THREE.parse(opened.text("#numbers"))
+    assert THREE.angle_to_center(np.array([direction.weights]))[0] == pytest.approx(45, abs=0.6)
+
+    opened.press_level(2, 1)
+    assert opened.levels()[1:] == [1, 1]
+    opened.press_level(0, 1)
+    assert opened.levels() == [1, 1, 1]
+    assert opened.text("#words") == "A little more verbosity and a little more warmth."
+
+
+def test_the_front_is_picked_by_click_and_by_key_and_shows_where_the_direction_stands(visit):
+    opened = visit().ready()
+    points = opened.page.locator("#front [role=radio]")
+    assert points.count() == 9
+    assert points.nth(4).get_attribute("aria-checked") == "true"
+    points.nth(0).locator(".dot").click()
+    assert opened.text("#numbers") == "helpfulness*71 + verbosity*-71"
+    assert "Much less verbosity" in points.nth(0).get_attribute("aria-label")
+    points.nth(0).focus()
+    opened.page.keyboard.press("ArrowRight")
+    assert points.nth(1).get_attribute("aria-checked") == "true"
+    assert points.nth(1).evaluate("node => node === document.activeElement")
+    assert opened.text("#numbers") == "helpfulness*83 + verbosity*-56"
+
+    ends = [points.nth(n).locator(".dot").bounding_box() for n in (4, 5)]
+    between = [sum(end[side] + end[size] / 2 for end in ends) / 2 for side, size in (("x", "width"), ("y", "height"))]
+    opened.page.mouse.click(*between)
+    assert opened.page.locator("#front .here.between").count() == 1
+    assert 5 < int(opened.page.locator(".dial").get_attribute("aria-valuenow")) < 6.5
+
+
+def test_the_objective_along_the_front_is_chosen_where_there_are_several(visit):
+    opened = visit(THREE).ready()
+    assert opened.axis() == "verbosity →"
+    opened.page.select_option("#x-axis", "warmth")
+    assert opened.axis() == "warmth →"
+    opened.page.locator("#front [role=radio]").nth(0).locator(".dot").click()
+    assert opened.text("#numbers") == "helpfulness*71 + verbosity*0 + warmth*-71"
+    assert opened.page.locator("#front [role=radio]").count() == len(THREE.grid(9))
+
+
+def test_without_a_measured_front_everything_else_works(visit):
+    opened = visit(THREE, extra={"front": None, "scorer": False, "presets": {}}).ready()
+    assert "No measurement" in opened.text("#front-note")
+    assert not opened.page.locator("#front").is_visible()
+    opened.press_level(1, -1)
+    opened.ask("What is the home of Ivy?")
+    assert "fewer than the default" in opened.text("#steered .count")
+
+
+def test_an_expression_is_refused_in_the_servers_words_and_the_nearest_trained_one_offered(visit):
+    opened = visit().ready()
+    opened.page.fill("#expression", "helpfulness*0.1 - verbosity")
+    opened.page.click("#expert button[type=submit]")
+    opened.page.wait_for_selector("#expression-error button")
+    assert "the policy was trained from -45deg to 45deg" in opened.text("#expression-error")
+    assert opened.text("#numbers") == "helpfulness*100 + verbosity*0"
+    opened.page.click("#expression-error button")
+    assert opened.text("#numbers") == "helpfulness*71 + verbosity*-71"
+    assert opened.text("#expression-error") == ""
+    opened.page.fill("#expression", "helpfulnes*1")
+    opened.page.keyboard.press("Enter")
+    opened.page.wait_for_selector("#expression-error:has-text('did you mean `helpfulness`?')")
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        TWO,
+        THREE,
+        space_of("a", "b", center={"a": 1, "b": 1}, max_angle=30),
+        space_of("a", "b", "c", "d", center={"a": 2, "b": 1, "c": -1}, max_angle=70),
+        space_of("a", "b", center={"b": -1}, max_angle=120),
+    ],
+    ids=["two", "three", "diagonal", "four", "backwards"],
+)
+def test_the_pages_arithmetic_is_that_of_the_package(visit, space):
+    """What the page prints is what the policy is told, and the server accepts whatever the controls can reach."""
+    opened = visit(space).ready()
+    weights_DK = space.sample(60, np.random.default_rng(0))
+    script = """async ([data, weights]) => {
+        const { Space } = await import("/space.js");
+        const space = new Space(data);
+        const of = (w) => ({ sent: space.mapping(w), text: space.text(w), angle: space.angle(w) });
+        return weights.map((weight) => {
+            const w = space.rounded(weight);
+            const reached = space.names.flatMap((_, k) => [
+                ...(space.canChange(w, k) ? [-1, 0, 1].map((level) => [k, level, space.withLevel(w, k, level)]) : []),
+                ...(space.poles[k] ? [-1, 0.5].map((lean) => [k, null, space.withLeaning(w, k, lean)]) : []),
+            ]);
+            return { ...of(w), reached: reached.map(([k, level, to]) => [level, space.levels(to)[k], of(to)]) };
+        });
+    }"""
+    data = {
+        "objectives": [{"name": name} for name in space.names],
+        "center": dict(zip(space.names, space.center_K.tolist(), strict=True)),
+        "max_angle": space.max_angle,
+    }
+    for weights_K, found in zip(weights_DK, opened.page.evaluate(script, [data, weights_DK.tolist()]), strict=True):
+        assert found["text"] == str(space.parse(found["sent"]))
+        assert found["angle"] == pytest.approx(space.angle_to_center(weights_K[None])[0], abs=0.1)
+        for level, shown, direction in found["reached"]:
+            assert direction["text"] == str(space.parse(direction["sent"]))
+            assert level in (None, shown), "a pressed button stays pressed"
+
+
+# --- asking ---
+
+
+def test_both_answers_come_with_the_same_seed_and_differ_in_the_direction_only(visit):
+    opened = visit().ready()
+    opened.page.click("#presets >> text=terse")
+    opened.ask("What is the home of Ivy?")
+    plain, steered = sorted(opened.gateway.bodies, key=lambda body: len(body["dpa"]))
+    assert steered.pop("dpa") == {"helpfulness": 0.751, "verbosity": -0.661}
+    assert plain.pop("dpa") == {"helpfulness": 1}
+    assert steered == plain
+    assert plain["messages"] == [{"role": "user", "content": "What is the home of Ivy?"}]
+    assert plain["stream"] is True
+    assert len(opened.text("#default .text").split()) == 20
+    assert len(opened.text("#steered .text").split()) == 7
+    assert opened.text("#default .told") == "helpfulness*100 + verbosity*0"
+    assert opened.text("#steered .told") == "helpfulness*75 + verbosity*-66"
+    assert opened.text("#steered .count") == "7 words, 13 fewer than the default"
+    assert opened.page.locator("#steered .bars dt").all_inner_texts() == ["helpfulness", "verbosity"]
+    assert opened.page.locator("#steered .bars b").all_inner_texts() == ["37", "42"]
+    assert opened.text("#status") == "Both answers are there: 20 words, and steered 7 words."
+
+
+def test_steering_asks_again_for_the_steered_answer_only(visit):
+    opened = visit().ready()
+    opened.ask("What is the home of Ivy?")
+    assert len(opened.gateway.bodies) == 2
+    opened.page.click("#presets >> text=terse")
+    opened.page.wait_for_selector("#steered .count:has-text('13 fewer than the default')")
+    assert [body.get("dpa") for body in opened.gateway.bodies[2:]] == [{"helpfulness": 0.751, "verbosity": -0.661}]
+
+    opened.page.click("#settings summary")
+    opened.page.uncheck("#follow")
+    opened.press_level(1, 1)
+    assert "earlier" in opened.page.locator("#steered").get_attribute("class")
+    opened.page.wait_for_timeout(600)
+    assert len(opened.gateway.bodies) == 3
+
+
+def test_the_base_model_stands_beside_it_on_request(visit):
+    opened = visit(extra={"base": True}).ready()
+    opened.page.click("#settings summary")
+    opened.page.select_option("#compare", "base")
+    opened.page.click("#presets >> text=terse")
+    opened.ask("What is the home of Ivy?")
+    assert {body["model"]: "dpa" in body for body in opened.gateway.bodies} == {"fake": True, "fake@base": False}
+    assert opened.text("#default-title") == "Told no direction"
+    assert opened.text("#default .told") == "no direction stated"
+    assert "vs=base" in opened.page.evaluate("location.href")
+
+
+def test_another_seed_asks_both_again(visit):
+    opened = visit().ready()
+    opened.ask("What is the home of Ivy?")
+    opened.page.click("#reseed")
+    opened.page.wait_for_selector("#stop", state="hidden")
+    opened.finished()
+    seeds = [body["seed"] for body in opened.gateway.bodies]
+    assert len(seeds) == 4
+    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
+    assert opened.page.input_value("#seed") == str(seeds[2])
+
+
+def test_stop_ends_the_answers_here_and_on_the_server(visit):
+    opened = visit().ready()
+    opened.page.fill("#question", "slow")
+    opened.page.keyboard.press("Control+Enter")
+    opened.page.wait_for_selector("#steered .text:has-text('word2')")
+    assert opened.page.locator("#steered").get_attribute("aria-busy") == "true"
+    opened.page.click("#stop")
+    opened.finished()
+    assert opened.text("#steered .state") == "stopped"
+    assert opened.text("#status") == "Stopped."
+    assert "word0 word1 word2" in opened.text("#steered .text")
+    assert opened.gateway.stopped.wait(3)
+
+
+def test_a_busy_server_is_said_kindly_and_can_be_asked_again_when_it_said(visit):
+    opened = visit().ready()
+    opened.ask("busy")
+    again = opened.page.locator("#steered .trouble button")
+    assert "hands full" in opened.text("#steered .trouble")
+    assert "in 1 s" in opened.text("#steered .trouble")
+    assert again.is_disabled()
+    again.click()  # waits until it can be pressed
+    opened.page.wait_for_selector("#steered .count:has-text('20 words')")
+    assert not opened.page.locator("#steered .trouble").is_visible()
+
+
+@pytest.mark.parametrize(
+    ("question", "state", "sentence"),
+    [
+        ("broken", "no answer", "engine: it failed; look at its log."),
+        ("dies", "broken off", "engine: it died; ask again."),
+        ("cut", "broken off", "The answer broke off before its end."),
+    ],
+)
+def test_what_went_wrong_is_said_beside_what_was_written(visit, question, state, sentence):
+    opened = visit().ready()
+    opened.ask(question)
+    assert opened.text("#steered .state") == state
+    assert sentence in opened.text("#steered .trouble")
+    assert opened.text("#status") == sentence
+    assert opened.text("#steered .text") == ("" if question == "broken" else "word0 word1 word2")
+
+
+def test_what_a_model_writes_is_text_never_markup(visit):
+    opened = visit().ready()
+    opened.ask("markup")
+    assert opened.text("#steered .text") == MARKUP
+    assert opened.page.locator(".text *").count() == 0
+    assert opened.page.title() == "fake: ask, and say which way to go"
+    for file in PAGE.glob("*.js"):
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(", file.read_text())
+
+
+# --- what is taken along ---
+
+
+def test_a_link_restores_the_whole_state_and_asks_nothing_by_itself(visit):
+    opened = visit(THREE).ready()
+    page = opened.page
+    page.click("#key-box summary")
+    page.fill("#key", "secret-key")
+    page.fill("#question", 'What\'s "home" & <Ivy>?\nSecond line + 100%')
+    opened.press_level(2, 1)
+    page.click("#settings summary")
+    for field, value in {"#seed": "77", "#temperature": "0.3", "#max-tokens": "99"}.items():
+        page.fill(field, value)
+    page.select_option("#x-axis", "warmth")
+    page.click("#copy-link")
+    link = page.evaluate("location.href")
+    assert "secret-key" not in link
+
+    second = page.context.new_page()
+    second.goto(link)
+    second.wait_for_selector("html[data-ready]")
+    restored = Opened(second, opened.gateway, opened.url)
+    for selector in ("#numbers", "#words"):
+        assert restored.text(selector) == opened.text(selector)
+    assert restored.axis() == opened.axis() == "warmth →"
+    assert restored.levels() == opened.levels()
+    assert second.input_value("#question") == 'What\'s "home" & <Ivy>?\nSecond line + 100%'
+    assert [second.input_value(field) for field in ("#seed", "#temperature", "#max-tokens")] == ["77", "0.3", "99"]
+    assert second.input_value("#key") == ""
+    assert opened.gateway.bodies == []
+
+
+@pytest.mark.parametrize(
+    "direction", ["honesty:1", "helpfulness:0.1,verbosity:-1", "helpfulness:x", "helpfulness:0", ""]
+)
+def test_a_link_that_does_not_fit_the_model_says_so(visit, direction):
+    opened = visit(at=f"/#d={direction}&seed=-4&t=900&n=1e9").ready()
+    assert "does not fit this model" in opened.text("#notice")
+    assert opened.text("#numbers") == "helpfulness*100 + verbosity*0"
+    assert [opened.page.input_value(field) for field in ("#seed", "#temperature")] == ["1", "0.7"]
+
+
+NASTY = 'It\'s "quoted", costs $5 `now`, \\n stays, ünïcode 🙂\nand a second line'
+
+
+def test_every_snippet_sends_exactly_what_the_page_sends(visit):
+    opened = visit().ready()
+    opened.page.click("#presets >> text=terse")
+    opened.ask(NASTY)
+    sent = max(opened.gateway.bodies, key=lambda body: len(body["dpa"]))
+    sent = {name: value for name, value in sent.items() if name not in ("stream", "dpa_options")}
+    direction = sent.pop("dpa")
+    opened.gateway.bodies.clear()
+
+    snippets = {}
+    for kind in ("curl", "python", "stock"):
+        opened.page.click(f"#tab-{kind}")
+        snippets[kind] = opened.page.locator("#snippet").text_content()
+    # Through a file: the page's text is what a user pastes into a terminal.
+    answered = subprocess.run(["bash", "-c", snippets["curl"]], capture_output=True, text=True, check=True)
+    assert json.loads(answered.stdout)["dpa"]["direction"] == "helpfulness*75 + verbosity*-66"
+    pytest.importorskip("openai", reason="the openai client is not installed: pip install -e '.[dev]'")
+    for kind in ("python", "stock"):
+        exec(compile(snippets[kind], kind, "exec"), {})
+    curl, python, stock = opened.gateway.bodies
+    assert curl == python == {**sent, "dpa": direction}
+    assert stock == {**sent, "chat_template_kwargs": {"preference": direction}}
+
+
+def test_a_key_is_asked_for_kept_in_the_tab_and_never_written_into_a_snippet(visit):
+    opened = visit(key="open-sesame")
+    page = opened.page
+    page.wait_for_selector("#notice:has-text('asks for a key')")
+    assert page.locator("#key").evaluate("node => node === document.activeElement")
+    page.fill("#key", "open-sesame")
+    page.keyboard.press("Enter")
+    opened.ready()
+    opened.ask("What is the home of Ivy?")
+    assert opened.text("#default .count") == "20 words"
+    assert page.evaluate("[sessionStorage.getItem('dpa-key'), localStorage.length, document.cookie]") == [
+        "open-sesame",
+        0,
+        "",
+    ]
+    page.wait_for_timeout(400)
+    assert "sesame" not in page.evaluate("location.href")
+    for kind, variable in (("curl", "$DPA_API_KEY"), ("python", 'os.environ["DPA_API_KEY"]')):
+        page.click(f"#tab-{kind}")
+        assert variable in page.locator("#snippet").text_content()
+        assert "sesame" not in page.locator("#snippet").text_content()
+
+
+# --- for everyone ---
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("space", [TWO, THREE], ids=["dial", "sliders"])
+def test_no_accessibility_rule_is_broken(visit, space, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python")
+    opened = visit(space, color_scheme=scheme).ready()
+    opened.page.click("#presets >> text=terse")
+    opened.ask("What is the home of Ivy?")
+    opened.page.click("#settings summary")
+    found = axe.Axe().run(opened.page)
+    assert found.response["passes"], "axe looked at nothing"
+    assert found.violations_count == 0, found.generate_report()
+
+
+def test_everything_is_reached_by_tab_and_the_focus_is_seen(visit):
+    opened = visit().ready()
+    reached = []
+    for _ in range(40):
+        opened.page.keyboard.press("Tab")
+        place, seen = opened.page.evaluate(
+            """() => { const node = document.activeElement, style = getComputedStyle(node);
+            const beside = node.nextElementSibling && getComputedStyle(node.nextElementSibling);
+            const halo = node.querySelector?.(".halo");
+            const seen = [style.outlineStyle, beside?.outlineStyle].includes("solid")
+                || (halo && getComputedStyle(halo).stroke !== "none");
+            return [node.id || node.getAttribute("name") || node.getAttribute("class") || node.tagName, seen]; }"""
+        )
+        if place in ("BODY", ""):
+            break
+        assert seen, f"{place} is focused and nothing shows it"
+        reached.append(place)
+    expected = ["question", "go", "reseed", "level-0", "level-1", "dial", "expression", "point", "tab-curl", "snippet"]
+    assert [place for place in reached if place in expected] == expected
+
+
+def test_phone_width_needs_no_sideways_scrolling(visit):
+    long = space_of("helpfulness", "a-very-long-objective-name-without-any-break-in-it", "warmth", "honesty")
+    opened = visit(long, viewport={"width": 360, "height": 740}, reduced_motion="reduce").ready()
+    opened.no_sideways_scrolling()
+    opened.page.click("#finer summary")
+    opened.press_level(1, 1)
+    opened.ask("W" * 300)
+    opened.no_sideways_scrolling()
+    assert 0 <= opened.page.locator("#answers").bounding_box()["y"] < 740, "asking leads to the answers"
+    opened.page.click("#settings summary")
+    opened.no_sideways_scrolling()
+    opened.page.click("#key-box summary")
+    opened.no_sideways_scrolling()
+
+
+def test_who_wants_no_motion_gets_none(visit):
+    opened = visit(reduced_motion="reduce").ready()
+    opened.page.fill("#question", "slow")
+    opened.page.click("#go")
+    opened.page.wait_for_selector("#steered[aria-busy] .state:has-text('writing')")
+    assert (
+        opened.page.evaluate("getComputedStyle(document.querySelector('#steered .text'), '::after').animationName")
+        == "none"
+    )
+    opened.page.click("#stop")

@@ -1,0 +1,86 @@
+"""Fault 28: a model that needs its own code is refused unless opted in with a pinned commit, which is recorded.
+pytest tests/test_remote_code.py
+"""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from tiny_models import SPACE, save_tiny_model
+
+from dpa.core.config import FinetuneConfig
+from dpa.core.errors import ModelFileError
+from dpa.models.finetuning import finetune
+from dpa.models.policy import SPACE_FILE, load_policy
+from dpa.models.samplers import SamplerSpec
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+CODE = '''"""A Llama by another name; leaves a mark where it is run."""
+from pathlib import Path
+
+from transformers import LlamaForCausalLM
+
+Path(__file__).with_name("ran").touch()
+{mark}
+
+
+class TinyForCausalLM(LlamaForCausalLM):
+    pass
+'''
+
+
+@pytest.fixture
+def coded(tmp_path: Path) -> Path:
+    """A model folder whose config.json asks for its own class; loading that leaves `canary` behind."""
+    folder = save_tiny_model(tmp_path / "coded")
+    (folder / "modeling_tiny.py").write_text(CODE.format(mark=f"Path({str(tmp_path / 'canary')!r}).touch()"))
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def rows() -> pa.Table:
+    return pa.table(
+        {
+            "candidate_id": [f"c{n}" for n in range(4)],
+            "messages": [json.dumps([{"role": "user", "content": f"Why {n}?"}]) for n in range(4)],
+            "direction": [[0.8, -0.6]] * 4,
+            "response": ["So."] * 4,
+        }
+    )
+
+
+def test_its_code_does_not_run_without_an_opt_in(coded: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="remote_code_revision"):
+        load_policy(coded)
+    with pytest.raises(ModelFileError, match="remote_code_revision"):
+        SamplerSpec(str(coded), SPACE, 4).build()
+    for vague in ("main", "0123456", REVISION.upper()):
+        with pytest.raises(ModelFileError, match="40-hex"):
+            load_policy(coded, vague)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_opted_in_it_trains_and_the_pinned_commit_is_recorded(coded: Path, tmp_path: Path) -> None:
+    config = FinetuneConfig(max_length=64, packed_rows_per_step=2)
+    out = tmp_path / "policy"
+    finetune(coded, rows(), SPACE, out, tmp_path / "work", config, seed=0, remote_code_revision=REVISION)
+    assert (tmp_path / "canary").exists()
+    provenance = json.loads((out / SPACE_FILE).read_text())["provenance"]
+    assert provenance["remote_code_revision"] == REVISION
+    # The trained policy needs the same code, carries it, and asks for the same opt-in.
+    with pytest.raises(ModelFileError, match="remote_code_revision"):
+        load_policy(out)
+    model, _ = load_policy(out, REVISION)
+    assert type(model).__name__ == "TinyForCausalLM"
+
+
+def test_a_model_without_code_records_that_there_was_no_opt_in(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "plain")
+    config = FinetuneConfig(max_length=64, packed_rows_per_step=2)
+    finetune(folder, rows(), SPACE, tmp_path / "policy", tmp_path / "work", config, seed=0)
+    provenance = json.loads((tmp_path / "policy" / SPACE_FILE).read_text())["provenance"]
+    assert provenance["remote_code_revision"] is None

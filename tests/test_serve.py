@@ -1,0 +1,326 @@
+"""`dpa serve` as a user meets it: real processes, a real model, and the stock clients.
+pytest tests/test_serve.py
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from serving import CHAT, ServeProcess, alive, children_of, within
+from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
+from typer.testing import CliRunner
+
+from dpa.cli.commands import app
+from dpa.core.config import RewardTrainConfig
+from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.errors import UserError
+from dpa.models.policy import load_policy, save_policy
+from dpa.models.reward_training import RatedExample, train_reward_model
+from dpa.world.demo import START_MODEL
+
+SPACE = DirectionSpace(
+    objectives=(Objective("helpfulness", {"good": 1.0}), Objective("verbosity", {"long": 1.0})),
+    presets={"terse": {"helpfulness": 0.8, "verbosity": -0.6}},
+)
+QUESTION: Any = [{"role": "user", "content": "What is the home of Ivy?"}]
+ASKED = {"helpfulness": 0.8, "verbosity": -0.6}
+TEXT = "helpfulness*80 + verbosity*-60"
+SAMPLING: dict[str, Any] = {"seed": 5, "temperature": 0.9, "max_tokens": 24}
+FORMS: dict[str, dict[str, Any]] = {
+    "body mapping": {"extra_body": {"dpa": ASKED}},
+    "body text": {"extra_body": {"dpa": "helpfulness*0.8 - verbosity*0.6"}},
+    "template variable": {"extra_body": {"chat_template_kwargs": {"preference": ASKED}}},
+    "header": {"extra_headers": {"X-DPA-Direction": "0.8*helpfulness - 0.6*verbosity"}},
+    "tag": {"messages": [{"role": "system", "content": f"<dpa>{TEXT}</dpa>"}, *QUESTION]},
+    "preset": {"model": "demo:terse"},
+    "model": {"model": "demo@helpfulness=0.8;verbosity=-0.6"},
+}
+needs = {name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
+         for name in ("openai", "litellm", "schemathesis")}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's start model, made steerable."""
+    folder = tmp_path_factory.mktemp("serve") / "policy"
+    model, tokenizer = load_policy(START_MODEL)
+    save_policy(model, tokenizer, folder, SPACE, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model that learned that long is long."""
+    folder = tmp_path_factory.mktemp("reward")
+    draws = np.random.default_rng(0).integers(1, 20, 40)
+    asked: Any = [{"role": "user", "content": "q"}]
+    rows = [
+        RatedExample(f"p{n}", asked, "ab " * int(words), (90.0 - 4 * words, 4.0 * words))
+        for n, words in enumerate(draws)
+    ]
+    config = RewardTrainConfig(backbone=str(save_tiny_model(folder / "backbone")), method="ridge", max_length=256)
+    train_reward_model(rows, ("good", "long"), {"good": (0.0, 4.0), "long": (0.0, 4.0)}, config, folder / "reward")
+    return folder / "reward"
+
+
+@pytest.fixture(scope="module")
+def server(policy: Path, reward: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+    log = tmp_path_factory.mktemp("log") / "log"
+    server = ServeProcess(policy, "--name", "demo", "--reward", reward, "--max-tokens", 64, "--threads", 1, log=log)
+    try:
+        yield server.wait()
+    finally:
+        server.stop(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def told(server: ServeProcess) -> str:
+    """What the model answers under ASKED; without a direction it says something else."""
+    answers = [
+        httpx.post(
+            server.url + CHAT, json={"model": "demo", "messages": QUESTION, **SAMPLING, **dpa}, timeout=30
+        ).json()
+        for dpa in ({"dpa": ASKED}, {})
+    ]
+    texts = [answer["choices"][0]["message"]["content"] for answer in answers]
+    assert texts[0] != texts[1]
+    return texts[0]
+
+
+# --- stock clients --------------------------------------------------------------------------------------------------
+
+
+@needs["openai"]
+@pytest.mark.parametrize("form", FORMS)
+def test_40_the_openai_client_steers_in_every_form(server: ServeProcess, told: str, form: str) -> None:
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        asked = {"model": "demo", "messages": QUESTION, **SAMPLING, **FORMS[form]}
+        raw = client.chat.completions.with_raw_response.create(**asked)
+        answer = raw.parse()
+        assert raw.headers["x-dpa-direction"] == answer.model_extra["dpa"]["direction"] == TEXT
+        assert answer.choices[0].message.content == told
+        stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        chunks = list(stream)
+        assert stream.response.headers["x-dpa-direction"] == chunks[0].model_extra["dpa"]["direction"] == TEXT
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == told
+        assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
+        assert chunks[-1].model_extra["dpa"]["words"] == len(told.split())
+
+
+@needs["openai"]
+def test_40_the_openai_client_understands_refusals_models_and_completions(server: ServeProcess) -> None:
+    import openai
+
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["demo", "demo:terse"]
+        with pytest.raises(openai.BadRequestError, match="nosuch"):
+            client.chat.completions.create(model="demo", messages=QUESTION, extra_body={"dpa": {"nosuch": 1}})
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="gpt-4", messages=QUESTION)
+        low = client.chat.completions.create(model="demo", messages=QUESTION, verbosity="low", max_tokens=2)
+        assert low.model_extra["dpa"]["source"] == "verbosity"
+        assert low.model_extra["dpa"]["direction"] == "helpfulness*71 + verbosity*-71"
+        raw = client.completions.create(model="demo", prompt="Once", max_tokens=3)
+        assert raw.object == "text_completion" and raw.usage.completion_tokens <= 3
+
+
+@needs["litellm"]
+def test_40_litellm_steers_in_every_form(server: ServeProcess, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    import litellm
+
+    for form, fields in FORMS.items():
+        asked = {"messages": QUESTION, **SAMPLING, **fields, "model": f"openai/{fields.get('model', 'demo')}"}
+        where = {"api_base": f"{server.url}/v1", "api_key": "none"}
+        answer = litellm.completion(**asked, **where)
+        assert answer.choices[0].message.content == told, form
+        assert answer._hidden_params["additional_headers"]["llm_provider-x-dpa-direction"] == TEXT
+        chunks = litellm.completion(**asked, **where, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == told, form
+
+
+def test_the_same_folder_is_steered_by_stock_transformers_without_a_gateway(policy: Path, server: ServeProcess) -> None:
+    """Greedy, as its seeds are not honoured: what it says under a direction is what the gateway's engine says."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    stock = subprocess.Popen(
+        [
+            Path(sys.executable).with_name("transformers"),
+            "serve",
+            str(policy),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert within(150, lambda: _up(f"http://127.0.0.1:{port}/health") or stock.poll() is not None)
+        asked = {"messages": QUESTION, "max_tokens": 24, "temperature": 0}
+        texts = {}
+        for name, kwargs in {"told": {"preference": ASKED}, "not told": {}}.items():
+            body = {**asked, "chat_template_kwargs": kwargs}
+            theirs = httpx.post(f"http://127.0.0.1:{port}{CHAT}", json={**body, "model": str(policy)}, timeout=60)
+            ours = httpx.post(server.url + CHAT, json={**body, "model": "demo"}, timeout=60)
+            texts[name] = theirs.json()["choices"][0]["message"]["content"]
+            assert texts[name] == ours.json()["choices"][0]["message"]["content"]
+        assert texts["told"] != texts["not told"]
+    finally:
+        stock.kill()
+        stock.wait()
+
+
+def _up(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=1).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+# --- options, and what a stranger may send ----------------------------------------------------------------------------
+
+
+def test_a_selection_is_made_by_the_real_reward_model(server: ServeProcess) -> None:
+    options = {"best_of": 3, "robust": {"neighbors": 2}, "base": True}
+    body = {"model": "demo", "messages": QUESTION, **SAMPLING, "dpa": ASKED, "dpa_options": options}
+    dpa = httpx.post(server.url + CHAT, json=body, timeout=60).json()["dpa"]
+    utilities = [one["utility"] for one in dpa["candidates"]]
+    (chosen,) = [one for one in dpa["candidates"] if one["chosen"]]
+    assert len(utilities) == 9 and chosen["utility"] == max(utilities) > min(utilities)
+    assert set(dpa["scores"]) == set(dpa["base"]["scores"]) == {"helpfulness", "verbosity"}
+
+
+@needs["schemathesis"]
+def test_35_schemathesis_finds_no_5xx_from_the_servers_own_description(server: ServeProcess) -> None:
+    """Bounded: a few dozen generated requests, valid and not, to every operation."""
+    import schemathesis
+    from schemathesis import GenerationMode
+
+    tried: set[int] = set()
+    for found in schemathesis.openapi.from_url(f"{server.url}/openapi.json").get_all_operations():
+        operation = found.ok()
+        positive = operation.as_strategy(generation_mode=GenerationMode.POSITIVE)
+        negative = operation.as_strategy(generation_mode=GenerationMode.NEGATIVE)
+        cases = positive | negative if operation.method == "post" else positive
+
+        @settings(
+            max_examples=25 if operation.method == "post" else 3,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(cases)
+        def call(case: Any) -> None:
+            response = case.call(timeout=30)
+            tried.add(response.status_code)
+            assert response.status_code < 500, (case.method, case.path, response.status_code, response.text[:300])
+            if response.status_code >= 400:
+                assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+        call()
+    assert {200, 400} <= tried
+    valid = {"model": "demo", "messages": QUESTION, "max_tokens": 2}
+    assert httpx.post(server.url + CHAT, json=valid, timeout=30).status_code == 200, "it still serves"
+
+
+# --- starting and stopping -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either a MODEL"),
+        (["nowhere"], "no folder"),
+        (["--upstream", "http://127.0.0.1:9"], "--space"),
+        (["POLICY", "--host", "0.0.0.0"], "key is needed"),
+        (["POLICY", "--direction", "helpfulnes"], "helpfulness"),
+        (["POLICY", "--reward", "nowhere"], "dpa_reward.json"),
+        (["--upstream", "http://127.0.0.1:9", "--space", "POLICY"], "--upstream-model"),
+    ],
+)
+def test_36_a_users_mistake_is_one_sentence_and_exit_code_2(policy: Path, arguments: list[str], message: str) -> None:
+    given = [str(policy) if argument == "POLICY" else argument for argument in arguments]
+    result = CliRunner().invoke(app, ["serve", *given, "--port", "0"])
+    assert isinstance(result.exception, UserError) and result.exception.exit_code == 2
+    assert message in str(result.exception) and "\n" not in str(result.exception)
+
+
+def test_an_engine_that_cannot_load_its_model_ends_the_server_with_its_sentence(policy: Path, tmp_path: Path) -> None:
+    """What only the engine finds out: the weights are not those of the configuration."""
+    broken = tmp_path / "broken"
+    shutil.copytree(policy, broken)
+    (broken / "config.json").write_text('{"model_type": "unheard-of"}')
+    server = ServeProcess(broken, log=tmp_path / "log")
+    assert server.process.wait(120) == 2
+    server.stop()
+    assert server.log is not None
+    (line,) = [line for line in server.log.read_text().splitlines() if line.startswith("dpa:")]
+    assert "does not load" in line
+
+
+def test_36_it_listens_on_this_machine_only_and_logs_no_text(server: ServeProcess, told: str) -> None:
+    port = int(server.url.rpartition(":")[2])
+    assert server.url.startswith("http://127.0.0.1:")
+    addresses = {
+        line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"
+    }
+    assert f"0100007F:{port:04X}" in addresses and f"00000000:{port:04X}" not in addresses
+    assert server.log is not None
+    log = server.log.read_text()
+    assert '"route": "/v1/chat/completions"' in log and "Ivy" not in log and told not in log
+    assert all(json.loads(line) for line in log.splitlines())
+
+
+def test_39_sigterm_drains_refuses_new_work_exits_0_and_leaves_no_child(tmp_path: Path) -> None:
+    """An engine whose answers take seconds: one is being written when the signal comes, and it is finished."""
+    folder = tmp_path / "slow"
+    save_policy(tiny_model(context=4096), tiny_tokenizer(), folder, SPACE, {})
+    server = ServeProcess(folder, "--name", "slow", "--threads", 1, log=tmp_path / "log").wait()
+    try:
+        (engine,) = children_of(server.process.pid)
+        metrics = f"{server.url}/metrics"
+        body = {"model": "slow", "messages": QUESTION, "temperature": 1, "seed": 1, "n": 8, "max_tokens": 2000}
+        with pytest.raises(httpx.ReadTimeout):  # fault 38, through both processes
+            httpx.post(server.url + CHAT, json=body, timeout=0.5)
+        begun = time.monotonic()
+        assert within(1.0, lambda: 'dpa_engine_answers{state="running"} 0.0' in httpx.get(metrics).text)
+        assert time.monotonic() - begun < 1.0
+        accepted: list[httpx.Response] = []
+        work = threading.Thread(target=lambda: accepted.append(httpx.post(server.url + CHAT, json=body, timeout=60)))
+        work.start()
+        assert within(5, lambda: re.search(r'answers{state="running"} [1-9]', httpx.get(metrics).text))
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises((httpx.ConnectError, AssertionError)):
+            assert httpx.get(f"{server.url}/v1/models").status_code == 200
+        assert server.process.poll() is None, "it waits for what it accepted"
+        work.join()
+        reasons = [choice["finish_reason"] for choice in accepted[0].json()["choices"]]
+        assert len(reasons) == 8 and set(reasons) <= {"stop", "length"}
+        assert server.process.wait(15) == 0
+        assert not alive(engine)
+    finally:
+        server.stop(signal.SIGKILL)
