@@ -2,9 +2,9 @@
 
     python bench/serve.py [MODEL] [--clients 64] [--seconds 60]
 
-MODEL is a policy folder (default: the demo's start model, made steerable on the spot). Overhead is measured first, one
-client, the same request alternately to the gateway and to the engine behind it: the difference of the medians. On a busy
-machine those are noise; the processor time each process spends on a request is not, and is printed beside them.
+MODEL is a policy folder (default: the demo's start model, made steerable on the spot). Overhead is measured first: one
+client, the same request alternately to the gateway and to the engine behind it, and the difference of the medians. On a
+busy machine those are noise; the processor time each process spends on a request is printed beside them.
 """
 
 import argparse
@@ -80,9 +80,9 @@ async def load(url: str, clients: int, seconds: float, processes: list[psutil.Pr
                     statuses[type(error).__name__] += 1
                     continue
                 latencies.append(time.monotonic() - begun)
-                whole = answer.status_code == 200 and (not number % 2 or answer.text.rstrip().endswith("[DONE]"))
-                failed = '"error"' in answer.text[-400:]
-                statuses[str(answer.status_code) if whole and not failed else f"broken {answer.status_code}"] += 1
+                cut = answer.status_code == 200 and number % 2 and not answer.text.rstrip().endswith("[DONE]")
+                failed = answer.status_code == 200 and '"error"' in answer.text[-400:]
+                statuses[f"broken {answer.status_code}" if cut or failed else str(answer.status_code)] += 1
 
     async def watch() -> None:
         while time.monotonic() < deadline:
