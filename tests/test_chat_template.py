@@ -3,18 +3,20 @@ pytest tests/test_chat_template.py
 """
 
 import math
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from tiny_models import CHAT_TEMPLATE, SPACE, tiny_tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.errors import ModelFileError
-from dpa.models.chat_template import PLAIN_TEMPLATE, has_system_role, steerable_template
+from dpa.models.chat_template import PLAIN_TEMPLATE, bounded_rendering, has_system_role, steerable_template
 
 NO_SYSTEM = (
     "{%- for m in messages -%}"
@@ -191,3 +193,30 @@ def test_tokenizer_saves_and_reads_it(tmp_path) -> None:
     again = type(tokenizer).from_pretrained(tmp_path)
     rendered = again.apply_chat_template(QUESTION, preference=ASKED, tokenize=False, add_generation_prompt=True)
     assert rendered == f"<|system|>{SENTENCE}<|user|>Why?<|assistant|>"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('touch canary') }}",
+        "{{ messages.append(1) }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}",
+        "{% for a in range(10**9) %}{% endfor %}{{ messages[0].content }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    ],
+)
+def test_30_a_template_that_escapes_or_loops_without_an_end_is_refused(template: str, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    with pytest.raises(ModelFileError, match="does not render"):
+        steerable_template(template, SPACE)
+    assert time.monotonic() - begun < 10 and not (tmp_path / "canary").exists() and not Path("canary").exists()
+
+
+def test_30_lines_are_counted_in_this_thread_only_and_an_honest_template_is_far_below() -> None:
+    template = steerable_template(CHAT_TEMPLATE, SPACE)
+    long_talk = [{"role": "user" if n % 2 == 0 else "assistant", "content": "x"} for n in range(1000)]
+    with bounded_rendering(lines=50_000):
+        assert render_jinja_template([long_talk], chat_template=template)[0]
+    with pytest.raises(SecurityError, match="10 lines"), bounded_rendering(lines=10):
+        render_jinja_template([long_talk], chat_template=template)

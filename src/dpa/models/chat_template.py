@@ -190,7 +190,7 @@ def _render(template: str, messages: list[dict[str, str]]) -> str:
             texts: Any = render_jinja_template(
                 [messages], chat_template=template, add_generation_prompt=True, bos_token="", eos_token=""
             )[0]
-    except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
+    except (TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError, MemoryError) as error:
         raise ModelFileError(
             f"model: its chat template does not render ({' '.join(str(error).split())}); "
             "give the tokenizer a working one."

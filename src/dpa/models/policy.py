@@ -22,7 +22,7 @@ from transformers import (
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.records import Messages
-from dpa.models.chat_template import steerable_template
+from dpa.models.chat_template import bounded_rendering, steerable_template
 from dpa.models.files import SPACE_FILE as SPACE_FILE
 from dpa.models.files import SafeModel, resolve_model
 from dpa.models.files import load_space as load_space
@@ -158,12 +158,13 @@ def encode_prompt(
     """
     preference = None if direction is None else dict(zip(space.names, map(float, direction), strict=True))
     chat = [{"role": message["role"], "content": message["content"]} for message in messages]
-    text = tokenizer.apply_chat_template(
-        chat,
-        preference=preference,
-        add_generation_prompt=True,
-        tokenize=False,
-    )
+    with bounded_rendering():
+        text = tokenizer.apply_chat_template(
+            chat,
+            preference=preference,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 

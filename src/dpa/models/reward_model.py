@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages
+from dpa.models.chat_template import bounded_rendering
 from dpa.models.files import resolve_model
 from dpa.models.policy import is_out_of_memory
 from dpa.storage.tables import write_json
@@ -253,7 +254,8 @@ def _render(tokenizer: Any, template: str | None, messages: Messages, response: 
         return _PLACEHOLDER.sub(lambda match: parts[match[1]], template)
     try:
         conversation = [*messages, {"role": "assistant", "content": response}]
-        return tokenizer.apply_chat_template(conversation, tokenize=False)
+        with bounded_rendering():
+            return tokenizer.apply_chat_template(conversation, tokenize=False)
     except TemplateError:  # for example a template without a system role
         return None
 

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpa.core.errors import DpaError
 from dpa.core.records import Messages, Scorer
 from dpa.models.batching import Row
-from dpa.models.chat_template import bounded_rendering
+from dpa.models.chat_template import bounded_rendering, has_system_role
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.policy import context_length, default_device, load_policy
 from dpa.serve.bodies import ChatBody, CompletionBody, RefusedError, Sampling, ScoreBody, check_body, read_body
@@ -299,6 +299,8 @@ def _load(args: argparse.Namespace) -> Engine:
         narrow = device.startswith("cuda") and torch.cuda.is_bf16_supported()
         dtype = torch.bfloat16 if narrow else torch.float32
         model, tokenizer = load_policy(safe.path, args.remote_code_revision, dtype=dtype, device=device)
+        if tokenizer.chat_template:
+            has_system_role(tokenizer.get_chat_template())  # a template that escapes or never ends is refused now
         revision = folder_revision(safe.path)
     if args.reward:
         from dpa.models.scorers import RewardModelScorer

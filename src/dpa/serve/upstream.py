@@ -3,7 +3,7 @@ Run its tests: pytest tests/test_gateway.py
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 import httpx
@@ -15,6 +15,7 @@ MAX_ANSWER = 64_000_000
 """Bytes of one answer, or of one event of a stream, that are read before the upstream is taken for broken."""
 
 RETRY_AFTER_S = 2
+CONNECT_S = 5.0
 
 
 class UpstreamError(RefusedError):
@@ -29,44 +30,37 @@ class Upstream:
 
     def __init__(self, url: str, key: str | None = None, socket: str | None = None, stall_s: float = 30.0) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if key:
-            headers["Authorization"] = f"Bearer {key}"
+            self._headers["Authorization"] = f"Bearer {key}"
+        # The transport alone: a client's cookies, redirects and proxies would double what a request costs.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._client = httpx.AsyncClient(
-            base_url=self.url,
-            headers=headers,
-            timeout=httpx.Timeout(stall_s, connect=5.0, pool=None),
-            transport=httpx.AsyncHTTPTransport(uds=socket, limits=limits) if socket else None,
-            limits=limits,
-            trust_env=False,
-            follow_redirects=False,
-        )
+        self._transport = httpx.AsyncHTTPTransport(uds=socket, limits=limits, trust_env=False)
+        self._stall_s = stall_s
 
     async def aclose(self) -> None:
         """Let the connections go."""
-        await self._client.aclose()
+        await self._transport.aclose()
 
     async def get(self, path: str) -> Any:
         """A JSON answer. Raises UpstreamError or RefusedError."""
-        return await self._whole(self._client.build_request("GET", path))
+        return await self._whole(self._request("GET", path, None, self._stall_s))
 
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """A JSON answer, however long it takes: the caller's time limit ends it. Raises as `get` does."""
-        timeout = httpx.Timeout(None, connect=5.0)
-        return await self._whole(self._client.build_request("POST", path, content=to_json(body), timeout=timeout))
+        return await self._whole(self._request("POST", path, body, None))
 
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a stream, until `[DONE]`. Raises UpstreamError or RefusedError; a stream without `[DONE]` too.
 
         Closing the generator closes the connection, which is how an engine learns that nobody waits any more.
         """
-        response = await self._send(self._client.build_request("POST", path, content=to_json(body)))
+        response = await self._send(self._request("POST", path, body, self._stall_s))
         try:
             if response.status_code != 200:
                 raise _failure(response.status_code, await _read(response), response.headers)
             rest = b""
-            async for data in response.aiter_raw():
+            async for data in _bytes(response):
                 *lines, rest = (rest + data).split(b"\n")
                 if len(rest) > MAX_ANSWER:
                     raise UpstreamError("upstream: one event of its stream is too large.", 502)
@@ -86,6 +80,15 @@ class Upstream:
         finally:
             await asyncio.shield(response.aclose())
 
+    def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None, silence_s: float | None
+    ) -> httpx.Request:
+        timeout = httpx.Timeout(silence_s, connect=CONNECT_S, pool=None)
+        content = None if body is None else to_json(body)
+        return httpx.Request(
+            method, self.url + path, headers=self._headers, content=content, extensions={"timeout": timeout.as_dict()}
+        )
+
     async def _whole(self, request: httpx.Request) -> Any:
         response = await self._send(request)
         try:
@@ -100,18 +103,23 @@ class Upstream:
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
         try:
-            return await self._client.send(request, stream=True)
+            return await self._transport.handle_async_request(request)
         except httpx.HTTPError as error:
             raise _trouble(error) from None
 
 
 async def _read(response: httpx.Response) -> bytes:
     data = bytearray()
-    async for part in response.aiter_raw():
+    async for part in _bytes(response):
         data += part
         if len(data) > MAX_ANSWER:
             raise UpstreamError("upstream: its answer is too large.", 502)
     return bytes(data)
+
+
+def _bytes(response: httpx.Response) -> AsyncIterator[bytes]:
+    assert isinstance(response.stream, httpx.AsyncByteStream)
+    return aiter(response.stream)
 
 
 def _object(data: bytes) -> dict[str, Any]:
