@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The CPU build where there is no GPU; a user with one sets TORCH="torch" or installs their own first.
 TORCH ?= torch==2.13.0
-# These take an hour and more; their docstrings say how to run them.
-SLOW_BENCHES := bench/tune_baselines.py bench/studies.py
+# These take half an hour and more, or need a model of yours; their docstrings say how to run them.
+SLOW_BENCHES := $(addprefix bench/,tune_baselines.py studies.py reward_truthfulqa.py robust.py loop_options.py length_curve.py consumers.py)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,serve]"
 	touch $@
 
 demo: install
@@ -30,16 +30,16 @@ test: install
 	$(BIN)/python -m pytest -n 2 tests
 
 check: install
-	$(BIN)/ruff check src tests bench
-	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench scripts
+	$(BIN)/ruff format --check src tests bench scripts
 	$(BIN)/mypy
 
 format: install
-	$(BIN)/ruff check --fix src tests bench
-	$(BIN)/ruff format src tests bench
+	$(BIN)/ruff check --fix src tests bench scripts
+	$(BIN)/ruff format src tests bench scripts
 
 docs: install
-	$(BIN)/dpa docs docs/configuration.md
+	$(BIN)/python scripts/make_docs.py
 
 bench: install
 	for file in $(filter-out $(SLOW_BENCHES),$(wildcard bench/*.py)); do $(BIN)/python $$file || exit 1; done
