@@ -20,7 +20,8 @@ import pytest
 from serving import CHAT, QUESTION, SPACE, FakeUpstream, events_of, gateway_before, in_thread, settings_with, within
 
 from dpa.models.files import EVALUATION_FILE
-from dpa.serve.front import load_front
+from dpa.serve.command import _default_direction
+from dpa.serve.front import load_examples, load_front
 from dpa.serve.gate import Gate, JsonLines
 from dpa.serve.settings import Limits
 
@@ -530,3 +531,17 @@ def test_text_is_logged_only_when_asked(engine: tuple[FakeUpstream, str], fake: 
             assert ("Why?" in stream.getvalue()) is log_text
     finally:
         logger.removeHandler(handler)
+
+
+def test_questions_to_try_travel_with_the_front(tmp_path: Path) -> None:
+    assert load_examples(tmp_path) == []
+    (tmp_path / EVALUATION_FILE).write_text(json.dumps({"directions": [], "examples": ["Where does Ivy live?"]}))
+    assert load_examples(tmp_path) == ["Where does Ivy live?"]
+    (tmp_path / EVALUATION_FILE).write_text("[1, 2]")
+    assert load_examples(tmp_path) == []
+
+
+def test_a_request_that_states_nothing_is_asked_at_the_center_unless_the_server_is_told_otherwise() -> None:
+    assert _default_direction(None, SPACE) == SPACE.direction(SPACE.center)
+    assert _default_direction("none", SPACE) is None
+    assert _default_direction("helpfulness*0.8 - verbosity*0.6", SPACE).integers[:2] == (80, -60)

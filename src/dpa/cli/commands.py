@@ -238,7 +238,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     allow_host: Annotated[list[str] | None, typer.Option(help="Another name this gateway is reached by.")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="Keys, one a line (or one in DPA_API_KEY).")] = None,
-    direction: DirectionText = None,
+    direction: Annotated[
+        str | None,
+        typer.Option("--direction", "-d", help="Of requests that state none; default: the cone's center; or none."),
+    ] = None,
     clamp: Annotated[bool, typer.Option(help="Move directions outside the cone to its edge; default: 400.")] = False,
     reward: Annotated[str | None, typer.Option(help="Reward model folder: scores, best_of, robust.")] = None,
     base: Annotated[str | None, typer.Option(help="Model to compare with; default: MODEL, told no direction.")] = None,

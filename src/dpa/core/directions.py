@@ -224,8 +224,8 @@ class DirectionSpace:
         polar_D = _stratified(count, rng) * angle
         if self.K == 3:
             azimuth_D = 2.0 * np.pi * (_stratified(count, rng) + rng.random())
-            plane_2K = np.linalg.svd(self.center_K[None])[2][1:]  # an orthonormal basis of what is not the center
-            normal_DK = np.cos(azimuth_D)[:, None] * plane_2K[0] + np.sin(azimuth_D)[:, None] * plane_2K[1]
+            first_K, second_K = _across(self.center_K)
+            normal_DK = np.cos(azimuth_D)[:, None] * first_K + np.sin(azimuth_D)[:, None] * second_K
         else:
             normal_DK = rng.standard_normal((count, self.K))
             normal_DK -= np.outer(normal_DK @ self.center_K, self.center_K)

@@ -38,6 +38,8 @@ from dpa.storage.run_folder import RunFolder, StageFolder
 from dpa.storage.tables import read_json, write_json
 from dpa.version import __version__
 
+EXAMPLES = 3
+"""Held-out questions that travel with a policy, for people to try."""
 BYTES_PER_CANDIDATE = 4_000
 """Upper estimate of what one candidate and its scores take on disk."""
 
@@ -200,7 +202,9 @@ class Loop:
         if settings.gold:
             score(self._folder.stage(t, "evaluate/gold"), answers, prompts, FunctionScorer(settings.gold))
         found = evaluate(_joined(answers), self._evaluation_scores(t), self.space, settings, self.config.seed)
-        write_json(self.policy_folder(t) / EVALUATION_FILE, found)  # the front travels with the model
+        # The front travels with the model, and with it a few questions to try it on.
+        examples = [prompt.messages[-1]["content"] for prompt in prompts[:EXAMPLES]]
+        write_json(self.policy_folder(t) / EVALUATION_FILE, {**found, "examples": examples})
         write_json(record, found)
         self._write_card(t, found)
         self.console.print(

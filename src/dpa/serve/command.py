@@ -15,12 +15,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpa.core.directions import DirectionSpace
+from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import ConfigError, DpaError, ModelFileError
 from dpa.models.files import load_space, resolve_model
 from dpa.serve.settings import Limits, Settings
 from dpa.serve.supervisor import EngineProcess
 
+NO_DIRECTION = "none"
+"""`--direction none`: a request that states no direction is asked under none."""
 KEY_VARIABLE, UPSTREAM_KEY_VARIABLE = "DPA_API_KEY", "DPA_UPSTREAM_KEY"
 
 
@@ -63,7 +65,7 @@ def serve(options: Options) -> None:
         )
     folder = None if options.model is None else resolve_model(options.model, options.remote_code_revision).path
     space = _space(options, folder)
-    default = space.parse(options.direction) if options.direction is not None else None
+    default = _default_direction(options.direction, space)
     if options.reward:
         _check_attributes(options.reward, space)
     listener = _listen(options.host, options.port)
@@ -138,6 +140,16 @@ def _start_engines(
     return engines
 
 
+def _default_direction(text: str | None, space: DirectionSpace) -> Direction | None:
+    """The direction of requests that state none: the center of the cone, unless told otherwise.
+
+    A policy was trained on stated directions only, and answers badly where none is (docs/findings.md).
+    """
+    if text == NO_DIRECTION:
+        return None
+    return space.direction(space.center) if text is None else space.parse(text)
+
+
 def _gateway(
     options: Options,
     keys: tuple[str, ...],
@@ -149,7 +161,7 @@ def _gateway(
     try:  # while the engine loads: these take a second
         import uvicorn
 
-        from dpa.serve.front import load_front
+        from dpa.serve.front import load_examples, load_front
         from dpa.serve.gate import log_json
         from dpa.serve.gateway import Engines, Gateway
         from dpa.serve.http import Server
@@ -192,6 +204,7 @@ def _gateway(
         log_text=options.log_text,
         front=front,
         front_reward=reward,
+        examples=tuple(load_examples(Path(measured))) if measured is not None else (),
     )
     gateway = Gateway(settings, engines, lambda: all(one.ready.is_set() for one in children.values()))
     log_json()

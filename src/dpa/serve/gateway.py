@@ -174,6 +174,7 @@ class Gateway:
                 "default": _direction_json(settings.default) if settings.default else None,
                 "front": settings.front,
                 "front_reward": settings.front_reward,
+                "examples": list(settings.examples),
                 "scorer": self._engines.scorer is not None,
                 "base": True,
                 "limits": {

@@ -47,3 +47,5 @@ class Settings:
     """Whether logs may hold what users and the model say."""
     front: list[dict] | None = None
     front_reward: str | None = None
+    examples: tuple[str, ...] = ()
+    """Questions the page offers to try."""
