@@ -125,7 +125,7 @@ def test_open_webui_lists_the_presets_and_its_filter_writes_the_direction(gatewa
     both = ask(valves=valves(verbosity="More", warmth="More"))
     assert (both["dpa"]["direction"], both["dpa"]["clamped"]) == ("helpfulness*71 + verbosity*50 + warmth*50", True)
     assert both["dpa"]["words"] > less["dpa"]["words"]
-    assert ask(valves=valves())["dpa"]["source"] == "none"
+    assert ask(valves=valves())["dpa"]["source"] == "default"
     assert ask(model="demo:wordy", valves=valves(verbosity="Less"))["dpa"]["source"] == "model"
     chat = ask(valves=valves(verbosity="Less"), dpa="helpfulness*0.8 + verbosity*0.6")
     assert chat["dpa"]["direction"] == "helpfulness*80 + verbosity*60 + warmth*0"
