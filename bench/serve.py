@@ -63,11 +63,9 @@ async def load(url: str, clients: int, seconds: float, processes: list[psutil.Pr
     """Every client asks again as soon as it is answered; half of them stream."""
     statuses: Counter[str] = Counter()
     latencies: list[float] = []
-    tokens = 0
     deadline = time.monotonic() + seconds
 
     async def client(number: int) -> None:
-        nonlocal tokens
         async with httpx.AsyncClient(base_url=url, timeout=120) as http:
             asked = number
             while time.monotonic() < deadline:
@@ -79,7 +77,8 @@ async def load(url: str, clients: int, seconds: float, processes: list[psutil.Pr
                 except httpx.HTTPError as error:
                     statuses[type(error).__name__] += 1
                     continue
-                latencies.append(time.monotonic() - begun)
+                if answer.status_code == 200:
+                    latencies.append(time.monotonic() - begun)
                 cut = answer.status_code == 200 and number % 2 and not answer.text.rstrip().endswith("[DONE]")
                 failed = answer.status_code == 200 and '"error"' in answer.text[-400:]
                 statuses[f"broken {answer.status_code}" if cut or failed else str(answer.status_code)] += 1

@@ -124,7 +124,7 @@ def _event(data: dict[str, Any]) -> bytes:
 def in_thread(app: Any) -> Iterator[str]:
     """Serve an ASGI application on a free port of this machine; yields its URL."""
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-    with socket.socket() as listener:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         up = threading.Event()
         server = Server(config, up.set)

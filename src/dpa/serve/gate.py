@@ -75,16 +75,25 @@ class Gate:
         facts: dict[str, Any] = {}
         scope["dpa"] = facts
         status = 0
+        entered = False
+
+        def leave() -> None:
+            nonlocal entered
+            if entered:
+                entered = False
+                self._in_flight -= 1
+                self._metrics.in_flight.set(self._in_flight)
 
         async def answer(message: Message) -> None:
             nonlocal status
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                leave()  # before the client reads the end: it may ask again at once
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             await send(message)
 
         counted = scope["method"] == "POST" and scope["path"] in COUNTED
-        entered = False
         try:
             self._admit(scope, counted)
             if counted:
@@ -107,9 +116,7 @@ class Gate:
                     scope, receive, answer
                 )
         finally:
-            if entered:
-                self._in_flight -= 1
-                self._metrics.in_flight.set(self._in_flight)
+            leave()
             seconds = time.monotonic() - begun
             route = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.requests.labels(route, str(status)).inc()
