@@ -184,7 +184,8 @@ def test_the_same_folder_is_steered_by_stock_transformers_without_a_gateway(poli
         for name, kwargs in {"told": {"preference": ASKED}, "not told": {}}.items():
             body = {**asked, "chat_template_kwargs": kwargs}
             theirs = httpx.post(f"http://127.0.0.1:{port}{CHAT}", json={**body, "model": str(policy)}, timeout=60)
-            ours = httpx.post(server.url + CHAT, json={**body, "model": "demo"}, timeout=60)
+            stated = {} if kwargs else {"dpa": None}  # the gateway would ask at the center
+            ours = httpx.post(server.url + CHAT, json={**body, **stated, "model": "demo"}, timeout=60)
             texts[name] = theirs.json()["choices"][0]["message"]["content"]
             assert texts[name] == ours.json()["choices"][0]["message"]["content"]
         assert texts["told"] != texts["not told"]

@@ -166,7 +166,7 @@ def _gateway(
         from dpa.serve.gateway import Engines, Gateway
         from dpa.serve.http import Server
         from dpa.serve.upstream import Upstream
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ConfigError(f'serve: {error.name} is not installed; run pip install "dpa[serve]".') from None
 
     limits = options.limits
