@@ -26,6 +26,10 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set rollout.samples=8")
 ]
 Iteration = Annotated[int, typer.Option("--iteration", "-t", min=0, help="Which iteration.")]
+Shard = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="i/N", help="Only share i of N (1/N to N/N); others make theirs beside it."),
+]
 ModelFolder = Annotated[str, typer.Argument(help="Model folder made by the loop (its dpa_config.json says the space).")]
 DirectionText = Annotated[
     str | None,
@@ -96,16 +100,16 @@ def train_reward(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def rollout(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = None) -> None:
+def rollout(config: ConfigPath, iteration: Iteration = 1, shard: Shard = None, overrides: Overrides = None) -> None:
     """Sample candidates from the policy of the iteration before."""
-    with _loop(_load(config, overrides)) as loop:
+    with _loop(_load(config, overrides), shard=shard) as loop:
         loop.rollout(iteration)
 
 
 @app.command()
-def score(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = None) -> None:
+def score(config: ConfigPath, iteration: Iteration = 1, shard: Shard = None, overrides: Overrides = None) -> None:
     """Score an iteration's candidates (t = 0: the rated responses)."""
-    with _loop(_load(config, overrides)) as loop:
+    with _loop(_load(config, overrides), shard=shard) as loop:
         loop.score(iteration)
 
 
@@ -187,7 +191,10 @@ def _load(path: Path, overrides: list[str] | None, flags: dict[str, str] | None 
     return load_config(path, {**_pairs(overrides), **(flags or {})})
 
 
-def _loop(config: "RunConfig", ignore_free_space: bool = False) -> "Loop":
+def _loop(config: "RunConfig", ignore_free_space: bool = False, shard: str | None = None) -> "Loop":
+    from dpa.storage.locks import Share
+
+    share = None if shard is None else Share.parse(shard)
     from dpa.recipes.dpa import Loop
 
-    return Loop(config, ignore_free_space)
+    return Loop(config, ignore_free_space, share)

@@ -208,6 +208,26 @@ class ProcessSampler:
         theirs.close()
 
 
+def sampler_spec(
+    policy: str | Path,
+    config: RolloutConfig,
+    space: DirectionSpace | None = None,
+    remote_code_revision: str | None = None,
+) -> SamplerSpec:
+    """How a rollout samples `policy`; `space` defaults to the one saved with it. Raises ModelFileError."""
+    path = resolve_model(policy, remote_code_revision).path
+    return SamplerSpec(
+        policy=path,
+        space=space or load_space(path),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        batch_size=config.batch_size,
+        revision=folder_revision(path),
+        remote_code_revision=remote_code_revision,
+    )
+
+
 @contextmanager
 def build_samplers(
     policy: str | Path,
@@ -220,17 +240,7 @@ def build_samplers(
 
     `space` defaults to the one saved with the policy. Raises ModelFileError.
     """
-    path = resolve_model(policy, remote_code_revision).path
-    spec = SamplerSpec(
-        policy=path,
-        space=space or load_space(path),
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        batch_size=config.batch_size,
-        revision=folder_revision(path),
-        remote_code_revision=remote_code_revision,
-    )
+    spec = sampler_spec(policy, config, space, remote_code_revision)
     if config.workers == 1:
         yield [spec.build()]
         return
