@@ -61,10 +61,13 @@ def run(
     overrides: Overrides = None,
     iterations: Annotated[int | None, typer.Option(help="Number of online iterations.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Finetune in this many processes (cards), through accelerate launch.")
+    ] = None,
     ignore_free_space: Annotated[bool, typer.Option(help="Start although the disk looks too full.")] = False,
 ) -> None:
     """Run the whole loop; the same command resumes it."""
-    flags = {"iterations": iterations, "out": out}
+    flags = {"iterations": iterations, "out": out, "cluster.processes": processes}
     settings = _load(config, overrides, {name: str(value) for name, value in flags.items() if value is not None})
     with _loop(settings, ignore_free_space) as loop:
         loop.run()
@@ -122,9 +125,10 @@ def select(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = 
 
 @app.command()
 def finetune(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = None) -> None:
-    """Finetune the policy of the iteration before on the winners."""
-    with _loop(_load(config, overrides)) as loop:
-        loop.finetune(iteration)
+    """Finetune the policy of the iteration before on the winners; also as a rank of `accelerate launch`."""
+    from dpa.cli.launch import finetune as finetune_as_rank
+
+    finetune_as_rank(_load(config, overrides), iteration)
 
 
 @app.command()

@@ -9,7 +9,6 @@ each example, which keeps them from attending to each other.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate import DistributedType
 from datasets import Dataset
 from jinja2 import TemplateError
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, TaskType, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -32,6 +32,7 @@ from dpa.core.records import stable_hash
 from dpa.models.checkpoints import newest_checkpoint
 from dpa.models.optimizers import MuonWithAdamW
 from dpa.models.policy import context_length, encode_prompt, load_policy, make_steerable, save_policy, turn_end_id
+from dpa.models.ranks import is_first, ranks, wait_for_all
 from dpa.models.training import (
     ShowProgress,
     StopAtBadGradient,
@@ -51,6 +52,7 @@ OPEN_ROWS = 32
 """Packed rows that may still take an example."""
 
 _INPUTS_FILE = "inputs.json"
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ def finetune(
         examples = [examples[place] for place in order]
         tokens = sum(len(example.ids) for example in examples)
         try:
-            _prepare_work(work, stable_hash([example.ids for example in examples], config, seed, str(policy)))
+            if is_first():
+                _prepare_work(work, stable_hash([example.ids for example in examples], config, seed, str(policy)))
+            wait_for_all()
             with StopOnSignal() as stop:
                 trainer = build_trainer(model, tokenizer, examples, work, config, seed)
                 packed_rows = len(cast(Dataset, trainer.train_dataset))
@@ -125,13 +129,12 @@ def finetune(
                     raise stop.interrupted(label, trainer.state.global_step, trainer.state.max_steps, "steps")
         except OSError as error:
             raise disk_error(error, work, "saving a checkpoint") from None
-        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+        trained = _whole_model(trainer, policy, remote_code_revision, config)
         losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-        if config.lora is not None:
-            trained = trained.merge_and_unload()
         provenance = {"from": str(policy), "rows": len(examples), "seed": seed, "finetune": config.model_dump()}
-        if trainer.is_world_process_zero():
+        if trained is not None:
             save_policy(trained, tokenizer, out, space, provenance)
+        wait_for_all()
     return FinetuneResult(
         training_tokens=round(tokens * config.epochs),
         steps=trainer.state.global_step,
@@ -238,15 +241,15 @@ def build_trainer(
         # A Trainer calls the factory for a function of (model, **kwargs), once adapters are in place.
         kwargs = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         optimizer = {"optimizer_cls_and_kwargs": (_muon_factory, kwargs)}
-    rows = pack([len(example.ids) for example in examples], config.max_length)
+    rows = _packed(examples, config)
     trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_dict(
             {
-                "input_ids": [[token for place in row for token in examples[place].ids] for row in rows],
-                "labels": [[label for place in row for label in examples[place].labels] for row in rows],
-                "seq_lengths": [[len(examples[place].ids) for place in row] for row in rows],
+                "input_ids": [[token for example in row for token in example.ids] for row in rows],
+                "labels": [[label for example in row for label in example.labels] for row in rows],
+                "seq_lengths": [[len(example.ids) for example in row] for row in rows],
             }
         ),
         processing_class=tokenizer,
@@ -258,10 +261,41 @@ def build_trainer(
     return trainer
 
 
+def _packed(examples: Sequence[Example], config: FinetuneConfig) -> list[list[Example]]:
+    """The examples of each packed row. Several ranks get rows of a multiple of their number: what is lacking are rows
+    without a token to learn, where the Trainer would train on some rows twice."""
+    rows = [[examples[place] for place in row] for row in pack([len(e.ids) for e in examples], config.max_length)]
+    if ranks() > 1:
+        shortest = min(examples, key=lambda example: len(example.ids))
+        nothing = Example(shortest.ids, prompt_tokens=len(shortest.ids))
+        rows += [[nothing]] * (-len(rows) % (ranks() * config.rows_per_device))
+    return rows
+
+
+def _whole_model(
+    trainer: SFTTrainer, policy: str | Path, remote_code_revision: str | None, config: FinetuneConfig
+) -> PreTrainedModel | None:
+    """The trained model with all its weights, adapters merged, on the rank that saves it; None on the others."""
+    accelerator = trainer.accelerator
+    trained: Any = accelerator.unwrap_model(trainer.model)
+    if accelerator.distributed_type in _SHARDED:  # every rank gives its part
+        weights = accelerator.get_state_dict(trainer.model)
+        if not is_first():
+            return None
+        trained, _ = load_policy(policy, remote_code_revision, device="cpu")
+        adapters = _adapters(config)
+        trained = trained if adapters is None else get_peft_model(trained, adapters)
+        trained.load_state_dict(weights)
+    if not is_first():
+        return None
+    return trained if config.lora is None else trained.merge_and_unload()
+
+
 def _train(trainer: SFTTrainer, work: Path, label: str, tokens: int, stop: StopOnSignal) -> None:
     progress = ShowProgress(label, tokens)
     for callback in (progress, WriteLog(work / "log.jsonl"), StopWhenAsked(stop)):
-        trainer.add_callback(callback)
+        if is_first() or isinstance(callback, StopWhenAsked):
+            trainer.add_callback(callback)
     newest = newest_checkpoint(work)
     try:
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
@@ -271,8 +305,7 @@ def _train(trainer: SFTTrainer, work: Path, label: str, tokens: int, stop: StopO
 
 def _accumulation(config: FinetuneConfig) -> int:
     """Forward passes of one device in an optimizer step. Raises ConfigError."""
-    devices = int(os.environ.get("WORLD_SIZE", "1"))  # set by `accelerate launch` and torchrun
-    together = config.rows_per_device * devices
+    together = config.rows_per_device * ranks()
     if config.packed_rows_per_step % together:
         raise ConfigError(
             f"finetune.packed_rows_per_step: {config.packed_rows_per_step} is no multiple of rows_per_device times "

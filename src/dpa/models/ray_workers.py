@@ -80,13 +80,13 @@ class RayPool:
     """`size` workers that hold what `spec` makes. Whoever calls gets an idle one.
 
     A worker that dies (its process, or its node) is replaced where the cluster has room, and its request goes to the
-    next idle worker; as long as one worker lives the work goes on. EngineError: one request killed MAX_DEATHS + 1
+    next idle worker; as long as one worker lives the work goes on. EngineError: one request ended max_deaths + 1
     workers, workers die while they start, or for `start_timeout_s` there has been no worker at all.
     """
 
-    def __init__(self, spec: Spec, size: int, cluster: ClusterConfig) -> None:
+    def __init__(self, spec: Spec, size: int, cluster: ClusterConfig, max_deaths: int = MAX_DEATHS) -> None:
         self._ray = _connect(cluster.address)
-        self._spec, self._size, self._cluster = spec, size, cluster
+        self._spec, self._size, self._cluster, self._max_deaths = spec, size, cluster, max_deaths
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._actors: list[Any] = []
@@ -99,7 +99,7 @@ class RayPool:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The answer of `method` of the object in some worker. Raises what it raises on purpose, and EngineError."""
-        for _ in range(MAX_DEATHS + 1):
+        for _ in range(self._max_deaths + 1):
             actor = self._take()
             try:
                 answer = self._ray.get(actor.call.remote(method, arguments))
@@ -117,7 +117,7 @@ class RayPool:
                 raise answer
             return answer
         raise EngineError(
-            f"ray: a request ended {MAX_DEATHS + 1} workers in a row ({_first_line(last)}); look for memory or driver "
+            f"ray: a request ended {self._max_deaths + 1} workers in a row ({_first_line(last)}); look for memory or driver "
             "trouble, or lower rollout.batch_size."
         )
 
@@ -155,7 +155,7 @@ class RayPool:
         except self._ray.exceptions.RayError as error:
             with self._lock:
                 self._failed_starts += 1
-                given_up = self._failed_starts > MAX_DEATHS * self._size
+                given_up = self._failed_starts > self._max_deaths * self._size
             if given_up:
                 self._idle.put(
                     EngineError(f"ray: workers die while they start ({_first_line(error)}); see Ray's logs.")
@@ -176,7 +176,7 @@ class RayPool:
         self._idle.put(description if isinstance(description, Exception) else actor)
 
     def _replace(self, actor: Any) -> None:
-        if self._closed:
+        if self._closed or not self._ray.is_initialized():  # any call would start a cluster of its own
             return
         self._actors.remove(actor)
         log.warning("ray: a worker died; its work goes to another one, and a new worker is asked for.")

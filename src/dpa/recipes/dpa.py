@@ -22,6 +22,7 @@ from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfi
 from dpa.core.errors import ConfigError, RunFolderError
 from dpa.core.records import Ledger, Prompt, Sampler, Scorer
 from dpa.models.files import EVALUATION_FILE
+from dpa.models.launching import free_memory, launch, launches
 from dpa.models.ray_workers import ray_samplers, ray_scorers
 from dpa.models.samplers import build_samplers, sampler_spec
 from dpa.models.scorers import FunctionScorer, build_scorer
@@ -175,8 +176,15 @@ class Loop:
     def finetune(self, t: int) -> Ledger:
         """Finetune from the policy of t - 1 on (direction, prompt, winner)."""
         self._check_iteration(t)
+        stage = self._folder.stage(t, "finetune")
+        self.__dict__.pop("scorer", None)  # its memory is needed now
+        free_memory()
+        if launches(self.config.cluster) and not stage.done:
+            with self._folder.lent():  # the first rank takes the lock
+                launch(["finetune", str(self.path / "config.yaml"), "-t", str(t)], self.config.cluster, stage.name)
+            return self._folder.stage(t, "finetune").ledger
         return finetune_policy(
-            self._folder.stage(t, "finetune"),
+            stage,
             self._folder.stage(t, "select"),
             self.policy(t - 1),
             self.space,

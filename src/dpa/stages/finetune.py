@@ -12,6 +12,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.records import Ledger
 from dpa.models.finetuning import finetune, remove_checkpoints
 from dpa.models.policy import SPACE_FILE
+from dpa.models.ranks import is_first
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
 
@@ -30,7 +31,7 @@ def finetune_policy(
 
     A finished stage whose policy stands is left alone; an interrupted one goes on from its newest checkpoint.
     `log.jsonl` in the stage's folder has the loss of every step; rows that cannot be trained on go to rejects. The
-    ledger's `extra` counts optimizer steps.
+    ledger's `extra` counts optimizer steps. In a launched training every rank calls this, and the first one writes.
 
     Raises what `models.finetuning.finetune` raises, and RunFolderError when the selection is not finished.
     """
@@ -49,7 +50,6 @@ def finetune_policy(
         remote_code_revision=remote_code_revision,
         label=stage.name,
     )
-    stage.write_rejects(result.rejects)
     ledger = Ledger(
         training_tokens=result.training_tokens,
         rows=len(rows) - len(result.rejects),
@@ -58,6 +58,8 @@ def finetune_policy(
         peak_memory=peak_memory(),
         extra={"steps": result.steps},
     )
-    stage.finish(ledger)
-    remove_checkpoints(stage.path)
+    if is_first():
+        stage.write_rejects(result.rejects)
+        stage.finish(ledger)
+        remove_checkpoints(stage.path)
     return ledger

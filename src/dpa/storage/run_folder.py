@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,13 @@ class RunFolder:
         """The folder is ready for the other shares."""
         assert self._lock is not None
         self._lock.let_others_in()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """While the block runs, the lock is free for the process that this one starts; then it is taken back."""
+        self.close()
+        yield
+        self._lock = RunLock(self.path / "lock")
 
     def __enter__(self) -> "RunFolder":
         return self
