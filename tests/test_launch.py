@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,9 +20,10 @@ import yaml
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
-from dpa.core.config import load_config
+from dpa.core.config import ClusterConfig, load_config
 from dpa.core.errors import ConfigError
 from dpa.models.finetuning import Example, _packed
+from dpa.models.launching import launch
 from dpa.recipes.dpa import Loop
 
 ROOT = Path(__file__).parents[1]
@@ -99,10 +101,10 @@ def assert_same_training(run: Path, alone: Path) -> None:
 
 def test_accelerate_launch_of_two_processes_learns_what_one_learns(selected: Path, run: Path, alone: Path) -> None:
     """As a user of a cluster starts it by hand. Only the first rank locks and writes; the other joins."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(
-        [*launch, "-m", "dpa", "finetune", str(selected), "-t", "0", "--set", f"out={run}"],
+        [*command, "-m", "dpa", "finetune", str(selected), "-t", "0", "--set", f"out={run}"],
         text=True,
         capture_output=True,
     )
@@ -114,19 +116,45 @@ def test_accelerate_launch_of_two_processes_learns_what_one_learns(selected: Pat
     assert not list(run.rglob("checkpoint-*"))
 
 
-def test_the_loop_launches_fsdp2_by_its_preset(selected: Path, run: Path, alone: Path) -> None:
-    """Weights sharded over two ranks (gloo); the policy saved is whole."""
-    settings = {"out": str(run), "cluster.accelerate": str(PRESETS / "fsdp2.yaml")}
-    with Loop(load_config(selected, settings)) as loop:
-        ledger = loop.finetune(0)
-        assert ledger.training_tokens > 0
-        assert loop.finetune(0) == ledger, "a finished stage launches nothing"
+FSDP = """
+import sys
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
+started = AcceleratorState.__init__
+def start(self, *args, fsdp_plugin=None, **kwargs):
+    started(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+AcceleratorState.__init__ = start  # accelerate has FSDP on cards only; torch's FSDP2 itself runs over gloo
+from torch.distributed.tensor import DTensor
+from dpa.models import finetuning
+norm_before_step = finetuning.StopAtBadGradient.on_pre_optimizer_step
+def look(self, args, state, control, **kwargs):
+    assert all(isinstance(parameter, DTensor) for parameter in kwargs["model"].parameters()), "weights are sharded"
+    return norm_before_step(self, args, state, control, **kwargs)
+finetuning.StopAtBadGradient.on_pre_optimizer_step = look
+sys.argv = ["dpa", *sys.argv[1:]]
+from dpa.cli import main
+main()
+"""
+
+
+def test_fsdp2_shards_the_weights_and_saves_a_whole_policy(
+    selected: Path, run: Path, alone: Path, tmp_path: Path
+) -> None:
+    """By its preset, over gloo, through a checkpoint every second step."""
+    (tmp_path / "rank.py").write_text(FSDP)
+    command = [sys.executable, "-m", "dpa.models.launching", "--config_file", str(PRESETS / "fsdp2.yaml")]
+    command += ["--main_process_port", "0", str(tmp_path / "rank.py")]
+    done = subprocess.run(
+        [*command, "finetune", str(selected), "-t", "0", "--set", f"out={run}"], text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
     assert_same_training(run, alone)
 
 
-def test_kill_9_of_the_loop_ends_the_ranks_and_the_same_command_resumes(selected: Path, run: Path, alone: Path) -> None:
-    command = dpa("run", selected, "--processes", 2, "--out", run, "--set", "finetune.epochs=2")
-    loop = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+def test_kill_9_of_the_loop_ends_the_ranks_and_one_process_resumes(selected: Path, run: Path, alone: Path) -> None:
+    loop = subprocess.Popen(dpa("run", selected, "--processes", 2, "--out", run), stderr=subprocess.DEVNULL)
     work = run / "iter_0" / "finetune"
     deadline = time.monotonic() + 120
     while not list(work.glob("checkpoint-*/trainer_state.json")):
@@ -136,27 +164,56 @@ def test_kill_9_of_the_loop_ends_the_ranks_and_the_same_command_resumes(selected
     assert len(ranks) >= 3, "the launcher and two ranks"
     loop.send_signal(signal.SIGKILL)
     loop.wait()
-    _, alive = psutil.wait_procs(ranks, timeout=40)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
     assert not alive, "no orphans"
-    assert not (work / "done.json").exists()
-    with Loop(load_config(selected, {"out": str(run), "cluster.processes": "2"})) as again:
+    with Loop(load_config(selected, {"out": str(run)})) as again:
         again.finetune(0)
     assert_same_training(run, alone)
 
 
-def test_a_users_mistake_is_one_sentence_from_the_first_rank(selected: Path, run: Path) -> None:
-    (run / "iter_0" / "select" / "done.json").unlink()
-    done = subprocess.run(
-        dpa("run", selected, "--out", run, "--processes", 3, "--set", "iterations=0"), text=True, capture_output=True
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "packed_rows_per_step: 4 is no multiple of rows_per_device times devices (3); take 6" in done.stderr
-    with (
-        Loop(load_config(selected, {"out": str(run), "cluster.accelerate": "nowhere.yaml"})) as loop,
-        pytest.raises(ConfigError, match=r"no file at nowhere\.yaml; see recipes/accelerate"),
-    ):
-        loop.finetune(0)
+def test_a_users_mistake_in_a_rank_is_one_sentence_and_exit_2(capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(ConfigError, match=r"iter_0/finetune: the launched training could not start; its message"):
+        launch(["finetune", "nowhere.yaml"], ClusterConfig(processes=2), "iter_0/finetune")
+    said = capfd.readouterr().err
+    assert "dpa: config: no file at nowhere.yaml" in said
+    assert "Traceback" not in said
+    with pytest.raises(ConfigError, match=r"no file at nowhere\.yaml; see recipes/accelerate"):
+        launch(["finetune", "x"], ClusterConfig(accelerate="nowhere.yaml"), "x")
+
+
+RANK = """
+import sys
+from dpa.core.errors import RunFolderError
+from dpa.models.ranks import any_of, first_then_rest, wait_for_all
+print(first_then_rest(lambda join: f"join={join}"), any_of(sys.argv[1] == "1"), flush=True)
+wait_for_all()
+def locked(join):
+    raise RunFolderError("out: in use by process 1.")
+try:
+    first_then_rest(locked)
+except RunFolderError as error:
+    print(error, flush=True)
+"""
+
+
+def test_the_other_ranks_leave_when_the_first_cannot_open_the_folder(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, rank],
+            env={**both, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=60)[0].splitlines() for process in ranks]
+    assert said == [["join=False True", "out: in use by process 1."], ["join=True True"]]
+    assert [process.returncode for process in ranks] == [0, 2]
 
 
 @pytest.fixture

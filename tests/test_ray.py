@@ -17,7 +17,7 @@ from fakes import FakeSampler, all_rows, prompts_of
 from tiny_models import SPACE, save_tiny_model
 
 from dpa.core.config import ClusterConfig, RewardConfig, RolloutConfig
-from dpa.core.errors import EngineError, ModelFileError
+from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.models.ray_workers import RayPool, RaySampler, ray_samplers, ray_scorers
 from dpa.models.samplers import build_samplers, sampler_spec
 from dpa.models.scorers import build_scorer

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpa.cli.planning import register as register_planning
 from dpa.core.errors import ConfigError
 from dpa.version import __version__
 
@@ -177,6 +178,9 @@ def chat(
     from dpa.cli.talk import converse
 
     converse(model, direction, temperature, max_new_tokens, seed)
+
+
+register_planning(app)
 
 
 def _pairs(overrides: list[str] | None) -> dict[str, str]:

@@ -22,6 +22,7 @@ from accelerate import DistributedType
 from datasets import Dataset
 from jinja2 import TemplateError
 from peft import LoraConfig, TaskType, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -52,7 +53,6 @@ OPEN_ROWS = 32
 """Packed rows that may still take an example."""
 
 _INPUTS_FILE = "inputs.json"
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,7 @@ def build_trainer(
         use_cpu=not cuda,
         gradient_checkpointing=cuda,
         dataloader_pin_memory=cuda,
+        ddp_find_unused_parameters=False,  # all are used; looking for others costs a pass over the graph
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=2,  # the older one is deleted once the newer is written
@@ -278,10 +279,17 @@ def _whole_model(
     """The trained model with all its weights, adapters merged, on the rank that saves it; None on the others."""
     accelerator = trainer.accelerator
     trained: Any = accelerator.unwrap_model(trainer.model)
-    if accelerator.distributed_type in _SHARDED:  # every rank gives its part
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         weights = accelerator.get_state_dict(trainer.model)
-        if not is_first():
-            return None
+    elif any(isinstance(parameter, DTensor) for parameter in trained.parameters()):  # FSDP2
+        weights = {}
+        for name, part in trained.state_dict().items():  # one at a time: every rank gives its part, the first keeps all
+            whole = part.full_tensor() if isinstance(part, DTensor) else part
+            if is_first():
+                weights[name] = whole.detach().cpu().clone()
+    else:
+        weights = None
+    if weights is not None and is_first():
         trained, _ = load_policy(policy, remote_code_revision, device="cpu")
         adapters = _adapters(config)
         trained = trained if adapters is None else get_peft_model(trained, adapters)

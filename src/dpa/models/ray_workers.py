@@ -117,8 +117,8 @@ class RayPool:
                 raise answer
             return answer
         raise EngineError(
-            f"ray: a request ended {self._max_deaths + 1} workers in a row ({_first_line(last)}); look for memory or driver "
-            "trouble, or lower rollout.batch_size."
+            f"ray: a request ended {self._max_deaths + 1} workers in a row ({_first_line(last)}); look for memory or "
+            "driver trouble, or lower rollout.batch_size."
         )
 
     def describe(self) -> tuple[str, ...]:
