@@ -40,11 +40,12 @@ from dpa.models.training import (
     StopsAtBadLoss,
     StopWhenAsked,
     WriteLog,
+    disk_refusals,
     quiet_libraries,
 )
 from dpa.storage.run_folder import Reject, count_reasons
 from dpa.storage.stopping import StopOnSignal
-from dpa.storage.tables import disk_error, write_json
+from dpa.storage.tables import write_json
 
 IGNORED = -100
 """Label of a token without loss."""
@@ -117,7 +118,7 @@ def finetune(
         order = np.random.default_rng(seed).permutation(len(examples))
         examples = [examples[place] for place in order]
         tokens = sum(len(example.ids) for example in examples)
-        try:
+        with disk_refusals(work, "saving a checkpoint"):
             if is_first():
                 _prepare_work(work, stable_hash([example.ids for example in examples], config, seed, str(policy)))
             wait_for_all()
@@ -127,8 +128,6 @@ def finetune(
                 _train(trainer, work, label, tokens, stop)
                 if trainer.state.global_step < trainer.state.max_steps:
                     raise stop.interrupted(label, trainer.state.global_step, trainer.state.max_steps, "steps")
-        except OSError as error:
-            raise disk_error(error, work, "saving a checkpoint") from None
         trained = _whole_model(trainer, policy, remote_code_revision, config)
         losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
         provenance = {"from": str(policy), "rows": len(examples), "seed": seed, "finetune": config.model_dump()}

@@ -15,7 +15,7 @@ from dpa.core.errors import ModelFileError
 from dpa.core.records import Messages
 from dpa.models.chat_template import steerable_template
 from dpa.models.files import resolve_model
-from dpa.models.training import quiet_libraries
+from dpa.models.training import disk_refusals, quiet_libraries
 from dpa.storage.tables import save_folder_atomically, write_json
 
 SPACE_FILE = "dpa_config.json"
@@ -68,7 +68,7 @@ def save_policy(
     Raises StorageError or RunFolderError when the disk refuses.
     """
     make_steerable(tokenizer, space)
-    with save_folder_atomically(folder) as unfinished:
+    with save_folder_atomically(folder) as unfinished, disk_refusals(folder, "saving the model"):
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         write_json(unfinished / SPACE_FILE, {"space": space.to_dict(), "provenance": extra})

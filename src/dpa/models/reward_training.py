@@ -41,9 +41,16 @@ from dpa.models.reward_model import (
 from dpa.models.reward_quality import measure_quality
 from dpa.models.ridge import fit_ridge
 from dpa.models.scorers import RewardModelScorer
-from dpa.models.training import ShowProgress, StopAtBadGradient, StopsAtBadLoss, StopWhenAsked, quiet_libraries
+from dpa.models.training import (
+    ShowProgress,
+    StopAtBadGradient,
+    StopsAtBadLoss,
+    StopWhenAsked,
+    disk_refusals,
+    quiet_libraries,
+)
 from dpa.storage.stopping import StopOnSignal
-from dpa.storage.tables import disk_error, save_folder_atomically
+from dpa.storage.tables import save_folder_atomically
 
 MISSING = -100.0
 """Label of a mark that is not there. The Trainer itself counts the labels that are not -100, over the whole step."""
@@ -129,7 +136,7 @@ def train_reward_model(
             "rejected_rows": len(examples) - len(rows.examples),
         },
     }
-    with save_folder_atomically(out) as folder:
+    with save_folder_atomically(out) as folder, disk_refusals(out, "saving the model"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_spec(folder, spec, facts)
@@ -376,9 +383,8 @@ def _run_trainer(
         trainer.remove_callback(PrinterCallback)
         newest = newest_checkpoint(checkpoints)
         try:
-            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
-        except OSError as error:
-            raise disk_error(error, checkpoints, "saving a checkpoint") from None
+            with disk_refusals(checkpoints, "saving a checkpoint"):
+                trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         finally:
             progress.close()
         if trainer.state.global_step < trainer.state.max_steps:

@@ -2,9 +2,12 @@
 Run its tests: pytest tests/test_finetuning.py
 """
 
+import errno
 import json
 import logging
 import math
+import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +17,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -21,6 +25,7 @@ from dpa.core.errors import TrainingError
 from dpa.models.ranks import any_of
 from dpa.storage.progress import ProgressBar
 from dpa.storage.stopping import StopOnSignal
+from dpa.storage.tables import disk_error
 
 
 class StopsAtBadLoss:
@@ -117,6 +122,28 @@ def bad_step(what: str, value: float, state: TrainerState, args: TrainingArgumen
         f"training: the {what} is {value} at step {state.global_step + 1}, so the step was not taken; lower "
         f"learning_rate ({args.learning_rate:g}); earlier checkpoints are kept in {args.output_dir}."
     )
+
+
+@contextmanager
+def disk_refusals(path: Path, doing: str) -> Iterator[None]:
+    """A disk that is full or fails is a StorageError (or RunFolderError), through whichever library the write went.
+
+    safetensors wraps the system's error in one of its own, and torch.save says no more than that it did not get on.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, path, doing) from None
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        number = int(code[1])
+        raise disk_error(OSError(number, os.strerror(number)), path, doing) from None
+    except RuntimeError as error:
+        if not any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "unexpected pos")):
+            raise
+        raise disk_error(OSError(errno.ENOSPC, "the file could not be written"), path, doing) from None
 
 
 @contextmanager
