@@ -2,16 +2,22 @@
 Run: pytest tests/test_shares.py
 """
 
+import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from fakes import all_rows, run_config
+from tiny_models import save_tiny_model
 
+from dpa.core.config import load_config
 from dpa.core.errors import ConfigError, RunFolderError
+from dpa.recipes.dpa import Loop
 from dpa.storage.locks import RunLock, Share
 from dpa.storage.run_folder import RunFolder, StageFolder
 
@@ -25,7 +31,7 @@ def done(folder: Path, name: str = "rollout") -> bool:
 
 
 def ended(*processes: subprocess.Popen) -> list[int]:
-    return [process.wait(timeout=60) for process in processes]
+    return [process.wait(timeout=200) for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,7 @@ def test_shares_side_by_side_give_the_rows_of_one_process(tmp_path: Path, whole:
     assert ended(*(fake_run(tmp_path, "--shard", f"{i}/3", "--score") for i in (1, 2, 3))) == [0, 0, 0]
     assert rows(tmp_path, "score") == rows(whole, "score")
     plain = fake_run(tmp_path)
-    assert plain.communicate(timeout=60)[0] == "done\n"
+    assert plain.communicate(timeout=200)[0] == "done\n"
     assert rows(tmp_path, "select") == rows(whole, "select")
 
 
@@ -54,7 +60,7 @@ def test_a_killed_share_is_made_by_the_same_command_again(tmp_path: Path, whole:
     """kill -9 of one of two in mid-shard, with a half-written file; the other is not disturbed and finishes nothing."""
     victim, other = (fake_run(tmp_path, "--shard", f"{i}/2", "--seconds", 0.1) for i in (1, 2))
     stage = tmp_path / "iter_1" / "rollout"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 100
     while not (stage / "shard-00000.json").exists():
         assert time.monotonic() < deadline and victim.poll() is None
         time.sleep(0.005)
@@ -77,7 +83,7 @@ def test_a_plain_run_finishes_what_shares_left(tmp_path: Path, whole: Path, fake
 def test_shares_and_plain_runs_do_not_meet(tmp_path: Path, fake_run: Callable) -> None:
     """A plain run is refused while shares work, a share while a plain run works, and one share is made once."""
     share = fake_run(tmp_path, "--shard", "1/2", "--seconds", 0.3)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 100
     while not (tmp_path / "iter_1" / "rollout").exists():
         assert time.monotonic() < deadline and share.poll() is None
         time.sleep(0.005)
@@ -88,7 +94,7 @@ def test_shares_and_plain_runs_do_not_meet(tmp_path: Path, fake_run: Callable) -
     }
     started = {arguments: fake_run(tmp_path, *arguments) for arguments in refused}
     for arguments, process in started.items():
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=200)
         assert process.returncode == 2
         assert refused[arguments] in errors and errors.count("\n") == 1
     share.kill()
@@ -132,3 +138,28 @@ def test_a_share_that_cannot_be_is_one_sentence(text: str) -> None:
 def test_every_shard_belongs_to_one_share() -> None:
     shares = [Share.parse(f"{i}/5") for i in range(1, 6)]
     assert all(sum(share.has(number) for share in shares) == 1 for number in range(23))
+
+
+def test_shares_from_the_command_line(tmp_path: Path) -> None:
+    """Two `dpa rollout --shard i/2` side by side, from an empty folder, against the loop in one process."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"id": f"p{n}", "prompt": f"question {n}"}) + "\n" for n in range(12)))
+    config = {
+        "out": str(tmp_path / "run"),
+        "policy": str(save_tiny_model(tmp_path / "model")),
+        "space": {"objectives": {"a": None, "b": None}, "template": "Weigh {weighted_rating}"},
+        "reward": {"functions": {"a": "m:f", "b": "m:f"}},
+        "prompts": {"path": str(prompts)},
+        "rollout": {"directions": 2, "samples": 2, "max_new_tokens": 20, "prompts_per_shard": 2},
+        "evaluate": {"prompts": {"path": str(prompts)}},
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "dpa", "rollout", str(file), "-t", "1", "--shard"]
+    assert ended(*(subprocess.Popen([*command, f"{i}/2"]) for i in (1, 2))) == [0, 0]
+    assert done(tmp_path / "run")
+    with Loop(load_config(file, {"out": str(tmp_path / "plain")})) as loop:
+        loop.rollout(1)
+    assert rows(tmp_path / "run") == rows(tmp_path / "plain")
+    refused = subprocess.run([*command, "3/2"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "--shard: '3/2' is not i/N" in refused.stderr
