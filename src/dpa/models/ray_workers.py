@@ -10,6 +10,7 @@ every node (a shared file system); a node whose weights differ is refused.
 import logging
 import os
 import queue
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -291,6 +292,7 @@ def _connect(address: str | None) -> Any:
     except ImportError:
         raise ConfigError('cluster.engine: ray is not installed; run pip install "dpa[ray]".') from None
     if not ray.is_initialized():
+        _check_reachable(address)
         joining = address or "RAY_ADDRESS" in os.environ
         try:
             ray.init(
@@ -300,11 +302,26 @@ def _connect(address: str | None) -> Any:
                 include_dashboard=None if joining else False,
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"cluster.address: no Ray cluster answers at {address} ({_first_line(error)}); start one with "
-                "`ray start --head`, or leave the address out."
-            ) from None
+            raise _no_cluster(address, error) from None
     return ray
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself tries an address where nobody listens for minutes, and then ends the process. Raises ConfigError."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # `auto`, or none
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str | None, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"cluster.address: no Ray cluster answers at {address} ({_first_line(error)}); start one with "
+        "`ray start --head`, or leave the address out."
+    )
 
 
 def _threads(cluster: ClusterConfig) -> int:

@@ -152,8 +152,10 @@ class RunFolder:
                     f"another folder. Changed:\n  " + "\n  ".join(changed)
                 )
             now["inputs"] = {**before["inputs"], **now["inputs"]}
-            if before == now or (self._lock and self._lock.shared):
+            if before == now:
                 return
+        if self._lock is not None and self._lock.shared:
+            return  # whoever made the folder ready has written it
         write_bytes(self.path / "config.yaml", yaml.safe_dump(now["config"], sort_keys=False).encode())
         write_json(file, now)  # last: from now on the folder is this run's
 
