@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from dpa.core.config import FinetuneConfig
 from dpa.models.finetuning import Example, build_trainer
-from dpa.models.training import quiet_libraries
+from dpa.models.quiet import quiet_libraries
 
 ROW = 256
 

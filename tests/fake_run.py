@@ -1,6 +1,7 @@
 """A small run in a process of its own, to be stopped, killed and resumed by the fault tests.
 
 python tests/fake_run.py FOLDER [--seconds S] [--workers W] [--hang]     rollout, score and select, then print "done"
+python tests/fake_run.py FOLDER --shard i/N [--score]                    that share of the rollout (and score) shards
 python tests/fake_run.py FOLDER --kills 30 --seconds S                   FOLDER/0, FOLDER/1, ...: kill -9, resume
 """
 
@@ -19,6 +20,7 @@ from dpa.core.errors import DpaError
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
 from dpa.stages.select import select_winners
+from dpa.storage.locks import Share
 from dpa.storage.run_folder import RunFolder
 
 PROMPTS = 16
@@ -35,6 +37,19 @@ def run(folder: Path, seconds: float, workers: int, hang: bool = False) -> None:
         rollout(candidates, prompts, space, samplers, config.rollout, config.seed)
         score(scores, candidates, prompts, FakeScorer())
         select_winners(run.stage(1, "select"), candidates, scores, prompts, space, config.selection, config.seed)
+
+
+def run_share(folder: Path, seconds: float, share: Share, scoring: bool) -> None:
+    """One share of the rollout, or of the scoring of a finished one."""
+    config = run_config(folder)
+    prompts, space = prompts_of(PROMPTS), space_of()
+    with RunFolder(folder).open(config, share=share) as run:
+        run.let_others_in()
+        candidates = run.stage(1, "rollout")
+        if scoring:
+            score(run.stage(1, "score"), candidates, prompts, FakeScorer())
+        else:
+            rollout(candidates, prompts, space, [FakeSampler("fake-0", seconds)], config.rollout, config.seed)
 
 
 def kill_and_resume(folder: Path, kills: int, seconds: float) -> None:
@@ -80,10 +95,14 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--hang", action="store_true")
+    parser.add_argument("--shard")
+    parser.add_argument("--score", action="store_true")
     given = parser.parse_args()
     try:
         if given.kills:
             kill_and_resume(given.folder, given.kills, given.seconds)
+        elif given.shard:
+            run_share(given.folder, given.seconds, Share.parse(given.shard), given.score)
         else:
             run(given.folder, given.seconds, given.workers, given.hang)
             print("done")

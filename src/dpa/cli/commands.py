@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpa.cli import ecosystem
+from dpa.cli.planning import register as register_planning
 from dpa.core.errors import ConfigError
 from dpa.version import __version__
 
@@ -29,6 +30,10 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set rollout.samples=8")
 ]
 Iteration = Annotated[int, typer.Option("--iteration", "-t", min=0, help="Which iteration.")]
+Shard = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="i/N", help="Only share i of N (1/N to N/N); others make theirs beside it."),
+]
 ModelFolder = Annotated[str, typer.Argument(help="Model folder made by the loop (its dpa_config.json says the space).")]
 DirectionText = Annotated[
     str | None,
@@ -63,10 +68,13 @@ def run(
     overrides: Overrides = None,
     iterations: Annotated[int | None, typer.Option(help="Number of online iterations.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Finetune in this many processes (cards), through accelerate launch.")
+    ] = None,
     ignore_free_space: Annotated[bool, typer.Option(help="Start although the disk looks too full.")] = False,
 ) -> None:
     """Run the whole loop; the same command resumes it."""
-    flags = {"iterations": iterations, "out": out}
+    flags = {"iterations": iterations, "out": out, "cluster.processes": processes}
     settings = _load(config, overrides, {name: str(value) for name, value in flags.items() if value is not None})
     with _loop(settings, ignore_free_space) as loop:
         loop.run()
@@ -132,16 +140,16 @@ def train_reward(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def rollout(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = None) -> None:
+def rollout(config: ConfigPath, iteration: Iteration = 1, shard: Shard = None, overrides: Overrides = None) -> None:
     """Sample candidates from the policy of the iteration before."""
-    with _loop(_load(config, overrides)) as loop:
+    with _loop(_load(config, overrides), shard=shard) as loop:
         loop.rollout(iteration)
 
 
 @app.command()
-def score(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = None) -> None:
+def score(config: ConfigPath, iteration: Iteration = 1, shard: Shard = None, overrides: Overrides = None) -> None:
     """Score an iteration's candidates (t = 0: the rated responses)."""
-    with _loop(_load(config, overrides)) as loop:
+    with _loop(_load(config, overrides), shard=shard) as loop:
         loop.score(iteration)
 
 
@@ -154,9 +162,10 @@ def select(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = 
 
 @app.command()
 def finetune(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = None) -> None:
-    """Finetune the policy of the iteration before on the winners."""
-    with _loop(_load(config, overrides)) as loop:
-        loop.finetune(iteration)
+    """Finetune the policy of the iteration before on the winners; also as a rank of `accelerate launch`."""
+    from dpa.cli.launch import finetune as finetune_as_rank
+
+    finetune_as_rank(_load(config, overrides), iteration)
 
 
 @app.command()
@@ -293,6 +302,9 @@ def serve(
     )
 
 
+register_planning(app)
+
+
 def _pairs(overrides: list[str] | None) -> dict[str, str]:
     pairs = {}
     for item in overrides or []:
@@ -309,7 +321,10 @@ def _load(path: Path, overrides: list[str] | None, flags: dict[str, str] | None 
     return load_config(path, {**_pairs(overrides), **(flags or {})})
 
 
-def _loop(config: "RunConfig", ignore_free_space: bool = False) -> "Loop":
+def _loop(config: "RunConfig", ignore_free_space: bool = False, shard: str | None = None) -> "Loop":
+    from dpa.storage.locks import Share
+
+    share = None if shard is None else Share.parse(shard)
     from dpa.recipes.dpa import Loop
 
-    return Loop(config, ignore_free_space)
+    return Loop(config, ignore_free_space, share)

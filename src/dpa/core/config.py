@@ -385,6 +385,29 @@ class EvaluateConfig(_Section):
     resamples: int = Field(1000, ge=1, description="Bootstrap resamples over prompts.")
 
 
+class ClusterConfig(_Section):
+    """Where the work runs. Results do not depend on it, beyond the rounding of other devices or batch shares."""
+
+    engine: Literal["local", "ray"] = Field(
+        "local", description="Who runs rollout.workers and scorers: this machine, or a Ray cluster (`dpa[ray]`)."
+    )
+    address: str | None = Field(
+        None, description="Ray cluster: `auto` (the one this machine is in) or HOST:PORT. Default: one of this machine."
+    )
+    cpus_per_worker: float = Field(1, ge=0, description="CPUs Ray sets aside for each worker; torch uses as many.")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs Ray sets aside for each worker.")
+    start_timeout_s: float = Field(
+        300, gt=0, description="Give up when the Ray cluster has had no working worker for this long, in seconds."
+    )
+    scorers: int = Field(1, ge=1, description="Scoring workers of the Ray engine.")
+    processes: int = Field(
+        1, ge=1, description="Training processes on this machine, through `accelerate launch`; 1: no launch."
+    )
+    accelerate: str | None = Field(
+        None, description="Configuration of `accelerate launch` (recipes/accelerate/*.yaml); implies a launch."
+    )
+
+
 class RunConfig(_Section):
     """One run of the whole loop."""
 
@@ -412,6 +435,7 @@ class RunConfig(_Section):
     finetune: FinetuneConfig = FinetuneConfig()  # type: ignore[call-arg]
     dpo: PreferenceConfig = PreferenceConfig()  # type: ignore[call-arg]
     evaluate: EvaluateConfig
+    cluster: ClusterConfig = ClusterConfig()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
     def _pairs_have_an_order(self) -> "RunConfig":
@@ -426,6 +450,7 @@ _PACE = {
     *(f"reward.http.{field}" for field in HttpRewardConfig.model_fields if field != "folder"),
     *(f"{section}.report_to" for section in ("finetune", "dpo", "reward.train")),
     *(f"{section}.gradient_checkpointing" for section in ("finetune", "dpo", "reward.train")),
+    *(f"cluster.{field}" for field in ClusterConfig.model_fields),
 }
 DOES_NOT_CHANGE_RESULTS = frozenset(_PACE)
 """Fields a resumed run may change: they name, place, extend or pace the work, and alter no finished row."""

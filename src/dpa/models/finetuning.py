@@ -27,6 +27,7 @@ from dpa.models.policy_training import (
     shared_arguments,
     train_policy,
 )
+from dpa.models.ranks import ranks
 from dpa.models.training import StopAtBadGradient, StopsAtBadLoss
 from dpa.storage.run_folder import Reject
 
@@ -175,15 +176,15 @@ def build_trainer(
             "finetune.packed_rows_per_step", config.packed_rows_per_step, "rows_per_device", config.rows_per_device
         ),
     )
-    rows = pack([len(example.ids) for example in examples], config.max_length)
+    rows = _packed(examples, config)
     trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_dict(
             {
-                "input_ids": [[token for place in row for token in examples[place].ids] for row in rows],
-                "labels": [[label for place in row for label in examples[place].labels] for row in rows],
-                "seq_lengths": [[len(examples[place].ids) for place in row] for row in rows],
+                "input_ids": [[token for example in row for token in example.ids] for row in rows],
+                "labels": [[label for example in row for label in example.labels] for row in rows],
+                "seq_lengths": [[len(example.ids) for example in row] for row in rows],
             }
         ),
         processing_class=tokenizer,
@@ -193,3 +194,14 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _packed(examples: Sequence[Example], config: FinetuneConfig) -> list[list[Example]]:
+    """The examples of each packed row. Several ranks get rows of a multiple of their number: what is lacking are rows
+    without a token to learn, where the Trainer would train on some rows twice."""
+    rows = [[examples[place] for place in row] for row in pack([len(e.ids) for e in examples], config.max_length)]
+    if ranks() > 1:
+        shortest = min(examples, key=lambda example: len(example.ids))
+        nothing = Example(shortest.ids, prompt_tokens=len(shortest.ids))
+        rows += [[nothing]] * (-len(rows) % (ranks() * config.rows_per_device))
+    return rows

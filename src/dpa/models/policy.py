@@ -23,6 +23,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.records import Messages
 from dpa.models.chat_template import bounded_rendering, steerable_template
+from dpa.models.disk_refusals import disk_refusals
 from dpa.models.files import SPACE_FILE as SPACE_FILE
 from dpa.models.files import SafeModel, resolve_model
 from dpa.models.files import load_space as load_space
@@ -91,7 +92,7 @@ def save_policy(
     Raises StorageError or RunFolderError when the disk refuses.
     """
     make_steerable(tokenizer, space)
-    with save_folder_atomically(folder) as unfinished:
+    with save_folder_atomically(folder) as unfinished, disk_refusals(folder, "saving the model"):
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         write_json(unfinished / SPACE_FILE, {"space": space.to_dict(), "provenance": extra})

@@ -4,7 +4,6 @@ Run its tests: pytest tests/test_finetuning.py tests/test_preference_training.py
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
+from accelerate import DistributedType
 from datasets import Dataset
 from jinja2 import TemplateError
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, TaskType, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from dpa.core.config import FinetuneConfig, PreferenceConfig, of_results
@@ -22,13 +23,15 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError
 from dpa.core.records import stable_hash
 from dpa.models.checkpoints import newest_checkpoint
+from dpa.models.disk_refusals import disk_refusals
 from dpa.models.optimizers import MuonWithAdamW
 from dpa.models.policy import context_length, encode_prompt, load_policy, make_steerable, save_policy, turn_end_id
 from dpa.models.quiet import quiet_libraries
+from dpa.models.ranks import is_first, ranks, wait_for_all
 from dpa.models.training import ShowProgress, StopWhenAsked, WriteLog, merge_adapters, trackers
 from dpa.storage.run_folder import Reject, count_reasons
 from dpa.storage.stopping import StopOnSignal
-from dpa.storage.tables import disk_error, write_json
+from dpa.storage.tables import write_json
 
 TrainingConfig = FinetuneConfig | PreferenceConfig
 
@@ -80,7 +83,8 @@ def train_policy(
 
     `encode(model, tokenizer, longest)` makes the examples, `build(model, tokenizer, examples)` the Trainer over them,
     with checkpoints in `work`. `work` keeps `log.jsonl` too; the same call resumes from the newest complete checkpoint
-    and ends where an uninterrupted one would. `label` names the work in messages.
+    and ends where an uninterrupted one would. `label` names the work in messages. In a launched training every rank
+    calls this, and the first one writes.
 
     Raises DataError (no example left), ConfigError, TrainingError (NaN or infinite loss; earlier checkpoints are kept),
     Interrupted (on a signal, after a checkpoint), StorageError (disk full).
@@ -94,18 +98,16 @@ def train_policy(
         if not examples:
             raise DataError(f"{label}: none of {len(rejects)} rows can be trained on ({count_reasons(rejects)}).")
         tokens = sum(example.tokens for example in examples)
-        try:
-            _prepare_work(work, stable_hash(examples, of_results(config), seed, str(policy)))
+        with disk_refusals(work, "saving a checkpoint"):
+            if is_first():
+                _prepare_work(work, stable_hash(examples, of_results(config), seed, str(policy)))
+            wait_for_all()
             with StopOnSignal() as stop:
                 trainer = build(model, tokenizer, examples)
                 _train(trainer, work, label, tokens, stop)
                 if trainer.state.global_step < trainer.state.max_steps:
                     raise stop.interrupted(label, trainer.state.global_step, trainer.state.max_steps, "steps")
-        except OSError as error:
-            raise disk_error(error, work, "saving a checkpoint") from None
-        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-        if config.lora is not None:
-            trained = merge_adapters(trained, dtype)
+        trained = _whole_model(trainer, policy, remote_code_revision, config, dtype)
         section = "dpo" if isinstance(config, PreferenceConfig) else "finetune"
         provenance = {
             "from": str(policy),
@@ -114,8 +116,9 @@ def train_policy(
             "seed": seed,
             section: config.model_dump(),
         }
-        if trainer.is_world_process_zero():
+        if trained is not None:
             save_policy(trained, tokenizer, out, space, provenance)
+        wait_for_all()
     return Trained(
         tokens=tokens,
         examples=len(examples),
@@ -177,6 +180,7 @@ def shared_arguments(config: TrainingConfig, work: Path, seed: int) -> dict[str,
         "use_cpu": not cuda,
         "gradient_checkpointing": cuda if config.gradient_checkpointing is None else config.gradient_checkpointing,
         "dataloader_pin_memory": cuda,
+        "ddp_find_unused_parameters": False,  # all are used; looking for others costs a pass over the graph
         "save_strategy": "steps",
         "save_steps": config.save_steps,
         "save_total_limit": 2,  # the older one is deleted once the newer is written
@@ -211,8 +215,7 @@ def adapters(config: TrainingConfig) -> LoraConfig | None:
 
 def accumulation(field: str, per_step: int, per_device_field: str, per_device: int) -> int:
     """Forward passes of one device in an optimizer step. Raises ConfigError."""
-    devices = int(os.environ.get("WORLD_SIZE", "1"))  # set by `accelerate launch` and torchrun
-    together = per_device * devices
+    together = per_device * ranks()
     if per_step % together:
         raise ConfigError(
             f"{field}: {per_step} is no multiple of {per_device_field} times devices ({together}); "
@@ -221,10 +224,37 @@ def accumulation(field: str, per_step: int, per_device_field: str, per_device: i
     return per_step // together
 
 
+def _whole_model(
+    trainer: Trainer, policy: str | Path, remote_code_revision: str | None, config: TrainingConfig, dtype: torch.dtype
+) -> PreTrainedModel | None:
+    """The trained model with all its weights, adapters merged, on the rank that saves it; None on the others."""
+    accelerator = trainer.accelerator
+    trained: Any = accelerator.unwrap_model(trainer.model)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        weights = accelerator.get_state_dict(trainer.model)
+    elif any(isinstance(parameter, DTensor) for parameter in trained.parameters()):  # FSDP2
+        weights = {}
+        for name, part in trained.state_dict().items():  # one at a time: every rank gives its part, the first keeps all
+            whole = part.full_tensor() if isinstance(part, DTensor) else part
+            if is_first():
+                weights[name] = whole.detach().cpu().clone()
+    else:
+        weights = None
+    if weights is not None and is_first():
+        trained, _ = load_policy(policy, remote_code_revision, dtype, device="cpu")
+        with_adapters = adapters(config)
+        trained = trained if with_adapters is None else get_peft_model(trained, with_adapters)
+        trained.load_state_dict(weights)
+    if not is_first():
+        return None
+    return trained if config.lora is None else merge_adapters(trained, dtype)
+
+
 def _train(trainer: Trainer, work: Path, label: str, tokens: int, stop: StopOnSignal) -> None:
     progress = ShowProgress(label, tokens)
     for callback in (progress, WriteLog(work / "log.jsonl"), StopWhenAsked(stop)):
-        trainer.add_callback(callback)
+        if is_first() or isinstance(callback, StopWhenAsked):
+            trainer.add_callback(callback)
     newest = newest_checkpoint(work)
     try:
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))

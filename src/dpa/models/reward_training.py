@@ -25,6 +25,7 @@ from dpa.core.config import RewardTrainConfig, of_results
 from dpa.core.errors import DataError, ModelFileError, TrainingError
 from dpa.core.records import Messages, stable_hash
 from dpa.models.checkpoints import newest_checkpoint
+from dpa.models.disk_refusals import disk_refusals
 from dpa.models.policy import context_length, default_device, ensure_pad_token
 from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import (
@@ -53,7 +54,7 @@ from dpa.models.training import (
     trackers,
 )
 from dpa.storage.stopping import StopOnSignal
-from dpa.storage.tables import disk_error, save_folder_atomically
+from dpa.storage.tables import save_folder_atomically
 
 MISSING = -100.0
 """Label of a mark that is not there. The Trainer itself counts the labels that are not -100, over the whole step."""
@@ -141,7 +142,7 @@ def train_reward_model(
             "rejected_rows": len(examples) - len(rows.examples),
         },
     }
-    with save_folder_atomically(out) as folder:
+    with save_folder_atomically(out) as folder, disk_refusals(out, "saving the model"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_spec(folder, spec, facts)
@@ -389,9 +390,8 @@ def _run_trainer(
         trainer.remove_callback(PrinterCallback)
         newest = newest_checkpoint(checkpoints)
         try:
-            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
-        except OSError as error:
-            raise disk_error(error, checkpoints, "saving a checkpoint") from None
+            with disk_refusals(checkpoints, "saving a checkpoint"):
+                trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         finally:
             progress.close()
         # Mixed precision wraps `forward` for good; scores are measured as a scorer will compute them.

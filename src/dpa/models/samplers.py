@@ -220,6 +220,26 @@ class ProcessSampler:
         theirs.close()
 
 
+def sampler_spec(
+    policy: str | Path,
+    config: RolloutConfig,
+    space: DirectionSpace | None = None,
+    remote_code_revision: str | None = None,
+) -> SamplerSpec:
+    """How a rollout samples `policy`; `space` defaults to the one saved with it. Raises ModelFileError."""
+    path = resolve_model(policy, remote_code_revision).path
+    return SamplerSpec(
+        policy=path,
+        space=space or load_space(path),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        batch_size=config.batch_size,
+        revision=folder_revision(path),
+        remote_code_revision=remote_code_revision,
+    )
+
+
 @contextmanager
 def build_samplers(
     policy: str | Path,
@@ -232,26 +252,17 @@ def build_samplers(
 
     `space` defaults to the one saved with the policy. Raises ModelFileError.
     """
-    safe = resolve_model(policy, remote_code_revision)
-    path, space = safe.path, space or load_space(safe.path)
-    if config.engine.kind == "http":
-        with http_samplers(safe, space, config) as over_http:
-            yield list(over_http)
+    if config.engine.kind in ("http", "vllm"):
+        safe = resolve_model(policy, remote_code_revision)
+        space = space or load_space(safe.path)
+        if config.engine.kind == "http":
+            with http_samplers(safe, space, config) as over_http:
+                yield list(over_http)
+        else:
+            with vllm_sampler(safe, space, config) as sampler:
+                yield [sampler]
         return
-    if config.engine.kind == "vllm":
-        with vllm_sampler(safe, space, config) as sampler:
-            yield [sampler]
-        return
-    spec = SamplerSpec(
-        policy=path,
-        space=space,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        batch_size=config.batch_size,
-        revision=folder_revision(path),
-        remote_code_revision=remote_code_revision,
-    )
+    spec = sampler_spec(policy, config, space, remote_code_revision)
     if config.workers == 1:
         yield [spec.build()]
         return

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 
 from dpa.core.errors import ConfigError, TrainingError
+from dpa.models.ranks import any_of
 from dpa.storage.progress import ProgressBar
 from dpa.storage.stopping import StopOnSignal
 
@@ -40,7 +42,8 @@ class StopAtBadGradient(TrainerCallback):
     ) -> None:
         """Raises TrainingError."""
         gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        total = torch.nn.utils.get_total_norm(gradients)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)  # DTensor: sharded over ranks
         if not math.isfinite(norm):
             raise bad_step("gradient norm", norm, state, args)
 
@@ -53,7 +56,8 @@ class StopWhenAsked(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Set the Trainer's switches."""
-        if self._stop.requested:
+        if any_of(self._stop.requested):  # all ranks stop after the same step
+            self._stop.signal_name = self._stop.signal_name or "a signal to another rank"
             control.should_save = control.should_training_stop = True
 
 

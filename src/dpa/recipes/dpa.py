@@ -7,7 +7,8 @@ Every step returns at once when its done-record stands, so the same call resumes
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +17,14 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from dpa.core.config import PromptsConfig, RolloutConfig, RunConfig, resolved
+from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfig, resolved
 from dpa.core.errors import ConfigError, RunFolderError
-from dpa.core.records import Ledger, Prompt, Scorer
+from dpa.core.records import Ledger, Prompt, Sampler, Scorer
 from dpa.models.files import EVALUATION_FILE
-from dpa.models.samplers import build_samplers
+from dpa.models.launching import free_memory, launch, launches
+from dpa.models.ranks import is_first
+from dpa.models.ray_workers import ray_samplers, ray_scorers
+from dpa.models.samplers import build_samplers, sampler_spec
 from dpa.models.scorers import FunctionScorer, build_scorer
 from dpa.models.training import trackers
 from dpa.stages.card import write_card
@@ -33,6 +37,7 @@ from dpa.stages.rollout import rollout
 from dpa.stages.score import score, score_rows
 from dpa.stages.select import select_rated, select_winners
 from dpa.stages.train_reward import print_quality, train_reward
+from dpa.storage.locks import Share
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import RunFolder, StageFolder
 from dpa.storage.tables import read_json, write_json
@@ -47,13 +52,28 @@ BYTES_PER_CANDIDATE = 4_000
 class Loop:
     """One run folder and the stages of the method over it. Raises UserError subclasses for what the user can mend."""
 
-    def __init__(self, config: RunConfig, ignore_free_space: bool = False) -> None:
+    def __init__(
+        self, config: RunConfig, ignore_free_space: bool = False, share: Share | None = None, join: bool = False
+    ) -> None:
+        """Open the run folder. `share`: only this share of the shards of `rollout` and `score` is made, beside other
+        processes. `join`: a rank of a launched training whose first rank has opened the folder."""
         self.config = config
         self.space = config.space.build()
         self.console = Console()
         self._ratings: tuple[pa.Table, dict[str, Any]] | None = None
         self._check()
-        self._folder = RunFolder(config.out).open(config, _inputs(config), _needed_bytes(config), ignore_free_space)
+        self._folder = RunFolder(config.out).open(
+            config, _inputs(config), _needed_bytes(config), ignore_free_space, share, join
+        )
+        if share is not None:
+            self._make_ready()
+
+    def _make_ready(self) -> None:
+        """Before other shares come in: what all of them read."""
+        if self.config.ratings:
+            self.read_ratings()
+        assert self._training_prompts is not None
+        self._folder.let_others_in()
 
     def __enter__(self) -> "Loop":
         return self
@@ -151,9 +171,10 @@ class Loop:
         """Give every candidate of the iteration its vector; at t = 0 the rated responses are the candidates."""
         self._check_iteration(t)
         stage = self._folder.stage(t, "score")
-        if t == 0:
-            return score_rows(stage, self.read_ratings(), self.scorer)
-        return score(stage, self._folder.stage(t, "rollout"), self.prompts(t), self.scorer)
+        with self._scorers() as scorers:
+            if t == 0:
+                return score_rows(stage, self.read_ratings(), scorers)
+            return score(stage, self._folder.stage(t, "rollout"), self.prompts(t), scorers)
 
     def select(self, t: int) -> Ledger:
         """Keep the winner of each direction, for `learner: dpo` with a loser beside it."""
@@ -168,11 +189,18 @@ class Loop:
     def finetune(self, t: int) -> Ledger:
         """Finetune from the policy of t - 1 on (direction, prompt, winner), or with a loser beside the winner."""
         self._check_iteration(t)
+        stage = self._folder.stage(t, "finetune")
+        self.__dict__.pop("scorer", None)  # its memory is needed now
+        free_memory()
+        if launches(self.config.cluster) and not stage.done:
+            with self._folder.lent():  # the first rank takes the lock
+                launch(["finetune", str(self.path / "config.yaml"), "-t", str(t)], self.config.cluster, stage.name)
+            return self._folder.stage(t, "finetune").ledger
         pairs = self.config.learner == "dpo" and t > 0
         config = self.config.dpo if pairs else self.config.finetune
         earlier = range(1 if pairs else self.first, t if config.replay else 0)
         ledger = finetune_policy(
-            self._folder.stage(t, "finetune"),
+            stage,
             self._folder.stage(t, "select"),
             self.policy(t - 1),
             self.space,
@@ -182,7 +210,8 @@ class Loop:
             self.config.remote_code_revision,
             [self._folder.stage(before, "select") for before in earlier],
         )
-        self._write_card(t)
+        if is_first():
+            self._write_card(t)
         return ledger
 
     def evaluate(self, t: int) -> Mapping[str, Any]:
@@ -190,15 +219,16 @@ class Loop:
         self._check_iteration(t)
         settings = self.config.evaluate
         record = self._evaluation_file(t)
-        answers, scores = (self._folder.stage(t, f"evaluate/{name}") for name in ("rollout", "score"))
-        if record.is_file() and answers.done and scores.done:
+        answers, scored = (self._folder.stage(t, f"evaluate/{name}") for name in ("rollout", "score"))
+        if record.is_file() and answers.done and scored.done:
             return read_json(record)
         prompts = self.held_out
         how = self.config.rollout.model_copy(
             update={"samples": settings.samples, "temperature": settings.temperature, "top_p": 1.0}
         )
         self._sample(answers, t, prompts, how, measuring=True)
-        score(scores, answers, prompts, self.scorer)
+        with self._scorers() as scorers:
+            score(scored, answers, prompts, scorers)
         if settings.gold:
             score(self._folder.stage(t, "evaluate/gold"), answers, prompts, FunctionScorer(settings.gold))
         found = evaluate(_joined(answers), self._evaluation_scores(t), self.space, settings, self.config.seed)
@@ -259,14 +289,15 @@ class Loop:
     @cached_property
     def scorer(self) -> Scorer:
         """The reward model of this run."""
+        scorer = build_scorer(*self._scorer_parts())
+        self._check_attributes(scorer.attributes)
+        return scorer
+
+    def _scorer_parts(self) -> tuple[RewardConfig, Path | None, str | None]:
         train = self.config.reward.train
         if train and not (self.reward_folder / "dpa_reward.json").is_file():
             raise RunFolderError("reward model: it is not trained yet; run `dpa train-reward` first.")
-        scorer = build_scorer(
-            self.config.reward, self.reward_folder if train else None, self.config.remote_code_revision
-        )
-        self._check_attributes(scorer.attributes)
-        return scorer
+        return self.config.reward, self.reward_folder if train else None, self.config.remote_code_revision
 
     def prompts(self, t: int) -> list[Prompt]:
         """The prompts of iteration t: drawn without repeats until all are used, then again in another order."""
@@ -297,8 +328,29 @@ class Loop:
         if stage.done:
             return stage.ledger
         grid = self.space.grid(self.config.evaluate.directions) if measuring else None
-        with build_samplers(self.policy(t), config, self.space, self.config.remote_code_revision) as samplers:
+        with self._samplers(t, config) as samplers:
             return rollout(stage, prompts, self.space, samplers, config, self.config.seed, grid)
+
+    @contextmanager
+    def _samplers(self, t: int, config: RolloutConfig) -> Iterator[list[Sampler]]:
+        """The samplers of the policy of t: here, on the cluster, or what `rollout.engine` names."""
+        what = (self.policy(t), config, self.space, self.config.remote_code_revision)
+        if self.config.cluster.engine == "local" or config.engine.kind != "transformers":
+            with build_samplers(*what) as samplers:
+                yield samplers
+        else:
+            with ray_samplers(sampler_spec(*what), config.workers, self.config.cluster) as samplers:
+                yield samplers
+
+    @contextmanager
+    def _scorers(self) -> Iterator[list[Scorer]]:
+        """The scorers of this run: here, or on the cluster."""
+        if self.config.cluster.engine == "local":
+            yield [self.scorer]
+            return
+        with ray_scorers(*self._scorer_parts(), self.config.cluster) as scorers:
+            self._check_attributes(scorers[0].attributes)
+            yield scorers
 
     # --- records and checks ------------------------------------------------------------------------------------
 

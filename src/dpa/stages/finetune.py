@@ -16,6 +16,7 @@ from dpa.models.finetuning import FinetuneResult, finetune
 from dpa.models.policy import SPACE_FILE
 from dpa.models.policy_training import remove_checkpoints
 from dpa.models.preference_training import PreferenceResult, preference_finetune
+from dpa.models.ranks import is_first
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
 
@@ -37,7 +38,7 @@ def finetune_policy(
     selections (see `with_replay`). A finished stage whose policy stands is left alone; an interrupted one goes on from
     its newest checkpoint. `log.jsonl` in the stage's folder has the loss of every step; rows that cannot be trained on
     go to rejects. The ledger's `extra` counts optimizer steps, replayed rows and, for pairs, the tokens that the
-    reference read too.
+    reference read too. In a launched training every rank calls this, and the first one writes.
 
     Raises what `models.policy_training.train_policy` raises, and RunFolderError when a selection is not finished.
     """
@@ -55,7 +56,6 @@ def finetune_policy(
         extra["reference_tokens"] = result.training_tokens
     else:
         result = finetune(policy, rows, space, out, stage.path, config, seed, remote_code_revision, label=stage.name)
-    stage.write_rejects(result.rejects)
     ledger = Ledger(
         training_tokens=result.training_tokens,
         rows=len(rows) - len(result.rejects),
@@ -64,8 +64,10 @@ def finetune_policy(
         peak_memory=peak_memory(),
         extra={"steps": result.steps, **extra},
     )
-    stage.finish(ledger)
-    remove_checkpoints(stage.path)
+    if is_first():
+        stage.write_rejects(result.rejects)
+        stage.finish(ledger)
+        remove_checkpoints(stage.path)
     return ledger
 
 

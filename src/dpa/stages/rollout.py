@@ -56,7 +56,9 @@ def rollout(
     partition of `prompts`, seeds derive from candidate ids, so rows depend on neither the number of samplers nor
     interruptions. A prompt is kept whole (D x N rows, direction by direction) or rejected with a reason.
 
-    A finished stage is left as it is and calls no sampler. All samplers must hold the same weights (`revision`).
+    A finished stage is left as it is and calls no sampler. A stage that is shared between processes (StageFolder.share)
+    is finished by the last of them; the others return what their own shards cost. All samplers must hold the same
+    weights (`revision`).
     Raises RejectRateError above `config.max_reject_rate`, Interrupted on SIGTERM or SIGINT, and what a sampler raises
     on purpose (a DpaError, such as EngineError); any other exception of a sampler costs only the prompts it is about.
     """
@@ -76,8 +78,8 @@ def rollout(
         stable_hash(revision, seed, space.to_dict(), settings, grid, *(prompt.prompt_id for prompt in shard))
         for shard in shards
     ]
-    missing = [number for number, inputs in enumerate(made_from) if stage.shard_digest(number, inputs) is None]
-    finished = sorted(set(range(len(shards))) - set(missing))
+    missing, own = stage.missing(made_from), [number for number in range(len(shards)) if stage.mine(number)]
+    finished = sorted(set(own) - set(missing))
     rejects = [reject for number in finished for reject in stage.shard_rejects(number)]
     asked = sum(len(shards[number]) for number in finished)
 
@@ -102,7 +104,7 @@ def rollout(
     started = time.monotonic()
     with (
         StopOnSignal() as stop,
-        ProgressBar(stage.name, len(prompts), "prompts", "tokens", done=asked) as progress,
+        ProgressBar(stage.name, sum(len(shards[n]) for n in own), "prompts", "tokens", done=asked) as progress,
     ):
         for number, result in stop.work_through(missing, samplers, sample_shard):
             now = time.monotonic()
@@ -119,11 +121,14 @@ def rollout(
             rejects += result.rejects
             check_rejects()
             progress.advance(len(shards[number]), result.tokens)
-        if len(finished) == len(shards):
+        whole = len(finished) == len(own) and stage.may_finish(made_from)
+        if whole:
+            rejects = [reject for number in range(len(shards)) for reject in stage.shard_rejects(number)]
+            check_rejects()
             stage.finish(shards=len(shards))
         if stop.requested:
-            raise stop.interrupted(stage.name, len(finished), len(shards), "shards")
-    return stage.ledger
+            raise stop.interrupted(stage.name, len(finished), len(own), "shards")
+    return stage.ledger if whole else stage.ledger_of(own)
 
 
 def _sample_prompts(

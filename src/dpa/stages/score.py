@@ -31,8 +31,10 @@ class _Batch(NamedTuple):
     responses: list[str]
 
 
-def score(stage: StageFolder, rollout_stage: StageFolder, prompts: Sequence[Prompt], scorer: Scorer) -> Ledger:
-    """Score every candidate of a finished rollout; return what the stage cost.
+def score(
+    stage: StageFolder, rollout_stage: StageFolder, prompts: Sequence[Prompt], scorer: Scorer | Sequence[Scorer]
+) -> Ledger:
+    """Score every candidate of a finished rollout; return what the stage cost. Several scorers share the shards.
 
     Shards have the rollout's numbers and rows, in the same order: candidate_id, prompt_id, one float column per
     attribute (0-100), valid. A row with NaN or an infinite score is kept as not valid, counted in the ledger's
@@ -50,13 +52,13 @@ def score(stage: StageFolder, rollout_stage: StageFolder, prompts: Sequence[Prom
         asked = [messages[prompt_id] for prompt_id in prompt_ids]
         return _Batch(table["candidate_id"].to_pylist(), prompt_ids, asked, table["response"].to_pylist())
 
-    made_from = [
-        stable_hash(rollout_stage.shard_digest(number), scorer.revision) for number in range(rollout_stage.shards)
-    ]
-    return _score_shards(stage, made_from, read, scorer)
+    scorers = _alike(scorer)
+    revision = scorers[0].revision
+    made_from = [stable_hash(rollout_stage.shard_digest(number), revision) for number in range(rollout_stage.shards)]
+    return _score_shards(stage, made_from, read, scorers)
 
 
-def score_rows(stage: StageFolder, ratings: pa.Table, scorer: Scorer) -> Ledger:
+def score_rows(stage: StageFolder, ratings: pa.Table, scorer: Scorer | Sequence[Scorer]) -> Ledger:
     """Score the responses of a rated data set (columns of ratings.parquet), so that missing marks do not matter.
 
     Rows come out in the table's order, `candidate_id` being the row_id; otherwise as `score`.
@@ -68,29 +70,37 @@ def score_rows(stage: StageFolder, ratings: pa.Table, scorer: Scorer) -> Ledger:
         asked = [json.loads(text) for text in part["messages"].to_pylist()]
         return _Batch(part["row_id"].to_pylist(), part["prompt_id"].to_pylist(), asked, part["response"].to_pylist())
 
-    texts = ("row_id", "messages", "response")
-    made_from = [
-        stable_hash(*(text for name in texts for text in part[name].to_pylist()), scorer.revision) for part in parts
-    ]
-    return _score_shards(stage, made_from, read, scorer)
+    scorers, texts = _alike(scorer), ("row_id", "messages", "response")
+    revision = scorers[0].revision
+    made_from = [stable_hash(*(text for name in texts for text in part[name].to_pylist()), revision) for part in parts]
+    return _score_shards(stage, made_from, read, scorers)
+
+
+def _alike(scorer: Scorer | Sequence[Scorer]) -> Sequence[Scorer]:
+    """One or several scorers as a sequence; they must hold one model."""
+    scorers = scorer if isinstance(scorer, Sequence) else [scorer]
+    revisions = {scorer.revision for scorer in scorers}
+    if len(revisions) != 1:
+        raise ValueError(f"scorers of one stage must hold one revision, not {sorted(revisions)}")
+    return scorers
 
 
 def _score_shards(
-    stage: StageFolder, made_from: Sequence[str], read: Callable[[int], _Batch], scorer: Scorer
+    stage: StageFolder, made_from: Sequence[str], read: Callable[[int], _Batch], scorers: Sequence[Scorer]
 ) -> Ledger:
     """Score each shard that is not there yet; `made_from` names the rows and the scorer of each."""
-    clash = set(OWN_COLUMNS) & set(scorer.attributes)
+    clash = set(OWN_COLUMNS) & set(scorers[0].attributes)
     if clash:
         raise DataError(f"{stage.name}: attribute `{clash.pop()}` has the name of a column; rename it.")
-    missing = [number for number, inputs in enumerate(made_from) if stage.shard_digest(number, inputs) is None]
-    finished = len(made_from) - len(missing)
+    missing, own = stage.missing(made_from), [number for number in range(len(made_from)) if stage.mine(number)]
+    finished = len(own) - len(missing)
 
     def score_shard(scorer: Scorer, number: int) -> pa.Table:
         return _score_batch(read(number), scorer)
 
-    with StopOnSignal() as stop, ProgressBar(stage.name, len(made_from), "shards", "rows", done=finished) as progress:
+    with StopOnSignal() as stop, ProgressBar(stage.name, len(own), "shards", "rows", done=finished) as progress:
         started = time.monotonic()
-        for number, table in stop.work_through(missing, [scorer], score_shard):
+        for number, table in stop.work_through(missing, scorers, score_shard):
             now = time.monotonic()
             ledger = Ledger(
                 candidates_scored=table.num_rows,
@@ -103,11 +113,12 @@ def _score_shards(
             stage.write_shard(number, table, ledger, made_from=made_from[number])
             finished += 1
             progress.advance(1, amount=table.num_rows)
-        if finished == len(made_from) and not stage.done:
+        whole = finished == len(own) and stage.may_finish(made_from)
+        if whole and not stage.done:
             stage.finish(shards=len(made_from))
         if stop.requested:
-            raise stop.interrupted(stage.name, finished, len(made_from), "shards")
-    return stage.ledger
+            raise stop.interrupted(stage.name, finished, len(own), "shards")
+    return stage.ledger if whole else stage.ledger_of(own)
 
 
 def _score_batch(batch: _Batch, scorer: Scorer) -> pa.Table:

@@ -2,15 +2,13 @@
 Run its tests: pytest tests/test_run_folder.py
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
-import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from pydantic import BaseModel
 from dpa.core.config import differences, fingerprint, resolved
 from dpa.core.errors import RunFolderError, StorageError
 from dpa.core.records import Ledger
+from dpa.storage.locks import RunLock, Share
 from dpa.storage.tables import (
     TEMPORARY,
     FileRecord,
@@ -65,7 +64,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lock: int | None = None
+        self._lock: RunLock | None = None
 
     def open(
         self,
@@ -73,8 +72,13 @@ class RunFolder:
         inputs: Mapping[str, Path] | None = None,
         needed_bytes: int = 0,
         ignore_free_space: bool = False,
+        share: Share | None = None,
+        join: bool = False,
     ) -> "RunFolder":
         """Lock the folder, check that it belongs to this configuration and these inputs, and that there is room.
+
+        `share`: this process makes one share of a stage, beside others (storage/locks.py); it calls `let_others_in`
+        once what they all need is there. `join`: another rank of the same launch holds the lock; nothing is written.
 
         `inputs`: field -> local file or folder whose content the run depends on (prompts, ratings); its SHA-256 is
         part of the run's identity. `needed_bytes`: an estimate of what the run will write.
@@ -84,7 +88,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _take_lock(self.path / "lock")
+            self._lock = RunLock(self.path / "lock", share, join)
         except OSError as error:
             raise disk_error(error, self.path, "opening the run folder") from None
         try:
@@ -103,8 +107,20 @@ class RunFolder:
     def close(self) -> None:
         """Release the lock (the kernel does it too when the process ends, however it ends)."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
+
+    def let_others_in(self) -> None:
+        """The folder is ready for the other shares."""
+        assert self._lock is not None
+        self._lock.let_others_in()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """While the block runs, the lock is free for the process that this one starts; then it is taken back."""
+        self.close()
+        yield
+        self._lock = RunLock(self.path / "lock")
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -115,7 +131,7 @@ class RunFolder:
     def stage(self, iteration: int | None, name: str) -> "StageFolder":
         """The folder of a stage: `iter_<iteration>/<name>`, or `<name>` for a stage outside the iterations."""
         place = name if iteration is None else f"iter_{iteration}/{name}"
-        return StageFolder(self.path / place, place)
+        return StageFolder(self.path / place, place, self._lock)
 
     def _check_identity(self, config: BaseModel, inputs: Mapping[str, Path]) -> None:
         file = self.path / "fingerprint.json"
@@ -139,6 +155,8 @@ class RunFolder:
             now["inputs"] = {**before["inputs"], **now["inputs"]}
             if before == now:
                 return
+        if self._lock is not None and self._lock.shared:
+            return  # whoever made the folder ready has written it
         write_bytes(self.path / "config.yaml", yaml.safe_dump(now["config"], sort_keys=False).encode())
         write_json(file, now)  # last: from now on the folder is this run's
 
@@ -151,14 +169,17 @@ class StageFolder:
     them is whole. A damaged shard is set aside as `*.damaged` and reported as missing, so that it is made again.
 
     `name` (`iter_1/rollout`) identifies the stage in messages and in random seeds, wherever the run folder lies.
+    `lock` is the run folder's: where it is shared, only this process's shards are made, set aside or swept.
     """
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
+    def __init__(self, path: Path, name: str | None = None, lock: RunLock | None = None) -> None:
         self.path = Path(path)
         self.name = name or self.path.name
+        self._lock = lock
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._sweep()
+            if lock is None or not lock.shared:
+                self._sweep()
         except OSError as error:
             raise disk_error(error, self.path, "opening the stage folder") from None
 
@@ -199,6 +220,32 @@ class StageFolder:
             self.write_rejects(rejects)
         done = {"shards": [record.file.sha256 for record in records if record], "ledger": asdict(total)}
         write_json(self.path / "done.json", done)
+
+    # --- sharing -----------------------------------------------------------------------------------------------
+
+    @property
+    def share(self) -> Share | None:
+        """Whose shards this process makes; None: all of them."""
+        return None if self._lock is None else self._lock.share
+
+    def mine(self, number: int) -> bool:
+        """Whether this process makes shard `number`."""
+        return self.share is None or self.share.has(number)
+
+    def missing(self, made_from: Sequence[str]) -> list[int]:
+        """Numbers of the shards this process has to make: not there, not whole, or made from other inputs."""
+        return [
+            number
+            for number, inputs in enumerate(made_from)
+            if self.mine(number) and self.shard_digest(number, inputs) is None
+        ]
+
+    def may_finish(self, made_from: Sequence[str]) -> bool:
+        """Whether this process, its own shards being made, is to `finish`: a share's worker when it is the last at
+        work and every shard is there."""
+        if self._lock is None or self.share is None:
+            return True
+        return self._lock.become_alone() and not self.missing(made_from)
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -254,6 +301,13 @@ class StageFolder:
     def shard_ledger(self, number: int) -> Ledger:
         """What a recorded shard cost."""
         return self._must(number).ledger
+
+    def ledger_of(self, numbers: Iterable[int]) -> Ledger:
+        """What these recorded shards cost together."""
+        total = Ledger()
+        for number in numbers:
+            total.add(self.shard_ledger(number))
+        return total
 
     def shard_rejects(self, number: int) -> tuple[Reject, ...]:
         """The rejects of a recorded shard."""
@@ -314,6 +368,8 @@ class StageFolder:
         return read_json(file)
 
     def _set_aside(self, number: int, error: StorageError) -> None:
+        if not self.mine(number):
+            return  # its own worker does it, or is writing it again at this moment
         file = self._data_file(number)
         file.replace(file.with_name(f"{file.name}.damaged"))
         self._record_file(number).unlink()
@@ -349,23 +405,6 @@ def content_digest(path: Path) -> str:
     if not listing:
         raise RunFolderError(f"{path}: there is no such file; check the path.")
     return hashlib.sha256("".join(listing).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _take_lock(file: Path) -> int:
-    """Lock a file for the life of this process and write who holds it; the descriptor keeps the lock."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").strip()
-        os.close(descriptor)
-        raise RunFolderError(
-            f"out: {file.parent} is in use by {holder or 'another process'}; wait for it to end, "
-            "or choose another folder."
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
-    return descriptor
 
 
 def _gigabytes(count: int) -> str:

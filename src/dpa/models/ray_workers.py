@@ -1,0 +1,352 @@
+"""Samplers and scorers in Ray actors, on whatever node of a cluster has room. Needs `pip install "dpa[ray]"`.
+Run its tests: pytest tests/test_ray.py
+
+A stage stays one process that keeps the shards: it hands each shard to one of its samplers, and a RaySampler hands it
+on to an idle worker. A worker holds what a spec's `build()` makes (the object a local run would use), so the rows are
+those of a local run. Model folders, files of scoring functions and the package itself must be at the same paths on
+every node (a shared file system); a node whose weights differ is refused.
+"""
+
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from dpa.core.config import ClusterConfig, RewardConfig
+from dpa.core.errors import ConfigError, DpaError, EngineError, ModelFileError
+from dpa.core.records import Messages, Sample, Sampler, SampleRequest, Scorer
+from dpa.models.files import folder_revision
+from dpa.models.samplers import SamplerSpec
+from dpa.models.scorers import build_scorer
+
+MAX_DEATHS = 3
+"""Deaths in a row after which a request, or the attempt to start a worker, is given up."""
+
+_POLL_S = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class Spec(Protocol):
+    """What travels to a worker: picklable, and makes a Sampler or a Scorer there."""
+
+    def build(self) -> Any:
+        """Make it."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """What a worker needs to make a run's scorer: the arguments of `build_scorer`, paths made absolute."""
+
+    config: RewardConfig
+    reward_folder: str | None = None
+    remote_code_revision: str | None = None
+    threads: int | None = None
+
+    def build(self) -> Scorer:
+        """Raises ModelFileError, ConfigError."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return build_scorer(self.config, self.reward_folder, self.remote_code_revision)
+
+
+@dataclass(frozen=True)
+class _SameWeights:
+    """A SamplerSpec that is only built where its folder holds the weights it was made from."""
+
+    spec: SamplerSpec
+
+    def build(self) -> Sampler:
+        found = folder_revision(self.spec.policy)
+        if found != self.spec.revision:
+            raise ModelFileError(
+                f"model: {self.spec.policy} on node {os.uname().nodename} has other weights ({found}) than the run "
+                f"started with ({self.spec.revision}); put the model on storage that every node shares."
+            )
+        return self.spec.build()
+
+
+class RayPool:
+    """`size` workers that hold what `spec` makes. Whoever calls gets an idle one.
+
+    A worker that dies (its process, or its node) is replaced where the cluster has room, and its request goes to the
+    next idle worker; as long as one worker lives the work goes on. EngineError: one request ended max_deaths + 1
+    workers, workers die while they start, or for `start_timeout_s` there has been no worker at all.
+    """
+
+    def __init__(self, spec: Spec, size: int, cluster: ClusterConfig, max_deaths: int = MAX_DEATHS) -> None:
+        self._ray = _connect(cluster.address)
+        self._spec, self._size, self._cluster, self._max_deaths = spec, size, cluster, max_deaths
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._actors: list[Any] = []
+        self._description: tuple[str, ...] | None = None
+        self._busy = self._failed_starts = 0
+        self._last_seen = time.monotonic()
+        self._closed = False
+        for _ in range(size):
+            self._start()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The answer of `method` of the object in some worker. Raises what it raises on purpose, and EngineError."""
+        for _ in range(self._max_deaths + 1):
+            actor = self._take()
+            try:
+                answer = self._ray.get(actor.call.remote(method, arguments))
+            except self._ray.exceptions.RayError as error:
+                last = error
+                with self._lock:
+                    self._busy -= 1
+                self._replace(actor)
+                continue
+            with self._lock:
+                self._busy -= 1
+                self._last_seen = time.monotonic()
+            self._idle.put(actor)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        raise EngineError(
+            f"ray: a request ended {self._max_deaths + 1} workers in a row ({_first_line(last)}); look for memory or "
+            "driver trouble, or lower rollout.batch_size."
+        )
+
+    def describe(self) -> tuple[str, ...]:
+        """(revision, *attributes) of what the workers hold; waits for the first."""
+        actor = self._take()
+        with self._lock:
+            self._busy -= 1
+        self._idle.put(actor)
+        assert self._description is not None
+        return self._description
+
+    def close(self) -> None:
+        """End the workers."""
+        self._closed = True
+        for actor in self._actors:
+            self._ray.kill(actor)
+
+    def __enter__(self) -> "RayPool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        options = {"num_cpus": self._cluster.cpus_per_worker, "num_gpus": self._cluster.gpus_per_worker}
+        cards = self._cluster.gpus_per_worker > 0
+        actor = self._ray.remote(_Worker).options(**options).remote(self._spec, str(Path.cwd()), cards)
+        self._actors.append(actor)
+        threading.Thread(target=self._await_start, args=(actor,), daemon=True).start()
+
+    def _await_start(self, actor: Any) -> None:
+        try:
+            description = self._ray.get(actor.describe.remote())
+        except self._ray.exceptions.RayError as error:
+            with self._lock:
+                self._failed_starts += 1
+                given_up = self._failed_starts > self._max_deaths * self._size
+            if given_up:
+                self._idle.put(
+                    EngineError(f"ray: workers die while they start ({_first_line(error)}); see Ray's logs.")
+                )
+            else:
+                self._replace(actor)
+            return
+        if not isinstance(description, Exception):
+            with self._lock:
+                self._failed_starts = 0
+                self._last_seen = time.monotonic()
+                self._description = self._description or description
+                if description != self._description:
+                    description = EngineError(
+                        f"ray: two workers hold different models ({description[0]}, {self._description[0]}); put "
+                        "models and scoring functions on storage that every node shares."
+                    )
+        self._idle.put(description if isinstance(description, Exception) else actor)
+
+    def _replace(self, actor: Any) -> None:
+        if self._closed or not self._ray.is_initialized():  # any call would start a cluster of its own
+            return
+        self._actors.remove(actor)
+        log.warning("ray: a worker died; its work goes to another one, and a new worker is asked for.")
+        self._ray.kill(actor)
+        self._start()
+
+    def _take(self) -> Any:
+        """An idle worker. Raises what went wrong while one was started, or EngineError when none comes."""
+        while True:
+            try:
+                actor = self._idle.get(timeout=_POLL_S)
+            except queue.Empty:
+                with self._lock:
+                    waited = 0.0 if self._busy else time.monotonic() - self._last_seen
+                if waited > self._cluster.start_timeout_s:
+                    raise EngineError(
+                        f"ray: no worker for {waited:.0f} s; each needs {self._cluster.cpus_per_worker:g} CPUs and "
+                        f"{self._cluster.gpus_per_worker:g} GPUs, and the cluster has {_resources(self._ray)}; start "
+                        "more nodes, or lower cluster.cpus_per_worker or rollout.workers."
+                    ) from None
+                continue
+            if isinstance(actor, Exception):
+                self._idle.put(actor)  # for the other threads too
+                raise actor
+            with self._lock:
+                self._busy += 1
+                self._last_seen = time.monotonic()
+            return actor
+
+
+class RaySampler:
+    """A Sampler whose requests are served by any worker of a pool."""
+
+    def __init__(self, pool: RayPool, revision: str) -> None:
+        self.revision = revision
+        self._pool = pool
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
+        """As the sampler in the worker. Raises EngineError."""
+        return self._pool.call("sample", list(requests))
+
+
+class RayScorer:
+    """A Scorer whose rows are scored by any worker of a pool."""
+
+    def __init__(self, pool: RayPool) -> None:
+        self._pool = pool
+        self.revision, *attributes = pool.describe()
+        self.attributes = tuple(attributes)
+
+    def score(self, prompts: Sequence[Messages], responses: Sequence[str]) -> np.ndarray:
+        """scores_NM, as the scorer in the worker. Raises EngineError."""
+        return self._pool.call("score", list(prompts), list(responses))
+
+
+@contextmanager
+def ray_samplers(spec: SamplerSpec, workers: int, cluster: ClusterConfig) -> Iterator[list[Sampler]]:
+    """`workers` samplers over as many actors; they end with the block. Raises ConfigError, EngineError."""
+    here = replace(spec, policy=str(Path(spec.policy).resolve()), threads=_threads(cluster))
+    with RayPool(_SameWeights(here), workers, cluster) as pool:
+        yield [RaySampler(pool, spec.revision) for _ in range(workers)]
+
+
+@contextmanager
+def ray_scorers(
+    config: RewardConfig, reward_folder: Path | None, remote_code_revision: str | None, cluster: ClusterConfig
+) -> Iterator[list[Scorer]]:
+    """`cluster.scorers` scorers over as many actors; they end with the block. Raises ConfigError, EngineError."""
+    folder = None if reward_folder is None else str(reward_folder.resolve())
+    spec = ScorerSpec(_absolute(config), folder, remote_code_revision, _threads(cluster))
+    with RayPool(spec, cluster.scorers, cluster) as pool:
+        scorer = RayScorer(pool)
+        yield [scorer] * cluster.scorers
+
+
+class _Worker:
+    """The actor. What its object raises comes back as an answer: only a death looks like one."""
+
+    def __init__(self, spec: Spec, folder: str, cards: bool) -> None:
+        if Path(folder).is_dir():
+            os.chdir(folder)
+        if not cards:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what it was not given it must not take
+        self._spec = spec
+        self._built: Any = None
+
+    def describe(self) -> Any:
+        """(revision, *attributes), or the error that building met."""
+        return self._try(lambda built: (built.revision, *getattr(built, "attributes", ())))
+
+    def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        """The method's answer, or its error."""
+        return self._try(lambda built: getattr(built, method)(*arguments))
+
+    def _try(self, ask: Any) -> Any:
+        try:
+            self._built = self._built or self._spec.build()
+            return ask(self._built)
+        except DpaError as error:
+            return error
+        except torch.AcceleratorError:
+            os._exit(1)  # the card's state is lost: the pool starts another process
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+            return RuntimeError(f"{type(error).__name__}: {error}")  # any class may not survive the journey
+
+
+def _connect(address: str | None) -> Any:
+    """The ray module, connected. Raises ConfigError."""
+    try:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
+        import ray
+    except ImportError:
+        raise ConfigError('cluster.engine: ray is not installed; run pip install "dpa[ray]".') from None
+    if not ray.is_initialized():
+        _check_reachable(address)
+        joining = address or "RAY_ADDRESS" in os.environ
+        try:
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=None if joining else False,
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise _no_cluster(address, error) from None
+    return ray
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself tries an address where nobody listens for minutes, and then ends the process. Raises ConfigError."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # `auto`, or none
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str | None, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"cluster.address: no Ray cluster answers at {address} ({_first_line(error)}); start one with "
+        "`ray start --head`, or leave the address out."
+    )
+
+
+def _threads(cluster: ClusterConfig) -> int:
+    return max(1, int(cluster.cpus_per_worker))
+
+
+def _absolute(config: RewardConfig) -> RewardConfig:
+    """Local paths as every node sees them; Hub ids and importable modules stay."""
+    folder = config.folder
+    if folder is not None and Path(folder).is_dir():
+        folder = str(Path(folder).resolve())
+    functions = {}
+    for attribute, function in config.functions.items():
+        where, _, name = function.rpartition(":")
+        functions[attribute] = f"{Path(where).resolve()}:{name}" if where.endswith(".py") else function
+    http = config.http
+    if http is not None and Path(http.folder).is_dir():  # the servers know the model by the name given here
+        http = http.model_copy(update={"folder": str(Path(http.folder).resolve()), "model": http.model or http.folder})
+    return config.model_copy(update={"folder": folder, "functions": functions, "http": http})
+
+
+def _resources(ray: Any) -> str:
+    total = ray.cluster_resources()
+    return f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -1,0 +1,92 @@
+"""Faults of training: a checkpoint cut off or refused by the disk never costs the one before it.
+Run: pytest tests/test_faults_training.py
+
+The numbers in the names are those of the project's list of faults; 23, 24 and 26 are in test_finetuning.py.
+"""
+
+import json
+import logging
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_finetuning import CONFIG, logged, run
+from tiny_models import SPACE, save_tiny_model
+
+from dpa.core.errors import StorageError
+from dpa.models.checkpoints import newest_checkpoint
+from dpa.models.disk_refusals import disk_refusals
+from dpa.models.policy import load_policy, load_space, save_policy
+
+
+def test_fault_22_a_checkpoint_cut_off_is_skipped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """kill -9 at any moment of a save leaves no readable trainer_state.json, which is written last."""
+    for step, state in ((2, json.dumps({"global_step": 2})), (4, None), (6, '{"global_'), (10, "")):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-best").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert [record.getMessage().split(" is incomplete")[0] for record in caplog.records] == [
+        str(tmp_path / f"checkpoint-{step}") for step in (10, 6, 4)
+    ]
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[None]:
+    """Leaves the limit as it was."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_fault_25_a_save_that_the_disk_refuses_keeps_the_checkpoint_before(
+    tmp_path: Path, file_size_limit: None
+) -> None:
+    """Once checkpoint-2 is whole no file may grow beyond 20 kB: the next save fails, and with room the run goes on."""
+    base = save_tiny_model(tmp_path / "base")
+    run(base, tmp_path / "whole", CONFIG)
+    folder, hard = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+    def shrink() -> None:
+        while not (folder / "work" / "checkpoint-2" / "trainer_state.json").exists():
+            time.sleep(0.001)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+
+    threading.Thread(target=shrink, daemon=True).start()
+    with pytest.raises(StorageError, match=r"work: saving a checkpoint failed \(.*\); (raise the file-size|free)"):
+        run(base, folder, CONFIG)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    newest = newest_checkpoint(folder / "work")
+    assert newest is not None and newest.name != "checkpoint-12", "an earlier one is whole"
+    assert not (folder / "policy").exists()
+    run(base, folder, CONFIG)
+    assert logged(folder) == logged(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("writer", ["safetensors", "torch"])
+def test_fault_17_a_model_that_does_not_fit_the_disk_is_one_sentence(
+    tmp_path: Path, file_size_limit: None, writer: str
+) -> None:
+    """Whichever library writes; the model that stood there before stands there still."""
+    model, tokenizer = load_policy(save_tiny_model(tmp_path / "base"))
+    save_policy(model, tokenizer, tmp_path / "policy", SPACE, {"round": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    with pytest.raises(StorageError, match=r"failed \((File too large|the file could not be written)\)"):
+        if writer == "safetensors":
+            save_policy(model, tokenizer, tmp_path / "policy", SPACE, {"round": 2})
+        else:
+            with disk_refusals(tmp_path / "optimizer.pt", "saving a checkpoint"):
+                torch.save(model.state_dict(), tmp_path / "optimizer.pt")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    assert load_space(tmp_path / "policy") == SPACE
+    assert json.loads((tmp_path / "policy" / "dpa_config.json").read_text())["provenance"] == {"round": 1}

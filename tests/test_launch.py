@@ -1,0 +1,238 @@
+"""Training in several processes: two ranks on a CPU learn what one learns, only the first writes, nothing is lost.
+Run: pytest tests/test_launch.py
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_models import save_tiny_model
+
+from dpa.core.config import ClusterConfig, load_config
+from dpa.core.errors import ConfigError
+from dpa.models.finetuning import Example, _packed
+from dpa.models.launching import launch
+from dpa.recipes.dpa import Loop
+
+ROOT = Path(__file__).parents[1]
+PRESETS = ROOT / "recipes" / "accelerate"
+
+
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration file beside a run that has come to its first finetuning."""
+    folder = tmp_path_factory.mktemp("launch")
+    rated = [
+        {"prompt": f"question {n}?", "response": "So it is. " * (1 + (n + k) % 5), "length": k}
+        for n in range(24)
+        for k in range(2)
+    ]
+    (folder / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))
+    (folder / "words.py").write_text("def words(messages, response): return float(len(response.split()))\n")
+    prompts = {"path": str(folder / "rated.jsonl"), "count": 2}
+    config = {
+        "out": str(folder / "run"),
+        "policy": str(save_tiny_model(folder / "model")),
+        "iterations": 0,
+        "space": {"objectives": {"length": None, "breadth": None}, "template": "Weigh {weighted_rating}"},
+        "ratings": [{"path": str(folder / "rated.jsonl"), "scales": {"length": [0, 4]}}],
+        "reward": {"functions": dict.fromkeys(("length", "breadth"), f"{folder / 'words.py'}:words")},
+        "prompts": prompts,
+        "selection": {"directions": 2},
+        "finetune": {
+            "learning_rate": 3e-3, "max_length": 200, "packed_rows_per_step": 4, "save_steps": 2, "epochs": 2,
+        },
+        "evaluate": {"prompts": prompts},
+    }  # fmt: skip
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    with Loop(load_config(file)) as loop:
+        loop.read_ratings()
+        loop.score(0)
+        loop.select(0)
+    return file
+
+
+@pytest.fixture
+def run(selected: Path, tmp_path: Path) -> Path:
+    """A copy of that run, to be finetuned."""
+    return Path(shutil.copytree(selected.parent / "run", tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def alone(selected: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run, finetuned in one process."""
+    folder = Path(shutil.copytree(selected.parent / "run", tmp_path_factory.mktemp("alone") / "run"))
+    with Loop(load_config(selected, {"out": str(folder)})) as loop:
+        loop.finetune(0)
+    return folder
+
+
+def dpa(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "dpa", *map(str, arguments)]
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "iter_0" / "finetune" / "log.jsonl").read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "iter_0" / "policy" / "model.safetensors")
+
+
+def assert_same_training(run: Path, alone: Path) -> None:
+    assert losses(run) == pytest.approx(losses(alone), rel=2e-3)
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(run)[name], tensor, rtol=0, atol=2e-3)
+
+
+def test_accelerate_launch_of_two_processes_learns_what_one_learns(selected: Path, run: Path, alone: Path) -> None:
+    """As a user of a cluster starts it by hand. Only the first rank locks and writes; the other joins."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*command, "-m", "dpa", "finetune", str(selected), "-t", "0", "--set", f"out={run}"],
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_training(run, alone)
+    ledgers = [json.loads((r / "iter_0/finetune/done.json").read_text())["ledger"] for r in (run, alone)]
+    for field in ("training_tokens", "rows", "rejects"):
+        assert ledgers[0][field] == ledgers[1][field]
+    assert not list(run.rglob("checkpoint-*"))
+
+
+FSDP = """
+import sys
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
+started = AcceleratorState.__init__
+def start(self, *args, fsdp_plugin=None, **kwargs):
+    started(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+AcceleratorState.__init__ = start  # accelerate has FSDP on cards only; torch's FSDP2 itself runs over gloo
+from torch.distributed.tensor import DTensor
+from dpa.models import finetuning
+norm_before_step = finetuning.StopAtBadGradient.on_pre_optimizer_step
+def look(self, args, state, control, **kwargs):
+    assert all(isinstance(parameter, DTensor) for parameter in kwargs["model"].parameters()), "weights are sharded"
+    return norm_before_step(self, args, state, control, **kwargs)
+finetuning.StopAtBadGradient.on_pre_optimizer_step = look
+sys.argv = ["dpa", *sys.argv[1:]]
+from dpa.cli import main
+main()
+"""
+
+
+def test_fsdp2_shards_the_weights_and_saves_a_whole_policy(
+    selected: Path, run: Path, alone: Path, tmp_path: Path
+) -> None:
+    """By its preset, over gloo, through a checkpoint every second step."""
+    (tmp_path / "rank.py").write_text(FSDP)
+    command = [sys.executable, "-m", "dpa.models.launching", "--config_file", str(PRESETS / "fsdp2.yaml")]
+    command += ["--main_process_port", "0", str(tmp_path / "rank.py")]
+    done = subprocess.run(
+        [*command, "finetune", str(selected), "-t", "0", "--set", f"out={run}"], text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_training(run, alone)
+
+
+def test_kill_9_of_the_loop_ends_the_ranks_and_one_process_resumes(selected: Path, run: Path, alone: Path) -> None:
+    loop = subprocess.Popen(dpa("run", selected, "--processes", 2, "--out", run), stderr=subprocess.DEVNULL)
+    work = run / "iter_0" / "finetune"
+    deadline = time.monotonic() + 300
+    while not list(work.glob("checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline and loop.poll() is None
+        time.sleep(0.005)
+    ranks = psutil.Process(loop.pid).children(recursive=True)
+    assert len(ranks) >= 3, "the launcher and two ranks"
+    loop.send_signal(signal.SIGKILL)
+    loop.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=120)
+    assert not alive, "no orphans"
+    with Loop(load_config(selected, {"out": str(run)})) as again:
+        again.finetune(0)
+    assert_same_training(run, alone)
+
+
+def test_a_users_mistake_in_a_rank_is_one_sentence_and_exit_2(capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(ConfigError, match=r"iter_0/finetune: the launched training could not start; its message"):
+        launch(["finetune", "nowhere.yaml"], ClusterConfig(processes=2), "iter_0/finetune")
+    said = capfd.readouterr().err
+    assert "dpa: config: no file at nowhere.yaml" in said
+    assert "Traceback" not in said
+    with pytest.raises(ConfigError, match=r"no file at nowhere\.yaml; see recipes/accelerate"):
+        launch(["finetune", "x"], ClusterConfig(accelerate="nowhere.yaml"), "x")
+
+
+RANK = """
+import sys
+from dpa.core.errors import RunFolderError
+from dpa.models.ranks import any_of, first_then_rest, wait_for_all
+print(first_then_rest(lambda join: f"join={join}"), any_of(sys.argv[1] == "1"), flush=True)
+wait_for_all()
+def locked(join):
+    raise RunFolderError("out: in use by process 1.")
+try:
+    first_then_rest(locked)
+except RunFolderError as error:
+    print(error, flush=True)
+"""
+
+
+def test_the_other_ranks_leave_when_the_first_cannot_open_the_folder(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, rank],
+            env={**both, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=200)[0].splitlines() for process in ranks]
+    assert said == [["join=False True", "out: in use by process 1."], ["join=True True"]]
+    assert [process.returncode for process in ranks] == [0, 2]
+
+
+@pytest.fixture
+def three_ranks() -> Iterator[None]:
+    os.environ["WORLD_SIZE"] = "3"
+    yield
+    del os.environ["WORLD_SIZE"]
+
+
+def test_ranks_share_rows_out_evenly_without_training_on_one_twice(selected: Path, three_ranks: None) -> None:
+    """What lacks is filled with rows that have nothing to learn."""
+    examples = [Example(list(range(5, 15)), 4) for _ in range(7)]
+    rows = _packed(examples, load_config(selected).finetune.model_copy(update={"max_length": 16}))
+    assert len(rows) == 9
+    assert sum(label != -100 for row in rows for example in row for label in example.labels) == 7 * 6
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_preset_is_read_by_accelerate(preset: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(preset)).num_machines == 1

@@ -1,0 +1,165 @@
+"""Shares of a stage in several processes on one folder: no lock in the way, nothing lost, rows as of one process.
+Run: pytest tests/test_shares.py
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from fakes import all_rows, run_config
+from tiny_models import save_tiny_model
+
+from dpa.core.config import load_config
+from dpa.core.errors import ConfigError, RunFolderError
+from dpa.recipes.dpa import Loop
+from dpa.storage.locks import RunLock, Share
+from dpa.storage.run_folder import RunFolder, StageFolder
+
+
+def rows(folder: Path, name: str = "rollout") -> list[dict]:
+    return all_rows(StageFolder(folder / "iter_1" / name, f"iter_1/{name}"))
+
+
+def done(folder: Path, name: str = "rollout") -> bool:
+    return (folder / "iter_1" / name / "done.json").exists()
+
+
+def ended(*processes: subprocess.Popen) -> list[int]:
+    return [process.wait(timeout=200) for process in processes]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process alone makes."""
+    from fake_run import run
+
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, 0.0, workers=1)
+    return folder
+
+
+def test_shares_side_by_side_give_the_rows_of_one_process(tmp_path: Path, whole: Path, fake_run: Callable) -> None:
+    """Three processes start together on an empty folder; the last one marks the stage done."""
+    assert ended(*(fake_run(tmp_path, "--shard", f"{i}/3", "--seconds", 0.02) for i in (1, 2, 3))) == [0, 0, 0]
+    assert done(tmp_path)
+    assert rows(tmp_path) == rows(whole)
+    assert ended(*(fake_run(tmp_path, "--shard", f"{i}/3", "--score") for i in (1, 2, 3))) == [0, 0, 0]
+    assert rows(tmp_path, "score") == rows(whole, "score")
+    plain = fake_run(tmp_path)
+    assert plain.communicate(timeout=200)[0] == "done\n"
+    assert rows(tmp_path, "select") == rows(whole, "select")
+
+
+def test_a_killed_share_is_made_by_the_same_command_again(tmp_path: Path, whole: Path, fake_run: Callable) -> None:
+    """kill -9 of one of two in mid-shard, with a half-written file; the other is not disturbed and finishes nothing."""
+    victim, other = (fake_run(tmp_path, "--shard", f"{i}/2", "--seconds", 0.1) for i in (1, 2))
+    stage = tmp_path / "iter_1" / "rollout"
+    deadline = time.monotonic() + 100
+    while not (stage / "shard-00000.json").exists():
+        assert time.monotonic() < deadline and victim.poll() is None
+        time.sleep(0.005)
+    victim.send_signal(signal.SIGKILL)
+    assert ended(victim, other) == [-signal.SIGKILL, 0]
+    assert not done(tmp_path)
+    (stage / ".shard-00002.parquet.tmp").write_bytes(b"PAR1 half")
+    assert ended(fake_run(tmp_path, "--shard", "1/2")) == [0]
+    assert done(tmp_path)
+    assert rows(tmp_path) == rows(whole)
+
+
+def test_a_plain_run_finishes_what_shares_left(tmp_path: Path, whole: Path, fake_run: Callable) -> None:
+    assert ended(fake_run(tmp_path, "--shard", "2/3")) == [0]
+    assert not done(tmp_path), "the last one at work, but other shares are missing"
+    assert ended(fake_run(tmp_path)) == [0]
+    assert rows(tmp_path) == rows(whole)
+
+
+def test_shares_and_plain_runs_do_not_meet(tmp_path: Path, fake_run: Callable) -> None:
+    """A plain run is refused while shares work, a share while a plain run works, and one share is made once."""
+    share = fake_run(tmp_path, "--shard", "1/2", "--seconds", 0.3)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "iter_1" / "rollout").exists():
+        assert time.monotonic() < deadline and share.poll() is None
+        time.sleep(0.005)
+    refused = {
+        (): f"in use by process {share.pid} on host",
+        ("--shard", "1/2"): f"share 1/2 is being made by process {share.pid}",
+        ("--shard", "2/3"): "shares of 2; wait for it",
+    }
+    started = {arguments: fake_run(tmp_path, *arguments) for arguments in refused}
+    for arguments, process in started.items():
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 2
+        assert refused[arguments] in errors and errors.count("\n") == 1
+    share.kill()
+    share.wait()
+    with RunFolder(tmp_path).open(run_config(tmp_path)), pytest.raises(RunFolderError, match="in use by process"):
+        RunLock(tmp_path / "lock", Share(1, 2))
+
+
+def test_a_share_leaves_what_others_are_writing_alone(tmp_path: Path) -> None:
+    """Files without a record may be a neighbour's work in hand; only a process alone sweeps them away."""
+    first = RunFolder(tmp_path).open(run_config(tmp_path), share=Share(1, 2))
+    first.let_others_in()
+    second = RunFolder(tmp_path).open(run_config(tmp_path), share=Share(2, 2))
+    folder = first.stage(1, "rollout").path
+    in_hand = [folder / "shard-00001.parquet", folder / ".shard-00001.parquet.tmp"]
+    for file in in_hand:
+        file.write_bytes(b"half")
+    assert not first.stage(1, "rollout").may_finish(["x"]), "the second is at work"
+    assert all(file.exists() for file in in_hand)
+    second.close()
+    first.close()
+    with RunFolder(tmp_path).open(run_config(tmp_path)) as alone:
+        alone.stage(1, "rollout")
+    assert not any(file.exists() for file in in_hand)
+
+
+def test_another_configuration_is_refused_to_a_share_too(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).open(run_config(tmp_path), share=Share(1, 2)) as first:
+        first.let_others_in()
+        with pytest.raises(RunFolderError, match="seed: 0 -> 5"):
+            RunFolder(tmp_path).open(run_config(tmp_path, seed=5), share=Share(2, 2))
+        RunFolder(tmp_path).open(run_config(tmp_path), share=Share(2, 2)).close()
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "3", "a/b", "1/0", "-1/4", "1/4/2"])
+def test_a_share_that_cannot_be_is_one_sentence(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--shard: .* i from 1 to N; a Slurm array of 16 is --array=1-16"):
+        Share.parse(text)
+
+
+def test_every_shard_belongs_to_one_share() -> None:
+    shares = [Share.parse(f"{i}/5") for i in range(1, 6)]
+    assert all(sum(share.has(number) for share in shares) == 1 for number in range(23))
+
+
+def test_shares_from_the_command_line(tmp_path: Path) -> None:
+    """Two `dpa rollout --shard i/2` side by side, from an empty folder, against the loop in one process."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"id": f"p{n}", "prompt": f"question {n}"}) + "\n" for n in range(12)))
+    config = {
+        "out": str(tmp_path / "run"),
+        "policy": str(save_tiny_model(tmp_path / "model")),
+        "space": {"objectives": {"a": None, "b": None}, "template": "Weigh {weighted_rating}"},
+        "reward": {"functions": {"a": "m:f", "b": "m:f"}},
+        "prompts": {"path": str(prompts)},
+        "rollout": {"directions": 2, "samples": 2, "max_new_tokens": 20, "prompts_per_shard": 2},
+        "evaluate": {"prompts": {"path": str(prompts)}},
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "dpa", "rollout", str(file), "-t", "1", "--shard"]
+    assert ended(*(subprocess.Popen([*command, f"{i}/2"]) for i in (1, 2))) == [0, 0]
+    assert done(tmp_path / "run")
+    with Loop(load_config(file, {"out": str(tmp_path / "plain")})) as loop:
+        loop.rollout(1)
+    assert rows(tmp_path / "run") == rows(tmp_path / "plain")
+    refused = subprocess.run([*command, "3/2"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "--shard: '3/2' is not i/N" in refused.stderr
