@@ -42,6 +42,7 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))
     (folder / "words.py").write_text("def words(messages, response): return float(len(response.split()))\n")
     prompts = {"path": str(folder / "rated.jsonl"), "count": 2}
+    (folder / "held_out.jsonl").write_text("".join(json.dumps({"prompt": f"other {n}?"}) + "\n" for n in range(2)))
     config = {
         "out": str(folder / "run"),
         "policy": str(save_tiny_model(folder / "model")),
@@ -54,7 +55,7 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "finetune": {
             "learning_rate": 3e-3, "max_length": 200, "packed_rows_per_step": 4, "save_steps": 2, "epochs": 2,
         },
-        "evaluate": {"prompts": prompts},
+        "evaluate": {"prompts": {"path": str(folder / "held_out.jsonl"), "count": 2}},
     }  # fmt: skip
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
