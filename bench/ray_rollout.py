@@ -27,7 +27,7 @@ from dpa.storage.run_folder import StageFolder
 from dpa.world.demo import START_MODEL
 from dpa.world.questions import make_questions
 
-SPACE = DirectionSpace(tuple(Objective(name) for name in ("helpfulness", "verbosity", "warmth")))
+SPACE = DirectionSpace(tuple(Objective(name, {name: 1.0}) for name in ("helpfulness", "verbosity", "warmth")))
 
 
 def timed(samplers: Sequence[Sampler], prompts: list[Prompt], config: RolloutConfig) -> tuple[float, list[dict]]:
