@@ -5,6 +5,11 @@
 MODEL is a policy folder (default: the demo's start model, made steerable on the spot). Overhead is measured first: one
 client, the same request alternately to the gateway and to the engine behind it, and the difference of the medians. On a
 busy machine those are noise; the processor time each process spends on a request is printed beside them.
+
+Measured on two shared cores, load average 6 to 10 from other work, the demo's start model, 2026-11-25: overhead 3.2 ms
+(median 31.8 through the gateway, 28.6 straight; 3.5 ms of processor time); 64 clients for 60 s: 1,205 answers, no
+error and no 429, 866 tokens/s, gateway 87.7 -> 87.9 MB, engine 596 -> 593 MB. At load average 3 the same run, before a
+slot was freed with the last byte, gave 33.7 requests/s, 85 of 2,023 of them 429. Ready after 4.5 s at load average 3.
 """
 
 import argparse
