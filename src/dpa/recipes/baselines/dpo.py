@@ -5,7 +5,7 @@ scalar, rejected r another one of it; the reference is the SFT policy.
 
 Published: SFT, then DPO on offline pairs; chosen = best, rejected = a random other (Zephyr, 2310.16944). Ours: every
 other response is the rejected one of a pair once, in random order; half of the budget for SFT, half for pairs; beta and
-the learning rate are tuned.
+the learning rate are guesses until they are tuned (bench/tune_baselines.py).
 """
 
 import numpy as np

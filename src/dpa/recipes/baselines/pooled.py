@@ -3,7 +3,7 @@
 For each prompt all candidates form one pool, whatever direction they were made under; under v the winner is
 argmax_n v . r(x, y_n); the policy is finetuned on (v, x, winner), and asked v in its system prompt (arXiv 2402.18571).
 
-Published: the loop, the prompt, the reward model. Ours: the pool serves directions drawn anew for each prompt, so that
+Published: the loop, the prompt, the reward model. Ours: the pool serves first the directions it was made under, so that
 best-of-(D x N) costs no more generation than best-of-N did; the numbers of prompts, directions, samples and iterations.
 """
 
