@@ -123,7 +123,7 @@ def dpa(*arguments: object) -> list[str]:
 
 def alpaca_eval(policy: str, questions: str, folder: Path) -> dict[str, Any]:
     """Two directions against each other through alpaca_eval.evaluate: it must find the longer outputs' share."""
-    from dpa.models.policy import load_space
+    from dpa.models.files import load_space
 
     low, high = (str(load_space(policy).direction(w)) for w in load_space(policy).grid(2)[:2])
     common = ("export", policy, questions, "--out", folder, "--limit", 12, "--max-new-tokens", 60, "--name", "pol")
@@ -175,7 +175,7 @@ def alpaca_eval(policy: str, questions: str, folder: Path) -> dict[str, Any]:
 
 def lm_eval(policy: str, questions: str, folder: Path) -> dict[str, Any]:
     """`lm-eval run --config` of a direction, and of a baked folder: both must show the direction's sentence."""
-    from dpa.models.policy import load_space
+    from dpa.models.files import load_space
 
     space = load_space(policy)
     direction = space.direction(space.grid(2)[0])

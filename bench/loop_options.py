@@ -21,8 +21,8 @@ from dpa.core.config import EvaluateConfig, FinetuneConfig, PreferenceConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import SampleRequest, candidate_id, seed_of
 from dpa.core.selection import select, select_pairs, spread
+from dpa.models.files import load_space
 from dpa.models.finetuning import finetune
-from dpa.models.policy import load_space
 from dpa.models.preference_training import preference_finetune
 from dpa.models.samplers import SamplerSpec
 from dpa.models.scorers import FunctionScorer, RewardModelScorer

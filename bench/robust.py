@@ -31,8 +31,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.measures import interval
 from dpa.core.records import Prompt, Sampler, SampleRequest, Scorer, candidate_id, seed_of
 from dpa.models.best_of import BestOfSampler, RobustSampler
-from dpa.models.files import folder_revision
-from dpa.models.policy import load_space
+from dpa.models.files import folder_revision, load_space
 from dpa.models.samplers import SamplerSpec
 from dpa.models.scorers import FunctionScorer, RewardModelScorer
 from dpa.stages.prompts import read_prompts

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from dpa.cli.commands import app
 from dpa.core.errors import ConfigError, DpaError, ModelFileError
 from dpa.core.presets import DPA_V1
-from dpa.models.policy import load_space, save_policy
+from dpa.models.files import load_space
+from dpa.models.policy import save_policy
 from dpa.stages.judge import read_answers
 
 

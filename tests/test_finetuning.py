@@ -25,9 +25,10 @@ from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, Tra
 from dpa.core.config import FinetuneConfig, LoraConfig
 from dpa.core.errors import ConfigError, DataError, Interrupted, TrainingError
 from dpa.core.records import Ledger
+from dpa.models.files import load_space
 from dpa.models.finetuning import Example, FinetuneResult, build_trainer, encode_examples, finetune, pack
 from dpa.models.optimizers import MuonWithAdamW
-from dpa.models.policy import load_policy, load_space, make_steerable
+from dpa.models.policy import load_policy, make_steerable
 from dpa.models.training import StopAtBadGradient
 from dpa.stages.finetune import finetune_policy
 from dpa.storage.run_folder import StageFolder

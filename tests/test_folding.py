@@ -15,9 +15,9 @@ from dpa.core.config import RewardConfig, RewardTrainConfig
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.errors import ModelFileError
 from dpa.models.chat_template import steerable_template
-from dpa.models.files import resolve_model
+from dpa.models.files import load_space, resolve_model
 from dpa.models.folding import attribute_space, bake_direction, chat_template_of, fold_reward, reward_spec
-from dpa.models.policy import load_space, save_policy
+from dpa.models.policy import save_policy
 from dpa.models.reward_model import PUBLISHED_TEMPLATE, RELEASED_SPEC, encode, read_spec
 from dpa.models.reward_training import RatedExample, train_reward_model
 from dpa.models.samplers import SamplerSpec

@@ -12,13 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpa.core.errors import DirectionError, ModelFileError, RunFolderError, StorageError
 from dpa.models.chat_template import steerable_template
+from dpa.models.files import SPACE_FILE, load_space
 from dpa.models.policy import (
-    SPACE_FILE,
     encode_prompt,
     end_token_ids,
     ensure_pad_token,
     load_policy,
-    load_space,
     save_policy,
     turn_end_id,
 )

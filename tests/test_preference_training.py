@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from dpa.core.config import LoraConfig, PreferenceConfig
 from dpa.core.errors import ConfigError, DataError, TrainingError
-from dpa.models.policy import load_space, make_steerable
+from dpa.models.files import load_space
+from dpa.models.policy import make_steerable
 from dpa.models.preference_training import (
     Pair,
     PreferenceResult,

@@ -11,8 +11,9 @@ from tiny_models import SPACE, save_tiny_model
 
 from dpa.core.config import FinetuneConfig
 from dpa.core.errors import ModelFileError
+from dpa.models.files import SPACE_FILE
 from dpa.models.finetuning import finetune
-from dpa.models.policy import SPACE_FILE, load_policy
+from dpa.models.policy import load_policy
 from dpa.models.samplers import SamplerSpec
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

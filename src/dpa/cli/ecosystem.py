@@ -176,7 +176,7 @@ def read_space(text: str) -> "DirectionSpace":
     """A published name, a YAML configuration, or a policy (its dpa_config.json). Raises UserError subclasses."""
     from dpa.core.config import load_config
     from dpa.core.presets import SPACES
-    from dpa.models.policy import load_space
+    from dpa.models.files import load_space
 
     if text in SPACES:
         return SPACES[text]

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from dpa.core.directions import Direction, DirectionSpace, Objective
 from dpa.core.errors import ModelFileError
 from dpa.models.chat_template import steerable_template
-from dpa.models.files import CONTENT_SUFFIXES, EVALUATION_FILE, resolve_model
-from dpa.models.policy import SPACE_FILE, ensure_pad_token
+from dpa.models.files import CONTENT_SUFFIXES, EVALUATION_FILE, SPACE_FILE, resolve_model
+from dpa.models.policy import ensure_pad_token
 from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import (
     RELEASED_SPEC,

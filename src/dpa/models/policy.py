@@ -24,9 +24,7 @@ from dpa.core.errors import ModelFileError
 from dpa.core.records import Messages
 from dpa.models.chat_template import bounded_rendering, steerable_template
 from dpa.models.disk_refusals import disk_refusals
-from dpa.models.files import SPACE_FILE as SPACE_FILE
-from dpa.models.files import SafeModel, resolve_model
-from dpa.models.files import load_space as load_space
+from dpa.models.files import SPACE_FILE, SafeModel, resolve_model
 from dpa.models.quiet import quiet_libraries
 from dpa.storage.tables import save_folder_atomically, write_json
 

@@ -23,7 +23,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DpaError, EngineError
 from dpa.core.records import Sample, Sampler, SampleRequest
 from dpa.models.decoding import Decoding, check_decodable, decode
-from dpa.models.files import folder_revision, resolve_model
+from dpa.models.files import folder_revision, load_space, resolve_model
 from dpa.models.http_sampler import http_samplers
 from dpa.models.policy import (
     context_length,
@@ -32,7 +32,6 @@ from dpa.models.policy import (
     end_token_ids,
     is_out_of_memory,
     load_policy,
-    load_space,
     make_steerable,
 )
 from dpa.models.vllm_sampler import vllm_sampler
@@ -280,7 +279,7 @@ def build_samplers(
 def _serve(spec: SamplerSpec, connection: Connection) -> None:
     """What the worker process does until its parent hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with_parent, daemon=True).start()
     sampler: TransformersSampler | None = None
     while True:
         try:
@@ -298,7 +297,7 @@ def _serve(spec: SamplerSpec, connection: Connection) -> None:
             connection.send(RuntimeError(f"{type(error).__name__}: {error}"))  # any class may not survive the pipe
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Leave at once when the parent ends, even by kill -9 in the middle of a batch."""
     parent = multiprocessing.parent_process()
     assert parent is not None

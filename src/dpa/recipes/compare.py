@@ -31,6 +31,7 @@ from rich.console import Console
 from dpa.core.compare_config import METHODS, CompareConfig, Method
 from dpa.core.config import RunConfig, resolved
 from dpa.core.errors import DpaError, EngineError, Interrupted
+from dpa.models.samplers import die_with_parent
 from dpa.models.scorers import FunctionScorer
 from dpa.recipes.baselines import (
     dpo,
@@ -351,7 +352,7 @@ def _workers(count: int) -> Iterator[list[_Worker]]:
 def _serve(connection: Connection) -> None:
     """What a worker does until its parent hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then asks us to stop
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with_parent, daemon=True).start()
     while True:
         try:
             job: Job = connection.recv()
@@ -391,14 +392,6 @@ def _output_to(file: Path) -> Iterator[None]:
             os.dup2(saved, descriptor)
             os.close(saved)
         os.close(target)
-
-
-def _die_with_parent() -> None:
-    """Leave at once when the parent ends, even by kill -9."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _measured(folder: Path, policy: str, name: str) -> StageFolder:

@@ -12,8 +12,8 @@ import pyarrow as pa
 from dpa.core.config import FinetuneConfig, PreferenceConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import Ledger
+from dpa.models.files import SPACE_FILE
 from dpa.models.finetuning import FinetuneResult, finetune
-from dpa.models.policy import SPACE_FILE
 from dpa.models.policy_training import remove_checkpoints
 from dpa.models.preference_training import PreferenceResult, preference_finetune
 from dpa.models.ranks import is_first

@@ -11,15 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from dpa.core.errors import DataError, EngineError
-from dpa.core.records import Ledger, Messages, Prompt, Scorer, stable_hash
+from dpa.core.records import SCORE_COLUMNS, Ledger, Messages, Prompt, Scorer, stable_hash
 from dpa.storage.memory import peak_memory
 from dpa.storage.progress import ProgressBar
 from dpa.storage.run_folder import StageFolder
 from dpa.storage.stopping import StopOnSignal
 
 RATED_ROWS_PER_SHARD = 4096
-
-OWN_COLUMNS = ("candidate_id", "prompt_id", "valid")
 
 
 class _Batch(NamedTuple):
@@ -89,7 +87,7 @@ def _score_shards(
     stage: StageFolder, made_from: Sequence[str], read: Callable[[int], _Batch], scorers: Sequence[Scorer]
 ) -> Ledger:
     """Score each shard that is not there yet; `made_from` names the rows and the scorer of each."""
-    clash = set(OWN_COLUMNS) & set(scorers[0].attributes)
+    clash = set(SCORE_COLUMNS) & set(scorers[0].attributes)
     if clash:
         raise DataError(f"{stage.name}: attribute `{clash.pop()}` has the name of a column; rename it.")
     missing, own = stage.missing(made_from), [number for number in range(len(made_from)) if stage.mine(number)]

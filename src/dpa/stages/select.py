@@ -13,7 +13,7 @@ import pyarrow as pa
 from dpa.core.config import SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, RejectRateError, StorageError
-from dpa.core.records import Ledger, Prompt, stable_hash
+from dpa.core.records import SCORE_COLUMNS, Ledger, Prompt, stable_hash
 from dpa.core.selection import select, select_pairs, select_per_direction, select_random, spread
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import Reject, StageFolder, count_reasons
@@ -44,8 +44,6 @@ PAIRS = pa.schema(
     ]
 )
 """Followed by one float column per objective: the chosen one's."""
-
-NOT_ATTRIBUTES = ("candidate_id", "prompt_id", "valid")
 
 NO_SCORE = "no candidate has a valid score"
 NO_PAIR = "no candidate is better than another under any direction"
@@ -219,7 +217,7 @@ def _write_winners(
 
 def _objectives(scores: pa.Table, space: DirectionSpace) -> tuple[np.ndarray, np.ndarray]:
     """scores_RK of the objectives, and valid_R: which rows have a finite score for every attribute."""
-    attributes = [name for name in scores.column_names if name not in NOT_ATTRIBUTES]
+    attributes = [name for name in scores.column_names if name not in SCORE_COLUMNS]
     scores_RM = np.array([scores[name].to_numpy() for name in attributes]).T.reshape(scores.num_rows, len(attributes))
     return space.combine(scores_RM, attributes), scores["valid"].to_numpy(zero_copy_only=False)
 

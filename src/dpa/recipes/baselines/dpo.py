@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpa.recipes.baselines.lab import Lab, Trained, unstated
+from dpa.stages.select import PAIRS
 
 SFT_SHARE = 0.5
 
@@ -47,14 +48,6 @@ def rated_pairs(lab: Lab, best: pa.Table) -> pa.Table:
     ]
     order = np.random.default_rng(lab.config.seed).permutation(len(pairs))
     schema = pa.schema(
-        [
-            ("prompt_id", pa.string()),
-            ("messages", pa.string()),
-            ("direction", pa.list_(pa.float64())),
-            ("chosen", pa.string()),
-            ("rejected", pa.string()),
-            ("utility_chosen", pa.float64()),
-            ("utility_rejected", pa.float64()),
-        ]
-    )
+        [field for field in PAIRS if field.name not in ("chosen_id", "rejected_id")]
+    )  # rated rows: no ids
     return pa.Table.from_pylist([pairs[place] for place in order], schema)

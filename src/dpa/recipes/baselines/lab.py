@@ -18,7 +18,7 @@ import pyarrow as pa
 from dpa.core.config import FinetuneConfig, PreferenceConfig, RewardConfig, RolloutConfig, RunConfig, SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import TrainingError
-from dpa.core.records import Ledger, Prompt, Sampler, Scorer, stable_hash
+from dpa.core.records import SCORE_COLUMNS, Ledger, Prompt, Sampler, Scorer, stable_hash
 from dpa.models.files import folder_revision
 from dpa.models.policy import count_tokens
 from dpa.models.samplers import SamplerSpec
@@ -201,7 +201,7 @@ class Lab:
     def objectives(self, score_stage: StageFolder) -> np.ndarray:
         """scores_RK of a finished score stage; NaN where a row is not valid."""
         scores = pa.concat_tables(list(score_stage.tables()))
-        names = [name for name in scores.column_names if name not in ("candidate_id", "prompt_id", "valid")]
+        names = [name for name in scores.column_names if name not in SCORE_COLUMNS]
         scores_RM = np.stack([scores[name].to_numpy() for name in names], axis=1).astype(float)
         scores_RM[~scores["valid"].to_numpy(zero_copy_only=False)] = np.nan
         return self.space.combine(scores_RM, names)
