@@ -5,9 +5,8 @@ Run: pytest tests/test_ray.py      (skips without `pip install "dpa[ray]"`)
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tiny_models import SPACE, save_tiny_model
 
 from dpa.core.config import ClusterConfig, RewardConfig, RolloutConfig
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
+from dpa.core.records import Sample, SampleRequest
 from dpa.models.ray_workers import RayPool, RaySampler, ray_samplers, ray_scorers
 from dpa.models.samplers import build_samplers, sampler_spec
 from dpa.models.scorers import build_scorer
@@ -150,22 +150,31 @@ def test_what_cannot_work_is_one_sentence(cluster: Any, tmp_path: Path, local: P
         rollout(StageFolder(tmp_path / "r", "s"), PROMPTS, SPACE, [sampler], CONFIG, seed=0)
 
 
+class KillsOnce:
+    """A sampler that takes a node down once some shards stand, before it asks on: in mid-run on any machine."""
+
+    def __init__(self, sampler: Any, stage: StageFolder, kill: Callable[[], None]) -> None:
+        self.revision, self._sampler, self._stage, self._kill = sampler.revision, sampler, stage, kill
+        self.killed = False
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
+        if not self.killed and (self._stage.path / "shard-00001.json").exists():
+            self.killed = True
+            self._kill()
+        return self._sampler.sample(requests)
+
+
 def test_a_node_killed_in_mid_run_loses_nothing(cluster: Any, local: Path, tmp_path: Path) -> None:
     """kill -9 of a node's processes once some shards stand: its request goes to the node that lives. Comes last."""
     stage = StageFolder(tmp_path / "rollout", "s")
-
-    def kill() -> None:
-        while not (stage.path / "shard-00003.json").exists():
-            time.sleep(0.005)
-        assert not (stage.path / "done.json").exists(), "killed in mid-run"
-        cluster.remove_node(cluster.second, allow_graceful=False)
-
-    killer = threading.Thread(target=kill, daemon=True)
-    with ray_samplers(sampler_spec(local / "model", CONFIG, SPACE), 2, on(cluster)) as samplers:
-        killer.start()
-        rollout(stage, PROMPTS, SPACE, samplers, CONFIG, seed=0)
-    killer.join(timeout=30)
-    assert sum(node["Alive"] for node in ray.nodes()) == 1
+    with ray_samplers(sampler_spec(local / "model", CONFIG, SPACE), 2, on(cluster)) as (first, second):
+        killer = KillsOnce(first, stage, lambda: cluster.remove_node(cluster.second, allow_graceful=False))
+        rollout(stage, PROMPTS, SPACE, [killer, second], CONFIG, seed=0)
+    assert killer.killed
+    deadline = time.monotonic() + 60  # the head notices after some missed heartbeats
+    while sum(node["Alive"] for node in ray.nodes()) != 1:
+        assert time.monotonic() < deadline, ray.nodes()
+        time.sleep(0.1)
     assert same_bytes(stage.path, local / "rollout")
     rows = all_rows(stage)
     assert len({row["candidate_id"] for row in rows}) == len(rows) == len(PROMPTS) * 4
