@@ -22,12 +22,21 @@ from dpa.stages.compare import POINTS
 from dpa.storage.tables import read_json
 from dpa.world.comparison import write_recipe, write_worlds
 
-RATES = [{"finetune.learning_rate": rate} for rate in ("2.0e-3", "4.0e-3", "8.0e-3")]
-DPO_RATES = [{"dpo.learning_rate": rate} for rate in ("2.0e-4", "5.0e-4", "1.5e-3")]
+RATES = [
+    {"finetune.learning_rate": rate, "finetune.packed_rows_per_step": rows}
+    for rate, rows in (("4.0e-3", "4"), ("4.0e-3", "2"), ("2.0e-3", "2"))
+]
+DPO_RATES = [{"dpo.learning_rate": rate} for rate in ("5.0e-5", "1.5e-4", "5.0e-4")]
+# At equal budget: 9 candidates are 3 under each of 3 directions, or, as the paper draws one direction for a prompt, 9
+# under one, of as many more prompts as the rows not trained on pay for, trained on once or twice.
+LITERAL = [
+    {"rollout.directions": "3", "rollout.samples": "3", "finetune.epochs": "1.67"},
+    {"rollout.directions": "1", "rollout.samples": "9", "finetune.epochs": "1", "prompts.count": "445"},
+    {"rollout.directions": "1", "rollout.samples": "9", "finetune.epochs": "2", "prompts.count": "357"},
+]
 TRIALS: dict[str, list[dict[str, str]]] = {
     "pooled": RATES,
-    "per_direction": RATES,
-    "random_candidate": RATES,
+    "per_direction": LITERAL,
     "scalar_rsf": RATES,
     "sft": RATES,
     "dpo": DPO_RATES,

@@ -109,10 +109,11 @@ def test_labelled_rows_say_what_each_response_scored_and_rows_without_a_score_ar
             "prompt_id": ["p", "p"],
             "messages": [json.dumps(QUESTION.messages)] * 2,
             "response": ["x", "y"],
+            "complete": [False, True],
         }
     )
     table = labelled(rows, np.array([[90.0, 10.0], [np.nan, 5.0]]), lambda scores_K: f"label {scores_K[0]:.0f}")
-    assert table["candidate_id"].to_pylist() == ["a"]
+    assert table["candidate_id"].to_pylist() == ["a"] and table["complete"].to_pylist() == [False]
     assert table["direction"].to_pylist() == [None]
     assert json.loads(table["messages"][0].as_py())[0] == {"role": "system", "content": "label 90"}
 
@@ -136,7 +137,7 @@ def test_steerlm_labels_move_its_output(lab: Lab, tmp_path: Path) -> None:
         for size in (1, 6):
             answer = answer_of_size(question, size, warm=0)
             row = {"candidate_id": f"{question.question_id}-{size}", "prompt_id": question.question_id}
-            rows.append({**row, "messages": json.dumps(question.messages), "response": answer})
+            rows.append({**row, "messages": json.dumps(question.messages), "response": answer, "complete": True})
             scores.append([90.0, 19.0 * size - 14.0, 0.0])  # 5 for a short answer, 100 for a long one
     scores_RK, write = np.array(scores), partial(steerlm.write_label, lab.space)
     policy = lab.finetune(0, lab.config.policy, labelled(pa.Table.from_pylist(rows), scores_RK, write), 40_000)

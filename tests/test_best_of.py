@@ -66,21 +66,9 @@ def test_best_of_asks_the_direction_itself_and_robust_its_neighbours() -> None:
     assert directions_DK.shape == (8, 2)
     assert tuple(directions_DK[0]) == WORDY
     away_D = np.degrees(np.arccos(np.clip(directions_DK @ np.array(WORDY), -1, 1)))
-    assert away_D[1:].min() > 0 and 5 < away_D.max() <= 15
+    assert away_D[1:].min() > 0 and away_D.max() == pytest.approx(15)
     seeds = {seed for asked in robust.asked for seed in asked.seeds}
     assert seeds == set(best.asked[0].seeds) and len(seeds) == 8, "equal cost, and the same randomness"
-
-
-@pytest.mark.parametrize("space", [SPACE, space_of("a", "b", "c", max_angle=30)], ids=["K2", "K3"])
-def test_neighbours_stay_in_the_cone_also_at_its_ends(space) -> None:  # type: ignore[no-untyped-def]
-    scorer = FakeScorer()
-    scorer.attributes = space.names
-    robust = RobustSampler(FakeSampler(), scorer, space, 2, within=50)
-    for asked_K in space.grid(5):
-        near_DK = np.array(robust.neighbours(tuple(asked_K), 200, seed=1))
-        assert space.angle_to_center(near_DK).max() <= space.max_angle + 0.5, "what a parser accepts"
-        assert np.linalg.norm(near_DK, axis=1) == pytest.approx(1)
-        assert len(np.unique(near_DK.round(9), axis=0)) > 50
 
 
 @pytest.mark.parametrize("kind", [BestOfSampler, RobustSampler])

@@ -97,6 +97,14 @@ def test_only_the_response_and_its_end_are_learned() -> None:
     assert rejects == []
 
 
+def test_a_response_cut_at_a_limit_teaches_no_end() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    make_steerable(tokenizer, SPACE)
+    rows = table_of(["So.", "So."]).append_column("complete", pa.array([True, False]))
+    (whole, cut), _ = encode_examples(rows, model, tokenizer, SPACE, 200)
+    assert whole.ids == [*cut.ids, tokenizer.convert_tokens_to_ids("<|end|>")]
+
+
 def test_fault_26_rows_without_anything_to_learn_are_counted_with_their_reason() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     make_steerable(tokenizer, SPACE)

@@ -107,6 +107,14 @@ def test_both_responses_follow_the_prompt_that_the_sampler_shows(direction: list
     assert rejects == []
 
 
+def test_of_a_pair_only_what_is_complete_has_an_end() -> None:
+    tokenizer = tiny_tokenizer()
+    make_steerable(tokenizer, SPACE)
+    rows = pairs_of(["So."], ["So."], None).append_column("rejected_complete", pa.array([False]))
+    (pair,), _ = encode_pairs(rows, tiny_model(), tokenizer, SPACE, 200)
+    assert pair.chosen == [*pair.rejected, tokenizer.convert_tokens_to_ids("<|end|>")]
+
+
 def test_fault_26_pairs_without_anything_to_learn_are_counted_with_their_reason(base: Path, tmp_path: Path) -> None:
     rows = pairs_of(["So.", "So.", "So. " * 60], ["", "No.", "No."])
     result = run(base, tmp_path, rows=rows)

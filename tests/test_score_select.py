@@ -16,7 +16,7 @@ from dpa.core.errors import DataError, DirectionError, EngineError, StorageError
 from dpa.core.records import Prompt
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score, score_rows
-from dpa.stages.select import select_rated, select_winners
+from dpa.stages.select import completeness, select_rated, select_winners
 from dpa.storage.run_folder import StageFolder
 
 SPACE = space_of(max_angle=80)
@@ -63,6 +63,17 @@ def test_scores_have_the_rollouts_shards_and_order(loop: Loop) -> None:
         words = [len(response.split()) for response in candidates["response"].to_pylist()]
         assert scores["verbosity"].to_pylist() == words
     assert loop.scores.ledger.candidates_scored == 6 * 12
+
+
+def test_a_winner_says_whether_it_was_cut_at_the_limit(loop: Loop) -> None:
+    reasons = {row["candidate_id"]: row["finish_reason"] for row in all_rows(loop.candidates)}
+    rows = loop.select(POOLED)
+    assert [row["complete"] for row in rows] == [reasons[row["candidate_id"]] == "stop" for row in rows]
+    cut = (
+        loop.candidates.table(0).drop_columns("finish_reason").append_column("finish_reason", pa.array(["length"] * 48))
+    )
+    assert completeness(cut).to_pylist() == [False] * 48
+    assert completeness(cut.drop_columns("finish_reason")).to_pylist() == [True] * 48, "rated responses are whole"
 
 
 def test_pooled_winners_are_the_best_of_the_whole_pool(loop: Loop) -> None:

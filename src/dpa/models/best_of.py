@@ -99,9 +99,8 @@ class RobustSampler(BestOfSampler):
     Robust preference selection (arXiv 2510.20498): a policy answers badly where it was trained little, at the ends of
     its range, and its answers to nearby directions may suit the asked one better. It costs what best-of-n does.
     Published: one answer for each of several directions within an angle of the asked one, the pick by the asked one.
-    Ours: the first candidate is made under the asked direction itself; the others' angles to it are uniform up to
-    `within` degrees and their azimuth is uniform; a neighbour outside the cone is mirrored through the asked direction
-    and, where it is still outside, moved to the cone's edge. Without a direction this is best-of-n.
+    Ours: the first candidate is made under the asked direction itself, the others under `DirectionSpace.neighbours` at
+    most `within` degrees away, as `dpa serve` does. Without a direction this is best-of-n.
     """
 
     def __init__(
@@ -117,19 +116,6 @@ class RobustSampler(BestOfSampler):
         if direction is None:
             return super()._ask(direction, seed)
         seeds = self._seeds(seed)
-        near = self.neighbours(direction, self._candidates - 1, seed)
-        return [(asked, (own,)) for asked, own in zip([direction, *near], seeds, strict=True)]
-
-    def neighbours(self, direction: Weights, count: int, seed: int) -> list[Weights]:
-        """`count` directions around one, always the same for the same seed."""
-        rng = np.random.default_rng(seed)
-        asked_K = np.array(direction)
-        normal_DK = rng.standard_normal((count, len(direction)))
-        normal_DK -= np.outer(normal_DK @ asked_K, asked_K)
-        normal_DK /= np.linalg.norm(normal_DK, axis=1, keepdims=True)
-        turn_D = np.radians(rng.uniform(0.0, self._within, count))[:, None]
-        near_DK = np.cos(turn_D) * asked_K + np.sin(turn_D) * normal_DK
-        outside_D = self._space.angle_to_center(near_DK) > self._space.max_angle
-        mirrored_DK = np.cos(turn_D) * asked_K - np.sin(turn_D) * normal_DK
-        near_DK = np.where(outside_D[:, None], mirrored_DK, near_DK)
-        return [self._space.parse(near_K, outside="clamp").weights for near_K in near_DK]
+        near_DK = self._space.neighbours(self._space.direction(direction), self._within, self._candidates - 1)
+        asked = [direction, *map(tuple, near_DK.tolist())]
+        return [(near, (own,)) for near, own in zip(asked, seeds, strict=True)]

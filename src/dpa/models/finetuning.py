@@ -23,6 +23,7 @@ from dpa.models.policy_training import (
     RowEncoder,
     accumulation,
     adapters,
+    complete_or_not,
     optimizer_class,
     shared_arguments,
     train_policy,
@@ -120,13 +121,15 @@ def encode_examples(
 ) -> tuple[list[Example], list[Reject]]:
     """Token ids of each row (select shard columns), or the reason why it cannot be trained on.
 
-    The prompt is what the sampler shows; the response follows as its own tokens, then the token that ends a turn.
+    The prompt is what the sampler shows; the response follows as its own tokens, then the token that ends a turn,
+    unless the column `complete` says that the response was cut at a limit.
     """
     encoder = RowEncoder(model, tokenizer, space, longest)
     examples, rejects = [], []
     columns = ("candidate_id", "messages", "direction", "response")
-    for identity, messages, direction, response in zip(*(rows[name].to_pylist() for name in columns), strict=True):
-        encoded = encoder.encode(messages, direction, [response])
+    texts = zip(*(rows[name].to_pylist() for name in columns), complete_or_not(rows, "complete"), strict=True)
+    for identity, messages, direction, response, complete in texts:
+        encoded = encoder.encode(messages, direction, [response], [complete])
         if isinstance(encoded, str):
             rejects.append(Reject(identity, encoded))
         else:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
+import pyarrow as pa
 import torch
 from accelerate import DistributedType
 from datasets import Dataset
@@ -137,7 +138,7 @@ def remove_checkpoints(work: Path) -> None:
 
 class RowEncoder:
     """Turns rows into token ids: the prompt as the sampler shows it, then a response as its own tokens, then the token
-    that ends a turn."""
+    that ends a turn, unless the response was cut at a limit."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, space: DirectionSpace, longest: int
@@ -146,9 +147,12 @@ class RowEncoder:
         self._end = turn_end_id(model, tokenizer)
 
     def encode(
-        self, messages: str, direction: Sequence[float] | None, responses: Sequence[str]
+        self, messages: str, direction: Sequence[float] | None, responses: Sequence[str], complete: Sequence[bool]
     ) -> tuple[list[int], list[list[int]]] | str:
-        """Ids of the prompt (`messages`: JSON text) and of each response, or the reason why there are none."""
+        """Ids of the prompt (`messages`: JSON text) and of each response, or the reason why there are none.
+
+        A response that is not `complete` gets no end token: it would teach the policy to stop in mid-sentence.
+        """
         try:
             prompt = encode_prompt(self._tokenizer, self._space, json.loads(messages), direction)
             texts = [
@@ -163,7 +167,12 @@ class RowEncoder:
             return f"the prompt fills the {self._longest} tokens of an example"
         if len(prompt) + max(map(len, texts)) + 1 > self._longest:
             return f"prompt and response exceed the {self._longest} tokens of an example"
-        return prompt, [[*text, self._end] for text in texts]
+        return prompt, [[*text, self._end] if whole else text for text, whole in zip(texts, complete, strict=True)]
+
+
+def complete_or_not(rows: pa.Table, column: str) -> list[bool]:
+    """Whether each row's response ended by itself; all did where the rows do not say."""
+    return rows[column].to_pylist() if column in rows.column_names else [True] * len(rows)
 
 
 def shared_arguments(config: TrainingConfig, work: Path, seed: int) -> dict[str, Any]:

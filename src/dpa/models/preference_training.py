@@ -30,6 +30,7 @@ from dpa.models.policy_training import (
     RowEncoder,
     accumulation,
     adapters,
+    complete_or_not,
     optimizer_class,
     shared_arguments,
     train_policy,
@@ -58,7 +59,7 @@ class PreferenceResult:
 
 @dataclass(frozen=True)
 class Pair:
-    """Token ids of a prompt and of two responses to it, each with its end token."""
+    """Token ids of a prompt and of two responses to it, each with its end token unless it was cut at a limit."""
 
     prompt: list[int]
     chosen: list[int]
@@ -88,10 +89,10 @@ def preference_finetune(
     """Finetune `policy` on pairs and save the new policy at `out`, whole or not at all.
 
     `rows` have the columns `prompt_id, messages, direction (a list, or null: no preference is stated), chosen,
-    rejected`; further ones are not read. `work` keeps checkpoints and `log.jsonl`; the same call resumes from the
-    newest complete checkpoint and ends where an uninterrupted one would. A pair with an empty response, or one that
-    does not fit `config.max_length` (or the model's context) with its prompt, is rejected. `label` names the work in
-    messages.
+    rejected`, and may have `chosen_complete, rejected_complete` (else all are). `work` keeps checkpoints and
+    `log.jsonl`; the same call resumes from the newest complete checkpoint and ends where an uninterrupted one would. A
+    pair with an empty response, or one that does not fit `config.max_length` (or the model's context) with its prompt,
+    is rejected. `label` names the work in messages.
 
     Raises what `models.policy_training.train_policy` raises.
     """
@@ -123,8 +124,10 @@ def encode_pairs(
     encoder = RowEncoder(model, tokenizer, space, longest)
     pairs, rejects = [], []
     columns = ("prompt_id", "messages", "direction", "chosen", "rejected")
-    for identity, messages, direction, *responses in zip(*(rows[name].to_pylist() for name in columns), strict=True):
-        encoded = encoder.encode(messages, direction, responses)
+    ends = zip(complete_or_not(rows, "chosen_complete"), complete_or_not(rows, "rejected_complete"), strict=True)
+    texts = zip(*(rows[name].to_pylist() for name in columns), ends, strict=True)
+    for identity, messages, direction, chosen_text, rejected_text, complete in texts:
+        encoded = encoder.encode(messages, direction, [chosen_text, rejected_text], complete)
         if isinstance(encoded, str):
             rejects.append(Reject(identity, encoded))
         else:

@@ -25,10 +25,11 @@ SCHEMA = pa.schema(
         ("direction", pa.list_(pa.float64())),
         ("candidate_id", pa.string()),
         ("response", pa.string()),
+        ("complete", pa.bool_()),
         ("utility", pa.float64()),
     ]
 )
-"""Followed by one float column per objective."""
+"""Followed by one float column per objective. `complete`: the response ended by itself, not at a limit of tokens."""
 
 PAIRS = pa.schema(
     [
@@ -39,6 +40,8 @@ PAIRS = pa.schema(
         ("rejected", pa.string()),
         ("utility_chosen", pa.float64()),
         ("utility_rejected", pa.float64()),
+        ("chosen_complete", pa.bool_()),
+        ("rejected_complete", pa.bool_()),
         ("chosen_id", pa.string()),
         ("rejected_id", pa.string()),
     ]
@@ -155,6 +158,13 @@ def select_rated(
     if stage.shard_digest(0, made_from) is None:
         _write_winners(stage, 0, made_from, candidates, scores, texts, how)
     return _finish(stage, 1)
+
+
+def completeness(candidates: pa.Table) -> pa.Array:
+    """Whether each response ended by itself (column `finish_reason`) instead of at a limit; rated ones all did."""
+    if "finish_reason" not in candidates.column_names:
+        return pa.array([True] * len(candidates), pa.bool_())
+    return pa.array([reason != "length" for reason in candidates["finish_reason"].to_pylist()], pa.bool_())
 
 
 def _finish(stage: StageFolder, shards: int) -> Ledger:
@@ -293,6 +303,7 @@ def _winner_rows(
     if clash:
         raise DataError(f"space.objectives: `{clash.pop()}` is the name of a column; rename the objective.")
     ids, responses = candidates["candidate_id"].to_pylist(), candidates["response"].to_pylist()
+    complete = completeness(candidates).to_pylist()
     rows: list[dict] = []
     for p, d in np.ndindex(winners_PD.shape):
         winner, direction_K = winners_PD[p, d], directions_PDK[p, d]
@@ -303,12 +314,14 @@ def _winner_rows(
         best, utility = pools.row_PN[p, winner], float(direction_K @ pools.weighed_PNK[p, winner])
         if losers_PD is None:
             row |= {"candidate_id": ids[best], "response": responses[best], "utility": utility}
+            row["complete"] = complete[best]
         else:
             loser = losers_PD[p, d]
             other = pools.row_PN[p, loser]
             row |= {"chosen": responses[best], "rejected": responses[other], "utility_chosen": utility}
             row["utility_rejected"] = float(direction_K @ pools.weighed_PNK[p, loser])
             row |= {"chosen_id": ids[best], "rejected_id": ids[other]}
+            row |= {"chosen_complete": complete[best], "rejected_complete": complete[other]}
         rows.append(row | dict(zip(space.names, pools.scores_PNK[p, winner].tolist(), strict=True)))
     schema = pa.schema([*fields, *(pa.field(name, pa.float64()) for name in space.names)])
     reasons = {p: NO_SCORE for p in range(len(pools.prompt_ids)) if not pools.valid_PN[p].any()}

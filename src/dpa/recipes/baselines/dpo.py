@@ -39,6 +39,8 @@ def rated_pairs(lab: Lab, best: pa.Table) -> pa.Table:
             "direction": None,
             "chosen": row["response"],
             "rejected": response,
+            "chosen_complete": True,
+            "rejected_complete": True,
             "utility_chosen": row["utility"],
             "utility_rejected": utility,
         }

@@ -29,7 +29,7 @@ from dpa.stages.prompts import draw_prompts, prompts_from_table
 from dpa.stages.ratings import load_ratings
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
-from dpa.stages.select import select_rated, select_winners
+from dpa.stages.select import completeness, select_rated, select_winners
 from dpa.storage.run_folder import StageFolder
 from dpa.storage.tables import read_json
 
@@ -81,6 +81,12 @@ class Lab:
         loaded = load_ratings(self.shared)
         assert loaded is not None, "the shared run is finished before any method begins"
         return loaded[0]
+
+    @cached_property
+    def rated(self) -> pa.Table:
+        """The same, with the columns `candidate_id` and `complete` that sampled candidates have."""
+        own = self.ratings.append_column("candidate_id", self.ratings["row_id"])
+        return own.append_column("complete", completeness(own))
 
     def rated_scores(self) -> np.ndarray:
         """scores_RK of the rated responses by the reward model, in the ratings' order; NaN where there is none."""
@@ -140,11 +146,12 @@ class Lab:
         score(self.stage(t, "score"), candidates, prompts, self.scorer)
 
     def candidates(self, t: int) -> tuple[pa.Table, np.ndarray]:
-        """The candidates of iteration t with their `messages` (JSON text), and scores_RK."""
+        """The candidates of iteration t with `messages` (JSON text) and `complete` (stages/select.py), scores_RK."""
         table = pa.concat_tables(list(self.stage(t, "rollout").tables()))
         texts = {prompt.prompt_id: json.dumps(prompt.messages, ensure_ascii=False) for prompt in self.prompts(t)}
         messages = pa.array([texts[prompt_id] for prompt_id in table["prompt_id"].to_pylist()], pa.string())
-        return table.append_column("messages", messages), self.objectives(self.stage(t, "score"))
+        table = table.append_column("messages", messages).append_column("complete", completeness(table))
+        return table, self.objectives(self.stage(t, "score"))
 
     def best_rated(self, direction_K: np.ndarray, t: int = 0, place: str = "select") -> pa.Table:
         """For each rated prompt its best response under one direction, in the columns of a select shard."""

@@ -21,7 +21,7 @@ Write = Callable[[np.ndarray], str]
 
 
 def labelled(rows: pa.Table, scores_RK: np.ndarray, write: Write) -> pa.Table:
-    """Rows (candidate_id, prompt_id, messages, response) that state what each response scored, and no direction.
+    """Rows (candidate_id, prompt_id, messages, response, complete) that state what each response scored, no direction.
 
     A row without a score is left out.
     """
@@ -38,6 +38,7 @@ def labelled(rows: pa.Table, scores_RK: np.ndarray, write: Write) -> pa.Table:
             "messages": pa.array(messages, pa.string()),
             "direction": pa.nulls(len(kept), pa.list_(pa.float64())),
             "response": kept["response"],
+            "complete": kept["complete"],
         }
     )
 

@@ -26,7 +26,7 @@ OFFLINE, ROUNDS = 0.5, 2
 
 def train(lab: Lab) -> list[Trained]:
     """The policy after the last round."""
-    rated, scores_RK = lab.ratings.append_column("candidate_id", lab.ratings["row_id"]), lab.rated_scores()
+    rated, scores_RK = lab.rated, lab.rated_scores()
     mean_K, spread_K = np.nanmean(scores_RK, axis=0), np.nanstd(scores_RK, axis=0)
 
     def write(scores_K: np.ndarray) -> str:
@@ -42,7 +42,7 @@ def train(lab: Lab) -> list[Trained]:
         lab.rollout(t, lab.sampler(policy, translate=ask))
         own, own_RK = lab.candidates(t)
         good = near_front(own["prompt_id"].to_pylist(), own_RK, lab.space)
-        columns = ["candidate_id", "prompt_id", "messages", "response"]
+        columns = ["candidate_id", "prompt_id", "messages", "response", "complete"]
         kept = pa.concat_tables([kept.select(columns), own.take(pa.array(good)).select(columns)])
         kept_RK = np.concatenate([kept_RK, own_RK[good]])
         policy = lab.finetune(t, policy, labelled(kept, kept_RK, write), lab.left - goal)

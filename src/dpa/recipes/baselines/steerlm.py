@@ -28,7 +28,7 @@ STEPS = 9
 def train(lab: Lab) -> list[Trained]:
     """The policy after bootstrapping."""
     write = partial(write_label, lab.space)
-    rated, scores_RK = lab.ratings.append_column("candidate_id", lab.ratings["row_id"]), lab.rated_scores()
+    rated, scores_RK = lab.rated, lab.rated_scores()
     ask = asking(lab.space, scores_RK, write)
     policy = lab.finetune(0, lab.config.policy, labelled(rated, scores_RK, write), OFFLINE * lab.budget)
     lab.rollout(1, lab.sampler(policy, translate=ask))
