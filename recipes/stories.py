@@ -2,12 +2,12 @@
 
 import re
 
-FULL_LENGTH = 150
+FULL_LENGTH = 75
 """Words that make 100 points."""
 
 
 def length(messages: list[dict], response: str) -> float:
-    """Words, 150 and more being 100."""
+    """Words, 75 and more being 100."""
     return 100.0 * min(1.0, len(response.split()) / FULL_LENGTH)
 
 

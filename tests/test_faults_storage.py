@@ -4,6 +4,7 @@ Run: pytest tests/test_faults_storage.py
 The numbers in the names are those of the project's list of faults.
 """
 
+import json
 import logging
 import os
 import resource
@@ -138,6 +139,18 @@ def test_fault_04_a_changed_configuration_is_refused_field_by_field(
     assert line in str(caught.value)
     assert (tmp_path / "config.yaml").read_bytes() == before
     RunFolder(tmp_path).open(run_config(tmp_path)).close()  # the lock is free again
+
+
+def test_a_folder_of_an_earlier_version_is_resumed_where_new_fields_have_their_defaults(tmp_path: Path) -> None:
+    RunFolder(tmp_path).open(run_config(tmp_path)).close()
+    file = tmp_path / "fingerprint.json"
+    saved = json.loads(file.read_text())
+    del saved["config"]["finetune"]["replay"]  # as if that field had come later
+    file.write_text(json.dumps(saved))
+    RunFolder(tmp_path).open(run_config(tmp_path)).close()
+    file.write_text(json.dumps(saved))
+    with pytest.raises(RunFolderError, match=r"finetune\.replay: 0\.0 -> 0\.5"):
+        RunFolder(tmp_path).open(run_config(tmp_path, finetune={"replay": 0.5}))
 
 
 def test_fault_04_changed_data_is_refused(tmp_path: Path) -> None:

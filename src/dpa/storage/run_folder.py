@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from dpa.core.config import differences, fingerprint, resolved
 from dpa.core.errors import RunFolderError, StorageError
@@ -142,7 +142,7 @@ class RunFolder:
         }
         if file.exists():
             before = read_json(file)
-            changed = differences(before["config"], now["config"]) + [
+            changed = differences(_completed(before["config"], config), now["config"]) + [
                 f"{field}: the content of {path} has changed"
                 for field, path in inputs.items()
                 if before["inputs"].get(field, now["inputs"][field]) != now["inputs"][field]
@@ -159,6 +159,15 @@ class RunFolder:
             return  # whoever made the folder ready has written it
         write_bytes(self.path / "config.yaml", yaml.safe_dump(now["config"], sort_keys=False).encode())
         write_json(file, now)  # last: from now on the folder is this run's
+
+
+def _completed(saved: dict[str, Any], config: BaseModel) -> dict[str, Any]:
+    """A saved configuration with the defaults of fields that its version did not know; as it is where it is no longer
+    valid."""
+    try:
+        return resolved(type(config).model_validate(saved))
+    except ValidationError:
+        return saved
 
 
 class StageFolder:
