@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
+from dpa.storage.rows import has_hub_form
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Files that run code of their author when they are opened."""
@@ -27,7 +28,6 @@ EVALUATION_FILE = "dpa_evaluation.json"
 SPACE_FILE = "dpa_config.json"
 """Beside the weights: `{"space": DirectionSpace.to_dict(), "provenance": {...}}`."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _INDEX = "model.safetensors.index.json"
@@ -62,7 +62,7 @@ def resolve_model(name_or_path: str | Path, remote_code_revision: str | None = N
         )
     name = str(name_or_path)
     folder = Path(name).expanduser()
-    if not folder.exists() and _HUB_ID.fullmatch(name) and not Path(name.split("/")[0]).is_dir():
+    if has_hub_form(name):
         folder = _fetch(name, remote_code_revision)
     check_model_folder(folder, allow_remote_code=remote_code_revision is not None)
     return SafeModel(str(folder), {"use_safetensors": True, "trust_remote_code": remote_code_revision is not None})

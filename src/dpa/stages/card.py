@@ -3,7 +3,6 @@ Run its tests: pytest tests/test_card.py
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,12 @@ import yaml
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.page import duration
-from dpa.storage.rows import is_hub_id
+from dpa.storage.rows import has_hub_form, is_hub_id
 from dpa.storage.tables import write_bytes
 
 CARD = "README.md"
 
 PAPER = "https://arxiv.org/abs/2402.18571"
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def write_card(
@@ -58,7 +55,7 @@ def card(
         "pipeline_tag": "text-generation",
         "tags": ["dpa", "directional-preference-alignment", "steerable", "arxiv:2402.18571"],
     }
-    if _HUB_ID.fullmatch(base) and not Path(base).exists():  # a local path is nobody else's
+    if has_hub_form(base):  # a local path is nobody else's
         metadata["base_model"] = base
     hub = [source for source in data if is_hub_id(source)]
     if hub:

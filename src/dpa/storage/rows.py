@@ -44,10 +44,14 @@ def find_files(path: Path) -> list[Path]:
     return [path]
 
 
+def has_hub_form(name: str) -> bool:
+    """Whether this is `owner/name` of the Hub: nothing of that name is here, and no folder of the owner's name."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists() and not Path(name).parent.is_dir()
+
+
 def is_hub_id(path: str) -> bool:
-    """Whether this names a data set of the Hub rather than a file: `owner/name`, and nothing of that name is here."""
-    here = Path(path).expanduser()
-    return not here.exists() and _HUB_ID.fullmatch(path) is not None and not here.suffix and not here.parent.is_dir()
+    """Whether this names a data set of the Hub rather than a file, which has a suffix."""
+    return has_hub_form(path) and not Path(path).suffix
 
 
 def read_hub_rows(name: str, split: str, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
