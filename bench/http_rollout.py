@@ -9,13 +9,10 @@ every prompt, checks every answer, retries, and writes its shards. They take tur
 process of its own, so that its figure is the most requests a second that either client can make on this machine.
 The CPU time a request costs on the client's side is printed too: it means the same on a machine that is not quiet.
 
-Measured on two cores shared with other jobs (load 14), so only the pairs and the CPU times mean much.
-`--server instant --prompts 24` (384 requests a turn): the stage 38 requests/s, the bare client 43, ratios 1.04, 1.17
-and 1.18, best of each 1.135; 2.07 ms of CPU a request against 1.79. So the stage costs 0.3 ms of CPU a request beyond a
-bare client: at most 10% wherever a server spends 3 ms or more on a request.
-`--server transformers --prompts 6 --directions 3 --samples 2 --longest 30` (36 requests a turn), cut off after two:
-1.04 (40.9 s and 39.3 s) and 0.74 (42.6 s and 57.3 s): the noise is larger than what is measured. To be run again on a
-quiet machine.
+On a quiet machine of two cores, `--server transformers --prompts 8 --directions 3 --samples 2 --longest 30 --repeats 2`
+(48 requests a turn): 1.07 and 0.98, best of each 0.98 (2.55 s and 2.60 s); 2.18 ms of CPU a request against 1.84.
+`--server instant --prompts 24` on a busy one (load 14, 384 requests a turn): the stage 38 requests/s, the bare client 43;
+0.3 ms of CPU a request more. So the stage costs at most 10% wherever a server spends 3 ms or more on a request.
 """
 
 import argparse
