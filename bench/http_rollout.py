@@ -11,8 +11,8 @@ The CPU time a request costs on the client's side is printed too: it means the s
 
 On a quiet machine of two cores, `--server transformers --prompts 8 --directions 3 --samples 2 --longest 30 --repeats 2`
 (48 requests a turn): 1.07 and 0.98, best of each 0.98 (2.55 s and 2.60 s); 2.18 ms of CPU a request against 1.84.
-`--server instant --prompts 24` on a busy one (load 14, 384 requests a turn): the stage 38 requests/s, the bare client 43;
-0.3 ms of CPU a request more. So the stage costs at most 10% wherever a server spends 3 ms or more on a request.
+`--server instant --prompts 24` on a busy one (load 14, 384 requests a turn): the stage 38 requests/s, the bare client
+43; 0.3 ms of CPU a request more. So the stage costs at most 10% wherever a server spends 3 ms or more on a request.
 """
 
 import argparse

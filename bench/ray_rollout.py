@@ -6,8 +6,8 @@ The demo's start model (0.7 million parameters), the rollout stage with its shar
 are started and warm before the clock runs; the rounds take turns (one worker, two, this process), the best of each
 counts, and the rows of all must be equal.
 
-On a quiet machine of two cores: one worker 7,805 tokens/s, two 14,343, this process alone 7,685; 1.84 (pairs 1.86, 1.84,
-1.80).
+On a quiet machine of two cores: one worker 7,805 tokens/s, two 14,343, this process alone 7,685; 1.84 (pairs 1.86,
+1.84, 1.80).
 """
 
 import argparse
