@@ -151,14 +151,18 @@ def test_what_cannot_work_is_one_sentence(cluster: Any, tmp_path: Path, local: P
 
 
 class KillsOnce:
-    """A sampler that takes a node down once some shards stand, before it asks on: in mid-run on any machine."""
+    """A sampler that waits until the other one has made some shards, takes a node down and asks on: in mid-run on any
+    machine."""
 
     def __init__(self, sampler: Any, stage: StageFolder, kill: Callable[[], None]) -> None:
         self.revision, self._sampler, self._stage, self._kill = sampler.revision, sampler, stage, kill
         self.killed = False
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
-        if not self.killed and (self._stage.path / "shard-00001.json").exists():
+        if not self.killed:
+            deadline = time.monotonic() + 20  # where a shard is shared between the samplers, none stands before
+            while len(list(self._stage.path.glob("shard-*.json"))) < 2 and time.monotonic() < deadline:
+                time.sleep(0.02)
             self.killed = True
             self._kill()
         return self._sampler.sample(requests)
