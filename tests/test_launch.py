@@ -214,8 +214,7 @@ def test_the_other_ranks_leave_when_the_first_cannot_open_the_folder(tmp_path: P
     ]
     said = [process.communicate(timeout=200)[0].splitlines() for process in ranks]
     assert said == [["join=False True", "out: in use by process 1."], ["join=True True"]]
-    left, refused = (process.returncode for process in ranks)
-    assert left == 0 and refused in (2, -signal.SIGABRT), "gloo may abort a process whose peer is gone as it leaves"
+    assert [process.returncode for process in ranks] == [0, 2]
 
 
 @pytest.fixture

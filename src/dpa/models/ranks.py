@@ -54,6 +54,10 @@ def first_then_rest(work: Callable[[bool], Any]) -> Any:
         _state()
         broadcast_object_list(failed)
     if failed[0] is not None:
+        if ranks() > 1:
+            # Nobody leaves before all know, nor with the group open: the end of a peer would abort the rest.
+            wait_for_all()
+            _state().destroy_process_group()
         if not is_first():
             sys.exit(failed[0].exit_code)  # the first says why
         raise failed[0]
