@@ -67,7 +67,10 @@ def test_every_method_is_measured_over_the_same_directions(finished: Path) -> No
         assert policy["measures"]["hypervolume"]["value"] > 0
         assert policy["measures"]["hypervolume"]["low"] is not None
     assert len(results["leads"]["verbosity"]) == len(METHODS) - 1
-    assert results["thrift"]["share"] == pytest.approx(1 / 3, abs=0.1)
+    by_method = {row["method"]: row for row in results["costs"]}
+    assert by_method["pooled_third"]["scored"] == 3 / 8 * by_method["per_direction"]["scored"]  # 3 prompts of 8
+    generated = [by_method[method]["generated"] for method in ("pooled_third", "per_direction")]
+    assert results["thrift"]["share"] == pytest.approx(generated[0] / generated[1])
     assert results["missing"] == []
 
 
@@ -79,8 +82,8 @@ def test_methods_that_are_given_a_budget_spend_it(finished: Path) -> None:
             assert row["total"] == pytest.approx(budget, rel=0.1), row
         assert row["equal"] == (abs(row["total"] - budget) <= 0.1 * budget)
     by_method = {row["method"]: row for row in results["costs"]}
-    # as many samples and as many rows trained on; the samples' lengths differ
-    assert by_method["per_direction"]["generated"] == pytest.approx(by_method["pooled"]["generated"], rel=0.25)
+    # as many samples and as many rows trained on; their lengths are drawn, and differ from machine to machine
+    assert by_method["per_direction"]["scored"] == by_method["pooled"]["scored"]
     assert by_method["per_direction"]["training"] == pytest.approx(by_method["pooled"]["training"], rel=0.25)
 
 

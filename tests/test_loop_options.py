@@ -93,6 +93,30 @@ def test_training_ends_are_those_of_the_training_cone_and_travel_with_the_model(
         replace(SPACE, training_ends=2.0)
 
 
+def test_training_arcs_puts_that_share_of_the_directions_where_one_other_objective_weighs_anything() -> None:
+    space = space_of("a", "b", "c", max_angle=60)
+    plain_DK = space.sample(20_000, np.random.default_rng(0))
+    arcs_DK = replace(space, training_arcs=0.5).sample(20_000, np.random.default_rng(0))
+    moved_D = np.abs(arcs_DK - plain_DK).max(axis=1) > 1e-9
+    assert moved_D.mean() == pytest.approx(0.5, abs=0.02), "the others are drawn as ever"
+    assert (np.sum(arcs_DK[moved_D] == 0, axis=1) == 1).all(), "one objective weighs exactly nothing"
+    assert not (plain_DK == 0).any(), "drawn freely, never"
+    np.testing.assert_allclose(space.angle_to_center(arcs_DK), space.angle_to_center(plain_DK), atol=1e-6)
+    for k in (1, 2):  # each is turned to the nearest arc: all four ways are as frequent
+        for side in (-1, 1):
+            own_D = moved_D & (arcs_DK[:, 3 - k] == 0) & (np.sign(arcs_DK[:, k]) == side)
+            assert own_D.mean() == pytest.approx(0.125, abs=0.01)
+
+
+@pytest.mark.parametrize("center", [{"a": 1, "b": 1, "c": 1}, {"a": 1, "b": 1}])
+def test_training_arcs_stay_in_the_cone_whatever_its_center(center: dict[str, float]) -> None:
+    space = replace(space_of("a", "b", "c", max_angle=30), center=center, training_arcs=1.0)
+    drawn_DK = space.sample(500, np.random.default_rng(0))
+    assert space.angle_to_center(drawn_DK).max() <= 30 + 1e-9
+    assert np.any([space.on_arc(drawn_DK, name) for name in space.arc_names], axis=0).all()
+    assert DirectionSpace.from_dict(space.to_dict()) == space
+
+
 # --- standardised ---------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +260,7 @@ def test_the_loop_learns_from_pairs_with_every_option_on(tmp_path: Path) -> None
         "dpo": "{learning_rate: 1.0e-4, optimizer: muon, pairs_per_step: 8, pairs_per_device: 8, replay: 0.5}",
         "space.training_angle": "55",
         "space.training_ends": "0.3",
+        "space.training_arcs": "0.3",
         "selection": "{directions: 3, standardise: true}",
         "prompts.count": "6",
         "rollout.directions": "2",

@@ -53,6 +53,13 @@ class SpaceConfig(_Section):
         le=1,
         description="Share of the directions drawn in training that is moved out to the outer fifth of that cone.",
     )
+    training_arcs: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="K > 2. Share of the directions drawn in training that lie on the arc of one objective, where the "
+        "others weigh exactly 0, as most requests have it; drawn freely, a `warmth*0` is hardly ever read.",
+    )
     template: str = Field(
         PUBLISHED_TEMPLATE, description="System sentence; {weighted_rating} becomes `helpfulness*97 + verbosity*-26`."
     )
@@ -87,6 +94,7 @@ class SpaceConfig(_Section):
             presets=self.presets,
             training_angle=self.training_angle,
             training_ends=self.training_ends,
+            training_arcs=self.training_arcs,
         )
 
 

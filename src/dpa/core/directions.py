@@ -91,7 +91,8 @@ class DirectionSpace:
     half-angle, in degrees, of the cone a user may ask in. The published policy has objectives (helpfulness, verbosity),
     the helpfulness axis as center and an advised range of 45 degrees. `training_angle` (default: the same) is the
     half-angle that directions are drawn from in training: a wider one keeps the edge a user asks for from being the
-    edge of what was learned; `training_ends` is the share of them that is moved out to the outer fifth of it.
+    edge of what was learned; `training_ends` is the share of them that is moved out to the outer fifth of it, and
+    `training_arcs` (K > 2) the share that is moved onto an arc, where all but one of the other objectives weigh 0.
     `presets` name directions written in any other form.
 
     Raises DirectionError when a field cannot be used.
@@ -104,6 +105,7 @@ class DirectionSpace:
     presets: Mapping[str, str | Mapping[str, float]] = field(default_factory=dict, hash=False)
     training_angle: float | None = None
     training_ends: float = 0.0
+    training_arcs: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objectives", tuple(self.objectives))
@@ -123,10 +125,11 @@ class DirectionSpace:
                 f"training_angle: {training:g} is not in [max_angle, 180], and max_angle is {max_angle:g}; widen it."
             )
         object.__setattr__(self, "training_angle", training)
-        ends = read_number(self.training_ends, "training_ends")
-        if not 0 <= ends <= 1:
-            raise DirectionError(f"training_ends: {ends:g} is not in [0, 1]; give a share.")
-        object.__setattr__(self, "training_ends", ends)
+        for name in ("training_ends", "training_arcs"):
+            share = read_number(getattr(self, name), name)
+            if not 0 <= share <= 1:
+                raise DirectionError(f"{name}: {share:g} is not in [0, 1]; give a share.")
+            object.__setattr__(self, name, share)
         if not isinstance(self.template, str) or self.template.count(PLACEHOLDER) != 1:
             raise DirectionError(f"template: it must contain {PLACEHOLDER} exactly once; add it where the weights go.")
         center = (1.0,) + (0.0,) * (self.K - 1) if self.center is None else self._weights(self.center, "center")
@@ -213,8 +216,10 @@ class DirectionSpace:
         uniform on [0, training_angle] and the azimuth is uniform, which favours the center over uniform area. The
         `count` draws are stratified, one in each of `count` equal parts of the angle (K = 3: of the azimuth too), in
         random order: few directions still cover the cone, so that a pool made under them holds something for each.
-        Then a share `training_ends` of them is moved out along its own great circle, to an angle uniform on the outer
-        fifth.
+        Then a share `training_arcs` of them (K > 2) is turned about the center onto the nearest arc of one objective:
+        people name one or two objectives, and a number that continuous draws hardly ever print, `warmth*0`, is one
+        the policy has not read. And a share `training_ends` is moved out along its own great circle, to an angle
+        uniform on the outer fifth.
         """
         angle = self.training_angle
         assert angle is not None
@@ -230,6 +235,7 @@ class DirectionSpace:
             normal_DK = rng.standard_normal((count, self.K))
             normal_DK -= np.outer(normal_DK @ self.center_K, self.center_K)
             normal_DK /= np.linalg.norm(normal_DK, axis=1, keepdims=True)
+        normal_DK = self._onto_arcs(normal_DK, rng)
         return self._turn(self._towards_ends(polar_D, rng), normal_DK)
 
     def arc(self, objective: str, count: int) -> np.ndarray:
@@ -330,6 +336,7 @@ class DirectionSpace:
             "max_angle": self.max_angle,
             "training_angle": self.training_angle,
             "training_ends": self.training_ends,
+            "training_arcs": self.training_arcs,
             "template": self.template,
             "presets": {name: value if isinstance(value, str) else dict(value) for name, value in self.presets.items()},
         }
@@ -367,6 +374,7 @@ class DirectionSpace:
             data["presets"],
             data.get("training_angle"),  # absent before it existed
             data.get("training_ends", 0.0),
+            data.get("training_arcs", 0.0),
         )
 
     # --- inside ------------------------------------------------------------------------------------------------
@@ -399,6 +407,17 @@ class DirectionSpace:
         turned_DK = np.cos(radians_D)[:, None] * self.center_K + np.sin(radians_D)[:, None] * pole
         turned_DK[np.abs(turned_DK) < 1e-15] = 0.0  # cos(90 degrees) is 6e-17 in floats
         return turned_DK
+
+    def _onto_arcs(self, normal_DK: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A share `training_arcs` of the normals replaced by the nearest one that leads to or from an objective."""
+        if self.training_arcs == 0:
+            return normal_DK  # and not a number more is drawn
+        poles_AK = np.array([self._towards_or_error(name) for name in self.arc_names])
+        along_DA = normal_DK @ poles_AK.T
+        nearest_D = np.abs(along_DA).argmax(axis=1)
+        sign_D = np.sign(np.take_along_axis(along_DA, nearest_D[:, None], axis=1))
+        moved_D = rng.random(len(normal_DK)) < self.training_arcs
+        return np.where(moved_D[:, None], sign_D * poles_AK[nearest_D], normal_DK)
 
     def _towards_ends(self, degrees_D: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """A share `training_ends` of the angles replaced by ones of the same sign in the outer fifth."""

@@ -202,7 +202,7 @@ class Lab:
     def only(self, direction_K: np.ndarray) -> DirectionSpace:
         """The space whose cone holds one direction, for selecting and sampling under it alone."""
         center = tuple(map(float, direction_K))
-        training: dict[str, Any] = {"training_angle": None, "training_ends": 0.0}
+        training: dict[str, Any] = {"training_angle": None, "training_ends": 0.0, "training_arcs": 0.0}
         return replace(self.space, center=center, max_angle=NARROWEST, presets={}, **training)
 
     def objectives(self, score_stage: StageFolder) -> np.ndarray:
