@@ -20,31 +20,22 @@ from dpa.storage.tables import read_json
 UNCHANGED = "pooled, as configured"
 VARIANTS: dict[str, dict[str, str]] = {
     UNCHANGED: {},
-    "selection: per_direction": {
-        "selection.method": "per_direction",
-        "rollout.directions": "3",
-        "rollout.samples": "3",
-        "finetune.epochs": "1.67",
-    },
     "pool: 3 candidates instead of 9": {"rollout.directions": "3"},
     "pool: 3 samples of 3 directions": {"rollout.directions": "3", "rollout.samples": "3"},
-    "prompts: a third, 15 directions served": {"prompts.count": "75", "selection.directions": "15"},
+    "prompts: half, 15 directions served": {"prompts.count": "110", "selection.directions": "15"},
     "cone: 45 degrees in training": {"space.training_angle": "45"},
     "cone: 65 degrees in training": {"space.training_angle": "65"},
     "ends: no emphasis": {"space.training_ends": "0"},
+    "arcs: no emphasis": {"space.training_arcs": "0"},
+    "arcs: 0.8 of the directions": {"space.training_arcs": "0.8"},
     "replay: half as many earlier winners": {"finetune.replay": "0.5"},
     "standardised scores": {"selection.standardise": "true"},
     "iterations: 5, shorter": {"iterations": "5", "prompts.count": "135"},
     "temperature: 0.8": {"rollout.temperature": "0.8"},
     "temperature: 1.2": {"rollout.temperature": "1.2"},
-    "learner: dpo": {
-        "learner": "dpo",
-        "selection.directions": "3",
-        "dpo.epochs": "0.83",
-        "dpo.learning_rate": "5.0e-5",
-    },
 }
-"""What is changed -> fields. The policy of t = 0 is the same for all of them."""
+"""What is changed -> fields. The policy of t = 0 is the same for all of them. The literal loop, a third of its samples,
+the random control and `learner: dpo` are methods of `dpa compare`, over more seeds."""
 
 MEASURES = ("expected_utility", "hypervolume", "cone_hypervolume")
 

@@ -26,13 +26,24 @@ RATES = [
     {"finetune.learning_rate": rate, "finetune.packed_rows_per_step": rows}
     for rate, rows in (("4.0e-3", "4"), ("4.0e-3", "2"), ("2.0e-3", "2"))
 ]
-DPO_RATES = [{"dpo.learning_rate": rate} for rate in ("5.0e-5", "1.5e-4", "5.0e-4")]
+DPO_RATES = [
+    {"dpo.learning_rate": rate, "finetune.learning_rate": before}
+    for rate, before in (("5.0e-5", "4.0e-3"), ("1.5e-4", "4.0e-3"), ("1.5e-4", "2.0e-3"))
+]
+ONLINE_DPO_RATES = [{"dpo.learning_rate": rate} for rate in ("5.0e-5", "1.5e-4", "5.0e-4")]
 # At equal budget: 9 candidates are 3 under each of 3 directions, or, as the paper draws one direction for a prompt, 9
-# under one, of as many more prompts as the rows not trained on pay for, trained on once or twice.
+# under one, of as many more prompts as the rows not trained on pay for.
+THREE = {"rollout.directions": "3", "rollout.samples": "3", "finetune.epochs": "1.67"}
 LITERAL = [
-    {"rollout.directions": "3", "rollout.samples": "3", "finetune.epochs": "1.67"},
-    {"rollout.directions": "1", "rollout.samples": "9", "finetune.epochs": "1", "prompts.count": "445"},
-    {"rollout.directions": "1", "rollout.samples": "9", "finetune.epochs": "2", "prompts.count": "357"},
+    {**THREE, "finetune.learning_rate": "4.0e-3"},
+    {
+        "rollout.directions": "1",
+        "rollout.samples": "9",
+        "finetune.epochs": "1",
+        "prompts.count": "445",
+        "finetune.learning_rate": "4.0e-3",
+    },
+    {**THREE, "finetune.learning_rate": "2.0e-3"},
 ]
 TRIALS: dict[str, list[dict[str, str]]] = {
     "pooled": RATES,
@@ -40,7 +51,7 @@ TRIALS: dict[str, list[dict[str, str]]] = {
     "scalar_rsf": RATES,
     "sft": RATES,
     "dpo": DPO_RATES,
-    "online_dpo": DPO_RATES,
+    "online_dpo": ONLINE_DPO_RATES,
     "steerlm": RATES,
     "ric": RATES,
     "soups": RATES,
