@@ -19,7 +19,7 @@ SUBJECT: Method = "pooled"
 
 TITLES: dict[Method, str] = {
     "pooled": "DPA, pooled",
-    "pooled_third": "DPA, pooled, a third of the prompts",
+    "pooled_third": "DPA, pooled, a third of the samples",
     "per_direction": "DPA, literal",
     "online_dpo": "online DPO by direction",
     "random_candidate": "random candidate",
@@ -59,7 +59,7 @@ def summarise(
     equal          {arc: {"at": [x], "rows": {title: [interval or null]}}}, by the best reward
     leads          {arc: [{method, title, bar, least, least_at, mean, low, high, share, holds, sentence}]}
     rises          [{from, to, arc, least, mean, hypervolume}] of the subject's iterations
-    thrift         the pooled loop at a third of the prompts against the literal one; null where one is missing
+    thrift         the pooled loop at a third of the samples against the literal one; null where one is missing
     costs          [{method, title, generated, training, total, of_budget, scored, wall_s, equal}]
     claims         [{holds, sentence}], the first thing to read
     """
@@ -331,7 +331,7 @@ def _claims(
         )
     if thrift:
         volume = thrift["hypervolume"]
-        holds = thrift["share"] <= 1 / 3 + 0.02 and volume["value"] >= 0
+        holds = thrift["share"] <= 1 / 3 and volume["value"] >= 0
         reach = "reaches" if volume["value"] >= 0 else "does NOT reach"
         claims.append(
             {
