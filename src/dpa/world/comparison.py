@@ -27,6 +27,8 @@ QUICK = {
     "run.evaluate.prompts.count": "8",
     "run.evaluate.resamples": "20",
     "resamples": "50",
+    "changes.pooled": "{}",
+    "changes.random_candidate": "{selection.method: random}",
     "changes.pooled_third": "{prompts.count: 3, selection.directions: 8}",
     "changes.soups": "{rollout.directions: 1}",
     "changes.scalar_rsf": "{rollout.directions: 1}",
