@@ -1,11 +1,11 @@
-"""Tuning: the same number of trials for every method of `dpa compare`, on development questions, never the held-out.
+"""Tuning: as many trials for every method of `dpa compare`, on development questions, never the held-out ones.
 
-    python bench/tune_baselines.py [--out runs/tune] [--methods steerlm,ric] [--seeds 0] [--budget 900000] [--table]
+    python bench/tune_baselines.py [--out runs/tune] [--methods steerlm,ric] [--trials 0,3] [--set budget=...] [--table]
 
-A trial is one change of the method's settings; the best is the one with the highest expected utility by the true reward
-(for methods that know no direction: along the center, which is all they can be asked for). Resumable, as everything;
-`--table` prints the trials that are done. The figures of the settings in world/assets/compare.yaml are in
-docs/comparison.md.
+A trial is a few of the method's settings; the best is the one with the highest expected utility by the true reward (for
+methods that know no direction: the highest helpfulness along the center, which is all they can be asked for). Four
+trials a method, three where nothing is sampled. Resumable, as everything; `--table` prints the trials that are done.
+What came out is in docs/findings.md, the best settings in world/assets/compare.yaml.
 """
 
 import argparse
@@ -22,41 +22,40 @@ from dpa.stages.compare import POINTS
 from dpa.storage.tables import read_json
 from dpa.world.comparison import write_recipe, write_worlds
 
-RATES = [
-    {"finetune.learning_rate": rate, "finetune.packed_rows_per_step": rows}
-    for rate, rows in (("4.0e-3", "4"), ("4.0e-3", "2"), ("2.0e-3", "2"))
-]
-DPO_RATES = [
-    {"dpo.learning_rate": rate, "finetune.learning_rate": before}
-    for rate, before in (("5.0e-5", "4.0e-3"), ("1.5e-4", "4.0e-3"), ("1.5e-4", "2.0e-3"))
-]
-ONLINE_DPO_RATES = [{"dpo.learning_rate": rate} for rate in ("5.0e-5", "1.5e-4", "5.0e-4")]
+
+def trial(rate: str, rows: str = "2", temperature: str = "1.0", **others: str) -> dict[str, str]:
+    """The fields that every method has, and a few more (`__` for the dot in a field's name)."""
+    return {
+        "finetune.learning_rate": rate,
+        "finetune.packed_rows_per_step": rows,
+        "rollout.temperature": temperature,
+        **{name.replace("__", "."): value for name, value in others.items()},
+    }
+
+
+COMMON = [trial("4.0e-3", rows="4"), trial("4.0e-3"), trial("2.0e-3"), trial("2.0e-3", temperature="0.8")]
 # At equal budget: 9 candidates are 3 under each of 3 directions, or, as the paper draws one direction for a prompt, 9
 # under one, of as many more prompts as the rows not trained on pay for.
-THREE = {"rollout.directions": "3", "rollout.samples": "3", "finetune.epochs": "1.67"}
-LITERAL = [
-    {**THREE, "finetune.learning_rate": "4.0e-3"},
-    {
-        "rollout.directions": "1",
-        "rollout.samples": "9",
-        "finetune.epochs": "1",
-        "prompts.count": "445",
-        "finetune.learning_rate": "4.0e-3",
-    },
-    {**THREE, "finetune.learning_rate": "2.0e-3"},
-]
+ONE = {"rollout__directions": "1", "rollout__samples": "9", "finetune__epochs": "1", "prompts__count": "445"}
 TRIALS: dict[str, list[dict[str, str]]] = {
-    "pooled": RATES,
-    "per_direction": LITERAL,
-    "scalar_rsf": RATES,
-    "sft": RATES,
-    "dpo": DPO_RATES,
-    "online_dpo": ONLINE_DPO_RATES,
-    "steerlm": RATES,
-    "ric": RATES,
-    "soups": RATES,
+    "pooled": COMMON,
+    "per_direction": [trial("4.0e-3", **ONE), *COMMON[1:]],
+    "scalar_rsf": COMMON,
+    "sft": COMMON[:3],
+    "dpo": [
+        trial("4.0e-3", dpo__learning_rate="5.0e-5"),
+        trial("4.0e-3", dpo__learning_rate="1.5e-4"),
+        trial("2.0e-3", dpo__learning_rate="1.5e-4"),
+    ],
+    "online_dpo": [
+        trial("2.0e-3", temperature=temperature, dpo__learning_rate=rate)
+        for rate, temperature in (("5.0e-5", "1.0"), ("1.5e-4", "1.0"), ("5.0e-4", "1.0"), ("5.0e-5", "0.8"))
+    ],
+    "steerlm": COMMON,
+    "ric": COMMON,
+    "soups": COMMON,
 }
-"""Method -> three trials, each a few fields of the run."""
+"""Method -> its trials, each a few fields of the run; the others are those of world/assets/compare.yaml."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +156,12 @@ def main() -> None:
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     config = development_config(args.out, seeds, dict(flag.split("=", 1) for flag in args.flags))
-    places = [int(place) for place in args.trials.split(",")] if args.trials else [0, 1, 2]
+    places = [int(place) for place in args.trials.split(",")] if args.trials else range(max(map(len, TRIALS.values())))
     trials = [
         Trial(config, method, seed, TRIALS[method][place])
         for place in places
         for method in args.methods.split(",")
+        if place < len(TRIALS[method])
         for seed in seeds
     ]
     if not args.table:
