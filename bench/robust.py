@@ -8,17 +8,15 @@ are sampled under directions up to D degrees away; all are picked by the reward 
 utility v . s is given by the reward model that picked, and by the demo world's true reward. Intervals: 95%, bootstrap
 over prompts, of the difference to `best`.
 
-Demo world, development questions, t = 3 of a run whose training cone is no wider than the one asked in (45 degrees;
-seed 0, 50 prompts, 8 candidates), true utility:
+Demo world, development questions, t = 3 of `bench/studies.py --only "temperature: 0.8"`, seed 0 (40 prompts, 8 candidates,
+`--within 20`), true utility:
 
-                 ends                              centre            tokens at the ends
-    one          75.55  -4.93 [-5.66, -4.20]       92.60 +0.81        45
-    best         80.48                             91.78             361
-    robust 20    83.09  +2.60 [+2.00, +3.18]       91.71 -0.07       369
+                 ends                              centre
+    one          82.95  -1.48 [-2.23, -0.80]       92.07 -0.95
+    best         84.43                             93.02
+    robust 20    84.35  -0.08 [-0.32, +0.16]       91.96 -1.06
 
-The reward model that picked says +1.97 [+1.64, +2.32] at the ends. Nearly all of it comes from one end of eight, the
-warm one (82.0 -> 105.6), which that policy had unlearned: asked for warmth at 45 degrees it gave 11 of 100, at 36
-degrees 54. Where an end had been learned, its neighbours add nothing (the other seven: between -1.8 and +1.1).
+Where a policy has unlearned an end the neighbours help a lot: docs/findings.md.
 """
 
 import argparse
