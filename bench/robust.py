@@ -8,8 +8,8 @@ are sampled under directions up to D degrees away; all are picked by the reward 
 utility v . s is given by the reward model that picked, and by the demo world's true reward. Intervals: 95%, bootstrap
 over prompts, of the difference to `best`.
 
-Demo world, development questions, t = 3 of `bench/studies.py --only "temperature: 0.8"`, seed 0 (40 prompts, 8 candidates,
-`--within 20`), true utility:
+Demo world, development questions, t = 3 of a study (temperature 0.8, seed 0; 40 prompts, 8 candidates, `--within 20`),
+true utility:
 
                  ends                              centre
     one          82.95  -1.48 [-2.23, -0.80]       92.07 -0.95

@@ -22,7 +22,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     UNCHANGED: {},
     "pool: 3 candidates instead of 9": {"rollout.directions": "3"},
     "pool: 3 samples of 3 directions": {"rollout.directions": "3", "rollout.samples": "3"},
-    "prompts: half, 15 directions served": {"prompts.count": "110", "selection.directions": "15"},
+    "prompts: twice as many, 5 directions served": {"prompts.count": "225", "selection.directions": "5"},
     "cone: 45 degrees in training": {"space.training_angle": "45"},
     "cone: 65 degrees in training": {"space.training_angle": "65"},
     "ends: no emphasis": {"space.training_ends": "0"},
@@ -30,9 +30,9 @@ VARIANTS: dict[str, dict[str, str]] = {
     "arcs: 0.8 of the directions": {"space.training_arcs": "0.8"},
     "replay: half as many earlier winners": {"finetune.replay": "0.5"},
     "standardised scores": {"selection.standardise": "true"},
-    "iterations: 5, shorter": {"iterations": "5", "prompts.count": "135"},
-    "temperature: 0.8": {"rollout.temperature": "0.8"},
-    "temperature: 1.2": {"rollout.temperature": "1.2"},
+    "iterations: 5, shorter": {"iterations": "5", "prompts.count": "66"},
+    "temperature: 0.6": {"rollout.temperature": "0.6"},
+    "temperature: 1": {"rollout.temperature": "1.0"},
 }
 """What is changed -> fields. The policy of t = 0 is the same for all of them. The literal loop, a third of its samples,
 the random control and `learner: dpo` are methods of `dpa compare`, over more seeds."""
