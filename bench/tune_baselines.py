@@ -23,33 +23,31 @@ from dpa.storage.tables import read_json
 from dpa.world.comparison import write_recipe, write_worlds
 
 
-def trial(rate: str, rows: str = "2", temperature: str = "1.0", **others: str) -> dict[str, str]:
-    """The fields that every method has, and a few more (`__` for the dot in a field's name)."""
+def common(rate: str, rows: str = "2", temperature: str = "1.0") -> dict[str, str]:
+    """The fields that are tuned for every method."""
     return {
         "finetune.learning_rate": rate,
         "finetune.packed_rows_per_step": rows,
         "rollout.temperature": temperature,
-        **{name.replace("__", "."): value for name, value in others.items()},
     }
 
 
-COMMON = [trial("4.0e-3", rows="4"), trial("4.0e-3"), trial("2.0e-3"), trial("2.0e-3", temperature="0.8")]
+COMMON = [common("4.0e-3", rows="4"), common("4.0e-3"), common("2.0e-3"), common("2.0e-3", temperature="0.8")]
 # At equal budget: 9 candidates are 3 under each of 3 directions, or, as the paper draws one direction for a prompt, 9
 # under one, of as many more prompts as the rows not trained on pay for.
-ONE = {"rollout__directions": "1", "rollout__samples": "9", "finetune__epochs": "1", "prompts__count": "445"}
+ONE = {"rollout.directions": "1", "rollout.samples": "9", "finetune.epochs": "1", "prompts.count": "445"}
 TRIALS: dict[str, list[dict[str, str]]] = {
     "pooled": COMMON,
-    "per_direction": [trial("4.0e-3", **ONE), *COMMON[1:]],
+    "per_direction": [common("4.0e-3") | ONE, *COMMON[1:]],
     "scalar_rsf": COMMON,
     "sft": COMMON[:3],
     "dpo": [
-        trial("4.0e-3", dpo__learning_rate="5.0e-5"),
-        trial("4.0e-3", dpo__learning_rate="1.5e-4"),
-        trial("2.0e-3", dpo__learning_rate="1.5e-4"),
+        common(before) | {"dpo.learning_rate": rate}
+        for before, rate in (("4.0e-3", "5.0e-5"), ("4.0e-3", "1.5e-4"), ("2.0e-3", "1.5e-4"))
     ],
     "online_dpo": [
-        trial("2.0e-3", temperature=temperature, dpo__learning_rate=rate)
-        for rate, temperature in (("5.0e-5", "1.0"), ("1.5e-4", "1.0"), ("5.0e-4", "1.0"), ("5.0e-5", "0.8"))
+        common("2.0e-3", temperature=temperature) | {"dpo.learning_rate": rate}
+        for temperature, rate in (("1.0", "5.0e-5"), ("1.0", "1.5e-4"), ("1.0", "5.0e-4"), ("0.8", "5.0e-5"))
     ],
     "steerlm": COMMON,
     "ric": COMMON,

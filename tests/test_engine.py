@@ -243,6 +243,9 @@ def test_38_a_client_that_leaves_frees_its_row(stream: bool) -> None:
             body = json.dumps(request).encode()
             head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
             connection.sendall(f"{head}\r\n\r\n".encode() + body)
+            if stream:  # it leaves in the middle of the answer
+                with connection.makefile("rb") as answer:
+                    assert any(line.startswith(b"data:") for line in answer)
             assert within(5.0, lambda: load() == (3, 0))
         begun = time.monotonic()
         assert within(1.0, lambda: load() == (0, 0))

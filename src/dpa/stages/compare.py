@@ -37,7 +37,7 @@ BARS: dict[Method, float] = {"steerlm": 2.0, "ric": 2.0, "sft": 2.0, "dpo": 2.0,
 """Points by which the subject's front is to be above a method's, wherever both are; 0: simply above."""
 
 SMALL_BUDGET: tuple[Method, ...] = ("pooled_third",)
-"""Spends less on purpose."""
+"""Saves on generation, and may spend less for it."""
 
 Scores = Mapping[tuple[Method, str], Sequence[Mapping[str, np.ndarray]]]
 """(method, policy) -> for each seed, reward -> scores_DPK."""
