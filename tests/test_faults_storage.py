@@ -21,7 +21,7 @@ import pyarrow as pa
 import pytest
 from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, run_config, space_of
 
-from dpa.core.config import RolloutConfig, SelectionConfig
+from dpa.core.config import RolloutConfig, SelectionConfig, of_results
 from dpa.core.errors import RunFolderError, StorageError
 from dpa.core.records import Ledger
 from dpa.stages.rollout import rollout
@@ -165,10 +165,24 @@ def test_fault_04_changed_data_is_refused(tmp_path: Path) -> None:
         RunFolder(config.out).open(config, inputs)
 
 
-def test_fault_05_workers_are_not_part_of_the_configuration(tmp_path: Path) -> None:
+def test_fault_05_what_paces_the_work_is_not_part_of_the_configuration(tmp_path: Path) -> None:
     RunFolder(tmp_path).open(run_config(tmp_path)).close()
-    more = {"directions": 3, "samples": 2, "prompts_per_shard": 4, "workers": 7}
-    RunFolder(tmp_path).open(run_config(tmp_path, rollout=more)).close()
+    more = {"directions": 3, "samples": 2, "prompts_per_shard": 4, "workers": 7, "batch_size": 8}
+    finetune, dpo = {"rows_per_device": 2, "save_steps": 7}, {"pairs_per_device": 2, "save_steps": 7}
+    paced = run_config(tmp_path, rollout=more, finetune=finetune, dpo=dpo)
+    RunFolder(tmp_path).open(paced).close()
+    assert of_results(paced.finetune) == of_results(run_config(tmp_path).finetune)
+    assert of_results(paced.dpo) == of_results(run_config(tmp_path).dpo)
+    assert of_results(run_config(tmp_path, finetune={"epochs": 2}).finetune) != of_results(paced.finetune)
+
+
+def test_fault_05_an_unfinished_rollout_goes_on_in_other_batches(tmp_path: Path) -> None:
+    run, resumed = Run(tmp_path), FakeSampler()
+    run.go()
+    (tmp_path / "rollout" / "done.json").unlink()
+    other = CONFIG.model_copy(update={"batch_size": 1, "workers": 3})
+    rollout(run.stage("rollout"), PROMPTS, SPACE, [resumed], other, 0)
+    assert resumed.calls == []
 
 
 @contextmanager

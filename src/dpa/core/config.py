@@ -452,12 +452,25 @@ class RunConfig(_Section):
         return self
 
 
+_TRAINING_PACE = ("report_to", "gradient_checkpointing", "save_steps", "rows_per_device", "pairs_per_device")
+"""Fields of a training section that alter no result: what is told, kept or computed at once."""
+
+_TRAININGS = {"finetune": FinetuneConfig, "dpo": PreferenceConfig, "reward.train": RewardTrainConfig}
+
 _PACE = {
-    *("name", "out", "iterations", "rollout.workers", "rollout.max_reject_rate"),
+    *("name", "out", "iterations", "rollout.workers", "rollout.batch_size", "rollout.max_reject_rate"),
     *(f"rollout.engine.http.{field}" for field in HttpEngineConfig.model_fields if field != "steer"),
     *(f"reward.http.{field}" for field in HttpRewardConfig.model_fields if field != "folder"),
-    *(f"{section}.report_to" for section in ("finetune", "dpo", "reward.train")),
-    *(f"{section}.gradient_checkpointing" for section in ("finetune", "dpo", "reward.train")),
+    *(
+        f"{name}.{field}"
+        for name, section in (
+            ("finetune", FinetuneConfig),
+            ("dpo", PreferenceConfig),
+            ("reward.train", RewardTrainConfig),
+        )
+        for field in _TRAINING_PACE
+        if field in section.model_fields
+    ),
     *(f"cluster.{field}" for field in ClusterConfig.model_fields),
 }
 DOES_NOT_CHANGE_RESULTS = frozenset(_PACE)
@@ -466,7 +479,7 @@ DOES_NOT_CHANGE_RESULTS = frozenset(_PACE)
 
 def of_results(config: BaseModel) -> str:
     """The text of a training section without what alters no result, such as trackers."""
-    return str(config.model_copy(update={"report_to": [], "gradient_checkpointing": None}))
+    return config.model_dump_json(exclude=set(_TRAINING_PACE))
 
 
 Config = TypeVar("Config", bound=BaseModel)

@@ -72,7 +72,7 @@ def rollout(
     (revision,) = revisions
     size = config.prompts_per_shard
     shards = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-    settings = config.model_dump_json(exclude={"workers", "max_reject_rate", "engine"})
+    settings = config.model_dump_json(exclude={"workers", "batch_size", "max_reject_rate", "engine"})
     grid = None if directions_DK is None else directions_DK.tolist()
     made_from = [
         stable_hash(revision, seed, space.to_dict(), settings, grid, *(prompt.prompt_id for prompt in shard))
