@@ -63,7 +63,7 @@ def test_a_missing_file_and_a_bad_override_exit_2(tmp_path: Path) -> None:
 
 
 def test_the_configuration_page_is_generated_from_the_classes() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}{os.pathsep}{ROOT / 'src'}"}
     script = "import make_docs; print(make_docs.configuration_page(), end='')"
     page = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment).stdout
     assert page == (ROOT / "docs" / "configuration.md").read_text()
