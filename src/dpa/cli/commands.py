@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpa.cli import ecosystem
+from dpa.cli.home import Commands
 from dpa.cli.planning import register as register_planning
 from dpa.core.errors import ConfigError
 from dpa.version import __version__
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from dpa.core.config import RunConfig
     from dpa.recipes.dpa import Loop
 
-app = typer.Typer(
+app = Commands(
     name="dpa",
     help="Directional Preference Alignment: one model, and every user says which way to go.",
     no_args_is_help=True,

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpa.cli.home import Commands
 from dpa.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from dpa.core.directions import Direction, DirectionSpace
     from dpa.core.records import Sampler
 
-app = typer.Typer(rich_markup_mode=None)
+app = Commands(rich_markup_mode=None)
 
 FORMS = ("alpaca-eval", "mt-bench", "arena-hard", "lm-eval")
 ASK_BEYOND = 500_000

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dpa.core.config import RunConfig, parse_config, read_yaml, set_dotted
+from dpa.core.config import PathText, RunConfig, parse_config, read_yaml, set_dotted
 from dpa.core.errors import ConfigError
 
 Method = Literal[
@@ -38,10 +38,10 @@ SEED = "{seed}"
 class CompareConfig(BaseModel):
     """One comparison (docs/comparison.md): the file that `dpa compare` takes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field("comparison", description="Title of the report.")
-    out: str = Field(description="Results folder. The same command resumes it.")
+    out: PathText = Field(description="Results folder. The same command resumes it.")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="Each seed is a world, or a run, of its own.")
     methods: list[Method] = Field(list(METHODS), min_length=1, description="What is compared.")
     workers: int = Field(2, ge=1, description="Processes that work side by side, one torch thread each.")

@@ -7,21 +7,41 @@ An unknown key is an error that names the nearest known one; flags override the 
 
 import difflib
 import json
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpa.core.directions import PUBLISHED_TEMPLATE, DirectionSpace, Objective
 from dpa.core.errors import ConfigError
 from dpa.core.presets import SPACES
 from dpa.core.records import stable_hash
+from dpa.core.yaml_text import parse_yaml
+
+
+def expand_home(text: str) -> str:
+    """A path, or a Hub id, with the home folder written out for a leading `~`. ValueError where it can be no path."""
+    if not text.strip():
+        raise ValueError("give a path")
+    if "\x00" in text:
+        raise ValueError("a path holds no NUL")
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        raise ValueError("no home folder is known for it; write the whole path, or ./ before a name with ~") from None
+
+
+PathText = Annotated[str, AfterValidator(expand_home)]
+"""A field that may hold a path: `~` is written out here, once, so that nothing below the configuration meets it."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 def _check_addresses(servers: list[str]) -> None:
@@ -101,7 +121,7 @@ class SpaceConfig(_Section):
 class RatingsConfig(_Section):
     """Rated rows: they train the reward model and are the offline data of t = 0."""
 
-    path: str = Field(description="File (.jsonl, .parquet, .csv), folder of them, or a Hub dataset id.")
+    path: PathText = Field(description="File (.jsonl, .parquet, .csv), folder of them, or a Hub dataset id.")
     format: Literal["helpsteer", "helpsteer2", "ultrafeedback", "generic"] = Field(
         "generic", description="How the rows are laid out; see docs/data.md."
     )
@@ -135,7 +155,7 @@ class LoraConfig(_Section):
 class RewardTrainConfig(_Section):
     """Training of the multi-objective reward model: one linear output per attribute, masked least squares."""
 
-    backbone: str = Field(description="Model folder or Hub id whose features are read.")
+    backbone: PathText = Field(description="Model folder or Hub id whose features are read.")
     method: Literal["full", "lora", "ridge"] = Field(
         "full", description="Train all weights, adapters, or only a ridge head on frozen features (minutes)."
     )
@@ -161,7 +181,7 @@ class HttpRewardConfig(_Section):
     """Servers of a reward model that answer with a vector; docs/engines.md."""
 
     servers: list[str] = Field(min_length=1, description="Base addresses, such as http://gpu1:8000.")
-    folder: str = Field(
+    folder: PathText = Field(
         description="The model's folder here too: dpa_reward.json says what it rates, the tokenizer how it is asked."
     )
     api: Literal["classify", "predict"] = Field(
@@ -185,14 +205,14 @@ class RewardConfig(_Section):
     """Where scores come from. Several sources are mixed: their attributes stand side by side."""
 
     train: RewardTrainConfig | None = Field(None, description="Train a reward model on the ratings, then use it.")
-    folder: str | None = Field(None, description="A trained reward model folder (or Hub id).")
+    folder: PathText | None = Field(None, description="A trained reward model folder (or Hub id).")
     http: HttpRewardConfig | None = Field(None, description="A finished reward model behind servers.")
     preset: Literal["dpa-v1"] | None = Field(
         None,
         description="`folder` is a copy of the published reward model, which has no dpa_reward.json: its order, "
         "template and golden vector are known here. By its Hub id it is recognised anyway.",
     )
-    functions: dict[str, str] = Field(
+    functions: dict[str, PathText] = Field(
         default_factory=dict,
         description="Attribute -> Python function `module:name` or `file.py:name`, called as f(messages, response).",
     )
@@ -207,7 +227,7 @@ class RewardConfig(_Section):
 class PromptsConfig(_Section):
     """Questions asked in the loop, or held out to measure it."""
 
-    path: str = Field(
+    path: PathText = Field(
         description="File of prompts (.jsonl, .parquet, .csv): text or `messages`, optional `id`; or a Hub dataset id."
     )
     split: str = Field("train", description="Split, for a Hub dataset; only its `column` is read.")
@@ -252,6 +272,12 @@ class HttpEngineConfig(_Section):
     attempts: int = Field(6, ge=1, description="Tries of one request, with back-off between them.")
     api_key_env: str | None = Field(None, description="Environment variable that holds the servers' key.")
 
+    @field_validator("command")
+    @classmethod
+    def _home_in_command(cls, command: str | None) -> str | None:
+        """No shell reads it, so `~/` at the start of a word is written out here."""
+        return command and re.sub(r"(?<!\S)~(?=/)", lambda _: shlex.quote(expand_home("~")), command)
+
     @model_validator(mode="after")
     def _one_source(self) -> "HttpEngineConfig":
         if self.command is not None and self.servers:
@@ -268,6 +294,13 @@ class VllmEngineConfig(_Section):
     tensor_parallel: int = Field(1, ge=1, description="Cards one copy of the policy is spread over.")
     memory: float = Field(0.9, gt=0, le=1, description="Share of a card's memory it may take.")
     arguments: dict[str, Any] = Field(default_factory=dict, description="Further arguments of `vllm.LLM`.")
+
+    @field_validator("arguments")
+    @classmethod
+    def _home_in_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Which of them are paths is vLLM's to know; none of its other texts begins with `~/`."""
+        paths = {name: value for name, value in arguments.items() if isinstance(value, str) and value.startswith("~/")}
+        return {**arguments, **{name: expand_home(path) for name, path in paths.items()}}
 
 
 class EngineConfig(_Section):
@@ -385,7 +418,7 @@ class EvaluateConfig(_Section):
     directions: int = Field(9, ge=3, description="Grid points on each arc from the centre towards an objective.")
     samples: int = Field(1, ge=1, description="Responses for each prompt and direction.")
     temperature: float = Field(0.7, gt=0, description="Softmax temperature (the published policy uses 0.7).")
-    gold: dict[str, str] = Field(
+    gold: dict[str, PathText] = Field(
         default_factory=dict,
         description="Attribute -> function of a known true reward, measured beside the model's, never trained on.",
     )
@@ -411,7 +444,7 @@ class ClusterConfig(_Section):
     processes: int = Field(
         1, ge=1, description="Training processes on this machine, through `accelerate launch`; 1: no launch."
     )
-    accelerate: str | None = Field(
+    accelerate: PathText | None = Field(
         None, description="Configuration of `accelerate launch` (recipes/accelerate/*.yaml); implies a launch."
     )
 
@@ -420,7 +453,7 @@ class RunConfig(_Section):
     """One run of the whole loop."""
 
     name: str = Field("run", description="Title in reports.")
-    out: str = Field(description="Run folder. The same command resumes it.")
+    out: PathText = Field(description="Run folder. The same command resumes it.")
     seed: int = Field(0, ge=0, description="Every random choice derives from it.")
     iterations: int = Field(3, ge=0, description="T: online iterations after t = 0.")
     learner: Literal["sft", "dpo"] = Field(
@@ -428,7 +461,7 @@ class RunConfig(_Section):
         description="What online iterations learn from: sft, the winner of each direction (the paper); dpo, the winner "
         "against a loser of the same pool (arXiv 2503.00295). t = 0 is always sft: a direction must first be read.",
     )
-    policy: str = Field(description="Start policy: a model folder or Hub id.")
+    policy: PathText = Field(description="Start policy: a model folder or Hub id.")
     remote_code_revision: str | None = Field(
         None,
         pattern=r"^[0-9a-f]{40}$",
@@ -497,10 +530,10 @@ def read_yaml(path: str | Path, overrides: Mapping[str, str] | None = None) -> d
     """The mapping in a YAML file, `a.b=value` overrides applied, no field checked. Raises ConfigError."""
     file = Path(path)
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data = parse_yaml(file.read_text(encoding="utf-8"), f"config: {file}")
     except FileNotFoundError:
         raise ConfigError(f"config: no file at {file}; give the path of a YAML file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {file} is not readable YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(data, dict):
         raise ConfigError(f"config: {file} must be a mapping of fields, not {type(data).__name__}.")
@@ -554,10 +587,7 @@ def set_dotted(data: dict[str, Any], dotted: str, text: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"{dotted}: `{key}` is not a section; check the dotted name.")
         node = child
-    try:
-        node[keys[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{dotted}: {text!r} is not a YAML value; quote it.") from None
+    node[keys[-1]] = parse_yaml(text, f"{dotted}: {text if len(text) < 80 else text[:77] + '...'!r}")
 
 
 def _explain(item: Any, root: type[BaseModel]) -> str:

@@ -276,12 +276,11 @@ def _read_one(config: RatingsConfig, scales: Mapping[str, Scale]) -> tuple[list[
 
 
 def _raw_rows(config: RatingsConfig) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    path = Path(config.path).expanduser()
     if is_hub_id(config.path):
         yield from read_hub_rows(config.path, config.split, "ratings")
         return
     text_columns = [config.columns.get(name, name) for name in ("prompt", "response", "source")]
-    for file in find_files(path):
+    for file in find_files(Path(config.path)):
         yield from read_rows(file, text_columns)
 
 

@@ -1,0 +1,197 @@
+"""Configuration files: YAML that swells, recurs or says a thing twice is refused, and `~` is written out everywhere.
+pytest tests/test_config.py
+"""
+
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from dpa.core.compare_config import CompareConfig
+from dpa.core.config import PathText, RunConfig, load_config, parse_config, resolved
+from dpa.core.errors import ConfigError
+from dpa.core.yaml_text import parse_yaml
+
+CASES = Path(__file__).parents[1].parent / "shared" / "cases"
+needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="no ../shared/cases")
+
+# A key given twice
+
+
+@needs_cases
+def test_the_case_of_a_key_given_twice() -> None:
+    with pytest.raises(ConfigError, match=r"`iterations` is given twice, in lines 1 and 2; keep one"):
+        load_config(CASES / "base_dup.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: 1\nb: 2\n'a': 3", "`a` is given twice, in lines 1 and 3"),
+        ("rollout:\n  samples: 1\n\n  samples: 1", "`rollout.samples` is given twice, in lines 2 and 4"),
+        ("a: [{x: 1, x: 2}]", "`a.0.x` is given twice, in line 1"),
+        ("a: &x {b: 1}\nc: {<<: *x, <<: *x}", "given twice"),
+    ],
+)
+def test_a_key_given_twice_is_named_with_both_lines(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        parse_yaml(text, "config: x")
+    assert "\n" not in str(caught.value)
+
+
+def test_equal_keys_in_different_mappings_and_merged_ones_are_no_repetition() -> None:
+    assert parse_yaml("a: {x: 1}\nb: {x: 1}", "x") == {"a": {"x": 1}, "b": {"x": 1}}
+    assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: *a", "x")["b"] == {"x": 3, "y": 2}
+
+
+def test_an_override_with_a_key_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("out: x\n")
+    with pytest.raises(ConfigError, match=r"rollout: .*`samples` is given twice, in line 1"):
+        load_config(file, {"rollout": "{samples: 1, samples: 2}"})
+
+
+# Hostile YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(9)), "aliases"),
+        ("a: &a [*a]", "holds itself"),
+        ("[" * 20_000, "nested"),
+        ("{a: " * 20_000, "nested"),
+        ("- " * 20_000, "nested"),
+        ("\n".join(" " * i + "a:" for i in range(400)), "nested"),
+        ("\n".join(f"a{i}: &a{i} [{f'*a{i - 1}' if i else 'x'}]" for i in range(400)), "nested"),
+        ("[" * 200 + "]" * 200, "nested"),
+        ("a: " * 20_000, "not readable YAML"),
+        ("x" * 1_000_001, "characters"),
+        ("seed: " + "9" * 5000, "not readable YAML"),
+        ("a: 2026-13-45", "not readable YAML"),
+        ("? [a]\n: 1", "not readable YAML"),
+        ("!!python/object/apply:os.system [id]", "not readable YAML"),
+        ("a: \x00", "not readable YAML"),
+        ("a: 1\n--- \nb: 2", "not readable YAML"),
+    ],
+)
+def test_hostile_yaml_is_one_sentence_within_a_second(text: str, said: str) -> None:
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match=said) as caught:
+        parse_yaml(text, "config: x")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+    assert time.monotonic() - begun < 1
+
+
+# The home folder
+
+NO_PATHS = {
+    *("name", "remote_code_revision", "space.template", "ratings.split", "reward.train.template"),
+    *("ratings.columns", "reward.http.model", "reward.http.api_key_env", "rollout.engine.http.model"),
+    *("rollout.engine.http.api_key_env", "prompts.split", "prompts.column", "evaluate.prompts.split"),
+    *(
+        "evaluate.prompts.column",
+        "cluster.address",
+        "space.objectives",
+        "space.center",
+        "space.presets",
+        "ratings.scales",
+    ),
+    *(
+        "ratings.attributes",
+        "reward.train.attributes",
+        "reward.train.report_to",
+        "finetune.report_to",
+        "dpo.report_to",
+        "reward.http.servers",
+    ),
+    "rollout.engine.http.servers",
+}
+"""Text fields that hold no path. A new text field is either PathText or named here."""
+
+ELSEWISE = {"rollout.engine.http.command", "rollout.engine.vllm.arguments"}
+"""Fields that hold paths among other things."""
+
+
+def text_fields(model: type[BaseModel], prefix: str = "") -> dict[str, bool]:
+    """Dotted name of every field that takes free text -> whether it is a PathText."""
+    found: dict[str, bool] = {}
+    for name, field in model.model_fields.items():
+        parts = [field.annotation, *_inside(field.annotation)]
+        sections = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+        for section in sections:
+            found |= text_fields(section, f"{prefix}{name}.")
+        path = any(PathText.__metadata__[0] in getattr(part, "__metadata__", ()) for part in parts)
+        path = path or PathText.__metadata__[0] in field.metadata
+        if not sections and (path or str in parts or Any in parts):
+            found[f"{prefix}{name}"] = path
+    return found
+
+
+def _inside(annotation: Any) -> list[Any]:
+    if hasattr(annotation, "__metadata__"):
+        return []
+    return [part for argument in get_args(annotation) for part in (argument, *_inside(argument))]
+
+
+def test_every_text_field_is_a_path_or_known_to_be_none() -> None:
+    fields = text_fields(RunConfig)
+    paths = {name for name, path in fields.items() if path}
+    assert fields.keys() - paths - ELSEWISE == NO_PATHS
+    assert {"out", "policy", "prompts.path", "evaluate.prompts.path", "ratings.path"} <= paths
+    assert {"reward.folder", "reward.http.folder", "reward.train.backbone", "reward.functions"} <= paths
+    assert {"evaluate.gold", "cluster.accelerate"} <= paths
+    assert text_fields(CompareConfig)["out"]
+
+
+def test_the_home_folder_is_written_out_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ivy tree")
+    data = {
+        "out": "~/runs/x",
+        "policy": "~/model",
+        "space": {"objectives": {"a": None, "b": None}},
+        "ratings": [{"path": "~/rated.jsonl"}],
+        "reward": {
+            "train": {"backbone": "~/backbone"},
+            "folder": "~/reward",
+            "http": {"servers": ["http://x"], "folder": "~/reward"},
+            "functions": {"a": "~/rules.py:a"},
+        },
+        "prompts": {"path": "~/p.jsonl"},
+        "rollout": {
+            "engine": {
+                "kind": "vllm",
+                "http": {"command": "~/bin/serve {policy} --port {port} --log=~/x --dir ~/y"},
+                "vllm": {"arguments": {"download_dir": "~/hub", "seed": 1}},
+            }
+        },
+        "evaluate": {"prompts": {"path": "~/h.jsonl"}, "gold": {"a": "~/gold.py:a"}},
+        "cluster": {"accelerate": "~/fsdp.yaml"},
+    }
+    config = parse_config(data)
+    text = str(resolved(config))
+    assert config.out == "/home/ivy tree/runs/x"
+    assert config.rollout.engine.http.command == (
+        "'/home/ivy tree'/bin/serve {policy} --port {port} --log=~/x --dir '/home/ivy tree'/y"
+    )
+    assert text.replace("--log=~/x", "").count("~") == 0
+    assert parse_config({"out": "~/c", "budget": 1000, "run": {}}, CompareConfig).out == "/home/ivy tree/c"
+
+
+@pytest.mark.parametrize("value", ["", " ", "a\x00b", "~nobody-of-that-name/x"])
+def test_what_can_be_no_path_is_refused_by_name(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"^prompts\.path: .* is not accepted") as caught:
+        parse_config({"prompts": {"path": value}}, _WithPrompts)
+    assert "\n" not in str(caught.value)
+
+
+class _WithPrompts(BaseModel):
+    prompts: RunConfig.model_fields["prompts"].annotation  # type: ignore[valid-type]
+
+
+def test_a_path_that_begins_otherwise_is_kept_letter_for_letter() -> None:
+    for text in ("./a//b/", "owner/name", "a~b", "x/~"):
+        assert parse_config({"prompts": {"path": text}}, _WithPrompts).prompts.path == text
