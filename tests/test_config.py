@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from dpa.core.compare_config import CompareConfig
-from dpa.core.config import PathText, RunConfig, load_config, parse_config, resolved
+from dpa.core.config import PathText, PromptsConfig, RunConfig, load_config, parse_config, resolved
 from dpa.core.errors import ConfigError
 from dpa.core.yaml_text import parse_yaml
 
@@ -189,7 +189,7 @@ def test_what_can_be_no_path_is_refused_by_name(value: str) -> None:
 
 
 class _WithPrompts(BaseModel):
-    prompts: RunConfig.model_fields["prompts"].annotation  # type: ignore[valid-type]
+    prompts: PromptsConfig
 
 
 def test_a_path_that_begins_otherwise_is_kept_letter_for_letter() -> None:
