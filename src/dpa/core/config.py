@@ -395,6 +395,15 @@ class FinetuneConfig(_TrainingConfig):
     max_length: int = Field(2048, ge=16, description="Packed row length in tokens; longer examples are rejected.")
     packed_rows_per_step: int = Field(8, ge=1, description="Packed rows in one optimizer step, over all devices.")
     rows_per_device: int = Field(1, ge=1, description="Packed rows in one forward pass; the rest accumulates.")
+    contrastive: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the contrastive term: a winner must be likelier under its own direction than under "
+        "others that do not choose it (docs/learning.md). 0: the paper's loss alone.",
+    )
+    contrastive_negatives: int = Field(
+        1, ge=1, description="Other directions a winner is contrasted with. Each costs as many tokens as the row."
+    )
 
 
 class PreferenceConfig(_TrainingConfig):

@@ -292,6 +292,15 @@ class DirectionSpace:
         inside = [self.parse(row_K, outside="clamp").weights for row_K in turned_DK]
         return np.array(inside).reshape(count, self.K)
 
+    def mirrored(self, weights: Sequence[float] | np.ndarray) -> Direction:
+        """The direction on the other side of the center, at the same angle: 2 (v . c) c - v for a unit center c.
+
+        Around an objective's axis, all other objectives change their sign; twice mirrored is the direction itself. It
+        lies in the cone where `weights` do. The center is its own mirror image.
+        """
+        weights_K = np.array(self.direction(weights).weights)
+        return self.direction(2 * (weights_K @ self.center_K) * self.center_K - weights_K)
+
     # --- measuring ---------------------------------------------------------------------------------------------
 
     def angle_to_center(self, directions_DK: np.ndarray) -> np.ndarray:

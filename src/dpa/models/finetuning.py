@@ -4,9 +4,10 @@ Run its tests: pytest tests/test_finetuning.py
 The loss is on the response and its end token only, summed over the tokens of an optimizer step and divided by their
 number (over all devices and accumulated rows), so that a token counts the same in a short response and a long one.
 Examples are packed whole into rows of at most `max_length`, long and short ones together; positions start again with
-each example, which keeps them from attending to each other.
+each example, which keeps them from attending to each other. `finetune.contrastive` adds a term: models/contrastive.py.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from dpa.core.config import FinetuneConfig
 from dpa.core.directions import DirectionSpace
+from dpa.models.contrastive import AddsContrast, ContrastiveCollator, negative_directions
 from dpa.models.policy_training import (
     RowEncoder,
     accumulation,
@@ -32,6 +34,8 @@ from dpa.models.ranks import ranks
 from dpa.models.training import StopAtBadGradient, StopsAtBadLoss
 from dpa.storage.run_folder import Reject
 
+_log = logging.getLogger(__name__)
+
 IGNORED = -100
 """Label of a token without loss."""
 
@@ -43,8 +47,9 @@ OPEN_ROWS = 32
 class FinetuneResult:
     """What a finetuning did.
 
-    `training_tokens` were read, prompts included; `losses` are nats per response token, one per optimizer step;
-    `padding_share` is the part of the packed rows' length that no example filled (it costs no computation).
+    `training_tokens` were read, prompts and negatives included; `losses` are nats per response token (and the
+    contrastive term, where there is one), one per optimizer step; `padding_share` is the part of the packed rows'
+    length that no example filled (it costs no computation).
     """
 
     training_tokens: int
@@ -56,15 +61,25 @@ class FinetuneResult:
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of prompt, response and end token, and how many of them are the prompt."""
+    """Token ids of prompt, response and end token, and how many of them are the prompt.
+
+    `negatives`: the prompt's ids under directions that do not choose the response (see models/contrastive.py).
+    """
 
     ids: list[int]
     prompt_tokens: int
+    negatives: tuple[list[int], ...] = ()
 
     @property
     def tokens(self) -> int:
-        """All of them."""
-        return len(self.ids)
+        """All that are read: the response is read again behind each negative."""
+        return sum(len(segment.ids) for segment in self.segments)
+
+    @property
+    def segments(self) -> "list[Example]":
+        """This example alone, then its response behind each negative."""
+        response = self.ids[self.prompt_tokens :]
+        return [Example(self.ids, self.prompt_tokens), *(Example([*p, *response], len(p)) for p in self.negatives)]
 
     @property
     def labels(self) -> list[int]:
@@ -74,6 +89,10 @@ class Example:
 
 class _Trainer(StopsAtBadLoss, SFTTrainer):
     """SFTTrainer that never takes a step from a NaN."""
+
+
+class _ContrastiveTrainer(AddsContrast, _Trainer):
+    """One that adds the contrastive term."""
 
 
 def finetune(
@@ -99,7 +118,17 @@ def finetune(
     def encode(
         model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int
     ) -> tuple[list[Example], list[Reject]]:
-        examples, rejects = encode_examples(rows, model, tokenizer, space, longest)
+        others = None
+        if config.contrastive:
+            others = negative_directions(rows, space, config.contrastive_negatives, seed)
+        examples, rejects = encode_examples(rows, model, tokenizer, space, longest, others, config.max_length)
+        crowded = sum(map(bool, others or ())) - sum(bool(example.negatives) for example in examples) - len(rejects)
+        if crowded > 0:
+            _log.warning(
+                "%s: at least %d of %d rows and their negatives do not fit finetune.max_length (%d tokens) together, "
+                "and are not contrasted; raise it to %d times the longest row.",
+                *(label, crowded, len(rows), config.max_length, config.contrastive_negatives + 1),
+            )
         order = np.random.default_rng(seed).permutation(len(examples))
         return [examples[place] for place in order], rejects
 
@@ -117,24 +146,40 @@ def finetune(
 
 
 def encode_examples(
-    rows: pa.Table, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, space: DirectionSpace, longest: int
+    rows: pa.Table,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    space: DirectionSpace,
+    longest: int,
+    others: Sequence[Sequence[Sequence[float]]] | None = None,
+    room: int = 0,
 ) -> tuple[list[Example], list[Reject]]:
     """Token ids of each row (select shard columns), or the reason why it cannot be trained on.
 
     The prompt is what the sampler shows; the response follows as its own tokens, then the token that ends a turn,
-    unless the column `complete` says that the response was cut at a limit.
+    unless the column `complete` says that the response was cut at a limit. `others`: directions each row is
+    contrasted with; as many of them are kept as fit, with the row itself, into `room` tokens.
     """
     encoder = RowEncoder(model, tokenizer, space, longest)
     examples, rejects = [], []
     columns = ("candidate_id", "messages", "direction", "response")
     texts = zip(*(rows[name].to_pylist() for name in columns), complete_or_not(rows, "complete"), strict=True)
-    for identity, messages, direction, response, complete in texts:
+    for row, (identity, messages, direction, response, complete) in enumerate(texts):
         encoded = encoder.encode(messages, direction, [response], [complete])
         if isinstance(encoded, str):
             rejects.append(Reject(identity, encoded))
         else:
             prompt, (completion,) = encoded
-            examples.append(Example([*prompt, *completion], len(prompt)))
+            example = Example([*prompt, *completion], len(prompt))
+            for other in others[row] if others is not None else ():
+                elsewhere = encoder.encode(messages, other, [response], [complete])
+                if isinstance(elsewhere, str):
+                    break
+                contrasted = Example(example.ids, len(prompt), (*example.negatives, elsewhere[0]))
+                if contrasted.tokens > room:
+                    break
+                example = contrasted
+            examples.append(example)
     return examples, rejects
 
 
@@ -180,29 +225,52 @@ def build_trainer(
         ),
     )
     rows = _packed(examples, config)
-    trainer = _Trainer(
+    columns = {
+        "input_ids": [[token for example in row for token in example.ids] for row in rows],
+        "labels": [[label for example in row for label in example.labels] for row in rows],
+        "seq_lengths": [[len(example.ids) for example in row] for row in rows],
+    }
+    kind: type[_Trainer] = _Trainer
+    if config.contrastive:
+        kind, columns = _ContrastiveTrainer, _contrasted(rows)
+        arguments.remove_unused_columns = False
+    trainer = kind(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_dict(
-            {
-                "input_ids": [[token for example in row for token in example.ids] for row in rows],
-                "labels": [[label for example in row for label in example.labels] for row in rows],
-                "seq_lengths": [[len(example.ids) for example in row] for row in rows],
-            }
-        ),
+        train_dataset=Dataset.from_dict(columns),
         processing_class=tokenizer,
         callbacks=[StopAtBadGradient()],
         peft_config=adapters(config),
         optimizer_cls_and_kwargs=optimizer_class(config),
     )
+    if isinstance(trainer, _ContrastiveTrainer):
+        trainer.contrastive = config.contrastive
+        trainer.data_collator = ContrastiveCollator(trainer.data_collator)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _contrasted(rows: Sequence[Sequence[Example]]) -> dict[str, list[list[int]]]:
+    """Columns of packed rows whose examples have their negatives behind them."""
+    columns: dict[str, list[list[int]]] = {
+        name: [] for name in ("input_ids", "labels", "all_labels", "seq_lengths", "segments")
+    }
+    for row in rows:
+        split = [example.segments for example in row]
+        segments = [segment for example in split for segment in example]
+        columns["input_ids"].append([token for segment in segments for token in segment.ids])
+        columns["all_labels"].append([label for segment in segments for label in segment.labels])
+        own = [[own.labels, *([IGNORED] * len(other.ids) for other in others)] for own, *others in split]
+        columns["labels"].append([label for parts in own for part in parts for label in part])
+        columns["seq_lengths"].append([len(segment.ids) for segment in segments])
+        columns["segments"].append([len(example) for example in split])
+    return columns
 
 
 def _packed(examples: Sequence[Example], config: FinetuneConfig) -> list[list[Example]]:
     """The examples of each packed row. Several ranks get rows of a multiple of their number: what is lacking are rows
     without a token to learn, where the Trainer would train on some rows twice."""
-    rows = [[examples[place] for place in row] for row in pack([len(e.ids) for e in examples], config.max_length)]
+    rows = [[examples[place] for place in row] for row in pack([e.tokens for e in examples], config.max_length)]
     if ranks() > 1:
         shortest = min(examples, key=lambda example: len(example.ids))
         nothing = Example(shortest.ids, prompt_tokens=len(shortest.ids))

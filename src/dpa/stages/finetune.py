@@ -45,8 +45,8 @@ def finetune_policy(
     if stage.done and (out / SPACE_FILE).is_file():
         return stage.ledger
     begun = time.monotonic()
-    selected = pa.concat_tables(list(select_stage.tables()))
-    rows = with_replay(selected, [table for stage in earlier for table in stage.tables()], config.replay, seed)
+    selected = pa.concat_tables(_pools(select_stage))
+    rows = with_replay(selected, [table for stage in earlier for table in _pools(stage)], config.replay, seed)
     extra = {"replayed": float(len(rows) - len(selected))} if config.replay else {}
     result: FinetuneResult | PreferenceResult
     if isinstance(config, PreferenceConfig):
@@ -69,6 +69,15 @@ def finetune_policy(
         stage.finish(ledger)
         remove_checkpoints(stage.path)
     return ledger
+
+
+def _pools(stage: StageFolder) -> list[pa.Table]:
+    """The stage's tables, and in the column `pool` which of their rows were chosen from the same candidates: a prompt
+    may come again in another iteration, with others."""
+    return [
+        table.append_column("pool", pa.array([f"{stage.path}:{name}" for name in table["prompt_id"].to_pylist()]))
+        for table in stage.tables()
+    ]
 
 
 def with_replay(rows: pa.Table, earlier: Sequence[pa.Table], share: float, seed: int) -> pa.Table:
