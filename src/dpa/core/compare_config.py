@@ -28,9 +28,17 @@ Method = Literal[
     "steerlm",
     "ric",
     "soups",
+    "demonstrations",
+    "prompted",
+    "best_of_start",
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
 """In the order of reports: the method, its variants, its controls, and what it is compared with."""
+
+UNTRAINED: tuple[Method, ...] = ("prompted", "best_of_start")
+"""The start policy as it came: they spend nothing of the budget."""
+ASKED_FOR: tuple[Method, ...] = (*UNTRAINED, "demonstrations")
+"""Compared only where `methods` names them: they need an instruct model, or people's own answers."""
 
 SEED = "{seed}"
 
@@ -43,7 +51,9 @@ class CompareConfig(BaseModel):
     name: str = Field("comparison", description="Title of the report.")
     out: PathText = Field(description="Results folder. The same command resumes it.")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="Each seed is a world, or a run, of its own.")
-    methods: list[Method] = Field(list(METHODS), min_length=1, description="What is compared.")
+    methods: list[Method] = Field(
+        [method for method in METHODS if method not in ASKED_FOR], min_length=1, description="What is compared."
+    )
     workers: int = Field(2, ge=1, description="Processes that work side by side, one torch thread each.")
     budget: int = Field(
         ge=1000,

@@ -34,10 +34,13 @@ from dpa.core.errors import DpaError, EngineError, Interrupted
 from dpa.models.samplers import die_with_parent
 from dpa.models.scorers import FunctionScorer
 from dpa.recipes.baselines import (
+    best_of_start,
+    demonstrations,
     dpo,
     online_dpo,
     per_direction,
     pooled,
+    prompted,
     random_candidate,
     ric,
     scalar_rsf,
@@ -69,6 +72,9 @@ TRAIN: dict[Method, Callable[[Lab], list[Trained]]] = {
     "steerlm": steerlm.train,
     "ric": ric.train,
     "soups": soups.train,
+    "demonstrations": demonstrations.train,
+    "prompted": prompted.train,
+    "best_of_start": best_of_start.train,
 }
 
 SHARED = "shared"

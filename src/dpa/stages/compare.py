@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dpa.core.compare_config import CompareConfig, Method
+from dpa.core.compare_config import UNTRAINED, CompareConfig, Method
 from dpa.core.comparison import Front, height_at, lead, over_seeds
 from dpa.core.config import EvaluateConfig
 from dpa.core.directions import DirectionSpace
@@ -29,11 +29,24 @@ TITLES: dict[Method, str] = {
     "steerlm": "SteerLM",
     "ric": "Rewards-in-Context",
     "soups": "Rewarded Soups",
+    "demonstrations": "SFT on demonstrations",
+    "prompted": "start policy, told a length",
+    "best_of_start": "start policy, best of n",
 }
-POINTS: tuple[Method, ...] = ("sft", "dpo", "scalar_rsf")
+POINTS: tuple[Method, ...] = ("sft", "dpo", "scalar_rsf", "demonstrations")
 """Methods that know no direction: one point instead of a front."""
 
-BARS: dict[Method, float] = {"steerlm": 2.0, "ric": 2.0, "sft": 2.0, "dpo": 2.0, "scalar_rsf": 2.0, "soups": 0.0}
+BARS: dict[Method, float] = {
+    "steerlm": 2.0,
+    "ric": 2.0,
+    "sft": 2.0,
+    "dpo": 2.0,
+    "scalar_rsf": 2.0,
+    "soups": 0.0,
+    "demonstrations": 0.0,
+    "prompted": 0.0,
+    "best_of_start": 0.0,
+}
 """Points by which the subject's front is to be above a method's, wherever both are; 0: simply above."""
 
 SMALL_BUDGET: tuple[Method, ...] = ("pooled_third",)
@@ -341,7 +354,8 @@ def _claims(
                 f"{_said(thrift['cone_hypervolume'])} %).",
             }
         )
-    off = [row["title"] for row in costs if not row["equal"] and row["method"] not in SMALL_BUDGET]
+    free = (*SMALL_BUDGET, *UNTRAINED)
+    off = [row["title"] for row in costs if not row["equal"] and row["method"] not in free]
     within = f"within {100 * config.tolerance:.0f}% of {config.budget:,} tokens generated and trained on"
     claims.append(
         {

@@ -28,12 +28,26 @@ COLORS = {
     "steerlm": ("#d17a00", "#f0a93a"),
     "ric": ("#c22f5b", "#ff768e"),
     "soups": ("#3f8f2f", "#8fd97a"),
+    "demonstrations": ("#6b5b2a", "#d8c27a"),
+    "prompted": ("#4d6a79", "#9fc3d6"),
+    "best_of_start": ("#8c4a6b", "#e6a3c4"),
 }
 """Method -> its colour on light and on dark pages: the same everywhere on the page."""
 
 MARKS = ("●", "■", "◆", "▲")  # as charts draws them
 
-STEERED = ("pooled", "steerlm", "ric", "soups", "scalar_rsf", "sft", "dpo")
+STEERED = (
+    "pooled",
+    "steerlm",
+    "ric",
+    "soups",
+    "scalar_rsf",
+    "sft",
+    "dpo",
+    "demonstrations",
+    "prompted",
+    "best_of_start",
+)
 VARIANTS = ("pooled", "per_direction", "pooled_third", "online_dpo", "random_candidate")
 
 GLOSSARY = {

@@ -124,6 +124,10 @@ class Lab:
         opened = self.spec(policy, measuring).build()
         return opened if translate is None else TranslatingSampler(opened, translate)
 
+    def start_sampler(self) -> Sampler:
+        """The start policy as it came, to be measured; it knows no direction, so requests must carry none."""
+        return self.sampler(self.config.policy, measuring=True)
+
     def spec(self, policy: str | Path, measuring: bool = False) -> SamplerSpec:
         """How a policy is sampled: as rollout says, or as evaluation does."""
         how = self.config.rollout
@@ -229,8 +233,10 @@ class Lab:
 
 
 def unstated(rows: pa.Table) -> pa.Table:
-    """Rows of a selection without their direction: for a policy that is told none."""
-    nothing = pa.nulls(len(rows), rows.schema.field("direction").type)
+    """Rows without their direction, if they have one: for a policy that is told none."""
+    nothing = pa.nulls(len(rows), pa.list_(pa.float64()))
+    if "direction" not in rows.column_names:
+        return rows.append_column("direction", nothing)
     return rows.set_column(rows.column_names.index("direction"), "direction", nothing)
 
 

@@ -1,0 +1,23 @@
+"""Best of n answers of the start policy under the asked direction: no training, n times the tokens of an answer.
+
+y = argmax over n samples of v . r(x, y). The scorer is the run's own. Where that is the true reward, as in a recipe
+whose scores are functions, it knows at answering time what no user could know: an upper bound then, not a peer.
+
+Published: best-of-n (WebGPT 2112.09332). Ours: n.
+"""
+
+from dpa.models.best_of import BestOfSampler
+from dpa.recipes.baselines.asking import TranslatingSampler, without_direction
+from dpa.recipes.baselines.lab import Lab, Trained
+
+CANDIDATES = 4
+
+
+def train(lab: Lab) -> list[Trained]:
+    """The start policy with the scorer over it."""
+
+    def build() -> BestOfSampler:
+        told_nothing = TranslatingSampler(lab.start_sampler(), without_direction)
+        return BestOfSampler(told_nothing, lab.scorer, lab.space, CANDIDATES)
+
+    return [Trained(f"best of {CANDIDATES}", build)]

@@ -1,0 +1,49 @@
+"""What a user does today for nothing: the start policy, asked in words ("Answer in about 12 words.").
+
+Nothing is trained. A direction becomes the scores to ask for (labels.targets, as for Rewards-in-Context), and the
+score of the objective `verbosity` the number of words that rated responses with that score have. The policy is told it
+in the system message, and once more after the question, where small models heed it best.
+
+Published: nothing; length instructions are what instruct models are trained on.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from dpa.core.errors import ConfigError
+from dpa.core.records import Messages, SampleRequest
+from dpa.recipes.baselines.asking import TranslatingSampler
+from dpa.recipes.baselines.lab import Lab, Trained
+from dpa.recipes.baselines.labels import targets
+
+LENGTH = "verbosity"
+"""The objective that measures length."""
+
+
+def train(lab: Lab) -> list[Trained]:
+    """The start policy. Raises ConfigError where no objective is a length."""
+    if LENGTH not in lab.space.names:
+        raise ConfigError(
+            f"prompted: no objective is named `{LENGTH}`, so there is no length to ask for; leave it out."
+        )
+    place, scores_RK = lab.space.names.index(LENGTH), lab.rated_scores()
+    known = np.flatnonzero(np.isfinite(scores_RK[:, place]))
+    words_R = np.array([len(text.split()) for text in lab.rated["response"].to_pylist()], dtype=float)[known]
+    order = known[np.argsort(scores_RK[known, place])]
+    score_R, sorted_words_R = scores_RK[order, place], np.sort(words_R)
+
+    def translate(request: SampleRequest) -> SampleRequest:
+        assert request.direction is not None
+        target = targets(request.direction, scores_RK, lab.space)[place]
+        words = max(1, round(float(np.interp(target, score_R, sorted_words_R))))
+        return replace(request, direction=None, messages=asked_for(request.messages, words))
+
+    return [Trained("prompted", lambda: TranslatingSampler(lab.start_sampler(), translate))]
+
+
+def asked_for(messages: Messages, words: int) -> Messages:
+    """The messages with the wish for a length, in the last turn as well as in the system message."""
+    wish = f"Answer in about {words} word{'s' if words > 1 else ''}."
+    last = {**messages[-1], "content": f"{messages[-1]['content']}\n\n{wish}"}
+    return [{"role": "system", "content": wish}, *(m for m in messages[:-1] if m["role"] != "system"), last]
