@@ -4,10 +4,12 @@ Run its tests: pytest tests/test_model_files.py
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,23 @@ EVALUATION_FILE = "dpa_evaluation.json"
 SPACE_FILE = "dpa_config.json"
 """Beside the weights: `{"space": DirectionSpace.to_dict(), "provenance": {...}}`."""
 
+GGUF_SUFFIX = ".gguf"
+GGUF_HINT = (
+    "as `policy:` of a run it is dequantised once, into RUN/start_policy, which is the folder to give here (dpa[gguf])"
+)
+
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _INDEX = "model.safetensors.index.json"
 _MAX_JSON_BYTES = 64_000_000  # the largest tokenizer.json in use are about 35 MB
+_SMALL_JSON_BYTES = 1_000_000
+_FLOAT = re.compile(r"B?F\d")  # F32, BF16, F8_E4M3; not I8, U8, BOOL
+_DTYPE = re.compile(r"(torch\.)?(bfloat16|float(16|32|64)|half|float|double|float8_\w+|auto)")
+_NO_SIZE = re.compile(r"position|token|theta|length|ctx|window|seed|limit|version")
+"""Whole numbers of config.json that no tensor need be as large as."""
+_REPEATED = re.compile(r"^(num|n)_\w*(layer|expert|block|stage)s?|(layers|experts|blocks|stages|depth)$|^n_layer$")
+"""... and those that count modules, each with a tensor or more."""
+_MOST_SIZE, _MOST_REPEATS = 10_000_000, 128  # what is below costs nothing to build
 CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
 """Files that make a model what it is; README.md is not one of them."""
 
@@ -75,11 +90,16 @@ def check_model_folder(folder: Path, allow_remote_code: bool = False) -> None:
     """
     if folder.suffix in PICKLE_SUFFIXES:
         raise ModelFileError(f"model: {folder} is a pickle, which can run any code when opened; {CONVERT_HINT}.")
+    if folder.suffix == GGUF_SUFFIX:
+        raise ModelFileError(f"model: {folder} is a GGUF file; {GGUF_HINT}.")
     if not folder.is_dir():
         raise ModelFileError(
             f"model: no folder at {folder}; give a Hugging Face model folder or a Hub id (owner/name)."
         )
+    _check_entries(folder)
     config = _read_json(folder, "config.json")
+    if config is None and any(folder.glob(f"*{GGUF_SUFFIX}")):
+        raise ModelFileError(f"model: {folder} holds a GGUF file and no config.json; {GGUF_HINT}.")
     if config is None:
         hint = (
             "merge the adapter first" if (folder / "adapter_config.json").exists() else "give a complete model folder"
@@ -89,8 +109,6 @@ def check_model_folder(folder: Path, allow_remote_code: bool = False) -> None:
         raise ModelFileError(
             f"model: {folder} holds adapter_config.json, which names another model to load unchecked; merge it first."
         )
-    if _read_json(folder, "config.json") is None:
-        raise ModelFileError(f"model: {folder} has no config.json; give a complete model folder.")
     for name in ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"):
         _check_code(folder, name, allow_remote_code)
     weights = _weight_files(folder)
@@ -102,22 +120,36 @@ def check_model_folder(folder: Path, allow_remote_code: bool = False) -> None:
                 f"{CONVERT_HINT}."
             )
         raise ModelFileError(f"model: {folder} has no *.safetensors weights; is the download or save complete?")
-    for file in weights:
-        check_safetensors(file)
+    shapes = [shape for file in weights for shape in check_safetensors(file)]
+    _check_sizes(folder, config, len(shapes), sum(map(prod, shapes)))
+    _check_dtypes(folder, config)
 
 
-def check_safetensors(file: Path) -> None:
+def check_safetensors(file: Path) -> list[list[int]]:
     """Parse the header only: sizes, offsets and their order must fit the file exactly. Raises ModelFileError.
 
-    The format's own parser does the work: it maps the file, caps the header at 100 MB and allocates no tensor.
+    The format's own parser does the work: it maps the file, caps the header at 100 MB and allocates no tensor. Returns
+    the tensors' shapes.
     """
+    _check_regular(file)
     try:
-        with safe_open(str(file), framework="numpy"):
-            pass
+        with safe_open(str(file), framework="numpy") as opened:
+            names = opened.keys()
+            return [opened.get_slice(name).get_shape() for name in names]
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelFileError(
             f"model: {file} is damaged ({' '.join(str(error).split())}); download or save it again."
         ) from None
+
+
+def integer_tensors(folder: Path) -> set[str]:
+    """Names of the tensors of a checked folder that are stored as whole numbers or booleans."""
+    names: set[str] = set()
+    for file in _weight_files(folder):
+        with safe_open(str(file), framework="numpy") as opened:
+            stored = opened.keys()
+            names |= {name for name in stored if not _FLOAT.match(opened.get_slice(name).get_dtype())}
+    return names
 
 
 def load_space(folder: str | Path) -> DirectionSpace:
@@ -174,7 +206,7 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files `from_pretrained` would read; an index may only name files of the folder itself."""
-    if (folder / "model.safetensors").exists():
+    if os.path.lexists(folder / "model.safetensors"):
         return [folder / "model.safetensors"]
     index = _read_json(folder, _INDEX)
     if index is None:
@@ -188,6 +220,71 @@ def _weight_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise ModelFileError(f"model: {folder} lacks {name}, which its index names; complete the download.")
     return sorted(folder / name for name in set(names.values()))
+
+
+def _check_entries(folder: Path) -> None:
+    """Nothing in the folder but files of sane size and folders: a pipe named tokenizer.json would be read for ever."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise ModelFileError(f"model: {folder} cannot be read ({error.strerror}); check its permissions.") from None
+    for file in entries:
+        if file.suffix not in CONTENT_SUFFIXES:
+            continue
+        _check_regular(file)
+        if file.suffix != ".safetensors" and file.stat().st_size > _MAX_JSON_BYTES:
+            raise ModelFileError(f"model: {file} is larger than {_MAX_JSON_BYTES:,} bytes; no model's is.")
+        if file.suffix == ".json" and not file.name.startswith("dpa_") and file.stat().st_size < _SMALL_JSON_BYTES:
+            _read_json(
+                folder, file.name, any_value=True
+            )  # larger ones are vocabularies, dpa's have readers of their own
+
+
+def _check_regular(file: Path) -> None:
+    if not file.exists():
+        raise ModelFileError(f"model: {file} is a link to a file that is not there; complete the download.")
+    if not file.is_file():
+        raise ModelFileError(f"model: {file} is no regular file; give a complete model folder.")
+
+
+def _check_sizes(folder: Path, config: dict[str, Any], tensors: int, elements: int) -> None:
+    """No size in config.json is beyond what the weights hold: building layer after layer would never end.
+
+    Only the absurd is looked for; names and shapes are compared by models.loading. Raises ModelFileError.
+    """
+    for field, value in _numbers(config):
+        name = field.rpartition(".")[2]
+        most = max(_MOST_REPEATS, tensors) if _REPEATED.search(name) else max(_MOST_SIZE, elements)
+        if abs(value) > most and not _NO_SIZE.search(name):
+            raise ModelFileError(
+                f"model: {folder / 'config.json'} says {field} = {str(value)[:20]}, but the weights are "
+                f"{tensors} tensors of {elements:,} numbers in all; give the config.json that belongs to them."
+            )
+
+
+def _numbers(value: Any, field: str = "") -> Iterator[tuple[str, int]]:
+    """Dotted name and value of every whole number."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _numbers(item, f"{field}.{name}".strip("."))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, field)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield field, value
+
+
+def _check_dtypes(folder: Path, config: dict[str, Any]) -> None:
+    sections = [config, *(section for section in config.values() if isinstance(section, dict))]
+    for section in sections:
+        for field in ("dtype", "torch_dtype"):
+            value = section.get(field)
+            for name in value.values() if isinstance(value, dict) else [value]:
+                if name is not None and not (isinstance(name, str) and _DTYPE.fullmatch(name)):
+                    raise ModelFileError(
+                        f"model: {folder / 'config.json'} says {field} = {str(name)[:40]!r}, which is no type of "
+                        "weights; write float32, bfloat16 or float16."
+                    )
 
 
 def _check_code(folder: Path, name: str, allowed: bool) -> None:
@@ -216,10 +313,11 @@ def _code_references(auto_map: Any) -> Iterator[str]:
             yield from _code_references(value)
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
+def _read_json(folder: Path, name: str, any_value: bool = False) -> dict[str, Any] | None:
     file = folder / name
-    if not file.is_file():
+    if not file.exists():
         return None
+    _check_regular(file)
     if file.stat().st_size > _MAX_JSON_BYTES:
         raise ModelFileError(f"model: {file} is larger than {_MAX_JSON_BYTES:,} bytes; it is no model configuration.")
     try:
@@ -228,6 +326,6 @@ def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
         raise ModelFileError(
             f"model: {file} is not readable JSON ({' '.join(str(error).split())}); save the model again."
         ) from None
-    if not isinstance(data, dict):
+    if not isinstance(data, dict) and not any_value:
         raise ModelFileError(f"model: {file} must hold a JSON object; save the model again.")
     return data

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from dpa.core.directions import Direction, DirectionSpace, Objective
 from dpa.core.errors import ModelFileError
 from dpa.models.chat_template import steerable_template
 from dpa.models.files import CONTENT_SUFFIXES, EVALUATION_FILE, SPACE_FILE, resolve_model
+from dpa.models.loading import check_loadable, load_tokenizer
 from dpa.models.policy import ensure_pad_token
 from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import (
@@ -157,7 +158,8 @@ def bake_direction(folder: str | Path, space: DirectionSpace, direction: Directi
     Hugging Face; a `preference` that is given still wins. Raises ModelFileError, StorageError.
     """
     safe = resolve_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(safe.path, **safe.tokenizer_kwargs)
+    with quiet_libraries():
+        tokenizer = load_tokenizer(safe)
     base = tokenizer.get_chat_template() if tokenizer.chat_template else None
     tokenizer.chat_template = steerable_template(base, space, default=direction)
     with save_folder_atomically(out) as unfinished:
@@ -167,3 +169,4 @@ def bake_direction(folder: str | Path, space: DirectionSpace, direction: Directi
         tokenizer.save_pretrained(unfinished)
         provenance = {"from": str(folder), "baked_direction": direction.as_mapping()}
         write_json(unfinished / SPACE_FILE, {"space": space.to_dict(), "provenance": provenance})
+        check_loadable(unfinished, AutoModelForCausalLM, None, f"policy {out}")

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from dpa.core.config import HttpRewardConfig
 from dpa.core.errors import EngineError, ModelFileError
 from dpa.core.records import Messages
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.http_pool import Answer, HttpPool, Refusal, key_in
+from dpa.models.loading import load_tokenizer
 from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import BF16_TOLERANCE, RELEASED_MODEL, RELEASED_SPEC, RewardSpec, encode, read_spec, render
 
@@ -146,12 +146,8 @@ def http_scorer(config: HttpRewardConfig, remote_code_revision: str | None = Non
     """
     safe = resolve_model(config.folder, remote_code_revision)
     spec = RELEASED_SPEC if config.folder == RELEASED_MODEL else read_spec(Path(safe.path))
-    try:
-        with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(safe.path, **safe.tokenizer_kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelFileError(f"reward model: the tokenizer of {safe.path} does not load ({reason}).") from None
+    with quiet_libraries():
+        tokenizer = load_tokenizer(safe, "reward model")
     pool = HttpPool(
         [server.rstrip("/").removesuffix("/v1") for server in config.servers],
         in_flight=config.in_flight,

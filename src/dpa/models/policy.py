@@ -10,9 +10,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,6 +23,15 @@ from dpa.core.records import Messages
 from dpa.models.chat_template import bounded_rendering, steerable_template
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.files import SPACE_FILE, SafeModel, resolve_model
+from dpa.models.loading import (
+    check_loadable,
+    check_tokens,
+    embedding_rows,
+    load_config,
+    load_generation,
+    load_model,
+    load_tokenizer,
+)
 from dpa.models.quiet import quiet_libraries
 from dpa.storage.tables import save_folder_atomically, write_json
 
@@ -45,34 +52,25 @@ def load_policy(
     Raises ModelFileError.
     """
     safe = resolve_model(name, remote_code_revision)
-    try:
-        with quiet_libraries():
-            model = AutoModelForCausalLM.from_pretrained(safe.path, dtype=dtype, **safe.kwargs)
-            tokenizer = AutoTokenizer.from_pretrained(safe.path, **safe.tokenizer_kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelFileError(f"model: {name} does not load as a causal language model ({reason}); check it.") from None
+    with quiet_libraries():
+        model = load_model(AutoModelForCausalLM, safe, dtype)
+        tokenizer = load_tokenizer(safe)
     if tokenizer.eos_token_id is None:
         raise ModelFileError(
             f"model: the tokenizer of {name} has no EOS token; set eos_token in tokenizer_config.json."
         )
     tokenizer.padding_side = "left"
     ensure_pad_token(tokenizer)
+    check_tokens(tokenizer, embedding_rows(model), name)
     model.to(device or default_device())  # type: ignore[arg-type]
     return model.eval(), tokenizer
 
 
 def load_prompting(policy: SafeModel) -> tuple[PreTrainedTokenizerBase, int, tuple[int, ...]]:
     """Of a checked folder, without its weights: tokenizer, context in tokens, end tokens. Raises ModelFileError."""
-    try:
-        with quiet_libraries():
-            config = AutoConfig.from_pretrained(policy.path, **policy.tokenizer_kwargs)
-            tokenizer = AutoTokenizer.from_pretrained(policy.path, **policy.tokenizer_kwargs)
-            declared = Path(policy.path, "generation_config.json").is_file()
-            generation = GenerationConfig.from_pretrained(policy.path) if declared else None
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelFileError(f"model: the tokenizer of {policy.path} does not load ({reason}); check it.") from None
+    with quiet_libraries():
+        config, tokenizer = load_config(policy), load_tokenizer(policy)
+        generation = load_generation(policy)
     ensure_pad_token(tokenizer)
     return tokenizer, _positions(config), _end_ids(generation, tokenizer)
 
@@ -87,13 +85,15 @@ def save_policy(
     """Save weights (safetensors), tokenizer with steerable chat template, and `dpa_config.json`: whole or not at all.
 
     `extra` (JSON-able) says where the policy comes from. The folder loads with plain `from_pretrained` anywhere.
-    Raises StorageError or RunFolderError when the disk refuses.
+    What was written is opened again as a stranger would. Raises StorageError or RunFolderError when the disk refuses,
+    ModelFileError when it would not load.
     """
     make_steerable(tokenizer, space)
     with save_folder_atomically(folder) as unfinished, disk_refusals(folder, "saving the model"):
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         write_json(unfinished / SPACE_FILE, {"space": space.to_dict(), "provenance": extra})
+        check_loadable(unfinished, AutoModelForCausalLM, extra.get("remote_code_revision"), f"policy {folder}")
 
 
 def make_steerable(tokenizer: PreTrainedTokenizerBase, space: DirectionSpace) -> None:
@@ -176,7 +176,7 @@ def count_tokens(
     """
     safe = resolve_model(name, remote_code_revision)
     with quiet_libraries():
-        tokenizer = AutoTokenizer.from_pretrained(safe.path, **safe.tokenizer_kwargs)
+        tokenizer = load_tokenizer(safe)
     make_steerable(tokenizer, space)
     columns = (rows[column].to_pylist() for column in ("messages", "direction", "response"))
     return sum(

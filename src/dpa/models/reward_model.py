@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages
 from dpa.models.chat_template import bounded_rendering
 from dpa.models.files import resolve_model
+from dpa.models.loading import load_model, load_tokenizer
 from dpa.models.policy import is_out_of_memory
+from dpa.models.quiet import quiet_libraries
 from dpa.storage.tables import write_json
 
 RECORD = "dpa_reward.json"
@@ -112,7 +114,7 @@ def read_spec(folder: Path) -> RewardSpec:
         )
     except FileNotFoundError:
         raise ModelFileError(f"reward model: {folder} has no {RECORD}; train one with `dpa train-reward`.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFileError(f"reward model: {folder / RECORD} is damaged ({error!r}); train it again.") from None
 
 
@@ -129,14 +131,9 @@ def load_classifier(
     A head of another width is made anew; in bf16 the head alone stays in fp32 (`exact_head`). Raises ModelFileError.
     """
     safe = resolve_model(name, remote_code_revision)
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            safe.path, dtype=dtype, ignore_mismatched_sizes=bool(fields), **safe.kwargs, **fields
-        )
-        tokenizer = AutoTokenizer.from_pretrained(safe.path, **safe.tokenizer_kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelFileError(f"reward model: {name} does not load as a classifier ({reason}); check it.") from None
+    with quiet_libraries():
+        model = load_model(AutoModelForSequenceClassification, safe, dtype, "reward model", bool(fields), **fields)
+        tokenizer = load_tokenizer(safe, "reward model")
     if dtype != torch.float32:
         exact_head(model)
     return model, tokenizer, Path(safe.path)
