@@ -3,6 +3,9 @@ pytest tests/test_chat_template.py
 """
 
 import math
+import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,12 +14,14 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from real_templates import TEMPLATES
 from tiny_models import CHAT_TEMPLATE, SPACE, tiny_tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.errors import ModelFileError
-from dpa.models.chat_template import PLAIN_TEMPLATE, bounded_rendering, has_system_role, steerable_template
+from dpa.models.chat_template import PLAIN_TEMPLATE, has_system_role, render_chat, steerable_template
+from dpa.models.chat_template import render as render_bounded
 
 NO_SYSTEM = (
     "{%- for m in messages -%}"
@@ -195,28 +200,108 @@ def test_tokenizer_saves_and_reads_it(tmp_path) -> None:
     assert rendered == f"<|system|>{SENTENCE}<|user|>Why?<|assistant|>"
 
 
+HOSTILE = {
+    "escape by class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "escape by globals": "{{ cycler.__init__.__globals__.os.system('touch canary') }}",
+    "escape by namespace": "{% set n = namespace(__class__=1) %}{{ messages[0].content }}",
+    "changes what it is given": "{{ messages.append(1) }}",
+    "loop in a loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages }}",
+    "too long a loop": "{% for a in range(10**9) %}{% endfor %}{{ messages[0].content }}",
+    "recursion": "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    "doubling": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+    "doubling a list": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "long lines of work": "{% for i in range(99999) %}{{ (range(99999)|join|list|sort|join)[:1] }}{% endfor %}",
+    "a wide field": "{{ '%1000000000d' % 1 }}{{ messages[0].content }}",
+    "a wide format": "{{ '{:>2000000000}'.format('a') }}{{ messages[0].content }}",
+    "centred": "{{ 'a'|center(3000000000) }}{{ messages[0].content }}",
+    "repeated": "{{ (messages[0].content * 1000000000)|length }}",
+    "a large power": "{{ 10 ** (9 ** (messages|length + 8)) % 7 }}{{ messages[0].content }}",
+    "replaced by itself": "{% set x = 'a' * 99999 %}{{ x.replace('a', x)|length }}",
+    "lorem ipsum": "{{ lipsum(n=100000000) }}{{ messages[0].content }}",
+    "indented JSON": "{{ messages|tojson(indent=1000000000) }}",
+    "twenty thousand brackets": "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}{{ messages[0].content }}",
+    "twenty thousand ifs": "{% if 1 %}" * 20_000 + "{{ messages[0].content }}" + "{% endif %}" * 20_000,
+    "too much text": "{% for i in range(9999) %}{{ 'x' * 99999 }}{% endfor %}{{ messages[0].content }}",
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_30_50_a_template_that_escapes_swells_or_never_ends_is_refused(case: str, tmp_path: Path) -> None:
+    begun, used = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelFileError, match=r"does not render \(.+\); give") as error:
+        steerable_template(HOSTILE[case], SPACE)
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+    assert time.monotonic() - begun < 20 and not Path("canary").exists()  # two seconds on an idle machine
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 200_000, "kB of this process"
+
+
+def test_50_a_template_that_swells_only_for_some_is_stopped_and_the_next_is_served() -> None:
+    """What the first look does not find: the limits hold for every rendering."""
+    tokenizer = tiny_tokenizer(
+        "{% if messages|length > 1 %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+        "{% endif %}{{ messages[0].content }}"
+    )
+    talk = [*QUESTION, {"role": "assistant", "content": "So."}]
+    assert render_chat(tokenizer, QUESTION) == "Why?"
+    with pytest.raises(SecurityError, match="longer than 1 s"):
+        render_chat(tokenizer, talk)
+    assert render_chat(tokenizer, QUESTION) == "Why?"
+    with pytest.raises(SecurityError, match="MB"):
+        render_bounded("{{ 'x' * n }}", {"n": 10**9})
+    assert render_bounded("{{ 'x' * n }}", {"n": 3}) == "xxx"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_it_renders_as_transformers_does(name: str) -> None:
+    tokenizer = tiny_tokenizer(steerable_template(TEMPLATES[name], SPACE))
+    tokenizer.bos_token = "<|pad|>"
+    talk = [
+        {"role": "user", "content": "Why \u2028 <b>'\n 😀?"},
+        {"role": "assistant", "content": "So."},
+        {"role": "user", "content": "And\r\n?"},
+    ]
+    for messages in (talk[:1], talk):
+        for variables in ({}, {"preference": ASKED}, {"preference": ASKED, "add_generation_prompt": True}):
+            expected = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+            assert render_chat(tokenizer, messages, **variables) == expected
+
+
 @pytest.mark.parametrize(
     "template",
     [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ cycler.__init__.__globals__.os.system('touch canary') }}",
-        "{{ messages.append(1) }}",
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}",
-        "{% for a in range(10**9) %}{% endfor %}{{ messages[0].content }}",
-        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{% generation %}{{ messages|tojson }}{% endgeneration %}",
+        "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 4 %}{% break %}{% endif %}{{ i }}"
+        "{% endfor %}",
+        "{{ messages|tojson(indent=2) }}{{ dict(a=1) }}{{ messages[0]|tojson(sort_keys=true) }}",
+        "{% set n = namespace(a=1) %}{% set n.b = 2 %}{{ n.a + n.b }}{{ tools is none }}{{ preference is defined }}",
+        "{{ strftime_now('%Y') }}{{ nothing }}{{ messages[0].nothing }}|\n  {% if true %}\n x\n  {% endif %}\n",
+        "{{ messages[0].content }}\ud800",
     ],
 )
-def test_30_a_template_that_escapes_or_loops_without_an_end_is_refused(template: str, tmp_path: Path) -> None:
-    begun = time.monotonic()
-    with pytest.raises(ModelFileError, match="does not render"):
-        steerable_template(template, SPACE)
-    assert time.monotonic() - begun < 10 and not (tmp_path / "canary").exists() and not Path("canary").exists()
+def test_it_knows_what_transformers_adds_to_jinja(template: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    messages = [{"role": "user", "content": "<&'\"\ud83d>", "name": None}]
+    assert render_chat(tokenizer, messages) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_30_lines_are_counted_in_this_thread_only_and_an_honest_template_is_far_below() -> None:
-    template = steerable_template(CHAT_TEMPLATE, SPACE)
-    long_talk = [{"role": "user" if n % 2 == 0 else "assistant", "content": "x"} for n in range(1000)]
-    with bounded_rendering(lines=50_000):
-        assert render_jinja_template([long_talk], chat_template=template)[0]
-    with pytest.raises(SecurityError, match="10 lines"), bounded_rendering(lines=10):
-        render_jinja_template([long_talk], chat_template=template)
+def test_the_worker_ends_with_its_process_and_a_fork_gets_its_own() -> None:
+    assert render_bounded("{{ a }}", {"a": 1}) == "1"
+    code = (
+        "import os\n"
+        "from dpa.models.chat_template import _RENDERER, render\n"
+        "assert render('{{ a }}', {'a': 1}) == '1'\n"
+        "mine = _RENDERER._process.pid\n"
+        "if os.fork() == 0:\n"
+        "    assert render('{{ a }}', {'a': 2}) == '2' and _RENDERER._process.pid != mine\n"
+        "    os._exit(0)\n"
+        "assert os.wait()[1] == 0\n"
+        "assert render('{{ a }}', {'a': 3}) == '3' and _RENDERER._process.pid == mine\n"
+        "print(mine, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -9 and done.stdout, done.stderr
+    until = time.monotonic() + 10
+    while Path(f"/proc/{done.stdout.strip()}").exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)

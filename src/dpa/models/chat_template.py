@@ -6,20 +6,28 @@ Run its tests: pytest tests/test_chat_template.py
 sentence, byte for byte what `DirectionSpace.prompt` writes.
 """
 
+import atexit
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.sandbox import SecurityError
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers import PreTrainedTokenizerBase
 
 from dpa.core.directions import PLACEHOLDER, Direction, DirectionSpace
-from dpa.core.errors import ModelFileError
+from dpa.core.errors import EngineError, ModelFileError
+from dpa.models import template_worker
+from dpa.models.template_worker import CPU_S
 
 PLAIN_TEMPLATE = (
     "{%- if bos_token is defined and bos_token %}{{- bos_token }}{%- endif %}"
@@ -28,9 +36,6 @@ PLAIN_TEMPLATE = (
     "{%- endfor %}"
 )
 """For a plain language model: the system text, a new line, the user's text, and the model goes on from there."""
-
-MAX_TEMPLATE_LINES = 500_000
-"""Lines of Jinja one rendering may run. A template of today's models runs about 20 for each message."""
 
 _BEGIN = "{#- dpa: preference -#}"
 _END = '{#- dpa: end of preference -#}{{- "" }}'
@@ -133,6 +138,7 @@ def steerable_template(base_template: str | None, space: DirectionSpace, default
     return _BEGIN + sentence + (_INTO_SYSTEM if has_system_role(base) else _INTO_USER) + _END + base
 
 
+@lru_cache(maxsize=64)
 def has_system_role(template: str) -> bool:
     """Whether a system message reaches the rendered text. Raises ModelFileError if a question alone does not render."""
     question = {"role": "user", "content": "dpa-question"}
@@ -144,31 +150,104 @@ def has_system_role(template: str) -> bool:
         return False
 
 
-@contextmanager
-def bounded_rendering(lines: int = MAX_TEMPLATE_LINES) -> Iterator[None]:
-    """While the block runs, a chat template may run so many lines of Jinja in this thread, then SecurityError ends it.
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **variables: Any) -> str:
+    """The text that the tokenizer's chat template makes of messages, as `apply_chat_template(tokenize=False)` would.
 
-    Jinja's sandbox bounds one `range`, not loops within loops: without this a hostile template keeps a server busy for
-    ever. Lines are counted, not seconds, so that the same template is refused on every machine.
+    Rendered in a process of its own with limits on time and memory (template_worker.py): a template or a request may
+    ask for work without an end. Messages and variables are plain JSON values. Raises jinja2.TemplateError, of which
+    SecurityError says that a limit or the sandbox ended it.
     """
-    left = lines
+    plain = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    given = {"tools": None, "documents": None, "add_generation_prompt": False}
+    return render(
+        str(tokenizer.get_chat_template()), {**given, **tokenizer.special_tokens_map, **variables, "messages": plain}
+    )
 
-    def count(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise SecurityError(f"the chat template runs more than {lines:,} lines; it loops without an end")
-        return count
 
-    def enter(frame: FrameType, event: str, argument: object) -> Any:
-        return count if frame.f_code.co_filename == "<template>" else None
+def render(template: str, variables: Mapping[str, Any]) -> str:
+    """The text of a template over plain JSON values, within the limits of template_worker.py.
 
-    before = sys.gettrace()
-    sys.settrace(enter)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+    Raises jinja2.TemplateError or SecurityError, EngineError when no process can be started.
+    """
+    question = json.dumps({"template": template, "variables": variables}, ensure_ascii=False)
+    answer = json.loads(_RENDERER.ask(question.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass"))
+    if "text" in answer:
+        return answer["text"]
+    raise (TemplateError if answer["kind"] == "template" else SecurityError)(answer["error"])
+
+
+class _Renderer:
+    """The one template worker of this process, started when it is first asked and again after it was stopped."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """In the child of a fork: the worker is its parent's."""
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, line: bytes) -> bytes:
+        """The answer to one line. Raises SecurityError when the worker was stopped over it, EngineError."""
+        with self._lock:
+            for _ in range(2):  # the machine may have ended an idle worker: then another is asked
+                answer, code = self._ask(line)
+                if code is None:
+                    return answer
+                if code == -signal.SIGPROF:
+                    raise SecurityError(f"the chat template works for longer than {CPU_S:g} s, or without an end")
+            raise SecurityError(f"the process that renders the chat template ended with code {code}")
+
+    def _ask(self, line: bytes) -> tuple[bytes, int | None]:
+        """The answer, or the exit code of a worker that ended before it."""
+        if self._process is None:
+            self._start()
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        answer = b""
+        try:
+            process.stdin.write(line + b"\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            pass
+        except BaseException:  # a Ctrl-C between question and answer: the next one must not read this one's
+            self._stop()
+            raise
+        if answer.endswith(b"\n"):
+            if b'"kind": "memory"' in answer[-40:]:
+                self._stop()
+            return answer, None
+        code = process.wait()
+        self._stop()
+        return b"", code
+
+    def _start(self) -> None:
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(template_worker.__file__))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the parent
+            )
+        except OSError as error:
+            raise EngineError(f"chat template: the process that renders it cannot be started ({error}).") from None
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                assert stream is not None
+                with suppress(OSError):  # what was not read by the worker any more
+                    stream.close()
+        self._process = None
+
+
+_RENDERER = _Renderer()
+atexit.register(_RENDERER._stop)
+os.register_at_fork(after_in_child=_RENDERER.forget)
 
 
 def _without_preference(template: str) -> str:
@@ -185,14 +264,9 @@ def _literal(value: str | list[str]) -> str:
 
 def _render(template: str, messages: list[dict[str, str]]) -> str:
     try:
-        with bounded_rendering():
-            # The annotation of this function says str; it returns (texts, spans).
-            texts: Any = render_jinja_template(
-                [messages], chat_template=template, add_generation_prompt=True, bos_token="", eos_token=""
-            )[0]
-    except (TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError, MemoryError) as error:
+        return render(template, {"messages": messages, "add_generation_prompt": True, "bos_token": "", "eos_token": ""})
+    except TemplateError as error:
         raise ModelFileError(
             f"model: its chat template does not render ({' '.join(str(error).split())}); "
             "give the tokenizer a working one."
         ) from None
-    return texts[0]

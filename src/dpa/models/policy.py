@@ -20,7 +20,7 @@ from transformers import (
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.records import Messages
-from dpa.models.chat_template import bounded_rendering, steerable_template
+from dpa.models.chat_template import render_chat, steerable_template
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.files import SPACE_FILE, SafeModel, resolve_model
 from dpa.models.loading import (
@@ -157,13 +157,7 @@ def encode_prompt(
     """
     preference = None if direction is None else dict(zip(space.names, map(float, direction), strict=True))
     chat = [{"role": message["role"], "content": message["content"]} for message in messages]
-    with bounded_rendering():
-        text = tokenizer.apply_chat_template(
-            chat,
-            preference=preference,
-            add_generation_prompt=True,
-            tokenize=False,
-        )
+    text = render_chat(tokenizer, chat, preference=preference, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -191,7 +185,7 @@ def turn_end_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> i
     """The token a response is trained to end with: the one the chat template ends an answer with, else EOS."""
     ends = end_token_ids(model, tokenizer)
     question = [{"role": "user", "content": "a"}]
-    before = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-    talk = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": "b"}], tokenize=False)
-    tail = tokenizer(str(talk).removeprefix(str(before)), add_special_tokens=False)["input_ids"]
+    before = render_chat(tokenizer, question, add_generation_prompt=True)
+    talk = render_chat(tokenizer, [*question, {"role": "assistant", "content": "b"}])
+    tail = tokenizer(talk.removeprefix(before), add_special_tokens=False)["input_ids"]
     return next((token for token in tail if token in ends), tokenizer.eos_token_id)

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages
-from dpa.models.chat_template import bounded_rendering
+from dpa.models.chat_template import render_chat
 from dpa.models.files import resolve_model
 from dpa.models.loading import load_model, load_tokenizer
 from dpa.models.policy import is_out_of_memory
@@ -251,8 +251,7 @@ def _render(tokenizer: Any, template: str | None, messages: Messages, response: 
         return _PLACEHOLDER.sub(lambda match: parts[match[1]], template)
     try:
         conversation = [*messages, {"role": "assistant", "content": response}]
-        with bounded_rendering():
-            return tokenizer.apply_chat_template(conversation, tokenize=False)
+        return render_chat(tokenizer, conversation)
     except TemplateError:  # for example a template without a system role
         return None
 

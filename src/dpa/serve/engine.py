@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpa.core.errors import DpaError
 from dpa.core.records import Messages, Scorer
 from dpa.models.batching import Row
-from dpa.models.chat_template import bounded_rendering, has_system_role
+from dpa.models.chat_template import has_system_role, render_chat
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.policy import context_length, default_device, load_policy
 from dpa.serve.bodies import ChatBody, CompletionBody, RefusedError, Sampling, ScoreBody, check_body, read_body
@@ -235,12 +235,8 @@ class Engine:
         assert self._tokenizer is not None
         reserved = {"conversation", "chat_template", "tokenize", "return_tensors", "tools", "documents"}
         chosen = {name: value for name, value in template_kwargs.items() if name not in reserved}
-        chat: Any = messages
         try:
-            with bounded_rendering():
-                text = self._tokenizer.apply_chat_template(
-                    chat, **{"add_generation_prompt": True, **chosen}, tokenize=False
-                )
+            text = render_chat(self._tokenizer, messages, **{"add_generation_prompt": True, **chosen})
         except (
             TemplateError,
             TypeError,
