@@ -387,6 +387,23 @@ class _TrainingConfig(_Section):
         None, description="Compute activations twice to save memory. Default: on a GPU."
     )
     report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard, wandb, trackio.")
+    listening_rows: int | None = Field(
+        None,
+        ge=0,
+        description="Selected rows kept out of training, by whole prompts, to measure on them whether the policy reads "
+        "its direction (docs/learning.md). Default: 64, but at most a fiftieth of the rows, and none where that is "
+        "fewer than 8.",
+    )
+    listening_steps: int = Field(
+        250, ge=1, description="Optimizer steps between two of these measurements; the last one is after the last step."
+    )
+    min_listening: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Stop before any rollout when a smaller share of these rows than this is likelier under its own "
+        "direction than under another. Default: warn where it may be chance.",
+    )
 
 
 class FinetuneConfig(_TrainingConfig):
@@ -494,7 +511,10 @@ class RunConfig(_Section):
         return self
 
 
-_TRAINING_PACE = ("report_to", "gradient_checkpointing", "save_steps", "rows_per_device", "pairs_per_device")
+_TRAINING_PACE = (
+    *("report_to", "gradient_checkpointing", "save_steps", "rows_per_device", "pairs_per_device"),
+    *("listening_steps", "min_listening"),
+)
 """Fields of a training section that alter no result: what is told, kept or computed at once."""
 
 _TRAININGS = {"finetune": FinetuneConfig, "dpo": PreferenceConfig, "reward.train": RewardTrainConfig}

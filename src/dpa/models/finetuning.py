@@ -21,6 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from dpa.core.config import FinetuneConfig
 from dpa.core.directions import DirectionSpace
 from dpa.models.contrastive import AddsContrast, ContrastiveCollator, negative_directions
+from dpa.models.listening import Listening
 from dpa.models.policy_training import (
     RowEncoder,
     accumulation,
@@ -57,6 +58,8 @@ class FinetuneResult:
     losses: tuple[float, ...]
     rejects: tuple[Reject, ...]
     padding_share: float
+    listening: Listening | None = None
+    listening_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,14 @@ def finetune(
     seed: int,
     remote_code_revision: str | None = None,
     label: str = "finetune",
+    held_out: pa.Table | None = None,
 ) -> FinetuneResult:
     """Finetune `policy` on rows (select shard columns) and save the new policy at `out`, whole or not at all.
 
     `work` keeps checkpoints and `log.jsonl`; the same call resumes from the newest complete checkpoint and ends where
     an uninterrupted one would. A response that is empty, or that does not fit `config.max_length` (or the model's
-    context) with its prompt, is rejected. `label` names the work in messages.
+    context) with its prompt, is rejected. `label` names the work in messages,
+    `held_out` are rows that listening is measured on.
 
     Raises what `models.policy_training.train_policy` raises.
     """
@@ -135,12 +140,14 @@ def finetune(
     def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> SFTTrainer:
         return build_trainer(model, tokenizer, examples, work, config, seed)
 
-    done = train_policy(policy, space, out, work, config, seed, encode, build, remote_code_revision, label)
+    done = train_policy(policy, space, out, work, config, seed, encode, build, remote_code_revision, label, held_out)
     return FinetuneResult(
         training_tokens=round(done.tokens * config.epochs),
         steps=done.steps,
         losses=done.logged("loss"),
         rejects=done.rejects,
+        listening=done.listening,
+        listening_tokens=done.listening_tokens,
         padding_share=1 - done.tokens / (done.rows * config.max_length),
     )
 

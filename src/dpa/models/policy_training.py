@@ -21,10 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from dpa.core.config import FinetuneConfig, PreferenceConfig, of_results
 from dpa.core.directions import DirectionSpace
-from dpa.core.errors import ConfigError, DataError
+from dpa.core.errors import ConfigError, DataError, TrainingError
 from dpa.core.records import stable_hash
 from dpa.models.checkpoints import newest_checkpoint
 from dpa.models.disk_refusals import disk_refusals
+from dpa.models.listening import PREFIX, HeldOut, Listening, MeasureListening, advice, held_out_rows
 from dpa.models.optimizers import MuonWithAdamW
 from dpa.models.policy import context_length, encode_prompt, load_policy, make_steerable, save_policy, turn_end_id
 from dpa.models.quiet import quiet_libraries
@@ -54,7 +55,8 @@ E = TypeVar("E", bound=Encoded)
 @dataclass(frozen=True)
 class Trained:
     """What a training did: `tokens` of one pass over `examples` of them, `rows` of the Trainer's data set, `log` its
-    log history."""
+    log history. `listening` was measured after the last step; all measurements read `listening_tokens`, forward only.
+    """
 
     tokens: int
     examples: int
@@ -62,6 +64,8 @@ class Trained:
     steps: int
     log: tuple[dict[str, Any], ...]
     rejects: tuple[Reject, ...]
+    listening: Listening | None = None
+    listening_tokens: int = 0
 
     def logged(self, name: str) -> tuple[float, ...]:
         """The values of one number, one per optimizer step."""
@@ -79,15 +83,17 @@ def train_policy(
     build: Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[E]], Trainer],
     remote_code_revision: str | None = None,
     label: str = "finetune",
+    held_out: pa.Table | None = None,
 ) -> Trained:
     """Train `policy` and save the new one at `out`, whole or not at all.
 
     `encode(model, tokenizer, longest)` makes the examples, `build(model, tokenizer, examples)` the Trainer over them,
     with checkpoints in `work`. `work` keeps `log.jsonl` too; the same call resumes from the newest complete checkpoint
     and ends where an uninterrupted one would. `label` names the work in messages. In a launched training every rank
-    calls this, and the first one writes.
+    calls this, and the first one writes. `held_out`: selected rows to measure listening on (models/listening.py).
 
-    Raises DataError (no example left), ConfigError, TrainingError (NaN or infinite loss; earlier checkpoints are kept),
+    Raises DataError (no example left), ConfigError, TrainingError (NaN or infinite loss, or a policy that listens less
+    than `config.min_listening`; earlier checkpoints are kept),
     Interrupted (on a signal, after a checkpoint), StorageError (disk full).
     """
     # Frozen weights need no more than bf16, which is what lets adapters of a 7B model train on one 24 GB card.
@@ -99,23 +105,30 @@ def train_policy(
         if not examples:
             raise DataError(f"{label}: none of {len(rejects)} rows can be trained on ({count_reasons(rejects)}).")
         tokens = sum(example.tokens for example in examples)
+        longest = min(config.max_length, context_length(model))
+        rows = None
+        if held_out is not None:
+            rows = held_out_rows(held_out, space, seed, RowEncoder(model, tokenizer, space, longest).encode)
         with disk_refusals(work, "saving a checkpoint"):
             if is_first():
                 _prepare_work(work, stable_hash(examples, of_results(config), seed, str(policy)))
             wait_for_all()
             with StopOnSignal() as stop:
                 trainer = build(model, tokenizer, examples)
-                _train(trainer, work, label, tokens, stop)
+                found = _train(trainer, work, label, tokens, stop, rows, config)
                 if trainer.state.global_step < trainer.state.max_steps:
                     raise stop.interrupted(label, trainer.state.global_step, trainer.state.max_steps, "steps")
+        if found is not None and found.share < (config.min_listening or 0):
+            raise TrainingError(
+                f"{_section(config)}.min_listening: {config.min_listening:g}, but {advice(found, _section(config))}"
+            )
         trained = _whole_model(trainer, policy, remote_code_revision, config, dtype)
-        section = "dpo" if isinstance(config, PreferenceConfig) else "finetune"
         provenance = {
             "from": str(policy),
             "remote_code_revision": remote_code_revision,
             "rows": len(examples),
             "seed": seed,
-            section: config.model_dump(),
+            _section(config): config.model_dump(),
         }
         if trained is not None:
             save_policy(trained, tokenizer, out, space, provenance)
@@ -127,6 +140,10 @@ def train_policy(
         steps=trainer.state.global_step,
         log=tuple(trainer.state.log_history),
         rejects=tuple(rejects),
+        listening=found,
+        listening_tokens=0
+        if rows is None
+        else rows.tokens * sum(f"{PREFIX}share" in entry for entry in trainer.state.log_history),
     )
 
 
@@ -196,7 +213,7 @@ def shared_arguments(config: TrainingConfig, work: Path, seed: int) -> dict[str,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # the default replaces a NaN by the average of earlier losses
         "disable_tqdm": True,
-        "report_to": trackers(config.report_to, "dpo" if isinstance(config, PreferenceConfig) else "finetune"),
+        "report_to": trackers(config.report_to, _section(config)),
         "seed": seed,
     }
 
@@ -259,16 +276,35 @@ def _whole_model(
     return trained if config.lora is None else merge_adapters(trained, dtype)
 
 
-def _train(trainer: Trainer, work: Path, label: str, tokens: int, stop: StopOnSignal) -> None:
+def _train(
+    trainer: Trainer,
+    work: Path,
+    label: str,
+    tokens: int,
+    stop: StopOnSignal,
+    rows: HeldOut | None,
+    config: TrainingConfig,
+) -> Listening | None:
+    """Train to the end, or to a signal; what is measured on the held-out rows at the end."""
     progress = ShowProgress(label, tokens)
+    measuring = None if rows is None else MeasureListening(rows, config.listening_steps, trainer)
     for callback in (progress, WriteLog(work / "log.jsonl"), StopWhenAsked(stop)):
         if is_first() or isinstance(callback, StopWhenAsked):
             trainer.add_callback(callback)
+    if measuring is not None:
+        trainer.add_callback(measuring)  # on every rank: sharded weights answer together
     newest = newest_checkpoint(work)
     try:
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        if measuring is None or trainer.state.global_step < trainer.state.max_steps:
+            return None
+        return measuring.last()
     finally:
         progress.close()
+
+
+def _section(config: TrainingConfig) -> str:
+    return "dpo" if isinstance(config, PreferenceConfig) else "finetune"
 
 
 def _mixed(config: TrainingConfig) -> bool:

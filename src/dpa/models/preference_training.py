@@ -25,6 +25,7 @@ from trl import DPOConfig, DPOTrainer
 
 from dpa.core.config import PreferenceConfig
 from dpa.core.directions import DirectionSpace
+from dpa.models.listening import Listening
 from dpa.models.policy import load_policy
 from dpa.models.policy_training import (
     RowEncoder,
@@ -55,6 +56,8 @@ class PreferenceResult:
     margins: tuple[float, ...]
     accuracies: tuple[float, ...]
     rejects: tuple[Reject, ...]
+    listening: Listening | None = None
+    listening_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def preference_finetune(
     seed: int,
     remote_code_revision: str | None = None,
     label: str = "finetune",
+    held_out: pa.Table | None = None,
 ) -> PreferenceResult:
     """Finetune `policy` on pairs and save the new policy at `out`, whole or not at all.
 
@@ -92,7 +96,7 @@ def preference_finetune(
     rejected`, and may have `chosen_complete, rejected_complete` (else all are). `work` keeps checkpoints and
     `log.jsonl`; the same call resumes from the newest complete checkpoint and ends where an uninterrupted one would. A
     pair with an empty response, or one that does not fit `config.max_length` (or the model's context) with its prompt,
-    is rejected. `label` names the work in messages.
+    is rejected. `label` names the work in messages, `held_out` are rows that listening is measured on.
 
     Raises what `models.policy_training.train_policy` raises.
     """
@@ -106,7 +110,7 @@ def preference_finetune(
         reference = None if config.lora is not None else load_policy(policy, remote_code_revision)[0]
         return build_preference_trainer(model, reference, tokenizer, pairs, work, config, seed)
 
-    done = train_policy(policy, space, out, work, config, seed, encode, build, remote_code_revision, label)
+    done = train_policy(policy, space, out, work, config, seed, encode, build, remote_code_revision, label, held_out)
     return PreferenceResult(
         training_tokens=round(done.tokens * config.epochs),
         steps=done.steps,
@@ -114,6 +118,8 @@ def preference_finetune(
         margins=done.logged("rewards/margins"),
         accuracies=done.logged("rewards/accuracies"),
         rejects=done.rejects,
+        listening=done.listening,
+        listening_tokens=done.listening_tokens,
     )
 
 

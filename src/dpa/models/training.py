@@ -101,6 +101,13 @@ class ShowProgress(TrainerCallback):
         assert self._bar is not None
         self._bar.advance(1, amount=self._tokens_per_step)
 
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show whether the policy reads its direction, once that is measured."""
+        newest = state.log_history[-1]
+        if self._bar is not None and "listening_share" in newest:
+            share, gap = newest["listening_share"], newest["listening_gap_token"]
+            self._bar.note = f"own direction likelier {share:.0%}, flip gap {gap:.4f}"
+
     def close(self) -> None:
         """Leave the terminal as it was, however training ended."""
         if self._bar is not None:

@@ -29,7 +29,7 @@ from dpa.models.scorers import FunctionScorer, build_scorer
 from dpa.models.training import trackers
 from dpa.stages.card import write_card
 from dpa.stages.evaluate import evaluate, side_by_side
-from dpa.stages.finetune import finetune_policy
+from dpa.stages.finetune import finetune_policy, listening_curve
 from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
 from dpa.stages.ratings import leave_out, load_ratings, print_summary, read_ratings, save_ratings
 from dpa.stages.report import write_report
@@ -253,7 +253,12 @@ class Loop:
             "space": self.space.to_dict(),
             "config": resolved(self.config),
             "policies": [
-                {"name": f"t = {t}", "evaluation": read_json(self._evaluation_file(t)), "ledger": self._ledgers(t)}
+                {
+                    "name": f"t = {t}",
+                    "evaluation": read_json(self._evaluation_file(t)),
+                    "ledger": self._ledgers(t),
+                    "listening": listening_curve(self._folder.stage(t, "finetune")),
+                }
                 for t in measured
             ],
             "samples": self._samples(measured[-1]) if measured else None,

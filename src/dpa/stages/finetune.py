@@ -2,23 +2,29 @@
 Run its tests: pytest tests/test_finetuning.py tests/test_loop_options.py
 """
 
+import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dpa.core.config import FinetuneConfig, PreferenceConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import Ledger
 from dpa.models.files import SPACE_FILE
 from dpa.models.finetuning import FinetuneResult, finetune
+from dpa.models.listening import PREFIX, advice, hold_out
 from dpa.models.policy_training import remove_checkpoints
 from dpa.models.preference_training import PreferenceResult, preference_finetune
 from dpa.models.ranks import is_first
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
+
+_log = logging.getLogger(__name__)
 
 
 def finetune_policy(
@@ -37,25 +43,41 @@ def finetune_policy(
     The class of `config` says what the rows are: winners, or pairs. `config.replay` adds rows of the `earlier`
     selections (see `with_replay`). A finished stage whose policy stands is left alone; an interrupted one goes on from
     its newest checkpoint. `log.jsonl` in the stage's folder has the loss of every step; rows that cannot be trained on
-    go to rejects. The ledger's `extra` counts optimizer steps, replayed rows and, for pairs, the tokens that the
-    reference read too. In a launched training every rank calls this, and the first one writes.
+    go to rejects. A few rows are held out to measure listening (models/listening.py); a policy that hardly reads its
+    direction is warned of. The ledger's `extra` has what was measured, counts optimizer steps, replayed rows and, for
+    pairs, the tokens that the reference read too. In a launched training every rank calls this, and the first one
+    writes.
 
     Raises what `models.policy_training.train_policy` raises, and RunFolderError when a selection is not finished.
     """
     if stage.done and (out / SPACE_FILE).is_file():
         return stage.ledger
     begun = time.monotonic()
-    selected = pa.concat_tables(_pools(select_stage))
-    rows = with_replay(selected, [table for stage in earlier for table in _pools(stage)], config.replay, seed)
+    selected, held_out = hold_out(pa.concat_tables(_pools(select_stage)), config.listening_rows)
+    known = pc.unique(held_out["prompt_id"])
+    replayed = [
+        table.filter(pc.invert(pc.is_in(table["prompt_id"], value_set=known)))
+        for stage in earlier
+        for table in _pools(stage)
+    ]
+    rows = with_replay(selected, replayed, config.replay, seed)
+    measured_on = held_out if len(held_out) else None
     extra = {"replayed": float(len(rows) - len(selected))} if config.replay else {}
     result: FinetuneResult | PreferenceResult
     if isinstance(config, PreferenceConfig):
         result = preference_finetune(
-            policy, rows, space, out, stage.path, config, seed, remote_code_revision, label=stage.name
+            policy, rows, space, out, stage.path, config, seed, remote_code_revision, stage.name, measured_on
         )
         extra["reference_tokens"] = result.training_tokens
     else:
-        result = finetune(policy, rows, space, out, stage.path, config, seed, remote_code_revision, label=stage.name)
+        result = finetune(
+            policy, rows, space, out, stage.path, config, seed, remote_code_revision, stage.name, measured_on
+        )
+    if result.listening is not None:
+        extra |= {**result.listening.to_log(), "listening_tokens": float(result.listening_tokens)}
+        if not result.listening.heard and is_first():
+            section = "dpo" if isinstance(config, PreferenceConfig) else "finetune"
+            _log.warning("%s: %s", stage.name, advice(result.listening, section))
     ledger = Ledger(
         training_tokens=result.training_tokens,
         rows=len(rows) - len(result.rejects),
@@ -69,6 +91,22 @@ def finetune_policy(
         stage.finish(ledger)
         remove_checkpoints(stage.path)
     return ledger
+
+
+def listening_curve(stage: StageFolder) -> list[dict[str, float]]:
+    """What was measured while training, in order: the figures of `models.listening.Listening`, and their `step`."""
+    file = stage.path / "log.jsonl"
+    entries = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue  # a damaged line of what is only drawn
+    return [
+        {"step": entry["step"], **{k.removeprefix(PREFIX): v for k, v in entry.items() if k.startswith(PREFIX)}}
+        for entry in entries
+        if isinstance(entry, dict) and f"{PREFIX}share" in entry and "step" in entry
+    ]
 
 
 def _pools(stage: StageFolder) -> list[pa.Table]:

@@ -37,6 +37,8 @@ class ProgressBar:
         self._out = out or sys.stderr
         self._line_every_s = line_every_s
         self._bar: Progress | None = None
+        self.note = ""
+        """Shown behind the speed."""
 
     def __enter__(self) -> "ProgressBar":
         self._started = self._last_line = time.monotonic()
@@ -65,7 +67,8 @@ class ProgressBar:
 
     def _speed(self) -> str:
         elapsed = max(time.monotonic() - self._started, 1e-9)
-        return f"{self._amount / elapsed:,.0f} {self.amount_unit}/s"
+        note = f", {self.note}" if self.note else ""
+        return f"{self._amount / elapsed:,.0f} {self.amount_unit}/s{note}"
 
     def _print_line(self) -> None:
         now = time.monotonic()

@@ -198,6 +198,7 @@ class Lab:
                 f"iter_{t}: nothing of the budget of {self.budget:,} tokens is left to train on; raise `budget`, or "
                 "lower this method's prompts or samples in `changes`."
             )
+        config = config.model_copy(update={"listening_rows": 0})  # several methods state no direction, or not as ours
         finetune_policy(self.stage(t, "finetune"), stage, policy, self.space, out, config, self.config.seed + t)
         return out
 
