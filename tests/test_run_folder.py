@@ -14,7 +14,7 @@ from fakes import run_config
 
 from dpa.core.errors import RunFolderError
 from dpa.core.records import Ledger
-from dpa.storage.memory import peak_memory
+from dpa.storage.memory import free_memory_of_machine, peak_memory
 from dpa.storage.progress import ProgressBar
 from dpa.storage.run_folder import Reject, RunFolder, StageFolder, content_digest, count_reasons
 
@@ -156,3 +156,24 @@ def test_a_clean_folder_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFi
         StageFolder(tmp_path).write_shard(0, table(1), Ledger())
         StageFolder(tmp_path)
     assert not caplog.records
+
+
+def test_free_memory_obeys_the_limit_of_a_container(tmp_path: Path) -> None:
+    """Both versions of cgroups, at their root and at the process's own path; file pages not in use count as free."""
+    own = tmp_path / "own"
+    own.write_text("4:memory:/jobs/7\n0::/jobs/7\n")
+    unlimited = free_memory_of_machine(tmp_path / "none", own)
+    assert unlimited > 10_000
+    second, first = tmp_path / "jobs/7", tmp_path / "memory/jobs/7"
+    for folder in (second, first):
+        folder.mkdir(parents=True)
+    (second / "memory.max").write_text("max\n")
+    (second / "memory.current").write_text("1000\n")
+    (second / "memory.stat").write_text("anon 1\ninactive_file 300\n")
+    assert free_memory_of_machine(tmp_path, own) > 10_000
+    (second / "memory.max").write_text("5000\n")
+    assert free_memory_of_machine(tmp_path, own) == 5000 - 1000 + 300
+    (first / "memory.limit_in_bytes").write_text("2000\n")
+    (first / "memory.usage_in_bytes").write_text("2500\n")
+    (first / "memory.stat").write_text("total_inactive_file 100\n")
+    assert free_memory_of_machine(tmp_path, own) == 0

@@ -25,9 +25,18 @@ from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 from dpa.core.config import RolloutConfig
 from dpa.core.errors import EngineError, ModelFileError
 from dpa.core.records import SampleRequest
-from dpa.models.decoding import draw
+from dpa.models.decoding import Decoding
+from dpa.models.drawing import BLOCK, draw
 from dpa.models.files import folder_revision
-from dpa.models.samplers import ProcessSampler, SamplerSpec, TransformersSampler, build_samplers
+from dpa.models.fixed_decoding import FixedDecoder
+from dpa.models.samplers import (
+    PROCESSOR_ROWS,
+    ProcessSampler,
+    SamplerSpec,
+    TransformersSampler,
+    build_samplers,
+    row_bytes,
+)
 
 QUESTIONS = ["Why?", "What is this long thing over there, and who made it?", "a", "Hello there"]
 MANY_ENDS = [1, *range(60, 80)]  # so that a random model ends its answers at many lengths
@@ -158,6 +167,28 @@ def test_fault_16_out_of_memory_means_smaller_batches(ending_model, error: Runti
         sampler_of(small).sample(requests)
 
 
+def test_after_a_batch_that_did_not_fit_no_larger_one_is_tried(ending_model, caplog: pytest.LogCaptureFixture) -> None:
+    small = SmallMemory(ending_model.config).eval()
+    small.load_state_dict(ending_model.state_dict())
+    sampler = sampler_of(small)
+    sampler.sample(asked((1, 2)))
+    failed = len(small.taken)
+    assert failed and "goes on with 2 sequences at a time" in caplog.text
+    sampler.sample(asked((1, 2)))
+    assert len(small.taken) == failed
+
+
+def test_a_batch_is_as_large_as_the_free_memory_and_a_processor_allow(ending_model) -> None:
+    """Bytes a row against the cache that decoding really holds; sixteen samplers on one device take a part each."""
+    prompts, places = [[90] * 100], [0] * 8
+    decoder = FixedDecoder(ending_model, Decoding(1.0, 1.0, 92, (-1,), 0), graphs=False)
+    decoder.decode(prompts, places, list(range(8)), [92] * 8)
+    assert decoder.held_bytes <= 8 * row_bytes(ending_model, 192) <= 2.5 * decoder.held_bytes
+    for sharing, most in ((1, PROCESSOR_ROWS), (10**6, PROCESSOR_ROWS), (10**12, 1)):
+        assert 1 <= sampler_of(ending_model, sharing=sharing)._rows_at_once(100) <= most
+    assert sampler_of(ending_model, batch_size=7)._rows_at_once(100) == 7
+
+
 def test_recurrent_models_are_refused() -> None:
     model = MambaForCausalLM(MambaConfig(vocab_size=261, hidden_size=16, num_hidden_layers=1, state_size=4))
     with pytest.raises(ModelFileError, match="attention-only"):
@@ -186,6 +217,20 @@ def test_draw_inverts_the_distribution(weights: list[float], uniform: float, top
     if np.abs(mass / mass[-1] - uniform).min() > 1e-6:
         assert token == kept[int(np.searchsorted(mass, uniform * mass[-1], side="right"))]
     assert weights[token] > 0
+
+
+def test_draw_in_blocks_is_the_inversion_of_the_whole_row() -> None:
+    """A vocabulary of many blocks, most tokens impossible, numbers up to the largest below 1."""
+    rng = np.random.default_rng(5)
+    weights = rng.random((64, 3 * BLOCK + 17)) * (rng.random((64, 3 * BLOCK + 17)) < 0.03)
+    weights[:, BLOCK : 2 * BLOCK] = 0  # a block nobody draws from
+    logits = torch.from_numpy(weights).float().log()
+    uniforms = np.concatenate([rng.random(62), [0.0, np.nextafter(1, 0)]])
+    tokens = draw(logits, torch.from_numpy(uniforms), 1.0, 1.0).numpy()
+    mass = torch.softmax(logits, -1).double().cumsum(-1).numpy()
+    assert (tokens == (mass <= (uniforms * mass[:, -1])[:, None]).sum(1).clip(max=weights.shape[1] - 1)).mean() > 0.98
+    assert (weights[np.arange(64), tokens] > 0).all()
+    assert tokens[-2] == np.flatnonzero(weights[-2])[0] and tokens[-1] == np.flatnonzero(weights[-1])[-1]
 
 
 def test_frequencies_follow_the_temperature() -> None:

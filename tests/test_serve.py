@@ -30,7 +30,7 @@ from dpa.cli.commands import app
 from dpa.core.config import RewardTrainConfig
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.errors import UserError
-from dpa.models.decoding import uniforms
+from dpa.models.drawing import uniforms
 from dpa.models.policy import load_policy, save_policy
 from dpa.models.reward_training import RatedExample, train_reward_model
 from dpa.world.demo import START_MODEL

@@ -328,7 +328,11 @@ class RolloutConfig(_Section):
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling mass.")
     max_new_tokens: int = Field(256, ge=1, description="Longest response, in tokens.")
     prompts_per_shard: int = Field(64, ge=1, description="Prompts in one shard: the unit of work and of resuming.")
-    batch_size: int = Field(256, ge=1, description="Sequences decoded together in one worker.")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Sequences decoded together in one worker. auto: as many as fit in the memory that is free, on a "
+        "processor 256 at most. Where they turn out not to fit, half of them, and so on.",
+    )
     workers: int = Field(1, ge=1, description="Sampling processes on this machine; results do not depend on it.")
     max_reject_rate: float = Field(0.05, ge=0, le=1, description="Stop when more than this share of prompts fails.")
     engine: EngineConfig = EngineConfig()  # type: ignore[call-arg]

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from dpa.core.errors import EngineError
-from dpa.models.decoding import STRIDE, StridedLayer, check_decodable, draw, fill_holes, uniforms
+from dpa.models.decoding import STRIDE, StridedLayer, check_decodable, fill_holes
+from dpa.models.drawing import draw, uniforms
 
 
 @dataclass(eq=False)

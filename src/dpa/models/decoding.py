@@ -2,12 +2,14 @@
 Run its tests: pytest tests/test_samplers.py
 
 What makes it faster than `generate` on many samples per prompt: a prompt is read once whatever the number of its
-samples, rows that have ended leave the batch, and the cache grows in strides instead of being copied at every step.
+samples, rows that have ended leave the batch, the cache grows in strides instead of being copied at every step, and
+grouped queries read it where it lies (models/grouped_attention.py). models/fixed_decoding.py is the same for a card.
 """
 
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +17,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from dpa.core.errors import EngineError, ModelFileError
+from dpa.models.drawing import draw, uniforms
+from dpa.models.grouped_attention import grouped_attention
 
 STRIDE = 64  # positions by which the cache grows
-_LOOK_EVERY = 4  # steps between looks at which rows have ended: each look waits for the device
+LOOK_EVERY = 4  # steps between looks at which rows have ended: each look waits for the device
 _LEAVE_AT = 0.94  # ended rows leave once at most this share of the batch is alive
 
 
@@ -45,6 +49,54 @@ def check_decodable(model: PreTrainedModel) -> None:
         )
 
 
+class Forward:
+    """One forward pass of a causal language model over a cache: the logits of the last position, whatever its version
+    of transformers calls the arguments."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        takes = inspect.signature(model.forward).parameters
+        self.model = model
+        self.positioned = "position_ids" in takes
+        """Whether the model is told the positions; else it counts what it has seen, and must be given the mask."""
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # newer transformers renamed it
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+    def __call__(
+        self, cache: Cache, ids_BT: torch.Tensor, seen_BS: torch.Tensor | None, positions_BT: torch.Tensor
+    ) -> torch.Tensor:
+        """logits_BV in single precision. `seen_BS` (bool) says which of the S positions are none of padding's; None
+        where all are."""
+        fields: dict[str, Any] = {self._cache_name: cache, **self._last_only}
+        if self.positioned:
+            fields["position_ids"] = positions_BT
+        elif seen_BS is None:
+            raise ValueError("a model that takes no positions needs the mask")
+        seen = None if seen_BS is None else seen_BS.long()
+        output = self.model(input_ids=ids_BT, attention_mask=seen, use_cache=True, **fields)
+        return output.logits[:, -1].float()
+
+
+def read_prompts(
+    forward: Forward, prompts: Sequence[Sequence[int]], pad_id: int, width: int | None = None
+) -> tuple[Cache, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Read P prompts, padded on the left so that all end in the same column: cache, logits_PV, lengths_P and seen_PW
+    (None where nothing is padded and the model takes positions). `width` defaults to the longest prompt's length.
+
+    Raises EngineError when the model's output is NaN.
+    """
+    device = forward.model.device
+    width = width or max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    seen = torch.arange(width, device=device) >= (width - lengths)[:, None]
+    padded = not forward.positioned or min(map(len, prompts)) < width
+    cache = Cache(layer_class_to_replicate=StridedLayer)
+    logits_PV = forward(cache, ids, seen if padded else None, (seen.cumsum(-1) - 1).clamp(min=0))
+    if bool(logits_PV.isnan().any()):
+        raise EngineError("sampler: the model's output is NaN; its weights are damaged or its dtype too narrow.")
+    return cache, logits_PV, lengths, seen if padded else None
+
+
 @torch.inference_mode()
 def decode(
     model: PreTrainedModel,
@@ -57,13 +109,12 @@ def decode(
     """Sample B responses: row b continues `prompts[prompt_of_B[b]]` by at most `limits_B[b]` tokens.
 
     Every draw of row b comes from `seeds_B[b]` alone. Up to the rounding of the model's own arithmetic, a response
-    does not depend on the other rows. Returns token ids, the end token included where one was drawn.
+    does not depend on the other rows. Returns token ids, the end token included where one was drawn. On a card
+    `FixedDecoder` does the same faster.
 
     Raises EngineError when the model's output is NaN.
     """
-    device, takes = model.device, inspect.signature(model.forward).parameters
-    cache_name = "cache" if "cache" in takes else "past_key_values"  # newer transformers renamed it
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    device, forward = model.device, Forward(model)
     ends = torch.tensor(how.end_ids, device=device)
     steps = max(limits_B)
     uniforms_BT = torch.from_numpy(np.stack([uniforms(seed, steps) for seed in seeds_B])).to(device)
@@ -71,32 +122,18 @@ def decode(
     limit_B = torch.tensor(limits_B, device=device)
     tokens_BT = torch.full((len(seeds_B), steps), how.pad_id, device=device)
 
-    def forward(ids: torch.Tensor, seen: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        where = {"position_ids": positions} if "position_ids" in takes else {}
-        remembered = {cache_name: cache}
-        output = model(input_ids=ids, attention_mask=seen, use_cache=True, **remembered, **where, **last_only)
-        return output.logits[:, -1].float()
-
-    # Read each prompt once, padded on the left so that all of them end in the same column.
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[how.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    seen = torch.arange(width, device=device) >= (width - lengths)[:, None]
-    cache = Cache(layer_class_to_replicate=StridedLayer)
-    logits_BV = forward(ids, seen.long(), (seen.cumsum(-1) - 1).clamp(min=0))
-    if bool(logits_BV.isnan().any()):
-        raise EngineError("sampler: the model's output is NaN; its weights are damaged or its dtype too narrow.")
-
+    cache, logits_BV, lengths, seen = read_prompts(forward, prompts, how.pad_id)
+    width = max(map(len, prompts))
     cache.batch_select_indices(row_of_B)
     logits_BV, length_B = logits_BV[row_of_B], lengths[row_of_B]
-    seen_BT = torch.cat([seen[row_of_B], seen.new_ones(len(seeds_B), steps)], dim=1).long()
+    seen_BT = None if seen is None else torch.cat([seen[row_of_B], seen.new_ones(len(seeds_B), steps)], dim=1)
     alive_B = torch.arange(len(seeds_B), device=device)  # which row of the output each row of the batch is
     ended_B = torch.zeros_like(alive_B, dtype=torch.bool)
     for step in range(steps):
         token_B = draw(logits_BV, uniforms_BT[:, step], how.temperature, how.top_p)
         tokens_BT[alive_B, step] = token_B
         ended_B |= torch.isin(token_B, ends) | (limit_B <= step + 1)
-        if step % _LOOK_EVERY == _LOOK_EVERY - 1:
+        if step % LOOK_EVERY == LOOK_EVERY - 1:
             count = len(ended_B) - int(ended_B.sum())
             if count == 0:
                 break
@@ -105,36 +142,17 @@ def decode(
                 for layer in cache.layers:
                     assert isinstance(layer, StridedLayer)
                     layer.keep_rows(staying)
-                token_B, seen_BT, uniforms_BT = token_B[staying], seen_BT[staying], uniforms_BT[staying]
+                token_B, uniforms_BT = token_B[staying], uniforms_BT[staying]
+                seen_BT = None if seen_BT is None else seen_BT[staying]
                 length_B, limit_B = length_B[staying], limit_B[staying]
                 alive_B, ended_B = alive_B[staying], ended_B[staying]
         if step + 1 < steps:
-            logits_BV = forward(token_B[:, None], seen_BT[:, : width + step + 1], (length_B + step)[:, None])
-    return [_until_end(row, limit, how.end_ids) for row, limit in zip(tokens_BT.tolist(), limits_B, strict=True)]
-
-
-def draw(
-    logits_BV: torch.Tensor,
-    uniform_B: torch.Tensor,
-    temperature: float | torch.Tensor,
-    top_p: float | torch.Tensor,
-) -> torch.Tensor:
-    """Invert the cumulative distribution of each row at its uniform number: token_B.
-
-    With `top_p` < 1 only the most probable tokens whose mass before them is below `top_p` are kept. The sum runs in
-    double precision, so that a token of probability zero is never drawn. `temperature` and `top_p` may be columns
-    (B, 1), one number for each row; a column of top_p always sorts, so it must hold none that is 1.
-    """
-    probabilities_BV = torch.softmax(logits_BV / temperature, dim=-1)
-    order_BV = None
-    if isinstance(top_p, torch.Tensor) or top_p < 1:
-        probabilities_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
-        before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
-        probabilities_BV = probabilities_BV.masked_fill(before_BV >= top_p, 0.0)
-    cumulative_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
-    mass_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
-    place_B1 = torch.searchsorted(cumulative_BV, mass_B1, right=True).clamp(max=logits_BV.shape[1] - 1)
-    return (place_B1 if order_BV is None else order_BV.gather(1, place_B1))[:, 0]
+            seen = None if seen_BT is None else seen_BT[:, : width + step + 1]
+            # A row that has ended stays for some steps: its position must not pass the context.
+            position_B = length_B + torch.clamp(limit_B - 1, max=step)
+            with grouped_attention(model):
+                logits_BV = forward(cache, token_B[:, None], seen, position_B[:, None])
+    return [until_end(row, limit, how.end_ids) for row, limit in zip(tokens_BT.tolist(), limits_B, strict=True)]
 
 
 class StridedLayer(DynamicLayer):
@@ -213,11 +231,7 @@ def _stacked(above: torch.Tensor, below: torch.Tensor, length: int) -> tuple[tor
     return buffer[:, :, :length], buffer
 
 
-def uniforms(seed: int, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1): a counter-based generator keyed by the seed, the same on every machine."""
-    return np.random.Generator(np.random.Philox(key=seed)).random(count)
-
-
-def _until_end(tokens: list[int], limit: int, end_ids: tuple[int, ...]) -> list[int]:
+def until_end(tokens: list[int], limit: int, end_ids: tuple[int, ...]) -> list[int]:
+    """A row's tokens up to its first end token, or `limit` of them."""
     end = next((place + 1 for place, token in enumerate(tokens[:limit]) if token in end_ids), limit)
     return tokens[:end]

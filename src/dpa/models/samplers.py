@@ -2,9 +2,11 @@
 Run its tests: pytest tests/test_samplers.py
 """
 
+import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
@@ -22,8 +24,9 @@ from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DpaError, EngineError
 from dpa.core.records import Sample, Sampler, SampleRequest
-from dpa.models.decoding import Decoding, check_decodable, decode
+from dpa.models.decoding import STRIDE, Decoding, check_decodable, decode
 from dpa.models.files import folder_revision, load_space, resolve_model
+from dpa.models.fixed_decoding import FixedDecoder, NotFixedError
 from dpa.models.http_sampler import http_samplers
 from dpa.models.policy import (
     context_length,
@@ -35,11 +38,20 @@ from dpa.models.policy import (
     make_steerable,
 )
 from dpa.models.vllm_sampler import vllm_sampler
+from dpa.storage.memory import free_memory_of_machine
+
+PROCESSOR_ROWS = 256
+"""Sequences decoded together on a processor by `batch_size: auto`, where they fit: more are hardly faster there."""
+_SHARE_OF_FREE = 0.8  # of the free memory that caches may take
+
+_log = logging.getLogger(__name__)
 
 
 class TransformersSampler:
     """A Hugging Face causal language model that samples in this process, `batch_size` sequences at a time.
 
+    `batch_size: auto` takes as many as fit in the free memory of the device, which `sharing` samplers divide; where a
+    batch does not fit, it and those after it are halved. Neither changes what a sequence says.
     `temperature` > 0, `top_p` in (0, 1]; a response has at most `max_new_tokens` tokens, or as many as the context
     still holds. A prompt that fills the context gets no samples. The tokenizer's chat template is made steerable over
     `space`. `revision` names the weights.
@@ -53,16 +65,20 @@ class TransformersSampler:
         max_new_tokens: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        batch_size: int = 256,
+        batch_size: int | Literal["auto"] = "auto",
         revision: str = "unnamed",
+        sharing: int = 1,
     ) -> None:
         check_decodable(model)
         make_steerable(tokenizer, space)
         self.revision = revision
         self._model, self._tokenizer, self._space = model, tokenizer, space
-        self._context, self._batch_size = context_length(model), batch_size
+        self._context, self._batch_size, self._sharing = context_length(model), batch_size, sharing
+        self._most: int | None = None  # rows, once a batch did not fit
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._how = Decoding(temperature, top_p, max_new_tokens, end_token_ids(model, tokenizer), pad)
+        on_card = model.device.type == "cuda" and FixedDecoder.fits(model)
+        self._fixed = FixedDecoder(model, self._how) if on_card else None
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Replace the model's weights, all of them; whoever does it names them in `revision`."""
@@ -75,8 +91,9 @@ class TransformersSampler:
         order = sorted((i for i, ids in enumerate(prompts) if ids), key=lambda i: -len(prompts[i]))
         rows = [(i, j) for i in order for j in range(len(requests[i].seeds))]
         samples: dict[tuple[int, int], Sample] = {}
-        for start in range(0, len(rows), self._batch_size):
-            batch = rows[start : start + self._batch_size]
+        while rows:
+            size = self._rows_at_once(len(prompts[rows[0][0]]))
+            batch, rows = rows[:size], rows[size:]
             seeds = [requests[i].seeds[j] for i, j in batch]
             samples.update(zip(batch, self._sample_batch([prompts[i] for i, _ in batch], seeds), strict=True))
         return [
@@ -97,23 +114,64 @@ class TransformersSampler:
         limits = [min(self._how.max_new_tokens, self._context - len(ids)) for ids in prompts]
         rows: list[list[int]] | None
         try:
-            rows = decode(self._model, list(distinct), [distinct[ids] for ids in prompts], seeds, limits, self._how)
+            rows = self._decode(list(distinct), [distinct[ids] for ids in prompts], seeds, limits)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             rows = None
         if rows is None:  # outside the `except`, whose traceback would keep the cache that did not fit
+            if self._fixed is not None:
+                self._fixed.release()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if len(prompts) == 1:
                 raise EngineError("sampler: one sequence does not fit in memory; lower rollout.max_new_tokens.")
             half = len(prompts) // 2
+            if self._most is None or half < self._most:
+                self._most = max(half, 1)
+                _log.warning("sampler: memory ran out; goes on with %s sequences at a time.", f"{self._most:,}")
             return self._sample_batch(prompts[:half], seeds[:half]) + self._sample_batch(prompts[half:], seeds[half:])
         texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [
             Sample(text, len(row), "stop" if row[-1] in self._how.end_ids else "length")
             for text, row in zip(texts, rows, strict=True)
         ]
+
+    def _decode(
+        self, prompts: list[tuple[int, ...]], prompt_of_B: list[int], seeds_B: Sequence[int], limits_B: list[int]
+    ) -> list[list[int]]:
+        if self._fixed is not None:
+            try:
+                return self._fixed.decode(prompts, prompt_of_B, seeds_B, limits_B)
+            except NotFixedError:
+                self._fixed = None
+        return decode(self._model, prompts, prompt_of_B, seeds_B, limits_B, self._how)
+
+    def _rows_at_once(self, prompt_tokens: int) -> int:
+        """Sequences of such prompts, and of shorter ones, to decode together."""
+        most = self._most or sys.maxsize
+        if self._batch_size != "auto":
+            return min(self._batch_size, most)
+        each = row_bytes(self._model, min(prompt_tokens + self._how.max_new_tokens, self._context), self._how.top_p)
+        device = self._model.device
+        if device.type != "cuda":
+            fits = int(_SHARE_OF_FREE * free_memory_of_machine() / self._sharing / each)
+            return max(1, min(fits, most, PROCESSOR_ROWS))
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        held = torch.cuda.memory_allocated(device) - (self._fixed.held_bytes if self._fixed is not None else 0)
+        return max(1, min(int(_SHARE_OF_FREE * (free - held) / self._sharing / each), most))
+
+
+def row_bytes(model: PreTrainedModel, length: int, top_p: float = 1.0) -> int:
+    """Most bytes that one more sequence of `length` tokens takes while it is decoded: keys and values, which stand in
+    two places while they are moved, and what its distribution over the vocabulary is worked out in."""
+    config, element = model.config.get_text_config(), model.dtype.itemsize
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    layer = 2 * groups * width * element * (length + STRIDE)
+    # Fixed buffers hold the longest shape; growing ones are copied layer by layer: one layer more than there are.
+    return layer * (config.num_hidden_layers + 1) + config.vocab_size * (16 if top_p == 1 else 48)
 
 
 @dataclass(frozen=True)
@@ -128,8 +186,9 @@ class SamplerSpec:
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-    batch_size: int = 256
+    batch_size: int | Literal["auto"] = "auto"
     revision: str = "unnamed"
+    sharing: int = 1
     threads: int | None = None
     device: str | None = None
     remote_code_revision: str | None = None
@@ -150,6 +209,7 @@ class SamplerSpec:
             top_p=self.top_p,
             batch_size=self.batch_size,
             revision=self.revision,
+            sharing=self.sharing,
         )
 
 
@@ -270,7 +330,14 @@ def build_samplers(
     with ExitStack() as stack:
         yield [
             stack.enter_context(
-                ProcessSampler(replace(spec, threads=threads, device=f"cuda:{i % cards}" if cards else "cpu"))
+                ProcessSampler(
+                    replace(
+                        spec,
+                        threads=threads,
+                        device=f"cuda:{i % cards}" if cards else "cpu",
+                        sharing=-(-config.workers // max(cards, 1)),
+                    )
+                )
             )
             for i in range(config.workers)
         ]

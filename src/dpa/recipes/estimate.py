@@ -24,6 +24,7 @@ from safetensors import safe_open
 from dpa.core.config import PromptsConfig, RunConfig
 from dpa.core.errors import ConfigError
 from dpa.models.policy import default_device
+from dpa.models.samplers import PROCESSOR_ROWS
 from dpa.storage.tables import read_json
 
 TRAINING_SHARE, SCORING_SHARE, SAMPLING_SHARE = 0.4, 0.5, 0.1
@@ -150,7 +151,11 @@ class _Work:
         config, bytes_each = self.config.rollout, 2 if self.cuda else 4
         tokens = int(rows * self.answer)
         seconds, measured = self._seconds("tokens sampled", tokens, 2 * self.policy.parameters, SAMPLING_SHARE)
-        cache = config.batch_size * (PROMPT_TOKENS + config.max_new_tokens) * self.policy.cache_bytes * bytes_each
+        together = config.batch_size
+        if together == "auto":
+            shard = config.prompts_per_shard * config.directions * config.samples
+            together = min(rows, shard if self.cuda else PROCESSOR_ROWS)
+        cache = together * (PROMPT_TOKENS + config.max_new_tokens) * self.policy.cache_bytes * bytes_each
         memory = self.speeds.memory.get("tokens sampled") or int(self.policy.parameters * bytes_each + cache)
         return StageEstimate(name, rows, tokens, seconds, memory, rows * BYTES_PER_CANDIDATE, measured)
 

@@ -72,7 +72,10 @@ def rollout(
     (revision,) = revisions
     size = config.prompts_per_shard
     shards = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-    settings = config.model_dump_json(exclude={"workers", "batch_size", "max_reject_rate", "engine"})
+    # The batch size changes no result; it stands here as it did in the first versions, whose shards stay good.
+    settings = config.model_copy(update={"batch_size": 256}).model_dump_json(
+        exclude={"workers", "max_reject_rate", "engine"}
+    )
     grid = None if directions_DK is None else directions_DK.tolist()
     made_from = [
         stable_hash(revision, seed, space.to_dict(), settings, grid, *(prompt.prompt_id for prompt in shard))

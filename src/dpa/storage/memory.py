@@ -1,4 +1,4 @@
-"""How much memory the work has taken, for the ledger.
+"""How much memory the work has taken, for the ledger, and how much is free.
 Run its tests: pytest tests/test_run_folder.py
 """
 
@@ -15,6 +15,32 @@ def peak_memory() -> int:
     """
     this = psutil.Process()
     return sum(_high_water(process) for process in (this, *this.children(recursive=True)))
+
+
+def free_memory_of_machine(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes this process can still take: what the machine has available, or less where a cgroup (a container, a batch
+    job) limits it. Both versions of cgroups are read, as seen from inside a container or from outside."""
+    free = [psutil.virtual_memory().available]
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        lines = []
+    second = [path for _, names, path in lines if not names]
+    first = [path for _, names, path in lines if "memory" in names.split(",")]
+    for root, paths, limit, used, cache in (
+        (cgroups, second, "memory.max", "memory.current", "inactive_file"),
+        (cgroups / "memory", first, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        for folder in {root, *(root / path.strip("/") for path in paths)}:
+            try:
+                most = (folder / limit).read_text().strip()
+                taken = int((folder / used).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            if most.isdigit():  # else "max"
+                free.append(int(most) - taken + int(stat.get(cache, 0)))  # such file pages are given back when needed
+    return max(0, min(free))
 
 
 def _high_water(process: psutil.Process) -> int:
