@@ -77,6 +77,7 @@ def small(recipe: str, data: Path, out: Path, model: Path, **more: Any) -> dict[
     for ratings in fields["ratings"]:
         ratings["path"] = str(data / f"{files[ratings['format']]}.jsonl")
     fields["reward"]["train"] |= {"backbone": str(model), "batch_size": 4, "max_length": 600, "held_out": 0.2}
+    fields["reward"]["train"]["allow_worse_than_mean"] = True  # a random backbone predicts nothing
     fields["prompts"] = {"path": str(data / "prompts.jsonl"), "count": 3}
     fields["rollout"] |= {"directions": 2, "samples": 2, "max_new_tokens": 6, "batch_size": 16}
     fields["selection"]["directions"] = 2

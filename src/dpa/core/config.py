@@ -166,9 +166,26 @@ class RewardTrainConfig(_Section):
     learning_rate: float = Field(1e-5, gt=0, description="AdamW step size (our choice; the paper does not say).")
     epochs: float = Field(1.0, gt=0, description="Passes over the rated rows.")
     batch_size: int = Field(32, ge=1, description="Rows per optimizer step.")
-    max_length: int = Field(2048, ge=8, description="Longest input in tokens; longer ones are rejected and counted.")
-    ridge_penalty: float = Field(1.0, gt=0, description="L2 penalty of `method: ridge`, on standardised features.")
+    max_length: int = Field(2048, ge=8, description="Longest input in tokens.")
+    too_long: Literal["leave_out", "cut_prompt"] = Field(
+        "leave_out",
+        description="Rated rows longer than max_length. leave_out: they train nothing and are counted; cut_prompt: "
+        "they lose their oldest turns, then the beginning of the oldest one left, but nothing of the response.",
+    )
+    max_left_out: float = Field(
+        0.2, ge=0, le=1, description="Stop before training when more than this share of the rated rows is too long."
+    )
+    ridge_penalty: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="L2 penalty of `method: ridge`, on standardised features. auto: for each attribute the best in "
+        "cross-validation over the training prompts, always saying the mean being one of the choices.",
+    )
     held_out: float = Field(0.1, gt=0, lt=1, description="Share of PROMPTS held out to measure quality.")
+    allow_worse_than_mean: bool = Field(
+        False,
+        description="Go on with a reward model that predicts an attribute of an objective no better than always saying "
+        "the mean, on held-out prompts. Otherwise nothing is scored with it.",
+    )
     gradient_checkpointing: bool | None = Field(
         None, description="Compute activations twice to save memory. Default: on a GPU."
     )
@@ -517,9 +534,9 @@ class RunConfig(_Section):
 
 _TRAINING_PACE = (
     *("report_to", "gradient_checkpointing", "save_steps", "rows_per_device", "pairs_per_device"),
-    *("listening_steps", "min_listening"),
+    *("listening_steps", "min_listening", "max_left_out", "allow_worse_than_mean"),
 )
-"""Fields of a training section that alter no result: what is told, kept or computed at once."""
+"""Fields of a training section that alter no result: what is told, kept, computed at once or put up with."""
 
 _TRAININGS = {"finetune": FinetuneConfig, "dpo": PreferenceConfig, "reward.train": RewardTrainConfig}
 

@@ -13,7 +13,7 @@ traceback and exits with the class's `exit_code`. Programmers' mistakes stay ass
     ├── StorageError            1   the disk failed or is full
     ├── RejectRateError         1   more rows were rejected than `max_reject_rate` allows
     ├── EngineError             1   a sampler or scorer failed beyond its retries
-    ├── TrainingError           1   training diverged (NaN or infinite loss)
+    ├── TrainingError           1   training diverged (NaN or infinite loss), or gave nothing better than a mean
     └── Interrupted           130   the user or the system asked to stop; the same command resumes
 """
 
@@ -63,7 +63,7 @@ class EngineError(DpaError):
 
 
 class TrainingError(DpaError):
-    """Training stopped before a bad optimizer step; earlier checkpoints are kept."""
+    """Training stopped before a bad optimizer step, earlier checkpoints are kept; or what it gave is of no use."""
 
 
 class Interrupted(DpaError):

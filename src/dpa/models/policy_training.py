@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_finetuning.py tests/test_preference_training.py
 """
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -38,6 +39,8 @@ from dpa.storage.tables import write_json
 TrainingConfig = FinetuneConfig | PreferenceConfig
 
 _INPUTS_FILE = "inputs.json"
+
+_log = logging.getLogger(__name__)
 
 
 class Encoded(Protocol):
@@ -102,8 +105,11 @@ def train_policy(
         model, tokenizer = load_policy(policy, remote_code_revision, dtype)
         make_steerable(tokenizer, space)
         examples, rejects = encode(model, tokenizer, min(config.max_length, context_length(model)))
+        section = "dpo" if isinstance(config, PreferenceConfig) else "finetune"
         if not examples:
             raise DataError(f"{label}: none of {len(rejects)} rows can be trained on ({count_reasons(rejects)}).")
+        if rejects and is_first():
+            _log.warning("%s", _left_out(label, rejects, len(examples) + len(rejects), section, config.max_length))
         tokens = sum(example.tokens for example in examples)
         longest = min(config.max_length, context_length(model))
         rows = None
@@ -144,6 +150,16 @@ def train_policy(
         listening_tokens=0
         if rows is None
         else rows.tokens * sum(f"{PREFIX}share" in entry for entry in trainer.state.log_history),
+    )
+
+
+def _left_out(label: str, rejects: Sequence[Reject], total: int, section: str, max_length: int) -> str:
+    """How many rows train nothing and why; what to change where they are too long."""
+    too_long = any(reject.reason.endswith("tokens of an example") for reject in rejects)
+    mend = f"; raise {section}.max_length ({max_length:,}), as far as the model's context goes" if too_long else ""
+    return (
+        f"{label}: LEFT OUT: {len(rejects):,} of {total:,} rows ({len(rejects) / total:.0%}) are not trained on "
+        f"({count_reasons(rejects)}){mend}."
     )
 
 

@@ -11,7 +11,7 @@ attribute's own spread while training, so that no attribute dominates; the start
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dpa.core.config import RewardTrainConfig, of_results
 from dpa.core.errors import DataError, ModelFileError, TrainingError
 from dpa.core.records import Messages, stable_hash
 from dpa.models.checkpoints import newest_checkpoint
+from dpa.models.cutting import ANY_LENGTH, cut_prompt
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.policy import context_length, default_device, ensure_pad_token
 from dpa.models.quiet import quiet_libraries
@@ -43,7 +44,7 @@ from dpa.models.reward_model import (
     write_spec,
 )
 from dpa.models.reward_quality import measure_quality
-from dpa.models.ridge import fit_ridge
+from dpa.models.ridge import CONSTANT_PENALTIES, choose_constant, choose_penalties, fit_ridge
 from dpa.models.scorers import RewardModelScorer
 from dpa.models.training import (
     ShowProgress,
@@ -81,13 +82,24 @@ class RatedExample:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Rated rows that fit, as the model sees them: token ids and marks_NM (NaN: missing), and their split."""
+    """Rated rows that fit, as the model sees them: token ids and marks_NM (NaN: missing), and their split.
+
+    `left_out` and `cut` count the rows that were too long; `limit` is the longest that fits.
+    """
 
     examples: list[RatedExample]
     ids_N: list[list[int]]
     marks_NM: np.ndarray
     train: list[int]
     held_out: list[int]
+    limit: int
+    left_out: int
+    cut: int
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        """Of each row."""
+        return [example.prompt_id for example in self.examples]
 
     def ids(self, rows: Sequence[int]) -> list[list[int]]:
         """Token ids of some rows."""
@@ -118,10 +130,11 @@ def train_reward_model(
     if template is not None:
         check_template(template)
     max_length = min(config.max_length, context_length(model))
-    rows = _encode(examples, attributes, tokenizer, template, max_length, config.held_out, seed)
+    rows = _encode(examples, attributes, tokenizer, template, max_length, config, seed)
     checkpoints = out.with_name(f"{out.name}.training")
+    penalties: list[float] = []
     if config.method == "ridge":
-        model = _fit_ridge_head(model, rows, config, pad)
+        model, penalties = _fit_ridge_head(model, rows, config, pad)
     else:
         inputs = stable_hash(rows.ids_N, rows.marks_NM.tolist(), rows.train, of_results(config), seed)
         model = _finetune(model, rows, config, pad, checkpoints / inputs, seed)
@@ -139,7 +152,16 @@ def train_reward_model(
             "train_rows": len(rows.train),
             "train_tokens": sum(map(len, rows.ids(rows.train))),
             "held_out_rows": len(rows.held_out),
+            "held_out_prompts": len({rows.prompt_ids[row] for row in rows.held_out}),
             "rejected_rows": len(examples) - len(rows.examples),
+            "max_length": rows.limit,
+            "left_out_rows": rows.left_out,
+            "cut_rows": rows.cut,
+            # null: the mean alone, since no penalty did better in cross-validation
+            "ridge_penalty": {
+                name: penalty if np.isfinite(penalty) else None
+                for name, penalty in zip(attributes, penalties, strict=False)
+            },
         },
     }
     with save_folder_atomically(out) as folder, disk_refusals(out, "saving the model"):
@@ -274,28 +296,79 @@ def _encode(
     tokenizer: Any,
     template: str | None,
     max_length: int,
-    held_out: float,
+    config: RewardTrainConfig,
     seed: int,
 ) -> EncodedRows:
-    """Encode and split; rows without a mark or too long are left out. DataError when an attribute has no mark left."""
+    """Encode and split; rows without a mark or too long are left out.
+
+    Raises DataError when more than `config.max_left_out` are, or an attribute has no mark left.
+    """
     rated = [example for example in examples if not np.isnan(example.marks).all()]
     ids_N = encode(tokenizer, template, max_length, [e.messages for e in rated], [e.response for e in rated])
+    cut = 0
+    if config.too_long == "cut_prompt":
+        for row, example in enumerate(rated):
+            if ids_N[row] is None:
+                fitting = cut_prompt(tokenizer, template, max_length, example.messages, example.response)
+                if fitting is not None:
+                    rated[row], ids_N[row] = replace(example, messages=fitting[0]), fitting[1]
+                    cut += 1
     kept = [(example, ids) for example, ids in zip(rated, ids_N, strict=True) if ids is not None]
-    if len(kept) < len(rated):
-        _log.warning("reward: %d of %d rows are longer than %d tokens.", len(rated) - len(kept), len(rated), max_length)
+    left_out = [example for example, ids in zip(rated, ids_N, strict=True) if ids is None]
+    if left_out:
+        sentence = _left_out(left_out, len(rated), tokenizer, template, max_length, config)
+        if len(left_out) > config.max_left_out * len(rated):
+            raise DataError(f"{sentence}, or raise reward.train.max_left_out ({config.max_left_out:g}).")
+        _log.warning("%s.", sentence)
     marks_NM = np.array([example.marks for example, _ in kept], dtype=np.float64).reshape(len(kept), len(attributes))
-    train, hold = split_by_prompt([example.prompt_id for example, _ in kept], held_out, seed)
+    train, hold = split_by_prompt([example.prompt_id for example, _ in kept], config.held_out, seed)
     for name, marks_N in zip(attributes, marks_NM[train].T, strict=True):
         if np.isnan(marks_N).all():
             raise DataError(f"ratings: no row that fits max_length {max_length} has a mark on {name}; leave it out.")
-    return EncodedRows([example for example, _ in kept], [ids for _, ids in kept], marks_NM, train, hold)
+    examples_kept, ids_kept = [example for example, _ in kept], [ids for _, ids in kept]
+    return EncodedRows(examples_kept, ids_kept, marks_NM, train, hold, max_length, len(left_out), cut)
 
 
-def _fit_ridge_head(model: PreTrainedModel, rows: EncodedRows, config: RewardTrainConfig, pad: int) -> PreTrainedModel:
+def _left_out(
+    examples: Sequence[RatedExample],
+    total: int,
+    tokenizer: Any,
+    template: str | None,
+    max_length: int,
+    config: RewardTrainConfig,
+) -> str:
+    """How many rated rows do not fit, how long they are, and what to do about it."""
+    messages, responses = [example.messages for example in examples], [example.response for example in examples]
+    lengths = [len(ids) for ids in encode(tokenizer, template, ANY_LENGTH, messages, responses) if ids]
+    refused = f" ({len(examples) - len(lengths)} are refused by the template)" if len(lengths) < len(examples) else ""
+    longest = f", up to {max(lengths):,}" if lengths else ""
+    mend = f"raise reward.train.max_length ({config.max_length:,})"
+    if max_length < config.max_length:
+        mend = f"take a backbone with a longer context than {max_length:,}"
+    if config.too_long == "leave_out":
+        mend += ", or set reward.train.too_long: cut_prompt"
+    return (
+        f"reward model: LEFT OUT: {len(examples):,} of {total:,} rated rows ({len(examples) / total:.0%}) are longer "
+        f"than {max_length:,} tokens{longest}{refused}, and train nothing; {mend}"
+    )
+
+
+def _fit_ridge_head(
+    model: PreTrainedModel, rows: EncodedRows, config: RewardTrainConfig, pad: int
+) -> tuple[PreTrainedModel, list[float]]:
+    """The model with its head, and the penalty of each output."""
     head = Head(model, rows.marks_NM.shape[1])
-    features_NH = head.features(rows.ids(rows.train), pad)
-    head.write(*fit_ridge(features_NH, rows.marks_NM[rows.train], config.ridge_penalty, head.has_bias))
-    return model
+    features_NH, marks_NM = head.features(rows.ids(rows.train), pad), rows.marks_NM[rows.train]
+    constant = CONSTANT_PENALTIES[0]
+    if config.ridge_penalty == "auto":
+        prompt_ids = [rows.prompt_ids[row] for row in rows.train]
+        if not head.has_bias:
+            constant = choose_constant(features_NH, prompt_ids)
+        penalties = choose_penalties(features_NH, marks_NM, prompt_ids, head.has_bias, constant)
+    else:
+        penalties = [config.ridge_penalty] * marks_NM.shape[1]
+    head.write(*fit_ridge(features_NH, marks_NM, penalties, head.has_bias, constant=constant))
+    return model, penalties
 
 
 def _finetune(
@@ -429,7 +502,7 @@ def _golden(model: PreTrainedModel, rows: EncodedRows, pad: int, tolerance: floa
 def _quality(model: PreTrainedModel, rows: EncodedRows, attributes: Sequence[str], pad: int) -> dict[str, Any]:
     """Held-out agreement of the model, of always saying the mean, and of a ridge on the response's length alone."""
     marks_NM = rows.marks_NM[rows.held_out]
-    prompt_ids = [rows.examples[row].prompt_id for row in rows.held_out]
+    prompt_ids = [rows.prompt_ids[row] for row in rows.held_out]
     lengths_N = np.array([len(example.response) for example in rows.examples], dtype=np.float64)
     features_NH = np.stack([lengths_N, np.log1p(lengths_N)], axis=1)
     weight_MH, bias_M = fit_ridge(features_NH[rows.train], rows.marks_NM[rows.train], penalty=1.0)

@@ -7,7 +7,7 @@ Every step returns at once when its done-record stands, so the same call resumes
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -18,7 +18,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfig, resolved
-from dpa.core.errors import ConfigError, RunFolderError
+from dpa.core.errors import ConfigError, DataError, RunFolderError
 from dpa.core.records import Ledger, Prompt, Sampler, Scorer
 from dpa.models.files import EVALUATION_FILE
 from dpa.models.launching import free_memory, launch, launches
@@ -31,12 +31,12 @@ from dpa.stages.card import write_card
 from dpa.stages.evaluate import evaluate, side_by_side
 from dpa.stages.finetune import finetune_policy, listening_curve
 from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
-from dpa.stages.ratings import leave_out, load_ratings, print_summary, read_ratings, save_ratings
+from dpa.stages.ratings import declared_scales, leave_out, load_ratings, print_summary, read_ratings, save_ratings
 from dpa.stages.report import write_report
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score, score_rows
 from dpa.stages.select import select_rated, select_winners
-from dpa.stages.train_reward import print_quality, train_reward
+from dpa.stages.train_reward import print_quality, require_better_than_mean, train_reward
 from dpa.storage.locks import Share
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import RunFolder, StageFolder
@@ -128,7 +128,20 @@ class Loop:
         table, summary = self._ratings
         if show:
             print_summary(summary, self.console)
+        self._check_rated(summary)
         return table
+
+    def _check_rated(self, summary: Mapping[str, Any]) -> None:
+        """What is to be trained has a mark somewhere: a column may be there and be empty."""
+        reward, counts = self.config.reward, {name: about["count"] for name, about in summary["attributes"].items()}
+        if reward.train is None:
+            return
+        for name in reward.train.attributes or counts:
+            if not counts[name]:
+                raise DataError(
+                    f"ratings: no row has a mark on {name!r}, so nothing can be trained for it; name what is rated in "
+                    f"reward.train.attributes ({', '.join(other for other in counts if counts[other])})."
+                )
 
     def train_reward(self, show: bool = False) -> Mapping[str, Any]:
         """Train the reward model and return its record; `show` prints its held-out quality."""
@@ -302,6 +315,8 @@ class Loop:
         train = self.config.reward.train
         if train and not (self.reward_folder / "dpa_reward.json").is_file():
             raise RunFolderError("reward model: it is not trained yet; run `dpa train-reward` first.")
+        if train and not train.allow_worse_than_mean:
+            require_better_than_mean(read_json(self.reward_folder / "dpa_reward.json"), self._needed_attributes())
         return self.config.reward, self.reward_folder if train else None, self.config.remote_code_revision
 
     def prompts(self, t: int) -> list[Prompt]:
@@ -420,20 +435,42 @@ class Loop:
         trackers([*self.config.finetune.report_to, *self.config.dpo.report_to], "finetune")
         if self.config.reward.train and not self.config.ratings:
             raise ConfigError("reward.train: there are no ratings to train on; add a `ratings` section.")
+        self._check_scored()
+
+    def _check_scored(self) -> None:
+        """Every attribute of an objective is rated and trained, or a function's. What a finished model scores is known
+        once it is loaded (`_check_attributes`)."""
+        reward = self.config.reward
+        rated = [name for ratings in self.config.ratings for name in declared_scales(ratings)]
+        trained: list[str] = []
+        if reward.train:
+            trained = list(dict.fromkeys(rated)) if reward.train.attributes is None else reward.train.attributes
+            for name in trained:
+                if name not in rated:
+                    raise ConfigError(f"reward.train.attributes: nobody rates {name!r}; {_known('rated', rated)}.")
+        if reward.folder is None and reward.http is None:
+            self._check_attributes((*trained, *reward.functions))
+
+    def _needed_attributes(self) -> set[str]:
+        """Attributes the objectives are made of."""
+        return {name for objective in self.space.objectives for name in objective.attributes}
 
     def _check_attributes(self, attributes: tuple[str, ...]) -> None:
         for objective in self.space.objectives:
             for name in objective.attributes:
                 if name not in attributes:
                     raise ConfigError(
-                        f"space.objectives.{objective.name}: nothing scores {name!r}; "
-                        f"scored are: {', '.join(attributes)}."
+                        f"space.objectives.{objective.name}: nothing scores {name!r}; {_known('scored', attributes)}."
                     )
 
     def _check_iteration(self, t: int, lowest: int | None = None) -> None:
         lowest = self.first if lowest is None else lowest
         if not lowest <= t <= self.config.iterations:
             raise ConfigError(f"--iteration: {t} is outside {lowest}..{self.config.iterations}; choose one of those.")
+
+
+def _known(what: str, names: Sequence[str]) -> str:
+    return f"{what} are: {', '.join(dict.fromkeys(names))}" if names else f"nothing is {what}"
 
 
 def _joined(stage: StageFolder) -> pa.Table:

@@ -3,7 +3,7 @@ Run its tests: pytest tests/test_reward_training.py
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from dpa.core.config import RewardTrainConfig
-from dpa.core.errors import ConfigError
+from dpa.core.errors import ConfigError, TrainingError
 from dpa.models.reward_model import RECORD
 from dpa.models.reward_training import RatedExample, train_reward_model
 from dpa.storage.tables import read_json
+
+BEATS_THE_MEAN = 0.999
+"""A held-out squared error below this share of the mean's; a head that is the mean differs from it by rounding only."""
 
 
 def train_reward(
@@ -55,8 +58,37 @@ def train_reward(
     return train_reward_model(examples, attributes, own, config, out, seed, remote_code_revision)
 
 
+def no_better_than_mean(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Attribute -> sentence, for those the model predicts no better than always saying the training rows' mean.
+
+    By the squared error on held-out prompts, whatever chance may have in it: the sentence says how many those were. An
+    attribute without a held-out mark, or whose held-out marks are all that mean, is not judged.
+    """
+    found = {}
+    for name, measured in facts["quality"].items():
+        own, mean = measured["mse"], facts["baselines"]["mean"][name]["mse"]
+        if own is not None and mean and own >= BEATS_THE_MEAN * mean:
+            prompts = facts["training"].get("held_out_prompts")
+            of_prompts = "" if prompts is None else f" of {prompts:,} held-out prompts"
+            found[name] = (
+                f"{name}: NO BETTER THAN ALWAYS SAYING THE MEAN (RMSE {own**0.5:.1f} against {mean**0.5:.1f} on "
+                f"{measured['n']:,} rows{of_prompts})"
+            )
+    return found
+
+
+def require_better_than_mean(facts: Mapping[str, Any], attributes: Collection[str]) -> None:
+    """Raise TrainingError where the model is no better than the mean for one of these attributes."""
+    worse = [sentence for name, sentence in no_better_than_mean(facts).items() if name in attributes]
+    if worse:
+        raise TrainingError(
+            f"reward model: {'; '.join(worse)}; rate more prompts, take another backbone or method, measure on more "
+            "prompts (reward.train.held_out), or go on with reward.train.allow_worse_than_mean: true."
+        )
+
+
 def print_quality(facts: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print held-out quality per attribute, beside the mean and the length-only baselines."""
+    """Print held-out quality per attribute, beside the mean and the length-only baselines; what is amiss in red."""
     table = Table(
         title="Reward model on held-out prompts (0-100 scale)",
         caption="mean, length: RMSE of always saying the mean, of a ridge on length alone; r: Pearson; tau: Kendall; "
@@ -78,7 +110,18 @@ def print_quality(facts: Mapping[str, Any], console: Console | None = None) -> N
             _show(measured["kendall"]),
             _show(measured["pairwise_accuracy"]),
         )
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(table)
+    training = facts["training"]
+    if left_out := training.get("left_out_rows"):
+        rated = left_out + training["train_rows"] + training["held_out_rows"]
+        console.print(
+            f"LEFT OUT: {left_out:,} of {rated:,} rated rows ({left_out / rated:.0%}), longer than "
+            f"{training['max_length']:,} tokens (reward.train.max_length, too_long)",
+            style="bold red",
+        )
+    for sentence in no_better_than_mean(facts).values():
+        console.print(sentence, style="bold red", markup=False)
 
 
 def _root(mse: float | None) -> str:

@@ -23,6 +23,7 @@ QUICK = {
     "run.rollout.prompts_per_shard": "4",
     "run.selection.directions": "3",
     "run.reward.train.method": "ridge",
+    "run.reward.train.allow_worse_than_mean": "true",
     "run.evaluate.directions": "3",
     "run.evaluate.prompts.count": "8",
     "run.evaluate.resamples": "20",
