@@ -310,7 +310,11 @@ class VllmEngineConfig(_Section):
 
     tensor_parallel: int = Field(1, ge=1, description="Cards one copy of the policy is spread over.")
     memory: float = Field(0.9, gt=0, le=1, description="Share of a card's memory it may take.")
-    arguments: dict[str, Any] = Field(default_factory=dict, description="Further arguments of `vllm.LLM`.")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further arguments of `vllm.LLM`, such as `max_num_seqs: 2048`, `enforce_eager: true` (a start "
+        "without CUDA graphs) or `enable_sleep_mode: false` (a new engine for each rollout).",
+    )
 
     @field_validator("arguments")
     @classmethod
@@ -323,8 +327,10 @@ class VllmEngineConfig(_Section):
 class EngineConfig(_Section):
     """What samples from the policy."""
 
-    kind: Literal["transformers", "vllm", "http"] = Field(
-        "transformers", description="transformers: in this process or `workers` of its own; vllm; http: servers."
+    kind: Literal["auto", "transformers", "vllm", "http"] = Field(
+        "auto",
+        description="transformers: in this process or `workers` of its own; vllm; http: servers. auto: vllm where it "
+        "is installed and there is a CUDA card, else transformers (on a Ray cluster too).",
     )
     http: HttpEngineConfig = HttpEngineConfig()  # type: ignore[call-arg]
     vllm: VllmEngineConfig = VllmEngineConfig()  # type: ignore[call-arg]
@@ -542,6 +548,7 @@ _TRAININGS = {"finetune": FinetuneConfig, "dpo": PreferenceConfig, "reward.train
 
 _PACE = {
     *("name", "out", "iterations", "rollout.workers", "rollout.batch_size", "rollout.max_reject_rate"),
+    *("rollout.engine.kind", *(f"rollout.engine.vllm.{field}" for field in VllmEngineConfig.model_fields)),
     *(f"rollout.engine.http.{field}" for field in HttpEngineConfig.model_fields if field != "steer"),
     *(f"reward.http.{field}" for field in HttpRewardConfig.model_fields if field != "folder"),
     *(

@@ -25,7 +25,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DpaError, EngineError
 from dpa.core.records import Sample, Sampler, SampleRequest
 from dpa.models.decoding import STRIDE, Decoding, check_decodable, decode
-from dpa.models.files import folder_revision, load_space, resolve_model
+from dpa.models.files import SafeModel, folder_revision, load_space, resolve_model
 from dpa.models.fixed_decoding import FixedDecoder, NotFixedError
 from dpa.models.http_sampler import http_samplers
 from dpa.models.policy import (
@@ -37,7 +37,7 @@ from dpa.models.policy import (
     load_policy,
     make_steerable,
 )
-from dpa.models.vllm_sampler import vllm_sampler
+from dpa.models.vllm_sampler import VllmEngine, VllmSampler, vllm_is_at_hand
 from dpa.storage.memory import free_memory_of_machine
 
 PROCESSOR_ROWS = 256
@@ -299,28 +299,43 @@ def sampler_spec(
     )
 
 
+def engine_kind(config: RolloutConfig) -> str:
+    """What `config.engine.kind` stands for here: `auto` is vLLM where it and a CUDA card are at hand, else
+    transformers."""
+    if config.engine.kind != "auto":
+        return config.engine.kind
+    return "vllm" if vllm_is_at_hand() else "transformers"
+
+
 @contextmanager
 def build_samplers(
     policy: str | Path,
     config: RolloutConfig,
     space: DirectionSpace | None = None,
     remote_code_revision: str | None = None,
+    vllm: VllmEngine | None = None,
 ) -> Iterator[list[Sampler]]:
     """The samplers a rollout asks for: one in this process, or `config.workers` processes that share the cores (or,
     one after another, the cards), or what `config.engine` names. They are closed at the end of the block.
 
-    `space` defaults to the one saved with the policy. Raises ModelFileError.
+    `space` defaults to the one saved with the policy. `vllm` is an engine to take where vLLM samples: it outlives the
+    block, so that several policies pay one start. Raises ModelFileError.
     """
-    if config.engine.kind in ("http", "vllm"):
+    kind = engine_kind(config)
+    if kind in ("http", "vllm"):
         safe = resolve_model(policy, remote_code_revision)
         space = space or load_space(safe.path)
-        if config.engine.kind == "http":
+        if kind == "http":
             with http_samplers(safe, space, config) as over_http:
                 yield list(over_http)
-        else:
-            with vllm_sampler(safe, space, config) as sampler:
-                yield [sampler]
-        return
+            return
+        if config.engine.kind == "vllm" or not (vllm and vllm.failed):
+            with ExitStack() as stack:
+                engine = vllm or stack.enter_context(VllmEngine())
+                sampler = started(engine, stack, safe, space, config)
+                if sampler is not None:
+                    yield [sampler]
+                    return
     spec = sampler_spec(policy, config, space, remote_code_revision)
     if config.workers == 1:
         yield [spec.build()]
@@ -341,6 +356,21 @@ def build_samplers(
             )
             for i in range(config.workers)
         ]
+
+
+def started(
+    engine: VllmEngine, stack: ExitStack, policy: SafeModel, space: DirectionSpace, config: RolloutConfig
+) -> VllmSampler | None:
+    """vLLM on the policy; None, with one sentence, where `auto` chose it and it does not start."""
+    try:
+        return stack.enter_context(engine.sampler(policy, space, config))
+    except Exception as error:  # what a start can raise is vLLM's, CUDA's and Python's
+        if config.engine.kind != "auto":
+            raise
+        said = " ".join(str(error).split())[:200]
+        _log.warning("vLLM does not start (%s: %s); transformers samples instead.", type(error).__name__, said)
+        engine.failed = True
+        return None
 
 
 def _serve(spec: SamplerSpec, connection: Connection) -> None:

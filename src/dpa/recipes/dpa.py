@@ -24,9 +24,10 @@ from dpa.models.files import EVALUATION_FILE
 from dpa.models.launching import free_memory, launch, launches
 from dpa.models.ranks import is_first
 from dpa.models.ray_workers import ray_samplers, ray_scorers
-from dpa.models.samplers import build_samplers, sampler_spec
+from dpa.models.samplers import build_samplers, engine_kind, sampler_spec
 from dpa.models.scorers import FunctionScorer, build_scorer
 from dpa.models.training import trackers
+from dpa.models.vllm_sampler import VllmEngine
 from dpa.stages.card import write_card
 from dpa.stages.evaluate import evaluate, side_by_side
 from dpa.stages.finetune import finetune_policy, listening_curve
@@ -61,6 +62,7 @@ class Loop:
         self.space = config.space.build()
         self.console = Console()
         self._ratings: tuple[pa.Table, dict[str, Any]] | None = None
+        self._vllm = VllmEngine()  # starts when vLLM is first asked
         self._check()
         self._folder = RunFolder(config.out).open(
             config, _inputs(config), _needed_bytes(config), ignore_free_space, share, join
@@ -79,6 +81,7 @@ class Loop:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._vllm.close()
         self._folder.close()
 
     # --- the figure of the method ------------------------------------------------------------------------------
@@ -203,8 +206,7 @@ class Loop:
         """Finetune from the policy of t - 1 on (direction, prompt, winner), or with a loser beside the winner."""
         self._check_iteration(t)
         stage = self._folder.stage(t, "finetune")
-        self.__dict__.pop("scorer", None)  # its memory is needed now
-        free_memory()
+        self._let_scorer_go()
         if launches(self.config.cluster) and not stage.done:
             with self._folder.lent():  # the first rank takes the lock
                 launch(["finetune", str(self.path / "config.yaml"), "-t", str(t)], self.config.cluster, stage.name)
@@ -311,6 +313,11 @@ class Loop:
         self._check_attributes(scorer.attributes)
         return scorer
 
+    def _let_scorer_go(self) -> None:
+        """Its memory is needed now; it is loaded again when it is."""
+        self.__dict__.pop("scorer", None)
+        free_memory()
+
     def _scorer_parts(self) -> tuple[RewardConfig, Path | None, str | None]:
         train = self.config.reward.train
         if train and not (self.reward_folder / "dpa_reward.json").is_file():
@@ -355,8 +362,10 @@ class Loop:
     def _samplers(self, t: int, config: RolloutConfig) -> Iterator[list[Sampler]]:
         """The samplers of the policy of t: here, on the cluster, or what `rollout.engine` names."""
         what = (self.policy(t), config, self.space, self.config.remote_code_revision)
-        if self.config.cluster.engine == "local" or config.engine.kind != "transformers":
-            with build_samplers(*what) as samplers:
+        if self.config.cluster.engine == "local" or config.engine.kind in ("http", "vllm"):
+            if engine_kind(config) == "vllm":
+                self._let_scorer_go()  # vLLM asks for most of a card
+            with build_samplers(*what, vllm=self._vllm) as samplers:
                 yield samplers
         else:
             with ray_samplers(sampler_spec(*what), config.workers, self.config.cluster) as samplers:
