@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from dpa.core.config import FinetuneConfig, LoraConfig
 from dpa.core.errors import ConfigError, DataError, Interrupted, TrainingError
 from dpa.core.records import Ledger
+from dpa.models.attention import packed_attention
 from dpa.models.files import load_space
 from dpa.models.finetuning import Example, FinetuneResult, build_trainer, encode_examples, finetune, pack
 from dpa.models.optimizers import MuonWithAdamW
 from dpa.models.policy import load_policy, make_steerable
-from dpa.models.training import StopAtBadGradient
 from dpa.stages.finetune import finetune_policy
 from dpa.storage.run_folder import StageFolder
 
@@ -130,12 +130,14 @@ def test_rows_that_cannot_be_shared_out_are_a_config_error(base: Path, tmp_path:
         run(base, tmp_path, CONFIG.model_copy(update={"rows_per_device": 3}))
 
 
+NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+
 # --- packing ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("architecture", "changes"),
-    [("llama", {}), ("mistral", {"sliding_window": 24}), ("qwen2", {}), ("gpt2", {})],
+    [("llama", {}), ("mistral", {"sliding_window": 24}), ("qwen2", {}), ("gpt2", NO_DROPOUT)],
     ids=["llama", "mistral-sliding", "qwen2", "gpt2"],
 )
 @pytest.mark.parametrize("rows_per_device", [1, 2])
@@ -148,13 +150,10 @@ def test_packed_loss_and_gradients_are_those_of_padded_examples(
     config = CONFIG.model_copy(update={"max_length": 100, "rows_per_device": rows_per_device})
     trainer = build_trainer(model, tiny_tokenizer(), examples, tmp_path, config, seed=0)
     batches = list(trainer.get_train_dataloader())
-    assert len(batches) < len(examples) / 2
-    counted = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-    loss = 0.0
-    for batch in batches:
-        part = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(counted))
-        part.backward()
-        loss += part.item()
+    counted = sum(batch["count"] for batch in batches)
+    with packed_attention(model):
+        loss = sum(float(trainer.training_step(model, {**batch, "count": counted})) for batch in batches)
+    model.eval()
     packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     model = tiny_model(architecture, **changes)
@@ -317,13 +316,14 @@ def test_fault_24_a_nan_stops_before_the_step_and_is_in_the_log(base: Path, tmp_
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_fault_24_a_bad_gradient_stops_before_the_step(bad: float, tmp_path: Path) -> None:
-    model = nn.Linear(2, 1)
-    model.weight.grad, model.bias.grad = torch.tensor([[1.0, bad]]), torch.zeros(1)
-    callback, arguments = StopAtBadGradient(), TrainingArguments(output_dir=str(tmp_path))
-    with pytest.raises(TrainingError, match="gradient norm is"):
-        callback.on_pre_optimizer_step(arguments, TrainerState(), TrainerControl(), model=model)
-    model.weight.grad[0, 1] = 1.0
-    callback.on_pre_optimizer_step(arguments, TrainerState(), TrainerControl(), model=model)
+    model = tiny_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.model.norm.weight.register_hook(lambda gradient: gradient * bad)
+    examples = [Example(list(range(5, 25)), 6)] * 8
+    trainer = build_trainer(model, tiny_tokenizer(), examples, tmp_path, CONFIG, seed=0)
+    with pytest.raises(TrainingError, match=rf"gradient norm is (nan|{bad}) at step 1"):
+        trainer.train()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 # --- adapters, optimizers, the stage ------------------------------------------------------------------------------

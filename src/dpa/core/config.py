@@ -187,7 +187,7 @@ class RewardTrainConfig(_Section):
         "the mean, on held-out prompts. Otherwise nothing is scored with it.",
     )
     gradient_checkpointing: bool | None = Field(
-        None, description="Compute activations twice to save memory. Default: on a GPU."
+        None, description="Compute activations twice to save memory. Default: where memory asks for it."
     )
     bf16: bool = Field(False, description="Mixed bf16 (on by itself where a GPU supports it).")
     report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard, wandb, trackio.")
@@ -411,7 +411,7 @@ class _TrainingConfig(_Section):
     )
     bf16: bool = Field(False, description="Mixed bf16 (on by itself where a GPU supports it).")
     gradient_checkpointing: bool | None = Field(
-        None, description="Compute activations twice to save memory. Default: on a GPU."
+        None, description="Compute activations twice to save memory. Default: where memory asks for it."
     )
     report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard, wandb, trackio.")
     listening_rows: int | None = Field(
@@ -438,7 +438,11 @@ class FinetuneConfig(_TrainingConfig):
 
     max_length: int = Field(2048, ge=16, description="Packed row length in tokens; longer examples are rejected.")
     packed_rows_per_step: int = Field(8, ge=1, description="Packed rows in one optimizer step, over all devices.")
-    rows_per_device: int = Field(1, ge=1, description="Packed rows in one forward pass; the rest accumulates.")
+    rows_per_device: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Packed rows in one forward pass, at most; the rest accumulates. auto: as many as fit on a card, "
+        "one on a CPU. Fewer are taken where memory asks for it; the result is the same.",
+    )
     contrastive: float = Field(
         0.0,
         ge=0,
@@ -461,7 +465,10 @@ class PreferenceConfig(_TrainingConfig):
         0.0, ge=0, description="Weight of the chosen responses' own loss per token, added to DPO's (arXiv 2404.19733)."
     )
     pairs_per_step: int = Field(32, ge=1, description="Pairs in one optimizer step, over all devices.")
-    pairs_per_device: int = Field(4, ge=1, description="Pairs in one forward pass; the rest accumulates.")
+    pairs_per_device: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Pairs in one forward pass; the rest accumulates. auto: as many as fit on a card, 4 on a CPU.",
+    )
 
 
 class EvaluateConfig(_Section):

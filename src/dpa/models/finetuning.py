@@ -11,17 +11,22 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from dpa.core.config import FinetuneConfig
 from dpa.core.directions import DirectionSpace
+from dpa.models.attention import pack_lengths, packed_attention, to_device
 from dpa.models.contrastive import AddsContrast, ContrastiveCollator, negative_directions
+from dpa.models.label_logprobs import IGNORED, has_plain_head, label_logprobs, label_places
 from dpa.models.listening import Listening
+from dpa.models.passes import StepInPasses, Uncut, first_plan, one_card, without_adapters
 from dpa.models.policy_training import (
     RowEncoder,
     accumulation,
@@ -32,13 +37,10 @@ from dpa.models.policy_training import (
     train_policy,
 )
 from dpa.models.ranks import ranks
-from dpa.models.training import StopAtBadGradient, StopsAtBadLoss
+from dpa.models.training import StopsAtBadStep
 from dpa.storage.run_folder import Reject
 
 _log = logging.getLogger(__name__)
-
-IGNORED = -100
-"""Label of a token without loss."""
 
 OPEN_ROWS = 32
 """Packed rows that may still take an example."""
@@ -90,11 +92,68 @@ class Example:
         return [IGNORED] * self.prompt_tokens + self.ids[self.prompt_tokens :]
 
 
-class _Trainer(StopsAtBadLoss, SFTTrainer):
-    """SFTTrainer that never takes a step from a NaN."""
+@dataclass(frozen=True)
+class Row:
+    """A packed row of T tokens: ids_T, labels_T and the lengths of its examples."""
+
+    ids_T: torch.Tensor
+    labels_T: torch.Tensor
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "Row":
+        """The examples behind each other."""
+        return cls(
+            torch.tensor([token for example in examples for token in example.ids]),
+            # A first token has a label where an example is all response, but nothing before it to be predicted from.
+            torch.tensor([label for example in examples for label in (IGNORED, *example.labels[1:])]),
+            [len(example.ids) for example in examples],
+        )
 
 
-class _ContrastiveTrainer(AddsContrast, _Trainer):
+def pass_inputs(rows: Sequence[Row]) -> dict[str, Any]:
+    """What one pass over packed rows is given: all of them behind each other, as one row."""
+    labels_T = torch.cat([row.labels_T for row in rows])
+    return {
+        "input_ids": torch.cat([row.ids_T for row in rows])[None],
+        "labels": labels_T[None],
+        "label_places": label_places(labels_T),
+        **pack_lengths([length for row in rows for length in row.lengths]),
+    }
+
+
+class _OverPackedRows:
+    """Mixin before a Trainer class whose rows are packed."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train with attention that stays within an example."""
+        trainer: Any = self
+        dtype = torch.bfloat16 if trainer.args.bf16 else None
+        with packed_attention(without_adapters(trainer.model), dtype):
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Trainer(StopsAtBadStep, StepInPasses, _OverPackedRows, SFTTrainer):
+    """SFTTrainer that cuts a step into passes that fit, and never takes a step from a NaN."""
+
+    unit, field = "packed rows", "finetune.max_length"
+
+    def cut(self, rows: Sequence[Row], size: int) -> list[Any]:
+        """Passes of `size` packed rows."""
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def pass_loss(self, model: Any, part: Any, count: int) -> torch.Tensor:
+        """Nats of the pass's labels, over those of the step."""
+        inputs = to_device(pass_inputs(part), self.args.device)
+        logprobs_L, _ = label_logprobs(without_adapters(model), inputs)
+        return -logprobs_L.sum() / count
+
+
+class _LaunchedTrainer(StopsAtBadStep, _OverPackedRows, SFTTrainer):
+    """The same in a launched training, where passes accumulate as the Trainer does it, so that ranks stay together."""
+
+
+class _ContrastiveTrainer(AddsContrast, _LaunchedTrainer):
     """One that adds the contrastive term."""
 
 
@@ -222,39 +281,62 @@ def build_trainer(
     seed: int,
 ) -> SFTTrainer:
     """The SFTTrainer over the packed examples, checkpoints in `work`. Raises ConfigError."""
+    in_passes = ranks() == 1 and has_plain_head(model) and not config.contrastive
+    together = 1 if config.rows_per_device == "auto" else config.rows_per_device
+    accumulated = accumulation(
+        "finetune.packed_rows_per_step", config.packed_rows_per_step, "rows_per_device", together
+    )
     arguments = SFTConfig(
         **shared_arguments(config, work, seed),
-        padding_free=True,
         max_length=None,  # the rows are packed below
-        per_device_train_batch_size=config.rows_per_device,
-        gradient_accumulation_steps=accumulation(
-            "finetune.packed_rows_per_step", config.packed_rows_per_step, "rows_per_device", config.rows_per_device
-        ),
+        per_device_train_batch_size=config.packed_rows_per_step if in_passes else together,
+        gradient_accumulation_steps=1 if in_passes else accumulated,
+        remove_unused_columns=False,
     )
-    rows = _packed(examples, config)
-    columns = {
-        "input_ids": [[token for example in row for token in example.ids] for row in rows],
-        "labels": [[label for example in row for label in example.labels] for row in rows],
-        "seq_lengths": [[len(example.ids) for example in row] for row in rows],
-    }
-    kind: type[_Trainer] = _Trainer
-    if config.contrastive:
-        kind, columns = _ContrastiveTrainer, _contrasted(rows)
-        arguments.remove_unused_columns = False
-    trainer = kind(
+    one_card(arguments)
+    kind = _Trainer if in_passes else _ContrastiveTrainer if config.contrastive else _LaunchedTrainer
+    trainer: Any = kind(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_dict(columns),
+        train_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}),  # nothing is left to prepare
         processing_class=tokenizer,
-        callbacks=[StopAtBadGradient()],
         peft_config=adapters(config),
         optimizer_cls_and_kwargs=optimizer_class(config),
     )
-    if isinstance(trainer, _ContrastiveTrainer):
-        trainer.contrastive = config.contrastive
-        trainer.data_collator = ContrastiveCollator(trainer.data_collator)
     trainer.remove_callback(PrinterCallback)
+    rows = _packed(examples, config)
+    trainer.train_dataset = [Row.of(row) for row in rows]
+    trainer.data_collator = _step if in_passes else _pass
+    if config.contrastive:
+        trainer.contrastive = config.contrastive
+        trainer.train_dataset = Dataset.from_dict(_contrasted(rows))
+        trainer.data_collator = ContrastiveCollator(_pass_of_columns)
+    if in_passes:
+        longest = max(row.ids_T.numel() for row in trainer.train_dataset)
+        most = config.packed_rows_per_step if config.rows_per_device == "auto" else config.rows_per_device
+        recompute = config.gradient_checkpointing
+        first = first_plan(trainer.model, recompute, longest, min(most, len(rows)), "finetune", arguments.bf16)
+        cpu_auto = arguments.device.type == "cpu" and config.rows_per_device == "auto"  # one a pass is as fast there
+        trainer.pass_size = 1 if cpu_auto else first.units
+        trainer.may_recompute = recompute is None and not first.recompute
+        arguments.gradient_checkpointing = first.recompute
     return trainer
+
+
+def _step(rows: list[Row]) -> dict[str, Any]:
+    """The batch of an optimizer step."""
+    return {"count": sum(int((row.labels_T != IGNORED).sum()) for row in rows), "rows": Uncut(rows)}
+
+
+def _pass(rows: list[Row]) -> dict[str, Any]:
+    """The batch of a pass."""
+    return {name: value for name, value in pass_inputs(rows).items() if name != "label_places"}
+
+
+def _pass_of_columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The batch of a pass from rows of `_contrasted`."""
+    tensors = [[torch.tensor(row[name]) for name in ("input_ids", "labels")] for row in rows]
+    return _pass([Row(ids, labels, row["seq_lengths"]) for (ids, labels), row in zip(tensors, rows, strict=True)])
 
 
 def _contrasted(rows: Sequence[Sequence[Example]]) -> dict[str, list[list[int]]]:
@@ -281,5 +363,6 @@ def _packed(examples: Sequence[Example], config: FinetuneConfig) -> list[list[Ex
     if ranks() > 1:
         shortest = min(examples, key=lambda example: len(example.ids))
         nothing = Example(shortest.ids, prompt_tokens=len(shortest.ids))
-        rows += [[nothing]] * (-len(rows) % (ranks() * config.rows_per_device))
+        together = 1 if config.rows_per_device == "auto" else config.rows_per_device
+        rows += [[nothing]] * (-len(rows) % (ranks() * together))
     return rows

@@ -220,7 +220,11 @@ def shared_arguments(config: TrainingConfig, work: Path, seed: int) -> dict[str,
         "weight_decay": config.weight_decay,
         "bf16": _mixed(config),
         "use_cpu": not cuda,
-        "gradient_checkpointing": cuda if config.gradient_checkpointing is None else config.gradient_checkpointing,
+        # Undecided: what is trained in one process decides by what memory there is; a launch plays safe.
+        "gradient_checkpointing": cuda and ranks() > 1
+        if config.gradient_checkpointing is None
+        else config.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # else, frozen inputs would stop gradients
         "dataloader_pin_memory": cuda,
         "ddp_find_unused_parameters": False,  # all are used; looking for others costs a pass over the graph
         "save_strategy": "steps",

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig, DPOTrainer
@@ -26,6 +27,7 @@ from trl import DPOConfig, DPOTrainer
 from dpa.core.config import PreferenceConfig
 from dpa.core.directions import DirectionSpace
 from dpa.models.listening import Listening
+from dpa.models.passes import first_plan, one_card
 from dpa.models.policy import load_policy
 from dpa.models.policy_training import (
     RowEncoder,
@@ -36,7 +38,8 @@ from dpa.models.policy_training import (
     shared_arguments,
     train_policy,
 )
-from dpa.models.training import StopAtBadGradient, StopsAtBadLoss
+from dpa.models.ranks import ranks
+from dpa.models.training import StopsAtBadStep
 from dpa.storage.run_folder import Reject
 
 
@@ -74,7 +77,7 @@ class Pair:
         return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
-class _Trainer(StopsAtBadLoss, DPOTrainer):
+class _Trainer(StopsAtBadStep, DPOTrainer):
     """DPOTrainer that never takes a step from a NaN."""
 
 
@@ -157,27 +160,38 @@ def build_preference_trainer(
     longer what the sampler shows. So it is given one row of text to prepare, and then our tokens, in the columns its
     collator documents.
     """
+    shared = shared_arguments(config, work, seed)
+    together = config.pairs_per_device
+    if together == "auto":
+        longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
+        most = max(1, config.pairs_per_step // ranks())
+        recompute, lora = config.gradient_checkpointing, config.lora is not None
+        first = first_plan(model, recompute, 2 * longest, most, "dpo", shared["bf16"], adapters=lora)
+        together = min(first.units, most if torch.cuda.is_available() else 4)
+        while most % together:  # passes of a step are alike
+            together -= 1
+        shared["gradient_checkpointing"] = first.recompute
     losses, weights = ["sigmoid"], [1.0]
     if config.sft_weight:
         losses, weights = [*losses, "sft"], [*weights, config.sft_weight]
     arguments = DPOConfig(
-        **shared_arguments(config, work, seed),
+        **shared,
         beta=config.beta,
         loss_type=losses,
         loss_weights=weights,
         max_length=None,  # what is too long was rejected
-        per_device_train_batch_size=config.pairs_per_device,
+        per_device_train_batch_size=together,
         gradient_accumulation_steps=accumulation(
-            "dpo.pairs_per_step", config.pairs_per_step, "pairs_per_device", config.pairs_per_device
+            "dpo.pairs_per_step", config.pairs_per_step, "pairs_per_device", together
         ),
     )
+    one_card(arguments)
     trainer = _Trainer(
         model=model,
         ref_model=reference,
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         processing_class=tokenizer,
-        callbacks=[StopAtBadGradient()],
         peft_config=adapters(config),
     )
     trainer.optimizer_cls_and_kwargs = optimizer_class(config)  # unlike SFTTrainer, it does not take it as an argument

@@ -5,6 +5,7 @@ Run its tests: pytest tests/test_scorers.py tests/test_reward_training.py
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForSequenceClassification
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages
+from dpa.models.attention import best_way, pack_inputs, packed_attention, to_device
 from dpa.models.chat_template import render_chat
 from dpa.models.files import resolve_model
 from dpa.models.loading import load_model, load_tokenizer
+from dpa.models.memory import scoring_tokens
 from dpa.models.policy import is_out_of_memory
 from dpa.models.quiet import quiet_libraries
 from dpa.storage.tables import write_json
@@ -35,8 +39,9 @@ PUBLISHED_TEMPLATE = (
 PLAIN_TEMPLATE = "User: {prompt}\n\nAssistant: {response}"
 """Used where neither a template nor a chat template is given (encoders have none); our choice."""
 
-CPU_TOKENS, GPU_TOKENS = 1024, 16_384
-"""Tokens in one forward pass, padding included. A CPU is fastest while a batch stays in its cache: bench/scoring.py."""
+CPU_TOKENS, GPU_TOKENS = 1024, 131_072
+"""Most tokens in one forward pass, padding included. A CPU is fastest while a batch stays in its cache
+(bench/scoring.py); a card takes fewer where its memory is small."""
 
 BF16_TOLERANCE = 2.0
 """Largest difference from the golden scores, on 0-100, of a model in bf16."""
@@ -200,32 +205,95 @@ def render(
 
 
 def forward(
-    model: torch.nn.Module, ids_N: Sequence[Sequence[int]], pad_token_id: int, token_budget: int | None = None
+    model: torch.nn.Module,
+    ids_N: Sequence[Sequence[int]],
+    pad_token_id: int,
+    token_budget: int | None = None,
+    packed: bool | None = None,
 ) -> np.ndarray:
     """The model's logits for each row, float64 (N, outputs), in batches of rows of like length.
 
     `token_budget` bounds a batch, padding included (default: what suits the model's device). On an out-of-memory error
-    the batch is halved, and those after it; scores do not depend on the batch beyond rounding. Raises EngineError when
-    a single row does not fit.
+    the batch is halved, and those after it; scores do not depend on the batch beyond rounding. `packed`: rows behind
+    each other instead of padded ones (default: on a card that can). Raises EngineError when a single row does not fit.
     """
-    limit = token_budget or (GPU_TOKENS if next(model.parameters()).is_cuda else CPU_TOKENS)
-    waiting = list(_batches(ids_N, limit))[::-1]
-    logits_N: dict[int, np.ndarray] = {}
-    while waiting:
-        rows = waiting.pop()
-        tokens = len(rows) * len(ids_N[rows[0]])
-        if tokens <= limit or len(rows) == 1:
-            logits_B = _try_forward(model, [ids_N[row] for row in rows], pad_token_id)
-            if logits_B is not None:
-                for row, logits in zip(rows, logits_B, strict=True):
-                    logits_N[row] = logits
-                continue
-            if len(rows) == 1:
-                raise EngineError(f"scorer: one row of {tokens:,} tokens does not fit in memory; lower max_length.")
-            limit = tokens // 2
-        middle = len(rows) // 2
-        waiting += [rows[middle:], rows[:middle]]
-    return np.array([logits_N[row] for row in range(len(ids_N))], dtype=np.float64)
+    return Logits(model, pad_token_id, token_budget, packed).add(ids_N).collect()
+
+
+class Logits:
+    """The logits of rows that come in parts: a card works on the last part while the next is made ready, and its
+    results are fetched once. The arguments are those of `forward`."""
+
+    def __init__(
+        self, model: Any, pad_token_id: int, token_budget: int | None = None, packed: bool | None = None
+    ) -> None:
+        self._model, self._pad = model, pad_token_id
+        self._device = next(model.parameters()).device
+        card = self._device.type == "cuda"
+        may_pack = pools_last_token(model) and best_way(model) is not None
+        self._packed = may_pack and (card if packed is None else packed)
+        self._limit = token_budget or (
+            scoring_tokens(model.config.get_text_config(), model.dtype, self._device, GPU_TOKENS)
+            if card
+            else CPU_TOKENS
+        )
+        self._order: list[int] = []
+        self._logits: list[torch.Tensor] = []
+
+    def add(self, ids_N: Sequence[Sequence[int]]) -> "Logits":
+        """Start on further rows."""
+        first, model = len(self._order), self._model
+        with packed_attention(model) if self._packed else nullcontext():
+            waiting = list(batches([len(ids) for ids in ids_N], self._limit, self._packed))[::-1]
+            while waiting:
+                rows = waiting.pop()
+                tokens = _tokens([ids_N[row] for row in rows], self._packed)
+                if tokens <= self._limit or len(rows) == 1:
+                    logits_B = self._try_forward([ids_N[row] for row in rows])
+                    if logits_B is not None:
+                        self._order += [first + row for row in rows]
+                        self._logits.append(logits_B)
+                        continue
+                    if len(rows) == 1:
+                        raise EngineError(
+                            f"scorer: one row of {tokens:,} tokens does not fit in memory; lower max_length."
+                        )
+                    self._limit = tokens // 2
+                middle = len(rows) // 2
+                waiting += [rows[middle:], rows[:middle]]
+        return self
+
+    def collect(self) -> np.ndarray:
+        """The logits of all rows in the order they came, float64 (N, outputs)."""
+        logits_NM = torch.cat(self._logits).double().cpu().numpy()
+        in_order_NM = np.empty_like(logits_NM)
+        in_order_NM[self._order] = logits_NM
+        return in_order_NM
+
+    def _try_forward(self, ids_B: Sequence[Sequence[int]]) -> torch.Tensor | None:
+        """Logits (B, outputs) on the model's device, or None when memory ran out."""
+        try:
+            with torch.inference_mode():
+                if self._packed:
+                    return last_token_logits(self._model, to_device(pack_inputs(ids_B), self._device))
+                return self._model(**to_device(pad_batch(ids_B, self._pad), self._device)).logits
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU
+            if not is_out_of_memory(error):
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+
+def pools_last_token(model: Any) -> bool:
+    """Whether a classifier is a decoder of transformers whose head reads the last token that is not padding."""
+    return isinstance(model, GenericForSequenceClassification)
+
+
+def last_token_logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Logits (N, outputs) of the N sequences of `pack_inputs`: what the classifier gives for each of them alone."""
+    hidden_TH = getattr(model, model.base_model_prefix)(**inputs, use_cache=False).last_hidden_state[0]
+    return model.score(hidden_TH.index_select(0, inputs["cu_seq_lens_q"][1:] - 1))
 
 
 def pad_batch(ids_B: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -256,28 +324,22 @@ def _render(tokenizer: Any, template: str | None, messages: Messages, response: 
         return None
 
 
-def _batches(ids_N: Sequence[Sequence[int]], token_budget: int) -> Iterator[list[int]]:
-    """Row numbers, longest first (so that a batch that does not fit is met at once), in batches within the budget."""
+def batches(lengths_N: Sequence[int], token_budget: int, packed: bool) -> Iterator[list[int]]:
+    """Row numbers, longest first (so that a batch that does not fit is met at once), in batches within the budget, or
+    of one row. Rows that are not `packed` are padded to the longest."""
     batch: list[int] = []
-    for row in sorted(range(len(ids_N)), key=lambda row: -len(ids_N[row])):
-        if batch and (len(batch) + 1) * len(ids_N[batch[0]]) > token_budget:
+    tokens = 0
+    for row in sorted(range(len(lengths_N)), key=lambda row: -lengths_N[row]):
+        adds = lengths_N[row] if packed or not batch else lengths_N[batch[0]]
+        if batch and tokens + adds > token_budget:
             yield batch
-            batch = []
+            batch, tokens, adds = [], 0, lengths_N[row]
         batch.append(row)
+        tokens += adds
     if batch:
         yield batch
 
 
-def _try_forward(model: torch.nn.Module, ids_B: Sequence[Sequence[int]], pad_token_id: int) -> np.ndarray | None:
-    """Logits (B, outputs), or None when memory ran out."""
-    device = next(model.parameters()).device
-    try:
-        with torch.inference_mode():
-            inputs = {name: values.to(device) for name, values in pad_batch(ids_B, pad_token_id).items()}
-            return model(**inputs).logits.double().cpu().numpy()
-    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU
-        if not is_out_of_memory(error):
-            raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
+def _tokens(ids_B: Sequence[Sequence[int]], packed: bool) -> int:
+    """Tokens of a batch, padding included."""
+    return sum(map(len, ids_B)) if packed else len(ids_B) * max(map(len, ids_B))

@@ -11,6 +11,7 @@ attribute's own spread while training, so that no attribute dominates; the start
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,23 +25,27 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from dpa.core.config import RewardTrainConfig, of_results
 from dpa.core.errors import DataError, ModelFileError, TrainingError
 from dpa.core.records import Messages, stable_hash
+from dpa.models.attention import best_way, pack_inputs, packed_attention, to_device
 from dpa.models.checkpoints import newest_checkpoint
 from dpa.models.cutting import ANY_LENGTH, cut_prompt
 from dpa.models.disk_refusals import disk_refusals
+from dpa.models.passes import StepInPasses, Uncut, first_plan, one_card, without_adapters
 from dpa.models.policy import context_length, default_device, ensure_pad_token
 from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import (
     BF16_TOLERANCE,
-    GPU_TOKENS,
     PLAIN_TEMPLATE,
     Golden,
     RewardSpec,
+    batches,
     check_template,
     encode,
     find_head,
     forward,
+    last_token_logits,
     load_classifier,
     pad_batch,
+    pools_last_token,
     write_spec,
 )
 from dpa.models.reward_quality import measure_quality
@@ -48,8 +53,7 @@ from dpa.models.ridge import CONSTANT_PENALTIES, choose_constant, choose_penalti
 from dpa.models.scorers import RewardModelScorer
 from dpa.models.training import (
     ShowProgress,
-    StopAtBadGradient,
-    StopsAtBadLoss,
+    StopsAtBadStep,
     StopWhenAsked,
     merge_adapters,
     trackers,
@@ -62,6 +66,9 @@ MISSING = -100.0
 
 PROBE_ROWS = 2048
 """Rows whose features start the head of `full` and `lora`."""
+
+CPU_PASS, GPU_PASS = 2048, 65_536
+"""Tokens of one forward and backward pass, to begin with."""
 
 WARMUP = 0.05
 SAVE_STEPS = 200
@@ -407,23 +414,48 @@ def _finetune(
     return trained
 
 
-class _Trainer(StopsAtBadLoss, Trainer):
-    """A Trainer that stops before a bad step."""
+class _Trainer(StopsAtBadStep, StepInPasses, Trainer):
+    """A Trainer of a classifier that cuts a step into passes that fit, and stops before a bad step."""
+
+    unit, field = "tokens", "reward.train.max_length"
+    packed: bool
+    """Whether rows lie behind each other, where a padded batch would be longer."""
+    pad: int
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train with attention that stays within a row."""
+        dtype = torch.bfloat16 if self.args.bf16 else None
+        with packed_attention(without_adapters(self.model), dtype) if self.packed else nullcontext():
+            return super().train(*args, **kwargs)
+
+    def cut(self, rows: Sequence[dict[str, Any]], size: int) -> list[Any]:
+        """Passes of rows of like length, of at most `size` tokens together, padding included."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        return [[rows[place] for place in part] for part in batches(lengths, size, self.packed)]
+
+    def pass_loss(self, model: Any, part: Any, count: int) -> torch.Tensor:
+        """Squared errors of the pass's marks, over the number of the step's."""
+        ids_B, device = [row["input_ids"] for row in part], self.args.device
+        labels_BM = torch.from_numpy(np.stack([row["labels"] for row in part])).float()
+        if self.packed:
+            inputs = to_device({**pack_inputs(ids_B), "labels": labels_BM}, device)
+            labels_BM = inputs.pop("labels")
+            logits_BM = last_token_logits(without_adapters(model), inputs)
+        else:
+            inputs = to_device({**pad_batch(ids_B, self.pad), "labels": labels_BM}, device)
+            labels_BM = inputs.pop("labels")
+            logits_BM = model(**inputs).logits
+        return masked_mse(logits_BM, labels_BM, count)
 
 
-def _run_trainer(
+def build_trainer(
     model: Any, data: list[dict[str, Any]], config: RewardTrainConfig, pad: int, checkpoints: Path, seed: int
-) -> None:
-    """AdamW over the masked loss, from the newest checkpoint where there is one."""
-    lengths = [len(row["input_ids"]) for row in data]
-    per_device = _rows_per_device(config.batch_size, max(lengths))
+) -> Trainer:
+    """The Trainer of a classifier over `input_ids` and `labels` (M; MISSING: no mark): AdamW on the masked loss."""
     cuda = torch.cuda.is_available()
-    if cuda if config.gradient_checkpointing is None else config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant, frozen inputs would stop gradients
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
-        per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=config.batch_size // per_device,
+        per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         num_train_epochs=config.epochs,
         lr_scheduler_type="cosine",
@@ -438,29 +470,36 @@ def _run_trainer(
         disable_tqdm=True,
         report_to=trackers(config.report_to, "reward.train"),
         remove_unused_columns=False,
-        dataloader_pin_memory=cuda,
-        label_names=["labels"],
         seed=seed,
     )
+    one_card(arguments)
 
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-        return masked_mse(outputs.logits, labels, num_items_in_batch)
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"count": sum(int((row["labels"] != MISSING).sum()) for row in rows), "rows": Uncut(rows)}
 
-    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        labels_BM = torch.from_numpy(np.stack([row["labels"] for row in batch])).float()
-        return {**pad_batch([row["input_ids"] for row in batch], pad), "labels": labels_BM}
+    trainer = _Trainer(model, arguments, data_collator=collate, train_dataset=data)
+    base = without_adapters(model)
+    trainer.packed = pools_last_token(base) and best_way(base, torch.bfloat16 if arguments.bf16 else None) is not None
+    longest = max(len(row["input_ids"]) for row in data)
+    most = max(1, (GPU_PASS if cuda else CPU_PASS) // longest)
+    first = first_plan(model, config.gradient_checkpointing, longest, most, "reward.train", arguments.bf16)
+    trainer.pad, trainer.pass_size = pad, first.units * longest
+    trainer.may_recompute = config.gradient_checkpointing is None and not first.recompute
+    arguments.gradient_checkpointing = first.recompute
+    arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}  # else, frozen inputs would stop gradients
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
-    progress = ShowProgress("reward model", sum(lengths))
+
+def _run_trainer(
+    model: Any, data: list[dict[str, Any]], config: RewardTrainConfig, pad: int, checkpoints: Path, seed: int
+) -> None:
+    """Train from the newest checkpoint where there is one."""
+    progress = ShowProgress("reward model", sum(len(row["input_ids"]) for row in data))
     with StopOnSignal() as stop:
-        trainer = _Trainer(
-            model,
-            arguments,
-            data_collator=collate,
-            train_dataset=data,
-            compute_loss_func=loss,
-            callbacks=[StopAtBadGradient(), StopWhenAsked(stop), progress],
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = build_trainer(model, data, config, pad, checkpoints, seed)
+        trainer.add_callback(StopWhenAsked(stop))
+        trainer.add_callback(progress)
         newest = newest_checkpoint(checkpoints)
         try:
             with disk_refusals(checkpoints, "saving a checkpoint"):
@@ -481,12 +520,6 @@ def _mixed(config: RewardTrainConfig) -> bool:
 def _backbone_dtype(config: RewardTrainConfig) -> torch.dtype:
     """Weights that stay frozen need no more than bf16; all weights are trained in fp32."""
     return torch.bfloat16 if config.method != "full" and _mixed(config) else torch.float32
-
-
-def _rows_per_device(batch_size: int, longest: int) -> int:
-    """The largest divisor of the batch whose rows fit GPU_TOKENS together at their longest."""
-    fitting = [rows for rows in range(1, batch_size + 1) if batch_size % rows == 0 and rows * longest <= GPU_TOKENS]
-    return max(fitting, default=1)
 
 
 def _golden(model: PreTrainedModel, rows: EncodedRows, pad: int, tolerance: float) -> Golden:

@@ -1,5 +1,5 @@
 """What trainings through a transformers Trainer share: they stop before a bad step or on a signal, and show progress.
-Run its tests: pytest tests/test_finetuning.py
+Run its tests: pytest tests/test_finetuning.py tests/test_passes.py
 """
 
 import json
@@ -19,33 +19,55 @@ from dpa.storage.progress import ProgressBar
 from dpa.storage.stopping import StopOnSignal
 
 
-class StopsAtBadLoss:
-    """Mixin before a Trainer class: a loss that is NaN or infinite is logged and ends training before the step.
+class StopsAtBadStep:
+    """Mixin before a Trainer class: a loss or a gradient that is NaN or infinite is logged and ends training before the
+    optimizer step. Use it with `logging_nan_inf_filter=False`, whose default hides such a loss.
 
-    Use it with StopAtBadGradient, and with `logging_nan_inf_filter=False`, whose default hides such a loss.
+    The gradient's norm is the one that clipping has measured, and it is read together with the losses of the step's
+    passes: the card is waited for once a step.
     """
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let clipping say the norm."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        self._pass_losses: list[torch.Tensor] = []
+        accelerator: Any = self.accelerator  # type: ignore[attr-defined]
+        clip = accelerator.clip_grad_norm_
+
+        def clip_and_check(*args: Any, **kwargs: Any) -> Any:
+            norm = clip(*args, **kwargs)
+            self._check_step(norm)
+            return norm
+
+        accelerator.clip_grad_norm_ = clip_and_check
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass. Raises TrainingError."""
+        """One forward and backward pass."""
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if not torch.isfinite(loss).all():
-            self.log({"loss": float(loss)})  # type: ignore[attr-defined]
-            raise bad_step("loss", float(loss), self.state, self.args)  # type: ignore[attr-defined]
+        self._pass_losses.append(loss)
         return loss
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Nobody reads the Trainer's count, which goes over all parameters in every pass."""
+        return 0
 
-class StopAtBadGradient(TrainerCallback):
-    """Ends training before an optimizer step whose gradient has a NaN or an infinity."""
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def _check_step(self, norm: Any) -> None:
         """Raises TrainingError."""
-        gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.grad is not None]
-        total = torch.nn.utils.get_total_norm(gradients)
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)  # DTensor: sharded over ranks
-        if not math.isfinite(norm):
-            raise bad_step("gradient norm", norm, state, args)
+        if isinstance(norm, DTensor):  # sharded over ranks
+            norm = norm.full_tensor()
+        known = (
+            [] if norm is None else [torch.as_tensor(norm, device=self._pass_losses[0].device)]
+        )  # DeepSpeed says none
+        *losses, norm = torch.stack([loss.float().reshape(()) for loss in (*self._pass_losses, *known)]).tolist()
+        self._pass_losses.clear()
+        if not known:
+            losses, norm = [*losses, norm], 0.0
+        bad = [loss for loss in losses if not math.isfinite(loss)]
+        if bad:
+            self.log({"loss": bad[0]})  # type: ignore[attr-defined]
+        for what, values in (("loss", bad), ("gradient norm", [] if math.isfinite(norm) else [norm])):
+            if values:
+                raise bad_step(what, values[0], self.state, self.args)  # type: ignore[attr-defined]
 
 
 class StopWhenAsked(TrainerCallback):

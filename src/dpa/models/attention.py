@@ -1,0 +1,242 @@
+"""Attention over packed rows: several sequences behind each other in one row, none of which sees another.
+Run its tests: pytest tests/test_attention.py
+
+    inputs = pack_inputs([[5, 6, 7], [8, 9]])            # one row of five tokens, and where each sequence begins
+    with packed_attention(model):
+        hidden = model.model(**inputs).last_hidden_state
+
+A mask over the whole row costs its length squared: 8,192 tokens in 40 sequences cost forty times what the sequences do.
+The ways that do not, best first:
+
+    varlen             torch.nn.attention.varlen (torch >= 2.10) on CUDA, in half precision
+    flash_attention_*  of transformers, where the package is installed
+    segments           one call of scaled_dot_product_attention a sequence: the CPU's, and the one others are tested by
+
+A card that has none of them keeps the mask. transformers finds our two by the names they are registered under here.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.utils import is_flash_attn_2_available
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch 2.9
+    varlen_attn = None
+
+VARLEN, SEGMENTS = "dpa_varlen", "dpa_segments"
+
+_HALF = (torch.bfloat16, torch.float16)
+_log = logging.getLogger(__name__)
+
+
+def pack_inputs(ids_N: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What a model is given for these sequences in one row of T tokens: `input_ids` and `position_ids` (1, T), which
+    start again with each sequence, `cu_seq_lens_q` and `cu_seq_lens_k` (N + 1), `max_length_q` and `max_length_k`."""
+    lengths_N = [len(ids) for ids in ids_N]
+    return {
+        "input_ids": torch.tensor([[token for ids in ids_N for token in ids]]),
+        **pack_lengths(lengths_N),
+    }
+
+
+def pack_lengths(lengths_N: Sequence[int]) -> dict[str, Any]:
+    """All of `pack_inputs` but the ids."""
+    bounds = torch.tensor([0, *accumulate(lengths_N)], dtype=torch.int32)
+    starts_T = torch.repeat_interleave(bounds[:-1].long(), torch.tensor(lengths_N))
+    longest = max(lengths_N)
+    return {
+        "position_ids": (torch.arange(int(bounds[-1])) - starts_T)[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def to_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The inputs with their tensors on the device; a card takes them while it computes."""
+    card = device.type == "cuda"
+    return {
+        name: (value.pin_memory() if card else value).to(device, non_blocking=card)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in inputs.items()
+    }
+
+
+@contextmanager
+def packed_attention(model: Any, dtype: torch.dtype | None = None) -> Iterator[bool]:
+    """While the block runs, `model` (a transformers model, on its device) attends within the sequences of packed rows.
+
+    Gives False where it keeps its own attention and a mask. `dtype`: what products are computed in, where that is not
+    the weights' own.
+    """
+    before, way = model.config._attn_implementation, best_way(model, dtype)
+    if way is not None:
+        model.set_attn_implementation(way)
+    try:
+        yield way is not None
+    finally:
+        if way is not None:
+            model.set_attn_implementation(before)
+
+
+def best_way(model: Any, dtype: torch.dtype | None = None) -> str | None:
+    """Name of the attention that serves packed rows of `model` best here; None: a mask."""
+    config = model.config.get_text_config()
+    if not _plain(model, config):
+        return None
+    weight = next(model.parameters())
+    if weight.device.type == "cpu":
+        return SEGMENTS
+    dtype = dtype or weight.dtype
+    if weight.device.type != "cuda" or dtype not in _HALF:
+        return None
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    if _varlen_works(weight.device, heads, key_heads, width, dtype):
+        return VARLEN
+    return "flash_attention_2" if is_flash_attn_2_available() else None
+
+
+def _plain(model: Any, config: Any) -> bool:
+    """Whether the model's attention is softmax over keys, full or of a sliding window, behind transformers' interface,
+    without dropout, which the kernels lack."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None)
+    return bool(
+        getattr(model, "_supports_attention_backend", False)
+        and kinds <= {"full_attention", "sliding_attention"}
+        and not getattr(config, "is_encoder_decoder", False)
+        and not getattr(config, "attn_logit_softcapping", None)
+        and config.model_type != "gpt_oss"  # its softmax has sinks
+        and not dropout
+    )
+
+
+def varlen_attention(kernel: Callable[..., torch.Tensor], takes_groups: bool) -> Callable[..., Any]:
+    """An attention function of transformers over `kernel`, which has the signature of torch's varlen_attn.
+
+    It takes query (1, H, T, C), key and value (1, G, T, C) and gives (1, T, H, C). A kernel that does not take fewer
+    heads of keys is given them repeated.
+    """
+
+    def attend(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        max_length_q: int = 0,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        assert cu_seq_lens_q is not None, "packed rows need cu_seq_lens_q"
+        kind = query.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+        query, key, value = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
+        options: dict[str, Any] = {}
+        if key.shape[1] != query.shape[1]:
+            if takes_groups:
+                options["enable_gqa"] = True
+            else:
+                key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+        window = (-1, -1)
+        if getattr(module, "is_causal", True):
+            window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        bounds, longest = cu_seq_lens_q, max_length_q
+        out = kernel(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=window, **options)
+        return out[None], None
+
+    return attend
+
+
+def gives_right_values(
+    attend: Callable[..., Any], device: torch.device, heads: int, key_heads: int, width: int, dtype: torch.dtype
+) -> bool:
+    """Whether an attention function gives the values and gradients of `segments`; says why where it does not."""
+    lengths, shape = [5, 1, 20], {"device": device, "dtype": dtype}
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    results = []
+    try:
+        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            parts = [torch.randn(1, count, 26, width, **shape) for count in (heads, key_heads, key_heads)]
+            for way in (attend, _segments):
+                given = [part.clone().requires_grad_() for part in parts]
+                out, _ = way(torch.nn.Module(), *given, None, cu_seq_lens_q=bounds, max_length_q=20)
+                (out.float() * torch.arange(width, device=device)).sum().backward()
+                results.append([out.detach(), *(part.grad for part in given)])
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+    else:
+        pairs = zip(*results, strict=True)
+        worst = max(float((ours.float() - right.float()).norm() / right.float().norm()) for ours, right in pairs)
+        if worst < 0.05:
+            return True
+        reason = f"it differs by {worst:.0%}"
+    _log.warning("training: attention of varying length does not work here (%s); another way is taken.", reason)
+    return False
+
+
+@lru_cache
+def _varlen_works(device: torch.device, heads: int, key_heads: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether torch's own works for these heads on this device; tried once."""
+    if varlen_attn is None:
+        _log.warning("training: torch %s has no attention of varying length; 2.10 has it.", torch.__version__)
+        return False
+    return gives_right_values(varlen_attention(varlen_attn, _TAKES_GROUPS), device, heads, key_heads, width, dtype)
+
+
+def _segments(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """As `varlen_attention`, a call for each sequence. On a CPU in fp32 always: its half-precision kernels take seven
+    times as long (2,092 against 290 ms for SmolLM2's heads over 2,048 tokens, forward and backward)."""
+    assert cu_seq_lens_q is not None, "packed rows need cu_seq_lens_q"
+    lengths = cu_seq_lens_q.diff().tolist()
+    causal, before, kind = getattr(module, "is_causal", True), value.dtype, query.device.type
+    with torch.autocast(kind, enabled=False):
+        if kind == "cpu":
+            query, key, value = query.float(), key.float(), value.float()
+        parts = []
+        for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):
+            mask = None
+            if causal and sliding_window is not None and q.shape[2] > sliding_window:
+                mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
+                mask = mask.tril().triu(1 - sliding_window)
+            parts.append(
+                functional.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scaling, enable_gqa=True
+                )
+            )
+        out = torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+    return out.to(before), None
+
+
+_TAKES_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+if varlen_attn is not None:
+    AttentionInterface.register(VARLEN, varlen_attention(varlen_attn, _TAKES_GROUPS))
+AttentionInterface.register(SEGMENTS, _segments)

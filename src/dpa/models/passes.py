@@ -1,0 +1,121 @@
+"""An optimizer step in as many passes as memory needs: the batch of a step is cut, and cut smaller when it did not fit.
+Run its tests: pytest tests/test_passes.py
+
+A loss that is a sum over the step's tokens or marks, divided by their number, has the same gradient however the step is
+cut. So the cut is no setting of the result: it begins where memory should allow, and when memory runs out the step's
+gradients are dropped, the cut is halved and the step is done again, with the same numbers up to rounding.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftModel
+from transformers import TrainingArguments
+
+from dpa.core.errors import TrainingError
+from dpa.models.memory import Plan, TrainingMemory, available_memory, plan
+from dpa.models.policy import is_out_of_memory
+
+PASS_TOKENS = 65_536
+"""Most tokens of a pass on a card."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Uncut:
+    """The rows of a step, which loaders carry along as they are."""
+
+    rows: Sequence[Any]
+
+
+def without_adapters(model: Any) -> Any:
+    """The transformers model inside PEFT's wrapper; its layers keep their adapters."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def one_card(arguments: TrainingArguments) -> None:
+    """Let one process train on one card, where a Trainer would spread a batch over all it sees (nn.DataParallel)."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+
+
+def first_plan(
+    model: Any, recompute: bool | None, longest: int, most: int, section: str, mixed: bool, adapters: bool = False
+) -> Plan:
+    """Where a training of `model`, on its device, begins: see `memory.plan`. On a card at most PASS_TOKENS go into a
+    pass; more are not faster. `adapters`: they alone will be trained. Raises ConfigError."""
+    model = without_adapters(model)
+    device = next(model.parameters()).device
+    cpu = device.type == "cpu"
+    most = most if cpu else max(1, min(most, PASS_TOKENS // longest))
+    available = round(available_memory(device) * (0.8 if cpu else 0.9))  # the rest: buffers, fragments
+    return plan(TrainingMemory.of(model, mixed, adapters), available, longest, most, recompute, section, sure=cpu)
+
+
+class StepInPasses:
+    """Mixin before a Trainer class with one batch an optimizer step (`gradient_accumulation_steps=1`).
+
+    The class says how a batch is cut and what a pass costs. `pass_size`: how much goes into one pass, in the class's
+    `unit`; `may_recompute`: activations may be computed twice where one pass of the least size does not fit.
+    """
+
+    unit: ClassVar[str]
+    field: ClassVar[str]
+    pass_size: int
+    may_recompute: bool = False
+
+    def cut(self, rows: Sequence[Any], size: int) -> list[Any]:
+        """The passes of a step's rows, each of at most `size`, or of the least there can be."""
+        raise NotImplementedError
+
+    def pass_loss(self, model: Any, part: Any, count: int) -> torch.Tensor:
+        """The loss of one pass; `count` is the number of labels in the whole step."""
+        raise NotImplementedError
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """All passes of one optimizer step, forward and backward; the step's loss. Raises TrainingError.
+
+        `inputs`: `rows` (Uncut) and `count`, their labels. They are counted where they are made: to count on a card is
+        to wait for it.
+        """
+        model.train()
+        while True:
+            loss, least = self._try(model, inputs)
+            if loss is not None:
+                return loss
+            model.zero_grad()  # nothing of the step is kept
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if not least:
+                self.pass_size = max(1, self.pass_size // 2)
+                _log.warning("training: memory ran out; goes on with %s %s a pass.", f"{self.pass_size:,}", self.unit)
+            elif self.may_recompute:
+                self.may_recompute = False
+                without_adapters(model).gradient_checkpointing_enable({"use_reentrant": False})
+                _log.warning("training: memory ran out; activations are computed twice from here on.")
+            else:
+                raise TrainingError(
+                    f"training: the least pass does not fit in memory; lower {self.field}, or train lora."
+                )
+
+    def _try(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor | None, bool]:
+        """The step's loss, or None when memory ran out; and whether the passes were the least there can be."""
+        trainer: Any = self
+        parts = self.cut(batch["rows"].rows, self.pass_size)
+        total = torch.zeros((), device=trainer.args.device)
+        try:
+            for part in parts:
+                with trainer.accelerator.autocast():
+                    loss = self.pass_loss(model, part, max(1, batch["count"]))
+                trainer.accelerator.backward(loss)
+                total += loss.detach()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # Halving helps while it makes other passes.
+            return None, len(self.cut(batch["rows"].rows, max(1, self.pass_size // 2))) == len(parts)
+        return total, False

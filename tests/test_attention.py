@@ -1,0 +1,117 @@
+"""Packed rows: no sequence sees another, on every way that can run here, and a way that is wrong is never taken.
+pytest tests/test_attention.py
+"""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch.nn import functional
+from transformers import AttentionInterface
+
+from dpa.models.attention import (
+    SEGMENTS,
+    best_way,
+    gives_right_values,
+    pack_inputs,
+    packed_attention,
+    varlen_attention,
+)
+
+
+def reference_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, *_: object, **options: object
+) -> torch.Tensor:
+    """What torch's varlen_attn computes, by a mask over the row: (T, H, C) -> (T, H, C)."""
+    groups = query.shape[1] // key.shape[1]
+    assert groups == 1 or options["enable_gqa"]
+    key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    place_T = torch.arange(len(query))
+    sequence_T = torch.bucketize(place_T, bounds[1:].long(), right=True)
+    left, right = options["window_size"]
+    distance = place_T[:, None] - place_T[None]
+    seen = sequence_T[:, None] == sequence_T[None]
+    seen &= (distance >= 0) if right == 0 else torch.tensor(True)
+    seen &= (distance <= left) if left >= 0 else torch.tensor(True)
+    parts = (part.transpose(0, 1)[None] for part in (query, key, value))
+    out = functional.scaled_dot_product_attention(*parts, attn_mask=seen, scale=options["scale"])
+    return out[0].transpose(0, 1)
+
+
+AttentionInterface.register("reference_varlen", varlen_attention(reference_varlen, takes_groups=True))
+AttentionInterface.register("reference_varlen_repeated", varlen_attention(reference_varlen, takes_groups=False))
+WAYS = [SEGMENTS, "reference_varlen", "reference_varlen_repeated", "sdpa", "eager"]
+
+
+def sequences(count: int = 6) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(5, 261, int(length)).tolist() for length in rng.integers(1, 40, count)]
+
+
+def loss_and_gradients(model: torch.nn.Module, hidden_TH: torch.Tensor) -> list[torch.Tensor]:
+    weight_H = torch.linspace(-1, 1, hidden_TH.shape[1])
+    loss = (hidden_TH @ weight_H).square().mean()
+    model.zero_grad()
+    loss.backward()
+    return [loss.detach(), *(weight.grad.clone() for weight in model.base_model.parameters())]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("architecture", "changes"), [("llama", {}), ("mistral", {"sliding_window": 9}), ("qwen3", {})]
+)
+def test_packed_sequences_give_the_loss_and_gradients_of_each_alone(way: str, architecture: str, changes: dict) -> None:
+    ids_N, model = sequences(), tiny_model(architecture, **changes)
+    alone = [model.base_model(torch.tensor([ids])).last_hidden_state[0] for ids in ids_N]
+    expected = loss_and_gradients(model, torch.cat(alone))
+    model.set_attn_implementation(way)
+    got = loss_and_gradients(model, model.base_model(**pack_inputs(ids_N), use_cache=False).last_hidden_state[0])
+    for ours, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cpu_takes_segments_and_the_model_is_left_as_it_was() -> None:
+    model = tiny_model()
+    before = model.config._attn_implementation
+    with packed_attention(model) as way:
+        assert way and model.config._attn_implementation == SEGMENTS == best_way(model)
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    "changes", [{"attention_dropout": 0.1}, {"attn_logit_softcapping": 30.0}, {"layer_types": ["linear_attention"] * 2}]
+)
+def test_attention_that_the_kernels_lack_keeps_its_mask(changes: dict) -> None:
+    model = tiny_model()
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    assert best_way(model) is None
+    with packed_attention(model) as own:
+        assert not own
+
+
+def test_bf16_on_a_cpu_is_computed_in_fp32_and_given_back_in_bf16() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    with packed_attention(model), torch.no_grad():
+        hidden = model.base_model(**pack_inputs(sequences()), use_cache=False).last_hidden_state
+    assert hidden.dtype == torch.bfloat16
+
+
+CPU = torch.device("cpu")
+
+
+def test_a_kernel_is_tried_before_it_is_taken() -> None:
+    for takes_groups in (True, False):
+        assert gives_right_values(varlen_attention(reference_varlen, takes_groups), CPU, 4, 2, 8, torch.float32)
+
+
+def off(query: torch.Tensor, *rest: object, **options: object) -> torch.Tensor:
+    return reference_varlen(query * 2, *rest, **options)
+
+
+@pytest.mark.parametrize(("broken", "said"), [(off, "differs"), (lambda *_: None, "unexpected keyword")])
+def test_a_kernel_that_is_wrong_or_fails_is_not_taken_and_said(
+    broken: object, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not gives_right_values(varlen_attention(broken, True), CPU, 4, 2, 8, torch.float32)
+    assert said in caplog.text

@@ -1,0 +1,86 @@
+"""Memory: what there is, container limits included, and where a training begins.
+pytest tests/test_memory.py
+"""
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dpa.core.errors import ConfigError
+from dpa.models.memory import TrainingMemory, available_memory, plan
+
+GB = 10**9
+CPU = torch.device("cpu")
+
+
+def smollm2() -> LlamaForCausalLM:
+    """Its shape, without memory for its weights."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=576,
+                intermediate_size=1536,
+                num_hidden_layers=30,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                vocab_size=49_152,
+                tie_word_embeddings=True,
+            )
+        )
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_containers_limit_counts_and_its_file_cache_does_not(version: int, tmp_path: Path) -> None:
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    folder = tmp_path if version == 2 else tmp_path / "memory"
+    folder.mkdir(exist_ok=True)
+    (folder / names[0]).write_text("1000000\n")
+    (folder / names[1]).write_text("700000\n")
+    (folder / "memory.stat").write_text("anon 600000\ninactive_file 60000\nactive_file 40000\n")
+    assert available_memory(CPU, tmp_path) == 400_000
+
+
+def test_without_a_limit_it_is_the_machines(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory(CPU, tmp_path) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_smollm2_with_four_rows_of_2048_fits_24_gigabytes() -> None:
+    memory = TrainingMemory.of(smollm2(), mixed=False)
+    assert plan(memory, 20 * GB, 2048, 4, None, "finetune", sure=True).units == 4
+    assert 10 * GB < memory.fixed + memory.kept * 8192 < 15 * GB
+
+
+def test_a_pass_is_as_large_as_memory_allows_and_recomputes_only_where_it_must() -> None:
+    memory = TrainingMemory(fixed=1 * GB, kept=1_000_000, recomputed=100_000)
+    begins = [plan(memory, gigabytes * GB, 1000, 8, None, "finetune", sure=True) for gigabytes in (20, 4, 1.5)]
+    assert [(each.units, each.recompute) for each in begins] == [(8, False), (3, False), (5, True)]
+
+
+def test_fault_52_what_cannot_fit_is_refused_before_work_with_the_number_and_the_field() -> None:
+    memory = TrainingMemory(fixed=1 * GB, kept=1_000_000, recomputed=100_000)
+    with pytest.raises(
+        ConfigError, match=r"finetune\.max_length: .* 9,000 tokens needs about 1\.9 GB .* 1\.5 GB .* 5,000"
+    ):
+        plan(memory, round(1.5 * GB), 9000, 8, None, "finetune", sure=True)
+    with pytest.raises(ConfigError, match=r"let dpo\.gradient_checkpointing be true"):
+        plan(memory, 2 * GB, 9000, 8, False, "dpo", sure=True)
+    with pytest.raises(ConfigError, match=r"train finetune\.lora"):
+        plan(memory, GB // 2, 9000, 8, None, "finetune", sure=True)
+
+
+def test_a_card_is_tried_where_the_estimate_is_not_far_off() -> None:
+    memory = TrainingMemory(fixed=1 * GB, kept=1_000_000, recomputed=100_000)
+    begins = plan(memory, round(1.5 * GB), 9000, 8, None, "finetune", sure=False)
+    assert (begins.units, begins.recompute) == (1, True)
+
+
+def test_adapters_need_no_moments_of_the_frozen_weights() -> None:
+    model = tiny_model()
+    weights = sum(weight.numel() for weight in model.parameters())
+    whole, adapted = (TrainingMemory.of(model, mixed=False, adapters=adapters) for adapters in (False, True))
+    assert whole.fixed - adapted.fixed == 12 * weights

@@ -1,0 +1,60 @@
+"""Steps in passes: memory that runs out cuts them smaller, with the same result; what cannot fit ends in one sentence.
+pytest tests/test_passes.py
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_tokenizer
+
+from dpa.core.config import FinetuneConfig
+from dpa.core.errors import TrainingError
+from dpa.models.finetuning import Example, build_trainer
+
+CONFIG = FinetuneConfig(learning_rate=1e-3, max_length=64, packed_rows_per_step=4, rows_per_device=4, save_steps=10**6)
+
+
+def train(folder: Path, tokens_that_fit: int | None, config: FinetuneConfig = CONFIG) -> tuple[list[float], object]:
+    """Losses of a training on a machine on which no pass of more tokens fits."""
+    rng = np.random.default_rng(0)
+    examples = [Example(rng.integers(5, 261, int(length)).tolist(), 6) for length in rng.integers(10, 40, 30)]
+    model = tiny_model()
+    trainer = build_trainer(model, tiny_tokenizer(), examples, folder, config, seed=0)
+
+    def refuse(module: torch.nn.Module, inputs: tuple) -> None:
+        recomputed = model.model.gradient_checkpointing
+        if tokens_that_fit is not None and inputs[0].shape[1] > tokens_that_fit * (2 if recomputed else 1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    model.model.layers[-1].input_layernorm.register_forward_pre_hook(refuse)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer
+
+
+def test_fault_52_memory_that_runs_out_halves_the_pass_and_the_result_is_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, _ = train(tmp_path, None)
+    halved, trainer = train(tmp_path, 128)
+    assert trainer.pass_size == 2 and "goes on with 2 packed rows a pass" in caplog.text
+    assert halved == pytest.approx(whole, rel=1e-5)
+
+
+def test_fault_52_a_row_that_does_not_fit_is_recomputed(tmp_path: Path) -> None:
+    whole, _ = train(tmp_path, None)
+    recomputed, trainer = train(tmp_path, 40)
+    assert trainer.model.model.gradient_checkpointing and recomputed == pytest.approx(whole, rel=1e-5)
+
+
+def test_fault_52_what_cannot_fit_names_the_field(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"does not fit in memory; lower finetune\.max_length"):
+        train(tmp_path, 10)
+
+
+def test_another_error_is_not_taken_for_memory(tmp_path: Path) -> None:
+    trainer = build_trainer(tiny_model(), tiny_tokenizer(), [Example(list(range(5, 25)), 6)], tmp_path, CONFIG, seed=0)
+    trainer.pass_loss = lambda *_: (_ for _ in ()).throw(RuntimeError("a shape is wrong"))
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        trainer.train()
