@@ -12,7 +12,16 @@ import pyarrow as pa
 
 from dpa.core.errors import DataError, RejectRateError
 from dpa.core.records import Prompt, stable_hash
-from dpa.storage.rows import BadRow, check_messages, check_text, find_files, is_hub_id, read_hub_rows, read_rows
+from dpa.storage.rows import (
+    BadRow,
+    check_messages,
+    check_text,
+    find_files,
+    given_messages,
+    is_hub_id,
+    read_hub_rows,
+    read_rows,
+)
 from dpa.storage.run_folder import Reject, count_reasons
 
 MAX_ID = 200
@@ -83,22 +92,17 @@ def prompts_from_table(table: pa.Table) -> list[Prompt]:
 def _rows(path: str, column: str, split: str) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     if is_hub_id(path):
         # A rated data set's `messages` hold the answer too: of a Hub data set only the column is the prompt.
-        for place, row in read_hub_rows(path, split, "prompts"):
-            yield place, {column: row.get(column)}
+        yield from read_hub_rows(path, split, "prompts", [column])
         return
+    named = [column, "id", "messages"]
     for file in find_files(Path(path)):
-        yield from read_rows(file, [column, "id"])
+        yield from read_rows(file, named, text_columns=named)
 
 
 def _read_row(row: dict[str, Any] | BadRow, column: str, known: dict[str, Prompt]) -> Prompt:
     if isinstance(row, BadRow):
         raise row
-    value = row.get("messages")
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRow("messages is text, but not JSON") from None
+    value = given_messages(row.get("messages"))
     if value is not None:
         messages = check_messages(value)
     else:

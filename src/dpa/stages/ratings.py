@@ -19,7 +19,18 @@ from rich.table import Table
 from dpa.core.config import RatingsConfig
 from dpa.core.errors import DataError, RejectRateError
 from dpa.core.records import SCALE, Messages, Prompt, stable_hash
-from dpa.storage.rows import BadRow, check_messages, check_text, find_files, is_hub_id, read_hub_rows, read_rows
+from dpa.storage.rows import (
+    BadRow,
+    check_messages,
+    check_text,
+    column_names,
+    find_files,
+    given_messages,
+    is_hub_id,
+    read_hub_rows,
+    read_rows,
+    shown,
+)
 from dpa.storage.run_folder import Reject, count_reasons
 from dpa.storage.tables import FileRecord, read_table, write_bytes, write_json, write_table
 
@@ -30,6 +41,11 @@ HELPSTEER_SCALE: Scale = (0, 4)
 ULTRAFEEDBACK_MARKS = ("instruction_following", "truthfulness", "honesty", "helpfulness")
 ULTRAFEEDBACK_SCALE: Scale = (1, 5)
 ULTRAFEEDBACK_OVERALL_SCALE: Scale = (1, 10)
+
+OTHER_COLUMNS = ("row_id", "prompt_id", "messages", "response", "source")
+"""Columns of ratings.parquet that are no attribute."""
+
+TEXT_COLUMNS = ("prompt", "response", "messages", "source")
 
 NEMO_MARKS = ("quality", "toxicity", "humor", "creativity", *HELPSTEER_MARKS)
 """Order of `label` in NeMo-Aligner's regression form; the first four are Open Assistant's and are not read."""
@@ -99,7 +115,8 @@ def read_ratings(configs: Sequence[RatingsConfig]) -> Ratings:
         rows += good
         rejects += bad
     if not rows:
-        raise DataError("ratings: there is no usable row; check the paths and the columns.")
+        why = f" ({count_reasons(_kinds(rejects), most=3)}; first at {rejects[0].id})" if rejects else ""
+        raise DataError(f"ratings: there is no usable row{why}; check the paths and the columns.")
     return Ratings(_table(rows, scales), scales, rejects, sum(row.trapped for row in rows))
 
 
@@ -170,6 +187,12 @@ def declared_scales(config: RatingsConfig) -> dict[str, Scale]:
                     raise DataError(
                         f"ratings: {config.path}: scale of {name} is [{low}, {high}]; put the lower end first."
                     )
+            for name in names:
+                if name in OTHER_COLUMNS:
+                    raise DataError(
+                        f"ratings: {config.path}: an attribute cannot be called {name!r}, as a column of every rated "
+                        "table is; rename it in the file."
+                    )
             return {name: config.scales.get(name, SCALE) for name in names}
 
 
@@ -238,10 +261,11 @@ def is_overall_score_trap(completion: Mapping[str, Any]) -> bool:
     The repository's own repair (fix_overall_score_issue.py) turns a 10 into a 1 where the mean of the four fine-grained
     marks is at most 2, asks GPT-4 again where it is at most 4, and keeps it above. Without GPT-4 at hand, a 10 is
     believed only where that mean is above 4 and the critique's text does not itself state a score of at most 1.
+    Raises BadRow where critique or annotations are no such thing.
     """
     if _number(completion.get("overall_score")) != 10:
         return False
-    if _LOW_SCORE.search(completion.get("critique") or ""):
+    if _LOW_SCORE.search(_critique(completion)):
         return True
     marks = [mark for name in ULTRAFEEDBACK_MARKS if (mark := _fine_mark(completion, name)) is not None]
     return not marks or sum(marks) / len(marks) <= 4
@@ -256,7 +280,7 @@ def _read_one(config: RatingsConfig, scales: Mapping[str, Scale]) -> tuple[list[
     bad: list[Reject] = []
     names = list(scales)
     columns: set[str] = set()
-    for place, raw in _raw_rows(config):
+    for place, raw in _raw_rows(config, names):
         if isinstance(raw, dict):
             columns |= raw.keys()
             results = parse(config, raw, names)
@@ -271,23 +295,36 @@ def _read_one(config: RatingsConfig, scales: Mapping[str, Scale]) -> tuple[list[
             except BadRow as reason:
                 bad.append(Reject(place, str(reason)))
     if config.format == "generic":
-        _check_columns(config, names, columns)
+        files = [] if is_hub_id(config.path) else find_files(Path(config.path))
+        _check_columns(config, names, columns.union(*map(column_names, files)))
     return good, bad
 
 
-def _raw_rows(config: RatingsConfig) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+def _raw_rows(config: RatingsConfig, attributes: Sequence[str]) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    columns, texts = _named_columns(config, attributes)
     if is_hub_id(config.path):
-        yield from read_hub_rows(config.path, config.split, "ratings")
+        yield from read_hub_rows(config.path, config.split, "ratings", columns)
         return
-    text_columns = [config.columns.get(name, name) for name in ("prompt", "response", "source")]
     for file in find_files(Path(config.path)):
-        yield from read_rows(file, text_columns)
+        yield from read_rows(file, columns, texts)
+
+
+def _named_columns(config: RatingsConfig, attributes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The columns that are read, and those of them that hold text."""
+    match config.format:
+        case "helpsteer" | "helpsteer2":
+            return ["prompt", "response", "text", "label", *HELPSTEER_MARKS], ["prompt", "response", "text"]
+        case "ultrafeedback":
+            return ["instruction", "completions", "source"], ["instruction", "source"]
+        case "generic":
+            texts = [config.columns.get(name, name) for name in TEXT_COLUMNS]
+            return [*texts, *attributes], texts
 
 
 def _helpsteer(config: RatingsConfig, raw: dict[str, Any], names: Sequence[str]) -> Iterator[RatedRow | BadRow]:
     """HelpSteer and HelpSteer2 rows (prompt, response, five marks), or NeMo-Aligner's `text` and `label` of them."""
     try:
-        if "label" in raw:
+        if raw.get("label") is not None:
             messages, response = _nemo_conversation(raw.get("text"))
             label = raw["label"]
             if not isinstance(label, list) or len(label) != len(NEMO_MARKS):
@@ -306,7 +343,7 @@ def _helpsteer(config: RatingsConfig, raw: dict[str, Any], names: Sequence[str])
 
 def _nemo_conversation(text: Any) -> tuple[Messages, str]:
     messages = _turns(check_text(text, "text").removesuffix("<extra_id_2>").removesuffix("\n"))
-    if messages[-1]["role"] != "assistant":
+    if not messages or messages[-1]["role"] != "assistant":
         raise BadRow("text does not end with the assistant's turn")
     response = _answer(messages[-1]["content"], "response")
     prompt = [message for message in messages[:-1] if message["content"] != NEMO_SYSTEM]
@@ -330,15 +367,17 @@ def _ultrafeedback(config: RatingsConfig, raw: dict[str, Any], names: Sequence[s
         messages = _asked(raw.get("instruction"), "instruction")
         if not isinstance(completions, list):
             raise BadRow(f"completions is {type(completions).__name__}, not a list")
+        given = _source(raw.get("source"), "source")
     except BadRow as reason:
         yield reason
         return
-    source = f"ultrafeedback/{raw['source']}" if raw.get("source") else "ultrafeedback"
+    source = f"ultrafeedback/{given}" if given else "ultrafeedback"
     for number, completion in enumerate(completions):
         try:
             if not isinstance(completion, dict):
                 raise BadRow(f"completions[{number}] is {type(completion).__name__}, not an object")
             response = _answer(completion.get("response"), "response")
+            _critique(completion)
             trapped = config.drop_overall_score_trap and is_overall_score_trap(completion)
             overall = None if trapped else _mark(completion.get("overall_score"), "overall_score")
             marks = [overall, *(_fine_mark(completion, name) for name in ULTRAFEEDBACK_MARKS)]
@@ -348,33 +387,48 @@ def _ultrafeedback(config: RatingsConfig, raw: dict[str, Any], names: Sequence[s
 
 
 def _fine_mark(completion: Mapping[str, Any], name: str) -> float | None:
-    annotation = (completion.get("annotations") or {}).get(name)
-    rating = annotation.get("Rating") if isinstance(annotation, dict) else None
+    annotation = _object(_object(completion.get("annotations"), "annotations").get(name), f"annotations.{name}")
+    rating = annotation.get("Rating")
     return None if rating == "N/A" else _mark(rating, name)
+
+
+def _object(value: Any, field: str) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise BadRow(f"{field} is {type(value).__name__}, not an object")
+    return value or {}
+
+
+def _critique(completion: Mapping[str, Any]) -> str:
+    critique = completion.get("critique")
+    return "" if critique is None else check_text(critique, "critique", may_be_empty=True)
 
 
 def _generic(config: RatingsConfig, raw: dict[str, Any], names: Sequence[str]) -> Iterator[RatedRow | BadRow]:
     """`prompt` or `messages`, `response`, one column per attribute; `columns` renames."""
     column = {name: config.columns.get(name, name) for name in ("prompt", "response", "messages", "source")}
     try:
-        if raw.get(column["messages"]) is not None:
-            messages, response = _conversation(raw[column["messages"]], raw.get(column["response"]), column["response"])
+        given = given_messages(raw.get(column["messages"]), column["messages"])
+        if given is not None:
+            messages, response = _conversation(given, raw.get(column["response"]), column["response"])
         else:
             messages = _asked(raw.get(column["prompt"]), column["prompt"])
             response = _answer(raw.get(column["response"]), column["response"])
         marks = {name: _mark(raw.get(name), name) for name in names}
+        source = _source(raw.get(column["source"]), column["source"]) or Path(config.path).stem
     except BadRow as reason:
         yield reason
         return
-    yield RatedRow(messages, response, str(raw.get(column["source"]) or Path(config.path).stem), marks)
+    yield RatedRow(messages, response, source, marks)
 
 
 def _conversation(messages: Any, response: Any, column: str) -> tuple[Messages, str]:
     """Messages that end with the user's turn beside a response, or with the assistant's turn as the response."""
-    if response is None and isinstance(messages, list) and messages and isinstance(messages[-1], dict):
-        if messages[-1].get("role") != "assistant":
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        answered = messages[-1].get("role") == "assistant"
+        if response is None and not answered:
             raise BadRow(f"{column} is missing and messages do not end with the assistant's turn")
-        messages, response = messages[:-1], messages[-1].get("content")
+        if answered and (response is None or response == ""):  # "": a CSV has no other nothing
+            messages, response = messages[:-1], messages[-1].get("content")
     return check_messages(messages), _answer(response, column)
 
 
@@ -387,11 +441,21 @@ def _answer(text: Any, field: str) -> str:
     return check_text(text, field, may_be_empty=True)
 
 
+def _source(value: Any, field: str) -> str | None:
+    """Where a row comes from, text or a whole number; None where it does not say. Raises BadRow."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return check_text(value, field)
+
+
 def _check_columns(config: RatingsConfig, names: Sequence[str], columns: set[str]) -> None:
     for name in names:
         if columns and name not in columns:
             near = difflib.get_close_matches(name, columns, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(sorted(columns))}."
+            some = ", ".join(sorted(columns)[:20]).encode("utf-8", "backslashreplace").decode()
+            hint = f"did you mean {near[0]!r}?" if near else f"it has: {some}."
             raise DataError(f"ratings: {config.path} has no column {name!r} for that attribute; {hint}")
 
 
@@ -408,7 +472,7 @@ def _mark(value: Any, field: str) -> float | None:
         return None
     number = _number(value)
     if number is None:
-        raise BadRow(f"{field} is {str(value)[:40]!r}, not a finite number")
+        raise BadRow(f"{field} is {shown(value)}, not a finite number")
     return number
 
 
@@ -464,8 +528,12 @@ def _kind(reason: str) -> str:
     return re.sub(r"'[^']*'|-?\d+(?:[.,]\d+)*", "…", reason)
 
 
+def _kinds(rejects: Sequence[Reject]) -> list[Reject]:
+    return [Reject(reject.id, _kind(reject.reason)) for reject in rejects]
+
+
 def _too_many(config: RatingsConfig, total: int, bad: list[Reject]) -> str:
-    kinds = count_reasons([Reject(reject.id, _kind(reject.reason)) for reject in bad], most=3)
+    kinds = count_reasons(_kinds(bad), most=3)
     return (
         f"ratings: {len(bad)} of {total} rows of {config.path} are bad, more than max_reject_rate "
         f"{config.max_reject_rate:g} ({kinds}; first at {bad[0].id}: {bad[0].reason}); mend the rows or raise it."

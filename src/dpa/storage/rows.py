@@ -2,9 +2,10 @@
 Run its tests: pytest tests/test_ratings.py
 """
 
+import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ MAX_CHARACTERS = 1_000_000
 """A longer text is a broken row: no context holds it."""
 
 _ROLES = ("system", "user", "assistant")
+_NOT_READ = (ValueError, LookupError, TypeError, OverflowError, NotImplementedError, RecursionError, pa.ArrowException)
+"""What a value that Python cannot hold ends in: text that is no UTF-8, a duration, a time zone nobody knows."""
+
+_CSV_BLOCK = 16 << 20
+"""Bytes read at once; a row must fit, and the longest text that is no broken row does."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -30,7 +37,7 @@ class BadRow(Exception):
 def find_files(path: Path) -> list[Path]:
     """The row files at `path`: itself, or those of a folder in the order of their names. Raises DataError."""
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
         if not files:
             raise DataError(f"data: {path} has no {', '.join(SUFFIXES)} file; give a file or a folder of them.")
         return files
@@ -54,7 +61,9 @@ def is_hub_id(path: str) -> bool:
     return has_hub_form(path) and not Path(path).suffix
 
 
-def read_hub_rows(name: str, split: str, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_hub_rows(
+    name: str, split: str, field: str, columns: Collection[str]
+) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     """As `read_rows`, of a Hub data set. Only its data files are read, never its code. Raises DataError."""
     from datasets import load_dataset  # slow to import
 
@@ -65,22 +74,45 @@ def read_hub_rows(name: str, split: str, field: str) -> Iterator[tuple[str, dict
             f"{field}: {name!r} split {split!r} is neither a file here nor a Hub data set that can be "
             f"reached ({type(error).__name__}); check the name."
         ) from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}:{number}", row
+    rows = rows.select_columns([column for column in rows.column_names if column in columns])
+    for number in range(len(rows)):
+        try:
+            row = rows[number]
+        except _NOT_READ as error:
+            row = BadRow(f"the row cannot be read ({type(error).__name__})")
+        yield f"{name}:{number + 1}", row
 
 
-def read_rows(file: Path, text_columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+def read_rows(
+    file: Path, columns: Collection[str] | None = None, text_columns: Collection[str] = ()
+) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     """Yield (place, row) for each row of one file; a row that cannot be parsed comes as a BadRow.
 
-    `place` is `name:number`, the first row being 1. `text_columns` are read as text even where a CSV's values look
-    like numbers. Raises DataError when the file as a whole cannot be read.
+    `place` is `name:number`, the first row being 1. Of a Parquet or CSV file only `columns` are read (None: all), so
+    that what nobody asked for does no harm; one that the file lacks is lacking, or None, in its rows. `text_columns`
+    are read as text even where a CSV's values look like numbers. Raises DataError when the file as a whole cannot be
+    read.
     """
     reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}[file.suffix]
     try:
-        for number, row in enumerate(reader(file, text_columns), start=1):
+        for number, row in enumerate(reader(file, columns, text_columns), start=1):
             yield f"{file.name}:{number}", row
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"data: {file} cannot be read ({' '.join(str(error).split())}); check or convert it.") from None
+    except (OSError, *_NOT_READ) as error:
+        raise DataError(f"data: {file} cannot be read ({_one_line(error)}); check or convert it.") from None
+
+
+def column_names(file: Path) -> list[str]:
+    """The columns a Parquet or CSV file has, read or not; of a .jsonl file every row says its own. Raises DataError."""
+    try:
+        match file.suffix:
+            case ".parquet":
+                return pyarrow.parquet.read_schema(file).names
+            case ".csv":
+                with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+                    return next(csv.reader(lines), [])
+    except (OSError, csv.Error, *_NOT_READ) as error:
+        raise DataError(f"data: {file} cannot be read ({_one_line(error)}); check or convert it.") from None
+    return []
 
 
 def check_text(value: Any, field: str, may_be_empty: bool = False) -> str:
@@ -102,6 +134,26 @@ def check_text(value: Any, field: str, may_be_empty: bool = False) -> str:
     return value
 
 
+def shown(value: Any) -> str:
+    """A value as it may stand in a reason: quoted, escaped and short."""
+    try:
+        return repr(value if isinstance(value, str) else str(value))[:42]
+    except (ValueError, RecursionError):  # a number of 5,000 digits, a list in a list in a list
+        return f"a {type(value).__name__}"
+
+
+def given_messages(value: Any, field: str = "messages") -> Any:
+    """The `messages` of a row, a list or its JSON text, not yet checked; None where there are none. Raises BadRow."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise BadRow(f"{field} is text, but not JSON") from None
+
+
 def check_messages(value: Any, field: str = "messages") -> Messages:
     """Chat messages: an optional system message, then user and assistant in turn, from user to user. Raises BadRow."""
     if not isinstance(value, list) or not value:
@@ -112,7 +164,7 @@ def check_messages(value: Any, field: str = "messages") -> Messages:
         if not isinstance(item, dict):
             raise BadRow(f"{where} is {type(item).__name__}, not a message")
         if item.get("role") not in _ROLES:
-            raise BadRow(f"{where}.role is {item.get('role')!r}, not one of {', '.join(_ROLES)}")
+            raise BadRow(f"{where}.role is {shown(item.get('role'))}, not one of {', '.join(_ROLES)}")
         messages.append({"role": item["role"], "content": check_text(item.get("content"), f"{where}.content")})
     turns = [message["role"] for message in messages if message["role"] != "system"]
     if any(message["role"] == "system" for message in messages[1:]):
@@ -122,7 +174,9 @@ def check_messages(value: Any, field: str = "messages") -> Messages:
     return messages
 
 
-def _read_jsonl(file: Path, text_columns: Sequence[str]) -> Iterator[dict[str, Any] | BadRow]:
+def _read_jsonl(
+    file: Path, columns: Collection[str] | None, text_columns: Collection[str]
+) -> Iterator[dict[str, Any] | BadRow]:
     with file.open("rb") as lines:
         for line in lines:
             if not line.strip():
@@ -130,18 +184,26 @@ def _read_jsonl(file: Path, text_columns: Sequence[str]) -> Iterator[dict[str, A
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield BadRow(f"not JSON: {' '.join(str(error).split())}")
+                yield BadRow(f"not JSON: {_one_line(error)}")
                 continue
             yield row if isinstance(row, dict) else BadRow(f"the line is {type(row).__name__}, not an object")
 
 
-def _read_parquet(file: Path, text_columns: Sequence[str]) -> Iterator[dict[str, Any] | BadRow]:
+def _read_parquet(
+    file: Path, columns: Collection[str] | None, text_columns: Collection[str]
+) -> Iterator[dict[str, Any] | BadRow]:
     with pyarrow.parquet.ParquetFile(file) as parquet:
-        for batch in parquet.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+        names = [name for name in parquet.schema_arrow.names if columns is None or name in columns]
+        if not names:  # pyarrow would give batches without rows
+            yield from ({} for _ in range(parquet.metadata.num_rows))
+            return
+        for batch in parquet.iter_batches(batch_size=1024, columns=names):
+            yield from _rows_of(batch)
 
 
-def _read_csv(file: Path, text_columns: Sequence[str]) -> Iterator[dict[str, Any] | BadRow]:
+def _read_csv(
+    file: Path, columns: Collection[str] | None, text_columns: Collection[str]
+) -> Iterator[dict[str, Any] | BadRow]:
     bad: list[BadRow] = []
 
     def note(row: pyarrow.csv.InvalidRow) -> str:
@@ -150,11 +212,38 @@ def _read_csv(file: Path, text_columns: Sequence[str]) -> Iterator[dict[str, Any
 
     table = pyarrow.csv.read_csv(
         file,
+        read_options=pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK),
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
         convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(text_columns, pa.string()), strings_can_be_null=False
+            check_utf8=False,  # one bad text is one bad row
+            column_types=dict.fromkeys(text_columns, pa.string()),
+            strings_can_be_null=False,
+            include_columns=None if columns is None else [n for n in dict.fromkeys(column_names(file)) if n in columns],
         ),
     )
     for batch in table.to_batches(max_chunksize=1024):
-        yield from batch.to_pylist()
+        yield from _rows_of(batch)
     yield from bad
+
+
+def _rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadRow]:
+    try:
+        yield from batch.to_pylist()
+        return
+    except _NOT_READ:
+        pass
+    for number in range(batch.num_rows):
+        row: dict[str, Any] = {}
+        try:
+            for name in batch.schema.names:
+                row[name] = batch.column(name)[number].as_py()
+        except UnicodeDecodeError:
+            yield BadRow(f"{name} is not UTF-8")
+        except _NOT_READ as error:
+            yield BadRow(f"{name} is {batch.schema.field(name).type}, which is not read ({type(error).__name__})")
+        else:
+            yield row
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
