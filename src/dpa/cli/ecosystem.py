@@ -3,13 +3,14 @@ Run its tests: pytest tests/test_ecosystem_cli.py
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dpa.cli.home import Commands
-from dpa.core.errors import ConfigError
+from dpa.core.errors import ConfigError, DirectionError
 
 if TYPE_CHECKING:
     from dpa.core.directions import Direction, DirectionSpace
@@ -23,7 +24,10 @@ ASK_BEYOND = 500_000
 
 SpaceText = Annotated[
     str | None,
-    typer.Option("--space", help="Direction space: dpa-v1, a policy folder or a YAML configuration. Default: MODEL's."),
+    typer.Option(
+        "--space",
+        help="Direction space: dpa-v1, a policy or run folder, a YAML configuration. Default: MODEL's.",
+    ),
 ]
 Directions = Annotated[
     list[str] | None, typer.Option("--direction", "-d", help="A direction in any form; repeat it for several.")
@@ -93,8 +97,14 @@ def fold(
     if preset not in (None, "dpa-v1"):
         raise ConfigError(f"--preset: {preset!r} is unknown; known: dpa-v1.")
     released = preset is not None
-    where = read_space(space) if space else attribute_space(reward_spec(model, released))
-    chosen = where.parse(direction)
+    spec = reward_spec(model, released)
+    where = read_space(space) if space else space_of_run(Path(model), spec.attributes) or attribute_space(spec)
+    try:
+        chosen = where.parse(direction)
+    except DirectionError as error:
+        if space or where.presets:
+            raise
+        raise DirectionError(f"{error} With --space POLICY the objectives and presets of a policy are known.") from None
     fold_reward(model, where, chosen, out, released)
     typer.echo(f"{out}: one logit, the utility under {chosen}")
 
@@ -177,13 +187,29 @@ def read_space(text: str) -> "DirectionSpace":
     """A published name, a YAML configuration, or a policy (its dpa_config.json). Raises UserError subclasses."""
     from dpa.core.config import load_config
     from dpa.core.presets import SPACES
-    from dpa.models.files import load_space
+    from dpa.models.files import SPACE_FILE, load_space
 
     if text in SPACES:
         return SPACES[text]
+    if Path(text, "dpa_reward.json").is_file() and not Path(text, SPACE_FILE).is_file():
+        raise ConfigError(
+            f"--space: {text} is a reward model, which has no directions; give a policy folder (RUN/iter_1/policy), a "
+            f"YAML configuration or one of {', '.join(SPACES)}."
+        )
+    if Path(text, "config.yaml").is_file():  # a run folder
+        return load_config(Path(text, "config.yaml")).space.build()
     if text.endswith((".yaml", ".yml")):
         return load_config(text).space.build()
     return load_space(text)
+
+
+def space_of_run(reward_model: Path, attributes: Sequence[str]) -> "DirectionSpace | None":
+    """The space of the run that a reward model lies in (RUN/reward_model), where it is made of these attributes."""
+    if not (reward_model.resolve().parent / "config.yaml").is_file():
+        return None
+    space = read_space(str(reward_model.resolve().parent))
+    needed = {name for objective in space.objectives for name in objective.attributes}
+    return space if needed <= set(attributes) else None
 
 
 def _side(text: str, questions: Path | None, out: Path, max_new_tokens: int, seed: int) -> tuple[Path, str | None]:

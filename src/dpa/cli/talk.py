@@ -1,14 +1,20 @@
-"""`dpa generate` and `dpa chat`: try a policy under a direction."""
+"""`dpa generate` and `dpa chat`: try a policy under a direction.
+Run its tests: pytest tests/test_talk.py
+"""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
+
 from dpa.cli.ecosystem import read_space
 from dpa.core.directions import Direction, DirectionSpace
-from dpa.core.errors import ConfigError, DirectionError, EngineError
+from dpa.core.errors import ConfigError, DataError, DirectionError, OutsideConeError
 from dpa.core.records import Messages, SampleRequest, seed_of
 from dpa.models.best_of import BestOfSampler, RobustSampler
-from dpa.models.files import folder_revision, resolve_model
+from dpa.models.files import SPACE_FILE, folder_revision, resolve_model
+from dpa.models.policy import encode_prompt, load_prompting, make_steerable
 from dpa.models.samplers import SamplerSpec
 from dpa.models.scorers import RewardModelScorer
 
@@ -32,7 +38,7 @@ def answer(
     return [
         text
         for prompt in prompts
-        for text in _ask(sampler, [{"role": "user", "content": prompt}], chosen, samples, seed)
+        for text in _ask(model, space, sampler, [{"role": "user", "content": prompt}], chosen, samples, seed)
     ]
 
 
@@ -60,7 +66,12 @@ def converse(
                 print(error)
         elif text:
             messages.append({"role": "user", "content": text})
-            (reply,) = _ask(sampler, messages, chosen, 1, seed + len(messages))
+            try:
+                (reply,) = _ask(model, space, sampler, messages, chosen, 1, seed + len(messages))
+            except DataError as error:
+                print(error)
+                messages.pop()
+                continue
             messages.append({"role": "assistant", "content": reply})
             print(reply)
 
@@ -70,7 +81,16 @@ def _open(
 ) -> tuple[DirectionSpace, "Sampler", Direction | None]:
     path = resolve_model(model).path
     space = read_space(named or path)
-    chosen = None if direction is None else space.parse(direction, outside="clamp" if clamp else "error")
+    if not Path(path, SPACE_FILE).is_file():
+        print(
+            f"note: {model} has no {SPACE_FILE}: nothing says that it was trained to follow a direction, and a model "
+            "that was not answers alike under all of them.",
+            file=sys.stderr,
+        )
+    try:
+        chosen = None if direction is None else space.parse(direction, outside="clamp" if clamp else "error")
+    except OutsideConeError as error:
+        raise OutsideConeError(error.finding, "take `dpa generate --clamp`, which moves it to the edge") from None
     spec = SamplerSpec(path, space, max_new_tokens, temperature, revision=folder_revision(path))
     return space, spec.build(), chosen
 
@@ -83,9 +103,31 @@ def _reward_folder(model: str, reward: str | None) -> str:
     return reward or str(beside)
 
 
-def _ask(sampler: "Sampler", messages: Messages, direction: Direction | None, samples: int, seed: int) -> list[str]:
+def _ask(
+    model: str, space: DirectionSpace, sampler: "Sampler", messages: Messages, direction: Direction | None,
+    samples: int, seed: int,
+) -> list[str]:  # fmt: skip
     seeds = tuple(seed_of(f"{seed}-{k}") for k in range(samples))
     (answers,) = sampler.sample([SampleRequest(messages, direction.weights if direction else None, seeds)])
     if not answers:
-        raise EngineError("the prompt is longer than the model's context; shorten it.")
+        raise DataError(_why_not(model, space, messages, direction))
     return [sample.text for sample in answers]
+
+
+def _why_not(model: str, space: DirectionSpace, messages: Messages, direction: Direction | None) -> str:
+    """Why a sampler gave a prompt no answer: it is written and counted once more."""
+    tokenizer, context, _ = load_prompting(resolve_model(model))
+    make_steerable(tokenizer, space)
+    try:
+        ids = encode_prompt(tokenizer, space, messages, direction.weights if direction else None)
+    except TemplateError as error:
+        return f"prompt: the chat template of {model} refuses it ({error}); change it, or restore the template."
+    except (KeyError, TypeError, UnicodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        return f"prompt: it cannot be written as tokens ({reason}); take out what is no Unicode text."
+    if len(ids) >= context:
+        return (
+            f"prompt: it takes {len(ids):,} tokens, direction and template included, and the model's context holds "
+            f"{context:,}; shorten it."
+        )
+    return f"prompt: the model gave no answer to its {len(ids)} tokens; write something else."

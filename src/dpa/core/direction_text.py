@@ -22,18 +22,19 @@ _NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?", re
 _NAME_END = re.compile(r"(?![A-Za-z0-9_])", re.ASCII)
 
 
-def read_expression(text: str, names: Sequence[str]) -> dict[str, float]:
+def read_expression(text: str, names: Sequence[str], presets: Sequence[str] = ()) -> dict[str, float]:
     """Read `name`, `name*number` or `number*name` joined by `+` and `-`, once from left to right.
 
     A number may have a sign of its own: `helpfulness*97 + verbosity*-26`. Returns name -> weight. Raises
-    DirectionError for anything else: nothing is evaluated, nested or skipped.
+    DirectionError for anything else: nothing is evaluated, nested or skipped. `presets` are names of whole directions:
+    a lone word that is nearly one of them is told so.
     """
     example = f"write e.g. `{names[0]}*0.8 - {names[1]}*0.6`."
     if len(text) > MAX_TEXT:
         raise DirectionError(f"direction {shown(text)} is longer than {MAX_TEXT} characters; {example}")
     if not text.isascii():
         raise DirectionError(f"direction {shown(text)} is not plain ASCII; {example}")
-    tokens = _tokens(text, names, example)
+    tokens = _tokens(text, names, presets, example)
     tokens.reverse()  # the next one is the last
     weights: dict[str, float] = {}
     while tokens or not weights:
@@ -108,7 +109,7 @@ def _factor(tokens: list[str | float]) -> str | float | None:
     return factor if sign is None and factor not in ("+", "-", "*") else None
 
 
-def _tokens(text: str, names: Sequence[str], example: str) -> list[str | float]:
+def _tokens(text: str, names: Sequence[str], presets: Sequence[str], example: str) -> list[str | float]:
     """Operators and names as text, numbers as floats. Of the known names the longest wins: a name may hold `-`."""
     longest_first = sorted(names, key=len, reverse=True)
     tokens: list[str | float] = []
@@ -128,7 +129,8 @@ def _tokens(text: str, names: Sequence[str], example: str) -> list[str | float]:
             tokens.append(name)
             at += len(name)
         elif stranger := _NAME.match(text, at):
-            raise unknown(stranger.group(), names, "direction")
+            alone = stranger.group() == text.strip()  # no preset can be weighed
+            raise unknown(stranger.group(), [*names, *(presets if alone else ())], "direction")
         else:
             raise DirectionError(
                 f"direction {shown(text)}: {shown(text[at])} at character {at + 1} is not understood; {example}"

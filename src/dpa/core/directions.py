@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dpa.core.direction_text import MAX_NAME, is_name, read_degrees, read_expression, read_number, shown, unknown
-from dpa.core.errors import DirectionError, ModelFileError
+from dpa.core.errors import DirectionError, ModelFileError, OutsideConeError
 
 PUBLISHED_TEMPLATE = (
     "You are a helpful, respectful, and honest assistant who always responds to the user in a harmless way. "
@@ -182,9 +182,9 @@ class DirectionSpace:
             return direction
         if outside == "clamp":
             return self._clamp(direction)
-        raise DirectionError(
+        raise OutsideConeError(
             f"direction {shown(value)} lies {angle:.1f} degrees from {self.direction(self.center)}; "
-            f"the policy was trained {self._range()}, so ask within that or have it clamped."
+            f"the policy was trained {self._range()}"
         )
 
     def direction(self, weights: Mapping[str, float] | Sequence[float] | np.ndarray | None) -> Direction:
@@ -482,7 +482,7 @@ class DirectionSpace:
             return self.direction(value)
         text = value.strip()
         if not text.endswith("deg") or text.endswith(self.names):
-            return self.direction(read_expression(text, self.names))
+            return self.direction(read_expression(text, self.names, list(self.presets)))
         if self.K != 2:
             raise DirectionError(
                 f"direction {shown(text)}: an angle says enough for two objectives only; weigh {', '.join(self.names)}."

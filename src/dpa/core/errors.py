@@ -38,6 +38,18 @@ class DirectionError(UserError):
     """A direction cannot be read, is zero or not finite, names an unknown objective, or lies outside the cone."""
 
 
+class OutsideConeError(DirectionError):
+    """A direction lies outside the cone. `finding` says where; `remedy` what can be done besides asking within it."""
+
+    def __init__(self, finding: str, remedy: str = "have it clamped") -> None:
+        super().__init__(finding, remedy)
+        self.finding = finding
+
+    def __str__(self) -> str:
+        """The sentence."""
+        return f"{self.args[0]}, so ask within that or {self.args[1]}."
+
+
 class DataError(UserError):
     """Rated rows, prompts or a table cannot be used."""
 

@@ -1,0 +1,107 @@
+"""`dpa generate` and `dpa chat` say what is wrong with a direction or a prompt, and what to do about it.
+pytest tests/test_talk.py
+"""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
+
+from dpa.cli.ecosystem import read_space, space_of_run
+from dpa.cli.talk import answer, converse
+from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.errors import ConfigError, DataError, DirectionError
+from dpa.models.policy import save_policy
+
+TERSE = DirectionSpace(
+    (Objective("helpfulness", {"helpfulness": 1.0}), Objective("verbosity", {"verbosity": 1.0})),
+    template="Weigh {weighted_rating}",
+    presets={"terse": "-40deg", "wordy": "40deg"},
+)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("talk") / "policy"
+    save_policy(tiny_model(), tiny_tokenizer(), folder, TERSE, {})
+    return folder
+
+
+def ask(model: Path, prompt: str = "Why?", direction: str | None = None, clamp: bool = False, **more) -> list[str]:
+    return answer(str(model), [prompt], direction, 1, 1.0, 3, 0, clamp, **more)
+
+
+def test_a_misspelt_preset_is_told_the_nearest() -> None:
+    with pytest.raises(DirectionError, match="did you mean `terse`"):
+        TERSE.parse("tersee")
+    with pytest.raises(DirectionError, match="known: helpfulness, verbosity, terse, wordy"):
+        TERSE.parse("kind")
+    with pytest.raises(DirectionError, match="did you mean `helpfulness`"):
+        TERSE.parse("helpfulnes*0.8 - verbosity")
+    with pytest.raises(DirectionError, match=r"known: helpfulness, verbosity\."):
+        TERSE.parse("terse*0.8 + verbosity")  # a preset cannot be weighed
+
+
+def test_a_direction_outside_the_cone_names_the_flag(policy: Path) -> None:
+    with pytest.raises(DirectionError, match=r"from -45deg to 45deg .* or take `dpa generate --clamp`.*\.$"):
+        ask(policy, direction="-60deg")
+    assert ask(policy, direction="-60deg", clamp=True)
+
+
+def test_a_model_that_nobody_trained_to_listen_is_said_to_be_one(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert ask(policy, direction="terse") and not capsys.readouterr().err
+    plain = save_tiny_model(tmp_path / "plain")
+    capsys.readouterr()
+    assert ask(plain, direction="terse", named=str(policy))
+    said = capsys.readouterr().err
+    assert "dpa_config.json" in said and "answers alike" in said and len(said.splitlines()) == 1
+
+
+def test_each_reason_for_no_answer_is_its_own(policy: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"takes [0-9,]+ tokens, .* context holds 256; shorten"):
+        ask(policy, "x" * 300)
+    with pytest.raises(DataError, match=r"cannot be written as tokens .*Unicode"):
+        ask(policy, "a \ud800 b")
+    picky = Path(shutil.copytree(policy, tmp_path / "picky"))
+    refusal = "{% if m.content == 'no' %}{{ raise_exception('not that') }}{% endif %}"
+    template = f"{{% for m in messages %}}{refusal}{{{{ m.content }}}}{{% endfor %}}"
+    (picky / "chat_template.jinja").write_text(template)
+    assert ask(picky, "yes")
+    with pytest.raises(DataError, match=r"the chat template of .*picky refuses it \(not that\)"):
+        ask(picky, "no")
+
+
+def test_a_conversation_goes_on_after_a_prompt_that_does_not_fit(
+    policy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    typed = io.StringIO("x" * 300 + "\nWhy?\n/quit\nnot read\n")
+    monkeypatch.setattr("sys.stdin", typed)
+    converse(str(policy), "terse", 1.0, 3, 0)
+    assert "shorten it" in capsys.readouterr().out and typed.read() == "not read\n"
+
+
+def test_a_reward_model_is_folded_in_the_space_of_its_run(policy: Path, tmp_path: Path) -> None:
+    reward = tmp_path / "reward_model"
+    reward.mkdir()
+    (reward / "dpa_reward.json").write_text("{}")
+    assert space_of_run(reward, ["helpfulness", "verbosity"]) is None
+    with pytest.raises(ConfigError, match=r"is a reward model.*RUN/iter_1/policy"):
+        read_space(str(reward))
+    config = {
+        "out": "x",
+        "policy": "p",
+        "space": {"objectives": {"helpfulness": None, "verbosity": None}, "presets": {"terse": "-40deg"}},
+        "reward": {"functions": {"helpfulness": "m:f"}},
+        "prompts": {"path": "p"},
+        "evaluate": {"prompts": {"path": "p"}},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    found = space_of_run(reward, ["helpfulness", "verbosity"])
+    assert found is not None and found.presets == {"terse": "-40deg"}
+    assert space_of_run(reward, ["wit"]) is None
+    assert read_space(str(tmp_path)) == found
