@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, run_config, space_of
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpa.core.config import RolloutConfig, SelectionConfig, load_config
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DirectionError, RejectRateError
 from dpa.core.records import Prompt, stable_hash
-from dpa.core.selection import select_pairs, spread
+from dpa.core.selection import select, select_pairs, spread
 from dpa.recipes.dpa import Loop
 from dpa.stages.finetune import with_replay
 from dpa.stages.rollout import rollout
@@ -115,6 +117,25 @@ def test_training_arcs_stay_in_the_cone_whatever_its_center(center: dict[str, fl
     assert space.angle_to_center(drawn_DK).max() <= 30 + 1e-9
     assert np.any([space.on_arc(drawn_DK, name) for name in space.arc_names], axis=0).all()
     assert DirectionSpace.from_dict(space.to_dict()) == space
+
+
+def test_before_ends_until_an_iteration_draws_from_the_ends_and_later_ones_as_ever(tmp_path: Path) -> None:
+    def degrees(t: int, until: int) -> np.ndarray:
+        config = run_config(tmp_path / f"{t}-{until}", selection={"ends_until": until})
+        with Loop(config) as loop:
+            space = loop.drawn_from(t)
+            assert t < until or space is loop.space
+            assert replace(space, training_ends=0.0) == loop.space, "nothing else of the space changes"
+            return space.angle_to_center(space.sample(100, np.random.default_rng(0))) / space.training_angle
+
+    assert degrees(0, 1).min() >= 0.8 - 1e-9 and degrees(1, 2).min() >= 0.8 - 1e-9
+    assert degrees(1, 1).min() < 0.1 and degrees(0, 0).min() < 0.1
+
+
+def test_two_directions_of_a_prompt_lie_on_either_side(tmp_path: Path) -> None:
+    """So that many questions with two directions each still have winners to tell apart."""
+    drawn = [SPACE.asked_angle(SPACE.sample(2, np.random.default_rng(seed)), SPACE.arc_names[0]) for seed in range(50)]
+    assert all(angles.min() < 0 < angles.max() for angles in drawn)
 
 
 # --- standardised ---------------------------------------------------------------------------------------------------
@@ -290,3 +311,38 @@ def test_the_loop_learns_from_pairs_with_every_option_on(tmp_path: Path) -> None
     provenance = json.loads((tmp_path / "run/iter_2/policy/dpa_config.json").read_text())
     assert (provenance["space"]["max_angle"], provenance["space"]["training_angle"]) == (45, 55)
     assert provenance["provenance"]["dpo"]["beta"] == 0.1
+
+
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(2, 3), st.integers(0, 8), st.booleans())
+def test_winners_of_two_directions_are_paired_in_both_orders(N: int, D: int, K: int, seed: int, coarse: bool) -> None:
+    """As many directions are paired as can be, each rejects another's winner, and no response is better in itself."""
+    N = 1 + N % 8
+    rng = np.random.default_rng([N, D, K, seed])
+    scores_PNK, directions_PDK = rng.normal(size=(4, N, K)), rng.normal(size=(4, D, K))
+    if coarse:
+        scores_PNK = scores_PNK.round()  # many ties
+    valid_PN = rng.random((4, N)) < 0.8
+    rngs = [np.random.default_rng(p) for p in range(4)]
+    winners_PD, losers_PD = select_pairs(scores_PNK, directions_PDK, valid_PN, "other_direction", rngs)
+    assert ((winners_PD < 0) == (losers_PD < 0)).all()
+    best_PD = select(scores_PNK, directions_PDK, valid_PN)
+    for p in range(4):
+        paired = np.flatnonzero(winners_PD[p] >= 0)
+        assert (winners_PD[p, paired] == best_PD[p, paired]).all()
+        assert set(losers_PD[p, paired]) <= set(winners_PD[p, paired])
+        orders = [(winners_PD[p, d], losers_PD[p, d]) for d in paired]
+        assert sorted(orders) == sorted((rejected, chosen) for chosen, rejected in orders)
+        chosen_K, rejected_K = scores_PNK[p, winners_PD[p, paired]], scores_PNK[p, losers_PD[p, paired]]
+        assert (np.einsum("dk,dk->d", chosen_K - rejected_K, directions_PDK[p, paired]) > 0).all()
+        if not coarse and (best_PD[p] >= 0).all():
+            most = max(np.bincount(best_PD[p]))
+            assert len(paired) == 2 * min(D // 2, D - most)
+
+
+def test_pairs_of_other_directions_go_through_the_stage(tmp_path: Path) -> None:
+    rows = selected(tmp_path, SelectionConfig(directions=6, rejected="other_direction"), pairs=True)
+    assert rows and all(row["utility_chosen"] > row["utility_rejected"] for row in rows)
+    orders = [(row["prompt_id"], row["chosen_id"], row["rejected_id"]) for row in rows]
+    assert sorted(orders) == sorted((prompt, rejected, chosen) for prompt, chosen, rejected in orders)
+    with pytest.raises(ConfigError, match="other_direction takes winners of one pool; take method pooled"):
+        run_config(tmp_path, selection={"rejected": "other_direction", "method": "per_direction"})

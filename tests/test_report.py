@@ -38,6 +38,7 @@ def results_of(space: DirectionSpace, follows: tuple[float, ...] = (0.0, 20.0, 3
                 "name": f"t = {iteration}",
                 "evaluation": evaluate(rollout, by_reward, space, CONFIG, seed=0),
                 "ledger": ledger,
+                "listening": [listened(step, 0.4 + step / 40 + iteration / 10) for step in (4, 8, 12)],
             }
         )
     rollout = replaced(rollout, "response", [HOSTILE] * rollout.num_rows)
@@ -54,6 +55,13 @@ def results_of(space: DirectionSpace, follows: tuple[float, ...] = (0.0, 20.0, 3
         "ledger": {"train_reward": {"training_tokens": 5000, "wall_s": 61.0, "peak_memory": 3 * 2**30}},
         "reward_model": quality,
     }
+
+
+def listened(step: int, share: float) -> dict:
+    """Figures as `listening_curve` reads them."""
+    share = min(share, 1.0)
+    gaps = {"gap_token": 0.01 * share, "gap_response": share, "gap_response_low": 0.5, "gap_response_high": 1.5}
+    return {"step": step, "rows": 64.0, "share": share, "share_low": share - 0.1, "share_high": share + 0.1, **gaps}
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +190,16 @@ def test_a_policy_that_does_not_listen_is_called_out_loudly(two):
     page = Page(report_html(deaf))
     assert (page.count("p", role="status"), page.count("p", role="alert")) == (0, 1)
     assert "DOES NOT FOLLOW" in page.text
+
+
+def test_what_was_heard_while_training_is_drawn_over_all_iterations(two):
+    page = report_html(two)
+    section = page.split("<h2>Listening, while it was trained</h2>")[1].split("</section>")[0]
+    assert section.count("<svg") == 2 and section.count('class="level"') == 2
+    assert section.count("t = 2, step 36: 90 (80 to 100)") == 1, "steps go on from iteration to iteration"
+    assert "90%<small>80 to 100</small>" in section
+    without = {**two, "policies": [{k: v for k, v in p.items() if k != "listening"} for p in two["policies"]]}
+    assert "Listening, while" not in report_html(without), "a run of an earlier version"
 
 
 def test_the_table_holds_every_direction_of_every_policy(three):

@@ -46,9 +46,11 @@ def line_chart(
     description: str,
     x_ticks: Sequence[tuple[float, str]] | None = None,
     band: bool = False,
+    level: tuple[float, str] | None = None,
 ) -> str:
     """One chart. Intervals are crosses, or with `band` a shaded band of the y intervals.
 
+    `level`: a y and its name, drawn across: what the values are to be held against.
     `x_ticks`: (value, text) pairs where the axis is not a plain scale. `title` and `description` are what a screen
     reader says.
     """
@@ -56,7 +58,8 @@ def line_chart(
     x_margin = 0.12 if any(point.label for point in points) else 0.06
     x_values = [v for p in points for v in (p.x, *(p.x_range or ()))] + [v for v, _ in x_ticks or ()]
     x_low, x_high = _limits(x_values, x_margin)
-    y_low, y_high = _limits([v for p in points for v in (p.y, *(p.y_range or ()))])
+    y_values = [v for p in points for v in (p.y, *(p.y_range or ()))]
+    y_low, y_high = _limits([*y_values, *([level[0]] if level else [])])
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
@@ -74,6 +77,10 @@ def line_chart(
         f'<text class="axis" transform="translate(13 {(TOP + HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)" '
         f'text-anchor="middle">{escape(y_label)}</text>',
     ]
+    if level:
+        y = at(x_low, level[0])[1]
+        parts.append(f'<path class="level" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT}" y="{y - 5:.1f}" text-anchor="end">{escape(level[1])}</text>')
     for one in series:
         parts.append(f'<g class="s{one.color}">')
         if band:

@@ -380,10 +380,17 @@ class SelectionConfig(_Section):
         description="Divide each objective by its standard deviation over the iteration's candidates before weighing, "
         "so that an objective that varies little counts as much. A constant one is left as it is.",
     )
-    rejected: Literal["worst", "random"] = Field(
+    rejected: Literal["worst", "random", "other_direction"] = Field(
         "worst",
         description="learner: dpo. What the winner is compared with: the worst of the same pool under the direction, "
-        "or a random one below the winner.",
+        "a random one below the winner, or the winner of another direction of the pool, so that every pair occurs in "
+        "both orders and only the direction explains it (keep quality with dpo.sft_weight).",
+    )
+    ends_until: int = Field(
+        0,
+        ge=0,
+        description="Iterations t below this one draw all their directions from the outer fifth of the training cone, "
+        "where winners differ most; later ones from the whole cone.",
     )
 
 
@@ -542,6 +549,8 @@ class RunConfig(_Section):
     def _pairs_have_an_order(self) -> "RunConfig":
         if self.learner == "dpo" and self.selection.method == "random":
             raise ValueError("selection.method random is a control of learner sft; take pooled or per_direction")
+        if self.selection.rejected == "other_direction" and self.selection.method == "per_direction":
+            raise ValueError("selection.rejected other_direction takes winners of one pool; take method pooled")
         return self
 
 

@@ -137,6 +137,7 @@ figure{margin:0;background:var(--card);border:1px solid var(--rule);border-radiu
 figcaption{color:var(--soft);font-size:.85rem;text-align:center}
 .chart{display:block;width:100%;height:auto}
 .chart .grid{stroke:var(--rule);stroke-width:1}
+.chart .level{stroke:var(--soft);stroke-width:1.2;stroke-dasharray:5 4}
 .chart text{fill:var(--soft);font-size:12px}
 .chart .axis{font-size:13px;fill:var(--ink)}
 .chart .mark-label{fill:var(--c);font-weight:700}

@@ -84,16 +84,27 @@ def select_pairs(
     scores_PNK: np.ndarray,
     directions_PDK: np.ndarray,
     valid_PN: np.ndarray,
-    rejected: Literal["worst", "random"] = "worst",
+    rejected: Literal["worst", "random", "other_direction"] = "worst",
     rngs: Sequence[np.random.Generator] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """(winners_PD, losers_PD): for each prompt and direction the best candidate and one to prefer it to.
 
     The winner is `select`'s. The loser has a lower utility: the lowest of all ("worst"; of equal ones the lowest
-    index), or one drawn uniformly from those below the winner ("random", by the prompt's own generator). -1 in both
-    where no candidate lies below the winner.
+    index), or one drawn uniformly from those below the winner ("random", by the prompt's own generator), or the winner
+    of another direction of the prompt ("other_direction", see `pair_directions`). -1 in both where there is no loser.
     """
     winners_PD = select(scores_PNK, directions_PDK, valid_PN)
+    if rejected == "other_direction":
+        losers_PD = np.array(
+            [
+                pair_directions(scores_NK, winners_D, directions_DK, rng)
+                for scores_NK, winners_D, directions_DK, rng in zip(
+                    scores_PNK, winners_PD, directions_PDK, rngs, strict=True
+                )
+            ],
+            dtype=np.int64,
+        ).reshape(winners_PD.shape)
+        return np.where(losers_PD >= 0, winners_PD, -1), losers_PD
     losers_PD = np.full_like(winners_PD, -1)
     known_PN = valid_PN & np.isfinite(scores_PNK).all(axis=2)
     scores_PKN = np.ascontiguousarray(np.where(known_PN[..., None], scores_PNK, 0.0).swapaxes(1, 2))
@@ -107,6 +118,29 @@ def select_pairs(
         else:
             losers_PD[p, d] = below[utility_N[below].argmin()]
     return winners_PD, losers_PD
+
+
+def pair_directions(
+    scores_NK: np.ndarray, winners_D: np.ndarray, directions_DK: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """losers_D: for each direction of one prompt the winner of another direction, -1 where none is left for it.
+
+    Directions are put together in twos whose winners differ, as many as can be (from the two winners with the most
+    directions left, at random within them). Each of the two rejects the other's winner, so a pool holds every pair of
+    responses as often in one order as in the other: neither response is better in itself, only the direction tells
+    them apart. Directions of equal winners beyond that have no loser: a dominant answer says nothing of directions.
+    """
+    losers_D = np.full(len(winners_D), -1, dtype=np.int64)
+    left: dict[tuple[float, ...], list[int]] = {}  # responses of equal scores are as good as one
+    for d in rng.permutation(len(winners_D)):
+        if winners_D[d] >= 0:
+            left.setdefault(tuple(scores_NK[winners_D[d]]), []).append(int(d))
+    while len(groups := sorted((group for group in left.values() if group), key=len, reverse=True)) > 1:
+        d, e = groups[0].pop(), groups[1].pop()
+        gain_2K = (scores_NK[winners_D[d]] - scores_NK[winners_D[e]]) * np.array([[1.0], [-1.0]])
+        if (np.einsum("dk,dk->d", gain_2K, directions_DK[[d, e]]) > 0).all():  # else a direction prefers neither
+            losers_D[d], losers_D[e] = winners_D[e], winners_D[d]
+    return losers_D
 
 
 def spread(scores_NK: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ Every step returns at once when its done-record stands, so the same call resumes
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfig, resolved
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError, RunFolderError
 from dpa.core.records import Ledger, Prompt, Sampler, Scorer
 from dpa.models.files import EVALUATION_FILE
@@ -181,7 +182,8 @@ class Loop:
     def rollout(self, t: int) -> Ledger:
         """Ask this iteration's prompts under directions drawn from the space, of the policy of t - 1."""
         self._check_iteration(t, lowest=1)
-        return self._sample(self._folder.stage(t, "rollout"), t - 1, self.prompts(t), self.config.rollout)
+        stage, drawn_from = self._folder.stage(t, "rollout"), self.drawn_from(t)
+        return self._sample(stage, t - 1, self.prompts(t), self.config.rollout, drawn_from)
 
     def score(self, t: int) -> Ledger:
         """Give every candidate of the iteration its vector; at t = 0 the rated responses are the candidates."""
@@ -196,11 +198,11 @@ class Loop:
         """Keep the winner of each direction, for `learner: dpo` with a loser beside it."""
         self._check_iteration(t)
         stage, scores = self._folder.stage(t, "select"), self._folder.stage(t, "score")
-        config, seed = self.config.selection, self.config.seed
+        config, seed, space = self.config.selection, self.config.seed, self.drawn_from(t)
         if t == 0:
-            return select_rated(stage, self.read_ratings(), scores, self.space, config, seed)
+            return select_rated(stage, self.read_ratings(), scores, space, config, seed)
         candidates, pairs = self._folder.stage(t, "rollout"), self.config.learner == "dpo"
-        return select_winners(stage, candidates, scores, self.prompts(t), self.space, config, seed, pairs)
+        return select_winners(stage, candidates, scores, self.prompts(t), space, config, seed, pairs)
 
     def finetune(self, t: int) -> Ledger:
         """Finetune from the policy of t - 1 on (direction, prompt, winner), or with a loser beside the winner."""
@@ -241,7 +243,7 @@ class Loop:
         how = self.config.rollout.model_copy(
             update={"samples": settings.samples, "temperature": settings.temperature, "top_p": 1.0}
         )
-        self._sample(answers, t, prompts, how, measuring=True)
+        self._sample(answers, t, prompts, how, self.space, measuring=True)
         with self._scorers() as scorers:
             score(scored, answers, prompts, scorers)
         if settings.gold:
@@ -306,6 +308,10 @@ class Loop:
             raise RunFolderError(f"iteration {t}: its policy is not finetuned yet; run `dpa finetune -t {t}` first.")
         return str(self.policy_folder(t))
 
+    def drawn_from(self, t: int) -> DirectionSpace:
+        """The space that the directions of iteration t are drawn from: before `selection.ends_until`, its ends."""
+        return replace(self.space, training_ends=1.0) if t < self.config.selection.ends_until else self.space
+
     @cached_property
     def scorer(self) -> Scorer:
         """The reward model of this run."""
@@ -350,13 +356,19 @@ class Loop:
         return prompts
 
     def _sample(
-        self, stage: StageFolder, t: int, prompts: list[Prompt], config: RolloutConfig, measuring: bool = False
+        self,
+        stage: StageFolder,
+        t: int,
+        prompts: list[Prompt],
+        config: RolloutConfig,
+        space: DirectionSpace,
+        measuring: bool = False,
     ) -> Ledger:
         if stage.done:
             return stage.ledger
         grid = self.space.grid(self.config.evaluate.directions) if measuring else None
         with self._samplers(t, config) as samplers:
-            return rollout(stage, prompts, self.space, samplers, config, self.config.seed, grid)
+            return rollout(stage, prompts, space, samplers, config, self.config.seed, grid)
 
     @contextmanager
     def _samplers(self, t: int, config: RolloutConfig) -> Iterator[list[Sampler]]:

@@ -6,7 +6,7 @@ The record, all of it JSON:
   space                   DirectionSpace.to_dict()
   config                  the resolved configuration
   policies                in order of time: {name ("start", "t = 0", ...), evaluation (stages.evaluate.evaluate),
-                          ledger {stage: Ledger as a mapping}}
+                          ledger {stage: Ledger as a mapping}, listening (stages.finetune.listening_curve)}
   samples                 {policy, questions (stages.evaluate.side_by_side)}, or null
   ledger                  {stage: Ledger as a mapping} of what is done once: ratings, train_reward
   reward_model            {attribute: {figure: number or null}}, the held-out quality; or null
@@ -23,6 +23,7 @@ from typing import Any
 
 from dpa.core.charts import Point, Series, dial, line_chart
 from dpa.core.directions import DirectionSpace
+from dpa.core.listening_page import listening_section
 from dpa.core.page import (
     STYLE,
     bar,
@@ -121,6 +122,7 @@ def report_html(results: Record) -> str:
     sections = [
         ("Fronts", _fronts(results) if measured else ""),
         ("Asked against achieved", _asked_against_achieved(results) if measured else ""),
+        ("Listening, while it was trained", _listening(results)),
         ("The same question, several directions", _side_by_side(results)),
         ("Measures", _measures(results) if measured else ""),
         ("Cost", _ledger(results)),
@@ -239,6 +241,11 @@ def _asked_against_achieved(results: Record) -> str:
         )
         figures.append(figure(chart, title))
     return f'<p class="note">{LISTENING}</p>{_legend(results)}<div class="figures">{"".join(figures)}</div>'
+
+
+def _listening(results: Record) -> str:
+    section = listening_section(results["policies"])
+    return section.replace("</p>", f"</p>{_legend(results)}", 1)
 
 
 def _achieved_points(policy: Record, reward: str, arc: str) -> tuple[Point, ...]:
