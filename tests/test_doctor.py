@@ -31,6 +31,14 @@ def test_versions_outside_the_tested_ranges_are_named_with_the_fix() -> None:
     assert "ray" not in found or found["ray"].ok is False, "an extra counts where it is installed"
 
 
+def test_a_package_that_several_extras_ask_for_is_listed_once_with_all_that_is_asked() -> None:
+    asked = ["httpx>=0.27; extra == 'serve'", "httpx<9; extra == 'judge'", "Httpx>=0.2; extra == 'http'"]
+    (check,) = (check for check in doctor.versions(asked) if check.name.lower() == "httpx")
+    assert check.ok and check.text.endswith("(tested: <9,>=0.2,>=0.27)")
+    names = [check.name for check in doctor.versions()]
+    assert len(names) == len(set(names))
+
+
 def test_ranks_that_hang_are_given_up_in_time() -> None:
     """Three seconds are not enough for a rank to import torch and meet the other."""
     check = doctor.all_reduce(limit_s=0.2)

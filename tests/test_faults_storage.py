@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from damage import WAYS, damage
 from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, run_config, space_of
 
 from dpa.core.config import RolloutConfig, SelectionConfig, of_results
@@ -114,6 +115,44 @@ def test_fault_03_a_damaged_record_is_made_again(tmp_path: Path) -> None:
     assert not run.stage("rollout").done
     run.go()
     assert run.rows() == expected
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fault_45_every_file_of_a_stage_is_made_again(tmp_path: Path, way: str) -> None:
+    run = Run(tmp_path)
+    run.go()
+    expected = run.rows()
+    ledgers = {name: run.stage(name).ledger.rows for name in expected}
+    for file in sorted(tmp_path.rglob("*.*")):
+        if damage(file, way):
+            run.go()
+            assert run.rows() == expected, f"{file} {way}"
+            assert {name: run.stage(name).ledger.rows for name in expected} == ledgers
+            read_json(file) if file.suffix == ".json" else file.read_bytes()
+
+
+def test_fault_45_a_record_that_says_another_number_is_not_believed(tmp_path: Path) -> None:
+    stage = StageFolder(tmp_path)
+    stage.write_shard(0, pa.table({"x": [1]}), Ledger(rows=1))
+    stage.finish()
+    for file in ("done.json", "shard-00000.json"):
+        kept = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(kept.replace('"rows": 1', '"rows": 3'))
+        assert not StageFolder(tmp_path).done
+        (tmp_path / file).write_text(kept)
+    assert StageFolder(tmp_path).done
+
+
+def test_a_stage_of_an_earlier_version_is_done_without_checksum_and_seal(tmp_path: Path) -> None:
+    stage = StageFolder(tmp_path)
+    stage.write_shard(0, pa.table({"x": [1]}), Ledger(rows=1))
+    stage.finish()
+    for file in ("done.json", "shard-00000.json"):
+        record = read_json(tmp_path / file)
+        del record["checksum"]
+        write_json(tmp_path / file, record)
+    assert StageFolder(tmp_path).done
+    assert not StageFolder(tmp_path).seals
 
 
 OBJECTIVES = {"helpfulness": None, "verbosity": None}

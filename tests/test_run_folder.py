@@ -4,6 +4,7 @@ Run: pytest tests/test_run_folder.py
 
 import io
 import logging
+import time
 from pathlib import Path
 
 import psutil
@@ -14,9 +15,10 @@ from fakes import run_config
 
 from dpa.core.errors import RunFolderError
 from dpa.core.records import Ledger
+from dpa.storage.identity import content_digest
 from dpa.storage.memory import free_memory_of_machine, peak_memory
-from dpa.storage.progress import ProgressBar
-from dpa.storage.run_folder import Reject, RunFolder, StageFolder, content_digest, count_reasons
+from dpa.storage.progress import AtWork, ProgressBar
+from dpa.storage.run_folder import Reject, RunFolder, StageFolder, count_reasons
 
 
 def table(*values: int) -> pa.Table:
@@ -133,6 +135,29 @@ def test_progress_lines_come_now_and_then() -> None:
         "score: 1/2 shards",
         "score: 2/2 shards",
     ]
+
+
+def test_a_long_step_says_that_it_goes_on() -> None:
+    out = io.StringIO()
+    with ProgressBar("iter_1/rollout", 64, "prompts", "tokens", out=out, line_every_s=0.3):
+        time.sleep(1.0)
+    lines = out.getvalue().splitlines()
+    assert 2 <= len(lines) <= 3
+    assert lines[0].startswith("iter_1/rollout: 0/64 prompts, 0 tokens/s, 0.")
+
+
+def test_work_that_counts_nothing_says_that_it_goes_on_unless_somebody_else_does() -> None:
+    out, inner = io.StringIO(), io.StringIO()
+    with AtWork("iter_1/finetune", out, line_every_s=0.4):
+        time.sleep(0.7)
+        assert out.getvalue().startswith("iter_1/finetune: at work for ")
+        said = out.getvalue().count("\n")
+        with ProgressBar("finetune", 100, "steps", out=inner, line_every_s=0.1) as bar:
+            for _ in range(10):
+                time.sleep(0.1)
+                bar.advance()
+        assert out.getvalue().count("\n") == said
+    assert inner.getvalue().count("\n") >= 5
 
 
 def test_nothing_done_prints_nothing() -> None:

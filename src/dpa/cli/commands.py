@@ -78,7 +78,7 @@ def run(
     flags = {"iterations": iterations, "out": out, "cluster.processes": processes}
     settings = _load(config, overrides, {name: str(value) for name, value in flags.items() if value is not None})
     with _loop(settings, ignore_free_space) as loop:
-        loop.run()
+        typer.echo(f"report: {loop.run()}")
 
 
 @app.command()

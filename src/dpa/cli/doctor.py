@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from dpa.core.errors import DpaError
 from dpa.storage.locks import RunLock
@@ -84,11 +85,7 @@ def examine(folder: Path, ranks: int | None = None, limit_s: float = 90.0) -> It
 def versions(requirements: list[str] | None = None) -> Iterator[Check]:
     """Installed packages against the ranges this package was tested with; extras only where they are installed."""
     yield Check("python", sys.version_info >= (3, 11), f"{sys.version.split()[0]} (tested: >=3.11)")
-    for text in metadata.requires("dpa") or [] if requirements is None else requirements:
-        wanted = Requirement(text)
-        extra = wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})
-        if extra and wanted.marker is not None and wanted.marker.evaluate({"extra": "dev"}):
-            continue
+    for wanted, extra in _wanted(metadata.requires("dpa") or [] if requirements is None else requirements):
         try:
             found = metadata.version(wanted.name)
         except metadata.PackageNotFoundError:
@@ -100,6 +97,23 @@ def versions(requirements: list[str] | None = None) -> Iterator[Check]:
         else:
             fix = f'run pip install "{wanted.name}{wanted.specifier}"'
             yield Check(wanted.name, False, f"{found} is outside the tested range {wanted.specifier}; {fix}")
+
+
+def _wanted(requirements: list[str]) -> list[tuple[Requirement, bool]]:
+    """Every package once, with all that is asked of it, and whether only an extra asks for it; those of `dev` aside."""
+    found: dict[str, tuple[Requirement, bool]] = {}
+    for text in requirements:
+        wanted = Requirement(text)
+        extra = wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})
+        if extra and wanted.marker is not None and wanted.marker.evaluate({"extra": "dev"}):
+            continue
+        name = canonicalize_name(wanted.name)
+        if name in found:
+            before, only_extra = found[name]
+            wanted.specifier &= before.specifier
+            extra = extra and only_extra
+        found[name] = wanted, extra
+    return list(found.values())
 
 
 def devices() -> Iterator[Check]:

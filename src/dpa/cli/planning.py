@@ -2,6 +2,7 @@
 Run its tests: pytest tests/test_estimate.py tests/test_doctor.py
 """
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,7 @@ def estimate(
     from dpa.core.errors import ConfigError
     from dpa.recipes.estimate import estimate as estimated
     from dpa.recipes.estimate import run_needs
+    from dpa.storage.console import print_table
 
     for run in runs or []:
         if not run.is_dir():
@@ -61,8 +63,9 @@ def estimate(
     table.add_section()
     table.add_row("the run", "", "", _time(seconds), _bytes(memory), _bytes(disk), "")
     console = Console()
-    console = Console(width=max(console.width, 120))
-    console.print(table)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=max(console.width, 120))  # a file or a pipe has no edge
+    print_table(table, console)
     if not all(stage.measured for stage in stages):
         console.print(
             "arithmetic: a measured matrix rate and the assumptions named in src/dpa/recipes/estimate.py; right within "

@@ -18,8 +18,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
         try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            if state["global_step"] != int(path.name.removeprefix("checkpoint-")):
+                raise ValueError("another step")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             _log.warning("%s is incomplete (interrupted while it was saved); skipped.", path)
         else:
             return path

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.storage.rows import has_hub_form
+from dpa.storage.tables import disk_error, known_digest
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Files that run code of their author when they are opened."""
@@ -34,6 +34,9 @@ GGUF_SUFFIX = ".gguf"
 GGUF_HINT = (
     "as `policy:` of a run it is dequantised once, into RUN/start_policy, which is the folder to give here (dpa[gguf])"
 )
+
+_ORIGINS = {SPACE_FILE: "provenance", "dpa_reward.json": "training"}
+"""Field of our own records that says where a model came from."""
 
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -168,7 +171,8 @@ def load_space(folder: str | Path) -> DirectionSpace:
 def folder_revision(path: str | Path) -> str:
     """Name a model by its content: 16 hex digits of a sha256 over weights, configuration, tokenizer and code.
 
-    What was measured of it (EVALUATION_FILE) is not part of it. Cached per process until a file's size or time changes.
+    What was measured of it (EVALUATION_FILE) and where it came from (paths, say) are not part of it, so that the same
+    run in another folder has the same revisions. Cached per process until a file's size or time changes.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -178,16 +182,24 @@ def folder_revision(path: str | Path) -> str:
         for file in folder.iterdir()
         if file.suffix in CONTENT_SUFFIXES and file.name != EVALUATION_FILE and file.is_file()
     )
-    return _digest(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    try:
+        lines = [f"{file.name} {_content(file)}\n" for file in files]
+    except OSError as error:
+        raise disk_error(error, folder, "reading") from None
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
-@lru_cache(maxsize=64)
-def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
-    digest = hashlib.sha256()
-    for name, _, _ in files:
-        with Path(name).open("rb") as stream:
-            digest.update(f"{Path(name).name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()[:16]
+def _content(file: Path) -> str:
+    """SHA-256 (hex) of a file; of our own records without what says where a model came from."""
+    if file.name in _ORIGINS:
+        try:
+            record = json.loads(file.read_bytes())
+        except (ValueError, RecursionError):
+            record = None  # whoever loads it says so
+        if isinstance(record, dict):
+            kept = {name: value for name, value in record.items() if name != _ORIGINS[file.name]}
+            return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return known_digest(file)
 
 
 def _fetch(hub_id: str, revision: str | None) -> Path:

@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -22,10 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from dpa.core.config import FinetuneConfig, PreferenceConfig, of_results
 from dpa.core.directions import DirectionSpace
-from dpa.core.errors import ConfigError, DataError, TrainingError
+from dpa.core.errors import ConfigError, DataError, DpaError, TrainingError
 from dpa.core.records import stable_hash
 from dpa.models.checkpoints import newest_checkpoint
 from dpa.models.disk_refusals import disk_refusals
+from dpa.models.files import folder_revision, resolve_model
 from dpa.models.listening import PREFIX, HeldOut, Listening, MeasureListening, advice, held_out_rows
 from dpa.models.optimizers import MuonWithAdamW
 from dpa.models.policy import context_length, encode_prompt, load_policy, make_steerable, save_policy, turn_end_id
@@ -34,7 +36,7 @@ from dpa.models.ranks import is_first, ranks, wait_for_all
 from dpa.models.training import ShowProgress, StopWhenAsked, WriteLog, merge_adapters, trackers
 from dpa.storage.run_folder import Reject, count_reasons
 from dpa.storage.stopping import StopOnSignal
-from dpa.storage.tables import write_json
+from dpa.storage.tables import read_json, write_json
 
 TrainingConfig = FinetuneConfig | PreferenceConfig
 
@@ -117,7 +119,8 @@ def train_policy(
             rows = held_out_rows(held_out, space, seed, RowEncoder(model, tokenizer, space, longest).encode)
         with disk_refusals(work, "saving a checkpoint"):
             if is_first():
-                _prepare_work(work, stable_hash(examples, of_results(config), seed, str(policy)))
+                base = folder_revision(resolve_model(policy, remote_code_revision).path)
+                _prepare_work(work, stable_hash(examples, of_results(config), seed, base))
             wait_for_all()
             with StopOnSignal() as stop:
                 trainer = build(model, tokenizer, examples)
@@ -340,7 +343,8 @@ def _prepare_work(work: Path, identity: str) -> None:
     """Make the folder; checkpoints of other examples or settings than `identity` names are removed."""
     work.mkdir(parents=True, exist_ok=True)
     file = work / _INPUTS_FILE
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")) == identity:
-        return
+    with suppress(DpaError):  # a file that cannot be read names no inputs
+        if file.exists() and read_json(file) == identity:
+            return
     remove_checkpoints(work)
     write_json(file, identity)

@@ -10,6 +10,7 @@ Run its tests: pytest tests/test_compare.py
 A job is done when its job.json stands. Every job resumes where it was stopped, kill -9 included.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -30,7 +31,7 @@ from rich.console import Console
 
 from dpa.core.compare_config import METHODS, CompareConfig, Method
 from dpa.core.config import RunConfig, resolved
-from dpa.core.errors import DpaError, EngineError, Interrupted
+from dpa.core.errors import DpaError, EngineError, Interrupted, RunFolderError
 from dpa.models.samplers import die_with_parent
 from dpa.models.scorers import FunctionScorer
 from dpa.recipes.baselines import (
@@ -52,12 +53,12 @@ from dpa.recipes.baselines.lab import MEASURING, Lab, Trained, spent
 from dpa.recipes.dpa import Loop
 from dpa.stages.compare import summarise
 from dpa.stages.compare_report import write_comparison
-from dpa.stages.evaluate import evaluate, scores_by_prompt
+from dpa.stages.evaluate import EVALUATION, evaluate, scores_by_prompt
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
 from dpa.storage.run_folder import RunFolder, StageFolder
-from dpa.storage.stopping import StopOnSignal
-from dpa.storage.tables import read_json, write_json
+from dpa.storage.stopping import StopOnSignal, end_on_signal
+from dpa.storage.tables import read_json, read_record, write_record
 from dpa.version import __version__
 
 TRAIN: dict[Method, Callable[[Lab], list[Trained]]] = {
@@ -78,6 +79,7 @@ TRAIN: dict[Method, Callable[[Lab], list[Trained]]] = {
 }
 
 SHARED = "shared"
+_log = logging.getLogger(__name__)
 _POLL_S = 0.2
 
 
@@ -122,7 +124,21 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether its record stands."""
-        return (self.folder / "job.json").is_file()
+        return self.record is not None
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """What it found; None where it is not done. A damaged record is no record: the job's stages are finished, so
+        that it is soon made again."""
+        file = self.folder / "job.json"
+        if not file.exists():
+            return None
+        fields = ("ledger", "reward_model") if self.method is None else ("policies", "cost")
+        try:
+            return read_record(file, fields)
+        except DpaError as error:
+            _log.warning("compare: %s; it is made again.", str(error).split("; ")[0])
+            return None
 
     def run(self) -> None:
         """Do what is not done yet. Raises DpaError."""
@@ -132,13 +148,13 @@ class Job:
             with Loop(self.settings.model_copy(update={"iterations": 0})) as loop:
                 results = read_json(loop.run().with_name("results.json"))
                 loop.prompts(1)  # every method reads them from here
-            write_json(self.folder / "job.json", {name: results[name] for name in ("ledger", "reward_model")})
+            write_record(self.folder / "job.json", {name: results[name] for name in ("ledger", "reward_model")})
             return
         with RunFolder(self.folder).open(self.settings):
             lab = self.lab
             policies = [(trained.name, measure(lab, trained)) for trained in TRAIN[self.method](lab)]
             cost = spent(self.folder)
-            write_json(
+            write_record(
                 self.folder / "job.json",
                 {
                     "policies": [{"name": name, "evaluation": evaluation} for name, evaluation in policies],
@@ -177,7 +193,7 @@ class Comparison:
 
     def run(self) -> Path:
         """Do every job that is not done, write the report, return its path. Raises DpaError, Interrupted."""
-        with RunFolder(self.config.out).open(self.config.identity()):
+        with RunFolder(self.config.out).open(self.config.identity()), end_on_signal("compare"):
             failed = work_through([*self.shared, *self.jobs], self.config.workers, self.console)
             page = self.report()
             for claim in read_json(page.with_name("results.json"))["claims"]:
@@ -211,17 +227,25 @@ class Comparison:
             "missing": [job.name for job in self.jobs if not job.done],
             "space": example.space.build().to_dict(),
             "config": resolved(self.config),
-            "shared": [read_json(job.folder / "job.json") for job in self.shared if job.seed in seeds],
+            "shared": [job.record for job in self.shared if job.seed in seeds],
             **summarise(found, scores, example.space.build(), example.evaluate, self.config),
         }
         return write_comparison(Path(self.config.out), results)
 
     def _found(self, job: Job) -> dict[str, Any]:
         """A job's record; the loop's own starts with t = 0, which was measured once for all."""
-        found = read_json(job.folder / "job.json")
+        found = job.record
+        assert found is not None, "only jobs that are done are reported"
         if job.method == "pooled":
-            t0 = read_json(job.shared.folder / "iter_0" / "evaluate" / "evaluation.json")
-            found["policies"] = [{"name": "t = 0", "evaluation": t0}, *found["policies"]]
+            file = job.shared.folder / "iter_0" / "evaluate" / "evaluation.json"
+            try:
+                t0 = read_record(file, EVALUATION, optional=None)
+            except DpaError as error:
+                raise RunFolderError(
+                    f"compare: {str(error).split('; ')[0]}; delete {job.shared.folder / 'job.json'} and run the same "
+                    "command again."
+                ) from None
+            found = {**found, "policies": [{"name": "t = 0", "evaluation": t0}, *found["policies"]]}
         return found
 
     def _scores(self, job: Job, policy: str) -> dict[str, np.ndarray]:
@@ -366,7 +390,8 @@ def _serve(connection: Connection) -> None:
             return
         with _output_to(job.folder / "log.txt"):
             try:
-                job.run()
+                with end_on_signal(job.name):
+                    job.run()
                 trouble = ""
             except Interrupted as error:
                 trouble = str(error)

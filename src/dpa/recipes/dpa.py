@@ -6,31 +6,33 @@
 Every step returns at once when its done-record stands, so the same call resumes a run wherever it stopped.
 """
 
+import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from rich.console import Console
 
 from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfig, resolved
 from dpa.core.directions import DirectionSpace
-from dpa.core.errors import ConfigError, DataError, RunFolderError
+from dpa.core.errors import ConfigError, DataError, RunFolderError, StorageError
 from dpa.core.records import Ledger, Prompt, Sampler, Scorer
 from dpa.models.files import EVALUATION_FILE
 from dpa.models.launching import free_memory, launch, launches
-from dpa.models.ranks import is_first
+from dpa.models.ranks import is_first, ranks
 from dpa.models.ray_workers import ray_samplers, ray_scorers
+from dpa.models.reward_model import RECORD
 from dpa.models.samplers import build_samplers, engine_kind, sampler_spec
 from dpa.models.scorers import FunctionScorer, build_scorer
 from dpa.models.training import trackers
 from dpa.models.vllm_sampler import VllmEngine
 from dpa.stages.card import write_card
-from dpa.stages.evaluate import evaluate, side_by_side
+from dpa.stages.evaluate import EVALUATION, evaluate, side_by_side
 from dpa.stages.finetune import finetune_policy, listening_curve
 from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
 from dpa.stages.ratings import declared_scales, leave_out, load_ratings, print_summary, read_ratings, save_ratings
@@ -41,14 +43,33 @@ from dpa.stages.select import select_rated, select_winners
 from dpa.stages.train_reward import print_quality, require_better_than_mean, train_reward
 from dpa.storage.locks import Share
 from dpa.storage.memory import peak_memory
+from dpa.storage.progress import AtWork
 from dpa.storage.run_folder import RunFolder, StageFolder
-from dpa.storage.tables import read_json, write_json
+from dpa.storage.stopping import end_on_signal
+from dpa.storage.tables import json_bytes, read_json, read_record, write_bytes, write_record
 from dpa.version import __version__
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = 3
 """Held-out questions that travel with a policy, for people to try."""
 BYTES_PER_CANDIDATE = 4_000
 """Upper estimate of what one candidate and its scores take on disk."""
+
+
+Result = TypeVar("Result")
+
+
+def _shown(stage: Callable[..., Result]) -> Callable[..., Result]:
+    """A stage that says now and then that it is at work, where there is no terminal."""
+
+    @wraps(stage)
+    def work(loop: "Loop", *arguments: Any, **options: Any) -> Result:
+        place = f"iter_{arguments[0]}/" if arguments and isinstance(arguments[0], int) else ""
+        with AtWork(f"{place}{stage.__name__}") if is_first() else nullcontext():
+            return stage(loop, *arguments, **options)
+
+    return work
 
 
 class Loop:
@@ -68,6 +89,9 @@ class Loop:
         self._folder = RunFolder(config.out).open(
             config, _inputs(config), _needed_bytes(config), ignore_free_space, share, join
         )
+        self._open = ExitStack()
+        self._open.callback(self._folder.close)
+        self._open.callback(self._vllm.close)
         if share is not None:
             self._make_ready()
 
@@ -79,11 +103,12 @@ class Loop:
         self._folder.let_others_in()
 
     def __enter__(self) -> "Loop":
+        if ranks() == 1:  # the ranks of a launch stop together (models/training.py)
+            self._open.enter_context(end_on_signal(self.config.name))
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._vllm.close()
-        self._folder.close()
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
 
     # --- the figure of the method ------------------------------------------------------------------------------
 
@@ -116,6 +141,7 @@ class Loop:
 
     # --- once --------------------------------------------------------------------------------------------------
 
+    @_shown
     def read_ratings(self, show: bool = False) -> pa.Table:
         """All rated data as one table; `show` prints its summary."""
         if not self.config.ratings:
@@ -147,12 +173,15 @@ class Loop:
                     f"reward.train.attributes ({', '.join(other for other in counts if counts[other])})."
                 )
 
+    @_shown
     def train_reward(self, show: bool = False) -> Mapping[str, Any]:
         """Train the reward model and return its record; `show` prints its held-out quality."""
         train = self.config.reward.train
         if train is None:
             raise ConfigError("reward.train: not configured; add the section, or use `reward.folder` as it is.")
         stage = self._folder.stage(None, "train_reward")
+        if not stage.done:  # a model that nobody sealed, or that has changed since
+            (self.reward_folder / RECORD).unlink(missing_ok=True)
         begun = time.monotonic()
         table = self.read_ratings()
         scales = {name: tuple(about["scale"]) for name, about in self._ratings_summary()["attributes"].items()}
@@ -170,7 +199,8 @@ class Loop:
                     rejects=done["rejected_rows"],
                     wall_s=wall_s,
                     peak_memory=peak_memory(),
-                )
+                ),
+                sealed=[self.reward_folder],
             )
             show = True
         if show:
@@ -179,12 +209,14 @@ class Loop:
 
     # --- every iteration ---------------------------------------------------------------------------------------
 
+    @_shown
     def rollout(self, t: int) -> Ledger:
         """Ask this iteration's prompts under directions drawn from the space, of the policy of t - 1."""
         self._check_iteration(t, lowest=1)
         stage, drawn_from = self._folder.stage(t, "rollout"), self.drawn_from(t)
         return self._sample(stage, t - 1, self.prompts(t), self.config.rollout, drawn_from)
 
+    @_shown
     def score(self, t: int) -> Ledger:
         """Give every candidate of the iteration its vector; at t = 0 the rated responses are the candidates."""
         self._check_iteration(t)
@@ -194,6 +226,7 @@ class Loop:
                 return score_rows(stage, self.read_ratings(), scorers)
             return score(stage, self._folder.stage(t, "rollout"), self.prompts(t), scorers)
 
+    @_shown
     def select(self, t: int) -> Ledger:
         """Keep the winner of each direction, for `learner: dpo` with a loser beside it."""
         self._check_iteration(t)
@@ -204,6 +237,7 @@ class Loop:
         candidates, pairs = self._folder.stage(t, "rollout"), self.config.learner == "dpo"
         return select_winners(stage, candidates, scores, self.prompts(t), space, config, seed, pairs)
 
+    @_shown
     def finetune(self, t: int) -> Ledger:
         """Finetune from the policy of t - 1 on (direction, prompt, winner), or with a loser beside the winner."""
         self._check_iteration(t)
@@ -231,15 +265,19 @@ class Loop:
             self._write_card(t)
         return ledger
 
+    @_shown
     def evaluate(self, t: int) -> Mapping[str, Any]:
         """Measure the policy of t on the held-out prompts over the grid; says loudly when it does not listen."""
         self._check_iteration(t)
         settings = self.config.evaluate
         record = self._evaluation_file(t)
         answers, scored = (self._folder.stage(t, f"evaluate/{name}") for name in ("rollout", "score"))
-        if record.is_file() and answers.done and scored.done:
-            return read_json(record)
         prompts = self.held_out
+        known = self._evaluation(t)
+        stages = [answers, scored, *([self._folder.stage(t, "evaluate/gold")] if settings.gold else [])]
+        if known is not None and all(stage.done for stage in stages):
+            self._publish(t, known)
+            return known
         how = self.config.rollout.model_copy(
             update={"samples": settings.samples, "temperature": settings.temperature, "top_p": 1.0}
         )
@@ -249,10 +287,8 @@ class Loop:
         if settings.gold:
             score(self._folder.stage(t, "evaluate/gold"), answers, prompts, FunctionScorer(settings.gold))
         found = evaluate(_joined(answers), self._evaluation_scores(t), self.space, settings, self.config.seed)
-        # The front travels with the model, and with it a few questions to try it on.
-        examples = [prompt.messages[-1]["content"] for prompt in prompts[:EXAMPLES]]
-        write_json(self.policy_folder(t) / EVALUATION_FILE, {**found, "examples": examples})
-        write_json(record, found)
+        write_record(record, found)
+        self._publish(t, found)
         self._write_card(t, found)
         self.console.print(
             f"t = {t}: {found['listens']['sentence']}", style=None if found["listens"]["verdict"] else "bold red"
@@ -261,8 +297,8 @@ class Loop:
 
     def report(self) -> Path:
         """Write results.json, table.csv, samples.jsonl and report.html from the iterations measured so far."""
-        measured = [t for t in range(self.first, self.config.iterations + 1) if self._evaluation_file(t).is_file()]
-        reward_record = self.reward_folder / "dpa_reward.json"
+        evaluations = {t: self._evaluation(t) for t in range(self.first, self.config.iterations + 1)}
+        measured = [t for t, found in evaluations.items() if found is not None]
         results = {
             "name": self.config.name,
             "seed": self.config.seed,
@@ -272,7 +308,7 @@ class Loop:
             "policies": [
                 {
                     "name": f"t = {t}",
-                    "evaluation": read_json(self._evaluation_file(t)),
+                    "evaluation": evaluations[t],
                     "ledger": self._ledgers(t),
                     "listening": listening_curve(self._folder.stage(t, "finetune")),
                 }
@@ -280,7 +316,7 @@ class Loop:
             ],
             "samples": self._samples(measured[-1]) if measured else None,
             "ledger": self._once_ledger(),
-            "reward_model": read_json(reward_record)["quality"] if reward_record.is_file() else None,
+            "reward_model": self._reward_quality(),
         }
         return write_report(self.path, results)
 
@@ -305,7 +341,9 @@ class Loop:
         if t < self.first:
             return self.config.policy
         if not self._folder.stage(t, "finetune").done:
-            raise RunFolderError(f"iteration {t}: its policy is not finetuned yet; run `dpa finetune -t {t}` first.")
+            raise RunFolderError(
+                f"iteration {t}: its policy is not finetuned yet, or is damaged; run `dpa finetune -t {t}` first."
+            )
         return str(self.policy_folder(t))
 
     def drawn_from(self, t: int) -> DirectionSpace:
@@ -326,10 +364,10 @@ class Loop:
 
     def _scorer_parts(self) -> tuple[RewardConfig, Path | None, str | None]:
         train = self.config.reward.train
-        if train and not (self.reward_folder / "dpa_reward.json").is_file():
-            raise RunFolderError("reward model: it is not trained yet; run `dpa train-reward` first.")
+        if train and not self._folder.stage(None, "train_reward").done:
+            raise RunFolderError("reward model: it is not trained yet, or is damaged; run `dpa train-reward` first.")
         if train and not train.allow_worse_than_mean:
-            require_better_than_mean(read_json(self.reward_folder / "dpa_reward.json"), self._needed_attributes())
+            require_better_than_mean(read_json(self.reward_folder / RECORD), self._needed_attributes())
         return self.config.reward, self.reward_folder if train else None, self.config.remote_code_revision
 
     def prompts(self, t: int) -> list[Prompt]:
@@ -398,6 +436,30 @@ class Loop:
     def _evaluation_file(self, t: int) -> Path:
         return self.path / f"iter_{t}" / "evaluate" / "evaluation.json"
 
+    def _evaluation(self, t: int) -> dict[str, Any] | None:
+        """What was measured of the policy of t; None where nothing was, or its record is damaged."""
+        file = self._evaluation_file(t)
+        if not file.exists():
+            return None
+        try:
+            return read_record(file, EVALUATION, optional=None)
+        except StorageError as error:
+            log.warning("%s; t = %d does not count as measured.", str(error).split("; ")[0], t)
+            return None
+
+    def _publish(self, t: int, found: Mapping[str, Any]) -> None:
+        """The front travels with the model, and with it a few questions to try it on."""
+        examples = [prompt.messages[-1]["content"] for prompt in self.held_out[:EXAMPLES]]
+        file, data = self.policy_folder(t) / EVALUATION_FILE, json_bytes({**found, "examples": examples})
+        if not file.is_file() or file.read_bytes() != data:
+            write_bytes(file, data)
+
+    def _reward_quality(self) -> Any:
+        """Held-out quality of the reward model trained here; None where none is."""
+        if self.config.reward.train is None or not self._folder.stage(None, "train_reward").done:
+            return None
+        return read_json(self.reward_folder / RECORD).get("quality")
+
     def _evaluation_scores(self, t: int) -> dict[str, pa.Table]:
         scores = {"model": _joined(self._folder.stage(t, "evaluate/score"))}
         if self.config.evaluate.gold:
@@ -416,8 +478,7 @@ class Loop:
 
     def _write_card(self, t: int, evaluation: Mapping[str, Any] | None = None) -> None:
         """README.md beside the policy of iteration t."""
-        if evaluation is None and self._evaluation_file(t).is_file():
-            evaluation = read_json(self._evaluation_file(t))
+        evaluation = evaluation or self._evaluation(t)
         config = self.config
         train, folder = config.reward.train, config.reward.folder
         sources = [f"a reward model trained on `{train.backbone}`"] if train else []

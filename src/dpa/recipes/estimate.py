@@ -12,7 +12,7 @@ nothing was measured they are arithmetic on the device's matrix rate, measured h
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ import torch
 from safetensors import safe_open
 
 from dpa.core.config import PromptsConfig, RunConfig
-from dpa.core.errors import ConfigError
+from dpa.core.errors import ConfigError, RunFolderError
 from dpa.models.policy import default_device
 from dpa.models.samplers import PROCESSOR_ROWS
-from dpa.storage.tables import read_json
+from dpa.storage.run_folder import read_ledger
+from dpa.storage.tables import read_record
 
 TRAINING_SHARE, SCORING_SHARE, SAMPLING_SHARE = 0.4, 0.5, 0.1
 PROMPT_TOKENS = 150
@@ -194,8 +195,14 @@ def read_speeds(runs: Iterable[Path]) -> Speeds:
         found = False
         for done in sorted(run.glob("iter_*/**/done.json")) + sorted(run.glob("train_reward/done.json")):
             found = True
-            epochs = read_json(run / "fingerprint.json")["config"]["finetune"]["epochs"]
-            _count(speeds, done.parent.relative_to(run).parts, read_json(done)["ledger"], epochs)
+            try:
+                epochs = read_record(run / "fingerprint.json", ("config",), optional=None)["config"]["finetune"][
+                    "epochs"
+                ]
+                ledger = read_ledger(read_record(done, ("ledger",), optional=None)["ledger"])
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise RunFolderError(f"--from: {run} holds a damaged record ({done}); name another run.") from None
+            _count(speeds, done.parent.relative_to(run).parts, asdict(ledger), epochs)
         sources += [run.name] if found else []
     speeds.source = ", ".join(sources)
     return speeds

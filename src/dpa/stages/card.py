@@ -34,10 +34,10 @@ def write_card(
     `base`: start policy; `data`: rated data sets and prompts, as configured; `reward`: a sentence on where scores come
     from; `evaluation`: the record of stages.evaluate; `ledgers`: stage -> ledger, of the iteration that made it.
     """
-    text = card(name, space, base, data, reward, evaluation, ledgers)
+    text = card(name, space, base, data, reward, evaluation, ledgers).encode("utf-8", "backslashreplace")
     file = folder / CARD
-    if not file.is_file() or file.read_text(encoding="utf-8") != text:
-        write_bytes(file, text.encode("utf-8", "backslashreplace"))
+    if not file.is_file() or file.read_bytes() != text:
+        write_bytes(file, text)
 
 
 def card(

@@ -19,6 +19,9 @@ from dpa.core.records import SCORE_COLUMNS, Messages
 LISTENS_AT = 0.5
 """A policy listens when Kendall's tau of asked angle against achieved mean reaches this for at least one objective."""
 
+EVALUATION = ("objectives", "arcs", "prompts", "answers", "unscored", "directions", "measures", "listens")
+"""Fields of what `evaluate` finds."""
+
 
 def evaluate(
     rollout: pa.Table,

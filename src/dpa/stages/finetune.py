@@ -41,16 +41,16 @@ def finetune_policy(
     """Finetune `policy` on the rows of a finished selection, save the new policy at `out`, return what it cost.
 
     The class of `config` says what the rows are: winners, or pairs. `config.replay` adds rows of the `earlier`
-    selections (see `with_replay`). A finished stage whose policy stands is left alone; an interrupted one goes on from
-    its newest checkpoint. `log.jsonl` in the stage's folder has the loss of every step; rows that cannot be trained on
-    go to rejects. A few rows are held out to measure listening (models/listening.py); a policy that hardly reads its
-    direction is warned of. The ledger's `extra` has what was measured, counts optimizer steps, replayed rows and, for
-    pairs, the tokens that the reference read too. In a launched training every rank calls this, and the first one
-    writes.
+    selections (see `with_replay`). A finished stage whose policy is as it was sealed is left alone, and a damaged
+    policy is made again; an interrupted training goes on from its newest checkpoint. `log.jsonl` in the stage's folder
+    has the loss of every step; rows that cannot be trained on go to rejects. A few rows are held out to measure
+    listening (models/listening.py); a policy that hardly reads its direction is warned of. The ledger's `extra` has
+    what was measured, counts optimizer steps, replayed rows and, for pairs, the tokens that the reference read too. In
+    a launched training every rank calls this, and the first one writes.
 
     Raises what `models.policy_training.train_policy` raises, and RunFolderError when a selection is not finished.
     """
-    if stage.done and (out / SPACE_FILE).is_file():
+    if stage.done and (stage.seals or (out / SPACE_FILE).is_file()):
         return stage.ledger
     begun = time.monotonic()
     selected, held_out = hold_out(pa.concat_tables(_pools(select_stage)), config.listening_rows)
@@ -88,7 +88,7 @@ def finetune_policy(
     )
     if is_first():
         stage.write_rejects(result.rejects)
-        stage.finish(ledger)
+        stage.finish(ledger, sealed=[out])
         remove_checkpoints(stage.path)
     return ledger
 
@@ -113,7 +113,7 @@ def _pools(stage: StageFolder) -> list[pa.Table]:
     """The stage's tables, and in the column `pool` which of their rows were chosen from the same candidates: a prompt
     may come again in another iteration, with others."""
     return [
-        table.append_column("pool", pa.array([f"{stage.path}:{name}" for name in table["prompt_id"].to_pylist()]))
+        table.append_column("pool", pa.array([f"{stage.name}:{name}" for name in table["prompt_id"].to_pylist()]))
         for table in stage.tables()
     ]
 

@@ -4,6 +4,7 @@ Run its tests: pytest tests/test_ratings.py
 
 import difflib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dpa.core.config import RatingsConfig
-from dpa.core.errors import DataError, RejectRateError
+from dpa.core.errors import DataError, DpaError, RejectRateError
 from dpa.core.records import SCALE, Messages, Prompt, stable_hash
+from dpa.storage.console import print_table
 from dpa.storage.rows import (
     BadRow,
     check_messages,
@@ -32,9 +34,15 @@ from dpa.storage.rows import (
     shown,
 )
 from dpa.storage.run_folder import Reject, count_reasons
-from dpa.storage.tables import FileRecord, read_table, write_bytes, write_json, write_table
+from dpa.storage.tables import FileRecord, read_json, read_record, read_table, write_bytes, write_record, write_table
 
 Scale = tuple[float, float]
+
+SUMMARY = (
+    *("rows", "prompts", "unrated_rows", "rejects", "reasons", "trapped_overall_scores", "attributes", "correlations"),
+    "file",
+)
+"""Fields of ratings_summary.json."""
 
 HELPSTEER_MARKS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 HELPSTEER_SCALE: Scale = (0, 4)
@@ -55,6 +63,8 @@ NEMO_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 """Boilerplate NeMo-Aligner puts before every conversation; it is not part of the data."""
+
+_log = logging.getLogger(__name__)
 
 _TURN = re.compile(r"\n?<extra_id_[01]>(System|User|Assistant)\n")
 _LOW_SCORE = re.compile(
@@ -139,17 +149,22 @@ def save_ratings(ratings: Ratings, folder: Path) -> dict[str, Any]:
     write_bytes(folder / "ratings_rejects.jsonl", "".join(lines).encode())
     file = {"rows": record.rows, "sha256": record.sha256, "bytes": record.bytes}
     summary = {**summarise(ratings), "file": file}
-    write_json(folder / "ratings_summary.json", summary)
-    return summary
+    write_record(folder / "ratings_summary.json", summary)
+    return read_json(folder / "ratings_summary.json")
 
 
 def load_ratings(folder: Path) -> tuple[pa.Table, dict[str, Any]] | None:
-    """The saved table, its checksum verified, and its summary; None where none was finished."""
-    try:
-        summary = json.loads((folder / "ratings_summary.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """The saved table, its checksum verified, and its summary; None where none was finished, or it is damaged."""
+    file = folder / "ratings_summary.json"
+    if not file.exists():
         return None
-    return read_table(folder / "ratings.parquet", FileRecord(**summary["file"])), summary
+    try:
+        read_record(file, SUMMARY, optional=None)
+        summary = read_json(file)
+        return read_table(folder / "ratings.parquet", FileRecord(**summary["file"])), summary
+    except (DpaError, TypeError) as error:
+        _log.warning("ratings: %s; the rated data are read again.", str(error).split("; ")[0].removesuffix("."))
+        return None
 
 
 def to_hundred(mark: float, scale: Scale) -> float:
@@ -244,7 +259,7 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
         if facts["count"]:
             row += [f"{facts['mean']:.1f}", f"{facts['std']:.1f}", f"{facts['min']:.0f}-{facts['max']:.0f}"]
         table.add_row(*row)
-    console.print(table)
+    print_table(table, console)
     known = [pair for pair in summary["correlations"] if pair["pearson"] is not None]
     for pair in sorted(known, key=lambda pair: -abs(pair["pearson"])):
         console.print(f"  {pair['pearson']:+.2f}  {pair['a']} ~ {pair['b']}  (n = {pair['n']:,})", highlight=False)

@@ -17,6 +17,7 @@ from dpa.core.config import RewardTrainConfig
 from dpa.core.errors import ConfigError, TrainingError
 from dpa.models.reward_model import RECORD
 from dpa.models.reward_training import RatedExample, train_reward_model
+from dpa.storage.console import print_table
 from dpa.storage.tables import read_json
 
 BEATS_THE_MEAN = 0.999
@@ -111,7 +112,7 @@ def print_quality(facts: Mapping[str, Any], console: Console | None = None) -> N
             _show(measured["pairwise_accuracy"]),
         )
     console = console or Console()
-    console.print(table)
+    print_table(table, console)
     training = facts["training"]
     if left_out := training.get("left_out_rows"):
         rated = left_out + training["train_rows"] + training["held_out_rows"]

@@ -2,9 +2,9 @@
 Run its tests: pytest tests/test_run_folder.py
 """
 
-import hashlib
 import json
 import logging
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,23 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from dpa.core.config import differences, fingerprint, resolved
-from dpa.core.errors import RunFolderError, StorageError
+from dpa.core.errors import DpaError, RunFolderError, StorageError
 from dpa.core.records import Ledger
+from dpa.storage.identity import check_identity
 from dpa.storage.locks import RunLock, Share
+from dpa.storage.seals import Seal, broken, seal
 from dpa.storage.tables import (
     TEMPORARY,
     FileRecord,
     disk_error,
-    file_digest,
-    read_json,
+    read_record,
     read_table,
     verify,
     write_bytes,
-    write_json,
+    write_record,
     write_table,
 )
 
@@ -43,6 +42,16 @@ class Reject:
 
     id: str
     reason: str
+
+
+@dataclass(frozen=True)
+class DoneRecord:
+    """What `done.json` says: the checksum of each shard, what the stage cost, and the folders it sealed (their place
+    as seen from the stage's)."""
+
+    shards: list[str]
+    ledger: Ledger
+    sealed: dict[str, Seal]
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class RunFolder:
         except OSError as error:
             raise disk_error(error, self.path, "opening the run folder") from None
         try:
-            self._check_identity(config, inputs or {})
+            check_identity(self.path, config, inputs or {}, may_write=not self._lock.shared)
             free = shutil.disk_usage(self.path).free
             if free < needed_bytes and not ignore_free_space:
                 raise RunFolderError(
@@ -133,49 +142,14 @@ class RunFolder:
         place = name if iteration is None else f"iter_{iteration}/{name}"
         return StageFolder(self.path / place, place, self._lock)
 
-    def _check_identity(self, config: BaseModel, inputs: Mapping[str, Path]) -> None:
-        file = self.path / "fingerprint.json"
-        now: dict[str, Any] = {
-            "fingerprint": fingerprint(config),
-            "config": resolved(config),
-            "inputs": {field: content_digest(Path(path)) for field, path in sorted(inputs.items())},
-        }
-        if file.exists():
-            before = read_json(file)
-            changed = differences(_completed(before["config"], config), now["config"]) + [
-                f"{field}: the content of {path} has changed"
-                for field, path in inputs.items()
-                if before["inputs"].get(field, now["inputs"][field]) != now["inputs"][field]
-            ]
-            if changed:
-                raise RunFolderError(
-                    f"out: {self.path} belongs to a run with another configuration; go back to that one, or choose "
-                    f"another folder. Changed:\n  " + "\n  ".join(changed)
-                )
-            now["inputs"] = {**before["inputs"], **now["inputs"]}
-            if before == now:
-                return
-        if self._lock is not None and self._lock.shared:
-            return  # whoever made the folder ready has written it
-        write_bytes(self.path / "config.yaml", yaml.safe_dump(now["config"], sort_keys=False).encode())
-        write_json(file, now)  # last: from now on the folder is this run's
-
-
-def _completed(saved: dict[str, Any], config: BaseModel) -> dict[str, Any]:
-    """A saved configuration with the defaults of fields that its version did not know; as it is where it is no longer
-    valid."""
-    try:
-        return resolved(type(config).model_validate(saved))
-    except ValidationError:
-        return saved
-
 
 class StageFolder:
     """One stage's shards, records, rejects and ledger.
 
     A shard is a parquet file plus a record (`shard-00000.json`: rows, sha256, bytes, ledger, rejects) written after
     it; a file without its record does not count. The stage is done when `done.json` lists its shards and every one of
-    them is whole. A damaged shard is set aside as `*.damaged` and reported as missing, so that it is made again.
+    them is whole. A damaged shard is set aside as `*.damaged` and reported as missing, so that it is made again. A
+    model that the stage made is sealed (storage/seals.py): one that has changed since opens the stage again.
 
     `name` (`iter_1/rollout`) identifies the stage in messages and in random seeds, wherever the run folder lies.
     `lock` is the run folder's: where it is shared, only this process's shards are made, set aside or swept.
@@ -202,7 +176,7 @@ class StageFolder:
         self._record_file(number).unlink(missing_ok=True)
         file = write_table(self._data_file(number), table)
         record = ShardRecord(file, ledger, tuple(rejects), made_from)
-        write_json(self._record_file(number), asdict(record))
+        write_record(self._record_file(number), asdict(record))
 
     def write_rejects(self, rejects: Sequence[Reject]) -> None:
         """Write `rejects.jsonl` (id, stage, reason); `finish` does it for rejects that came with shards."""
@@ -212,10 +186,11 @@ class StageFolder:
         ]
         write_bytes(self.path / "rejects.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
 
-    def finish(self, ledger: Ledger | None = None, shards: int | None = None) -> None:
+    def finish(self, ledger: Ledger | None = None, shards: int | None = None, sealed: Sequence[Path] = ()) -> None:
         """Mark the stage done: its ledger is the shards' ledgers added up, plus `ledger`.
 
-        `shards`: how many there must be (numbers 0 to shards - 1); default: those that are recorded.
+        `shards`: how many there must be (numbers 0 to shards - 1); default: those that are recorded. `sealed`: folders
+        of models that the stage made; it is done as long as every file in them stays as it is now.
         """
         records = [self._record(number) for number in range(self._count() if shards is None else shards)]
         total = Ledger()
@@ -227,8 +202,11 @@ class StageFolder:
         rejects = [reject for record in records if record for reject in record.rejects]
         if rejects:
             self.write_rejects(rejects)
-        done = {"shards": [record.file.sha256 for record in records if record], "ledger": asdict(total)}
-        write_json(self.path / "done.json", done)
+        done: dict[str, Any] = {"shards": [record.file.sha256 for record in records if record], "ledger": asdict(total)}
+        if sealed:
+            done["sealed"] = {os.path.relpath(folder, self.path): seal(folder) for folder in sealed}
+            self._compare_seals(done["sealed"])
+        write_record(self.path / "done.json", done)
 
     # --- sharing -----------------------------------------------------------------------------------------------
 
@@ -260,22 +238,38 @@ class StageFolder:
 
     @property
     def done(self) -> bool:
-        """Whether `done.json` stands and every shard it lists is whole (all bytes are checked)."""
+        """Whether `done.json` stands, and every shard and every sealed file is as it says (all bytes are checked)."""
         if not (self.path / "done.json").exists():
             return False
-        listed = self._done()["shards"]
-        whole = [self.shard_digest(number) for number in range(len(listed))]
-        return whole == listed
+        try:
+            record = self._done()
+        except StorageError as error:
+            log.warning("%s: its done-record does not count: %s", self.name, str(error).split("; ")[0])
+            return False
+        whole = [self.shard_digest(number) for number in range(len(record.shards))]
+        if whole != record.shards:
+            return False
+        for place, sealed in record.sealed.items():
+            trouble = broken(Path(os.path.normpath(self.path / place)), sealed)
+            if trouble is not None:
+                log.warning("%s: %s; it is never used, and is made again.", self.name, trouble)
+                return False
+        return True
+
+    @property
+    def seals(self) -> bool:
+        """Whether the finished stage sealed what it made; an earlier version did not."""
+        return bool(self._done().sealed)
 
     @property
     def shards(self) -> int:
         """How many shards the finished stage has."""
-        return len(self._done()["shards"])
+        return len(self._done().shards)
 
     @property
     def ledger(self) -> Ledger:
         """What the finished stage cost."""
-        return Ledger(**self._done()["ledger"])
+        return self._done().ledger
 
     def shard_digest(self, number: int, made_from: str | None = None) -> str | None:
         """SHA-256 of a shard that is recorded, whole and made from these inputs (None: any); else None.
@@ -359,22 +353,43 @@ class StageFolder:
         if not file.exists():
             return None
         try:
-            data = read_json(file)
+            data = read_record(file, ("file", "ledger", "rejects", "made_from"))
             return ShardRecord(
                 FileRecord(**data["file"]),
-                Ledger(**data["ledger"]),
+                read_ledger(data["ledger"]),
                 tuple(Reject(**reject) for reject in data["rejects"]),
                 data["made_from"],
             )
-        except (StorageError, KeyError, TypeError):
+        except (StorageError, TypeError, ValueError, AttributeError):
             log.warning("%s is damaged: its shard does not count and will be made again.", file)
             return None
 
-    def _done(self) -> dict[str, Any]:
+    def _done(self) -> DoneRecord:
+        """Raises RunFolderError when the stage is not finished, StorageError when its record is damaged."""
         file = self.path / "done.json"
         if not file.exists():
             raise RunFolderError(f"{self.name}: this stage is not finished in {self.path}; run it first.")
-        return read_json(file)
+        data = read_record(file, ("shards", "ledger"), optional=("sealed",))
+        try:
+            sealed = {str(place): dict(files) for place, files in data.get("sealed", {}).items()}
+            return DoneRecord(list(data["shards"]), read_ledger(data["ledger"]), sealed)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise StorageError(f"{file} is damaged ({error}); delete it and run the same command again.") from None
+
+    def _compare_seals(self, now: Mapping[str, Seal]) -> None:
+        """Say so when what is made again is not what it was: rows that came from the first one stand."""
+        try:
+            before = self._done().sealed
+        except DpaError:
+            return
+        changed = [place for place in now if place in before and now[place] != before[place]]
+        if changed:
+            log.warning(
+                "%s: %s was made again and is not, bit for bit, what it was (another device, thread count or version); "
+                "what was sampled or scored with the first one stands.",
+                self.name,
+                ", ".join(changed),
+            )
 
     def _set_aside(self, number: int, error: StorageError) -> None:
         if not self.mine(number):
@@ -395,25 +410,20 @@ class StageFolder:
             log.warning("%s: removed %d unfinished file(s) of an interrupted run.", self.name, len(leftovers))
 
 
+def read_ledger(data: Mapping[str, Any]) -> Ledger:
+    """A ledger as it was written. Raises TypeError or ValueError for what is none."""
+    ledger = Ledger(**data)
+    for value in (*data.values(), *ledger.extra.values()):
+        if value is not ledger.extra and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{value!r} is no amount")
+    return ledger
+
+
 def count_reasons(rejects: Sequence[Reject], most: int = 5) -> str:
     """The commonest reasons with their counts, as text: `3 x prompt is empty, 1 x id 'a' is a duplicate`."""
     counts = Counter(reject.reason for reject in rejects).most_common()
     text = ", ".join(f"{count} x {reason}" for reason, count in counts[:most])
     return f"{text}, and {len(counts) - most} other reasons" if len(counts) > most else text
-
-
-def content_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file, or of the names and contents of all files in a folder."""
-    try:
-        if path.is_file():
-            return file_digest(path)
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        listing = [f"{file.relative_to(path)} {file_digest(file)}\n" for file in files]
-    except OSError as error:
-        raise disk_error(error, path, "reading") from None
-    if not listing:
-        raise RunFolderError(f"{path}: there is no such file; check the path.")
-    return hashlib.sha256("".join(listing).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _gigabytes(count: int) -> str:

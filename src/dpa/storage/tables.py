@@ -8,9 +8,10 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from dpa.core.errors import DpaError, RunFolderError, StorageError
 
 TEMPORARY = ".tmp"
 """Suffix of what is being written; `.NAME.tmp` stands in the folder of NAME, so a rename never crosses file systems."""
+
+CHECKSUM = "checksum"
+"""Field of a record that tells damage: 32 hex digits of the SHA-256 of its other fields."""
 
 _USER_FIXES = {
     errno.EACCES: "make the folder writable or choose another one",
@@ -70,10 +74,15 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise disk_error(error, path, f"writing {len(data)} bytes") from None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as readable JSON, as `write_bytes` does. NaN and infinity are refused: JSON has none, use null."""
+def json_bytes(value: Any) -> bytes:
+    """A value as readable JSON. NaN and infinity are refused: JSON has none, use null."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes JSON's own escape
+    return text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes JSON's own escape
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as `json_bytes`, as `write_bytes` does."""
+    write_bytes(path, json_bytes(value))
 
 
 def read_json(path: Path) -> Any:
@@ -82,10 +91,43 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise disk_error(error, path, "reading") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(
-            f"{path} is not readable JSON ({error}); remove it and run the same command again."
+            f"{path} is not readable JSON ({error}); delete it and run the same command again."
         ) from None
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write what later work relies on: JSON with a checksum that `read_record` holds it to."""
+    write_json(path, {**record, CHECKSUM: _record_digest(record)})
+
+
+def read_record(path: Path, fields: Collection[str], optional: Collection[str] | None = ()) -> dict[str, Any]:
+    """Read a record that has these fields, the checksum left out. One of an earlier version has no checksum: of it no
+    other fields are accepted than `optional` ones (None: any). StorageError names a file that is damaged."""
+    found = read_json(path)
+    trouble = ""
+    if not isinstance(found, dict):
+        trouble = f"it holds {type(found).__name__}, not an object"
+    elif missing := [name for name in fields if name not in found]:
+        trouble = f"{missing[0]!r} is missing"
+    elif not is_whole(found):
+        trouble = "its checksum is another"
+    elif (
+        CHECKSUM not in found
+        and optional is not None
+        and (odd := [name for name in found if name not in {*fields, *optional}])
+    ):
+        trouble = f"{odd[0]!r} is no field of it"
+    if trouble:
+        raise StorageError(f"{path} is damaged ({trouble}); delete it and run the same command again.")
+    return {name: value for name, value in found.items() if name != CHECKSUM}
+
+
+def is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether a record is what its checksum says, where it has one."""
+    rest = {name: value for name, value in record.items() if name != CHECKSUM}
+    return CHECKSUM not in record or record[CHECKSUM] == _record_digest(rest)
 
 
 def write_table(path: Path, table: pa.Table) -> FileRecord:
@@ -111,7 +153,7 @@ def read_table(path: Path, record: FileRecord | None = None) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"{path} is damaged ({error}); remove it and run the same command again.") from None
+        raise StorageError(f"{path} is damaged ({error}); delete it and run the same command again.") from None
 
 
 def verify(path: Path, record: FileRecord) -> None:
@@ -126,6 +168,17 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, hex."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_digest(path: Path) -> str:
+    """The same, remembered within this process until the file's size, time or inode changes."""
+    about = Path(path).stat()
+    return _remembered_digest(str(path), about.st_size, about.st_mtime_ns, about.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _remembered_digest(path: str, size: int, modified_ns: int, inode: int) -> str:
+    return file_digest(Path(path))
 
 
 @contextmanager
@@ -166,9 +219,17 @@ def save_folder_atomically(path: Path) -> Iterator[Path]:
 def disk_error(error: OSError, path: Path, doing: str) -> DpaError:
     """The error to raise for an OSError: the user's to mend (RunFolderError) or the disk's (StorageError)."""
     code = error.errno or 0
+    if code == errno.ENOENT and doing == "reading":
+        return RunFolderError(f"{path}: there is no such file; check the path, or run what makes it again.")
     fix = _USER_FIXES.get(code) or _DISK_FIXES.get(code) or "check the disk and run the same command again"
     kind = RunFolderError if code in _USER_FIXES else StorageError
     return kind(f"{path}: {doing} failed ({error.strerror or error}); {fix}.")
+
+
+def _record_digest(record: Mapping[str, Any]) -> str:
+    """Of the values, not of how they are laid out."""
+    plain = json.loads(json.dumps(record, allow_nan=False))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _sync(path: Path) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from dpa.core.config import load_config
 from dpa.recipes.dpa import Loop
+from dpa.storage.console import print_table
 from dpa.storage.tables import read_json, write_bytes
 from dpa.world.questions import Question, make_questions
 from dpa.world.rated_rows import PANELS, rated_rows
@@ -96,7 +97,7 @@ def show_results(console: Console, results: Mapping[str, Any]) -> None:
             f"{min(words):.0f} to {max(words):.0f}",
             *(f"{measures['kendall_tau'][arc]['value']:.2f}" for arc in arcs),
         )
-    console.print(table)
+    print_table(table, console)
     question = results["samples"]["questions"][0]
     console.print(f"\n{question['prompt']}\n", markup=False)
     for answer in question["answers"]:

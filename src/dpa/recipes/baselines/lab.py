@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from dpa.core.config import FinetuneConfig, PreferenceConfig, RewardConfig, RolloutConfig, RunConfig, SelectionConfig
 from dpa.core.directions import DirectionSpace
-from dpa.core.errors import TrainingError
+from dpa.core.errors import RunFolderError, TrainingError
 from dpa.core.records import SCORE_COLUMNS, Ledger, Prompt, Sampler, Scorer, stable_hash
 from dpa.models.files import folder_revision
 from dpa.models.policy import count_tokens
@@ -30,8 +30,8 @@ from dpa.stages.ratings import load_ratings
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
 from dpa.stages.select import completeness, select_rated, select_winners
-from dpa.storage.run_folder import StageFolder
-from dpa.storage.tables import read_json
+from dpa.storage.run_folder import StageFolder, read_ledger
+from dpa.storage.tables import read_record
 
 NARROWEST = 1e-6
 """Half-angle in degrees of a cone that holds one direction."""
@@ -66,6 +66,8 @@ class Lab:
     @cached_property
     def scorer(self) -> Scorer:
         """What gives scores: the reward model trained for this seed, and whatever else is configured."""
+        if self.config.reward.train is not None:
+            self._check_shared(None, "train_reward")
         return build_scorer(self.reward)
 
     @cached_property
@@ -79,7 +81,8 @@ class Lab:
     def ratings(self) -> pa.Table:
         """The rated responses, columns of ratings.parquet."""
         loaded = load_ratings(self.shared)
-        assert loaded is not None, "the shared run is finished before any method begins"
+        if loaded is None:
+            raise RunFolderError(f"{self.shared}: its rated data are damaged; delete that folder and run it again.")
         return loaded[0]
 
     @cached_property
@@ -105,6 +108,7 @@ class Lab:
 
     def take_over_t0(self) -> str:
         """The policy of t = 0, which listens to directions already; what it cost is charged to this method."""
+        self._check_shared(0, "finetune")
         ledger = self._shared_stage(0, "finetune").ledger
         stage = self.stage(0, "taken_over")
         if not stage.done:
@@ -228,6 +232,14 @@ class Lab:
         """A policy that is told no direction."""
         return Trained(name, lambda: self.sampler(policy, measuring=True, translate=without_direction))
 
+    def _check_shared(self, t: int | None, name: str) -> None:
+        """Raises RunFolderError where a model that the methods share is not what it was."""
+        if not self._shared_stage(t, name).done:
+            raise RunFolderError(
+                f"{self.shared}: the model of {name} is damaged; delete {self.shared / 'job.json'} and run the same "
+                "command again."
+            )
+
     def _shared_stage(self, t: int | None, name: str) -> StageFolder:
         place = name if t is None else f"iter_{t}/{name}"
         return StageFolder(self.shared / place, place)
@@ -246,5 +258,6 @@ def spent(folder: Path) -> Ledger:
     total = Ledger()
     for file in sorted(folder.rglob("done.json")):
         if MEASURING not in file.relative_to(folder).parts:
-            total.add(Ledger(**{**read_json(file)["ledger"], "extra": {}}))
+            ledger = read_ledger(read_record(file, ("shards", "ledger"), optional=("sealed",))["ledger"])
+            total.add(replace(ledger, extra={}))
     return total
