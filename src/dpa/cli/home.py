@@ -19,7 +19,7 @@ PATHS_AS_TEXT = frozenset({"model", "reward", "base", "space", "first", "second"
 class Commands(typer.Typer):
     """A typer app whose commands get every path with its `~` written out."""
 
-    def command(self, *arguments: Any, **fields: Any) -> Callable[[Callable[..., Any]], Any]:  # type: ignore[override]
+    def command(self, *arguments: Any, **fields: Any) -> Callable[[Callable[..., Any]], Any]:
         """As typer's; the function is wrapped."""
         register = super().command(*arguments, **fields)
         return lambda function: register(with_home(function))

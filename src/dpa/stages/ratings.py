@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -53,7 +53,12 @@ ULTRAFEEDBACK_OVERALL_SCALE: Scale = (1, 10)
 OTHER_COLUMNS = ("row_id", "prompt_id", "messages", "response", "source")
 """Columns of ratings.parquet that are no attribute."""
 
-TEXT_COLUMNS = ("prompt", "response", "messages", "source")
+TEXT_COLUMNS: tuple[Literal["prompt", "response", "messages", "source"], ...] = (
+    "prompt",
+    "response",
+    "messages",
+    "source",
+)
 
 NEMO_MARKS = ("quality", "toxicity", "humor", "creativity", *HELPSTEER_MARKS)
 """Order of `label` in NeMo-Aligner's regression form; the first four are Open Assistant's and are not read."""
