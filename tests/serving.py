@@ -24,9 +24,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from dpa.core.directions import DirectionSpace, Objective
+from dpa.serve.connections import bounded
 from dpa.serve.gateway import Engines, Gateway
 from dpa.serve.http import Server
-from dpa.serve.settings import Settings
+from dpa.serve.settings import Limits, Settings
 from dpa.serve.upstream import Upstream
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -121,9 +122,10 @@ def _event(data: dict[str, Any]) -> bytes:
 
 
 @contextmanager
-def in_thread(app: Any) -> Iterator[str]:
-    """Serve an ASGI application on a free port of this machine; yields its URL."""
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+def in_thread(app: Any, limits: Limits | None = None) -> Iterator[str]:
+    """Serve an ASGI application on a free port of this machine, its connections within `limits`; yields its URL."""
+    how: dict[str, Any] = {} if limits is None else {"http": bounded(limits), "h11_max_incomplete_event_size": 64_000}
+    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1, **how)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         up = threading.Event()
@@ -144,7 +146,7 @@ def gateway_before(upstream_url: str, settings: Settings | None = None, scorer: 
     settings = settings or settings_with()
     stall_s = settings.limits.stall_seconds
     engines = Engines(policy=Upstream(upstream_url, stall_s=stall_s), scorer=Upstream(upstream_url) if scorer else None)
-    with in_thread(Gateway(settings, engines).gate) as url:
+    with in_thread(Gateway(settings, engines).gate, settings.limits) as url:
         yield url
 
 

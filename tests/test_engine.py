@@ -2,16 +2,19 @@
 pytest tests/test_engine.py
 """
 
+import inspect
 import json
 import random
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from serving import CHAT, events_of, in_thread, within
 from tiny_models import SPACE, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +26,7 @@ from dpa.models.decoding import Decoding, decode
 from dpa.models.policy import make_steerable
 from dpa.models.samplers import TransformersSampler
 from dpa.serve.engine import Engine
+from dpa.serve.engine_loop import TURN, EngineLoop, Job
 from dpa.serve.text_stream import TextStream
 
 QUESTION: Any = [{"role": "user", "content": "Why?"}]
@@ -269,3 +273,187 @@ def test_30_a_request_cannot_make_the_template_loop_for_ever(tmp_path: Path) -> 
         answer = httpx.post(url + CHAT, json={"messages": [{"role": "user", "content": "boom"}]}, timeout=20)
         assert answer.status_code == 400 and "lines" in answer.json()["error"]["message"]
         assert time.monotonic() - begun < 5
+
+
+# --- one request never ends an engine, nor waits for another ---------------------------------------------------------
+
+PROMPTS: list[Any] = [
+    [True], [], [1.0], [-1], [10**9], [2**70], [None], [[]], [[3], [10**9]], [[True]], "", [""], ["a", ""], {}, 7,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=repr)
+def test_41_tokens_that_cannot_be_read_are_400_and_the_engine_goes_on(client: httpx.Client, prompt: Any) -> None:
+    answer = client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 2})
+    assert answer.status_code == 400 and "prompt" in answer.json()["error"]["message"]
+    assert client.post("/v1/completions", json={"prompt": [[5, 6], [7]], "max_tokens": 2}).status_code == 200
+
+
+def test_41_a_users_text_with_a_token_beyond_the_embedding_is_400() -> None:
+    model, tokenizer = steerable()
+    tokenizer.add_tokens(["<beyond>"], special_tokens=True)
+    tokenizer.pad_token = "<beyond>"
+    with in_thread(Started(model, tokenizer)) as url, httpx.Client(base_url=url, timeout=30) as client:
+        beyond = [{"role": "user", "content": "x <beyond>"}]
+        refusals = [ask(client, messages=beyond), client.post("/v1/completions", json={"prompt": "<beyond>"})]
+        for answer in refusals:
+            assert answer.status_code == 400 and "beyond the model's" in answer.json()["error"]["message"]
+        body = {"prompt": ["a", "a longer one"], "max_tokens": 3}
+        assert client.post("/v1/completions", json=body).status_code == 200, "padding is any token"
+
+
+def test_41_messages_that_render_to_nothing_are_400() -> None:
+    model, tokenizer = steerable()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with in_thread(Started(model, tokenizer)) as url, httpx.Client(base_url=url, timeout=30) as client:
+        answer = ask(client, messages=[{"role": "user", "content": ""}])
+        assert answer.status_code == 400 and "no token" in answer.json()["error"]["message"]
+        assert ask(client).status_code == 200
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 5e-324}, {"temperature": 1e-40, "top_p": 0.5}, {"top_p": 5e-324}])
+def test_numbers_next_to_zero_take_the_likeliest_token(client: httpx.Client, fields: dict[str, Any]) -> None:
+    assert said(ask(client, **fields)) == said(ask(client, temperature=0))
+
+
+class Poisoned:
+    """A model that fails where a token is read: `when` it stands in a prompt, or when it is written."""
+
+    def __init__(self, model: PreTrainedModel, token: int) -> None:
+        self.token, self.failures = token, 0
+        self._forward = model.forward
+        model.forward = self  # type: ignore[method-assign,assignment]
+        self.__signature__ = inspect.signature(self._forward)
+
+    def __call__(self, **inputs: Any) -> Any:
+        if bool((inputs["input_ids"] == self.token).any()):
+            self.failures += 1
+            raise RuntimeError("no such luck with the user's words")
+        return self._forward(**inputs)
+
+
+def test_41_an_error_in_one_rows_work_fails_that_row_alone() -> None:
+    """Of a prompt, and of a token that is written in the middle of four answers."""
+    model, tokenizer = steerable()
+    prompts = [[10 + 7 * n, 20 + 11 * n] for n in range(4)]
+    bodies = [{"prompt": one, "seed": seed, "max_tokens": 40, "temperature": 1} for seed, one in enumerate(prompts)]
+    with in_thread(Started(model, tokenizer)) as url, httpx.Client(base_url=url, timeout=60) as client:
+        expected = [client.post("/v1/completions", json=body).json() for body in bodies]
+        ends = (tokenizer.eos_token_id,)
+        written = decode(model, prompts, [0, 1, 2, 3], [0, 1, 2, 3], [40] * 4, Decoding(1.0, 1.0, 40, ends, 0))
+        token = next(one for one in written[0][5:] if all(one not in other for other in [*written[1:], *prompts]))
+        poisoned = Poisoned(model, token)
+        with ThreadPoolExecutor(5) as pool:
+            asked = [pool.submit(client.post, "/v1/completions", json=body) for body in bodies]
+            bad = pool.submit(client.post, "/v1/completions", json={**bodies[0], "prompt": [token, 3]})
+            answers = [one.result() for one in asked]
+        assert poisoned.failures >= 2 and [one.status_code for one in answers] == [500, 200, 200, 200]
+        assert bad.result().status_code == 500
+        for answer in (answers[0], bad.result()):
+            error = answer.json()["error"]
+            assert error["type"] == "server_error" and "luck" not in error["message"], "an error may hold a user's text"
+        assert [one.json()["choices"] for one in answers[1:]] == [one["choices"] for one in expected[1:]]
+        *_, error, done = events_of(client.post("/v1/completions", json={**bodies[0], "stream": True}))
+        assert "error" in error and done == "[DONE]"
+
+
+def test_52_full_memory_makes_smaller_batches_with_the_same_answers(client: httpx.Client) -> None:
+    model, tokenizer = steerable()
+    forward = model.forward
+
+    def full(**inputs: Any) -> Any:
+        if len(inputs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return forward(**inputs)
+
+    full.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    model.forward = full  # type: ignore[method-assign]
+    with in_thread(Started(model, tokenizer)) as url, httpx.Client(base_url=url, timeout=60) as small:
+        assert said(ask(small, n=4)) == said(ask(client, n=4))
+
+
+def test_a_broken_device_ends_the_engine() -> None:
+    model, tokenizer = steerable()
+    loop = EngineLoop(model, tokenizer, 2)
+    loop._survive(ValueError("one answer's"))
+    loop._device = torch.device("cuda:0") if not torch.cuda.is_available() else torch.device("cuda:99")
+    with pytest.raises(ValueError, match="the device's"):
+        loop._survive(ValueError("the device's"))
+
+
+class Turns:
+    """An engine's loop that is stepped by hand, so that the order of things does not depend on a clock."""
+
+    def __init__(self, max_rows: int) -> None:
+        model, tokenizer = steerable()
+        model.lm_head.weight.data[tokenizer.eos_token_id] = 0.0  # answers end at their limit
+        self.loop = EngineLoop(model, tokenizer, max_rows)
+        self.ended: dict[str, list[int]] = {}
+        self.answers: dict[str, list[list[int]]] = {}
+        self.steps = 0
+        self.loop._loop = self  # type: ignore[assignment]
+
+    def call_soon_threadsafe(self, call: Any, *arguments: Any) -> None:
+        call(*arguments)
+
+    def ask(self, name: str, answers: int, tokens: int) -> None:
+        def done(row: Row) -> Any:
+            def deliver(piece: Any) -> None:
+                self.ended.setdefault(name, []).append(self.steps)
+                self.answers.setdefault(name, []).append(row.tokens)
+
+            return deliver
+
+        rows = [Row([7, 8 + n], n, tokens, 0.0, 1.0) for n in range(answers)]
+        self.loop.submit([Job(row, (), False, done(row), name) for row in rows])
+
+    def run(self) -> None:
+        while sum(self.loop.load):
+            self.steps += 1
+            self.loop._once()
+
+
+def test_49_a_neighbours_short_answer_does_not_wait_for_a_large_request() -> None:
+    turns = Turns(max_rows=4)
+    turns.ask("large", 24, 30)
+    for _ in range(3):
+        turns.loop._once()
+    turns.ask("small", 1, 4)
+    turns.run()
+    assert turns.ended["small"] == [4] and len(turns.ended["large"]) == 24
+    alone = Turns(max_rows=24)
+    alone.ask("large", 24, 30)
+    alone.run()
+    assert sorted(turns.answers["large"]) == sorted(alone.answers["large"]), "who gave way lost nothing"
+
+
+def test_49_requests_take_turns_in_the_queue() -> None:
+    turns = Turns(max_rows=2)
+    for name, answers in (("a", 6), ("b", 6), ("c", 1)):
+        turns.ask(name, answers, 5)
+    turns.run()
+    assert max(turns.ended["c"]) <= 15 and abs(max(turns.ended["a"]) - max(turns.ended["b"])) <= 5
+
+
+def test_49_long_answers_of_many_requests_give_way_in_turn() -> None:
+    turns = Turns(max_rows=2)
+    for name in ("a", "b"):
+        turns.ask(name, 1, 3 * TURN)
+    turns.loop._once()
+    turns.ask("small", 1, 3)
+    turns.run()
+    assert max(turns.ended["small"]) <= TURN + 4 and max(turns.ended["b"]) < 6 * TURN + 10
+    assert {len(tokens) for name in ("a", "b") for tokens in turns.answers[name]} == {3 * TURN}
+
+
+def test_more_answers_than_one_request_may_have_are_refused(client: httpx.Client) -> None:
+    assert ask(client, n=10**6).status_code == 400
+    assert client.post("/v1/completions", json={"prompt": ["a"] * 600, "n": 2}).status_code == 400
+
+
+def test_the_engine_answers_in_openai_shape_where_there_is_nothing(client: httpx.Client) -> None:
+    for method, path, status in (("GET", "/nosuch", 404), ("GET", CHAT, 405), ("GET", "/v1/models/other", 404)):
+        answer = client.request(method, path)
+        assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert client.get("/v1/models/m").json()["id"] == "m"
+    assert ask(client, best_of=3).status_code == 400

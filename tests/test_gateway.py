@@ -23,7 +23,9 @@ from dpa.models.files import EVALUATION_FILE
 from dpa.serve.command import _default_direction
 from dpa.serve.front import load_examples, load_front
 from dpa.serve.gate import Gate, JsonLines
+from dpa.serve.gateway import Engines, Gateway
 from dpa.serve.settings import Limits
+from dpa.serve.upstream import Upstream
 
 KEY = "correct-horse-battery"
 TERSE = "helpfulness*87 + verbosity*-50"
@@ -190,6 +192,14 @@ def test_a_direction_is_read_for_the_page(client: httpx.Client) -> None:
     assert read["text"] == "helpfulness*71 + verbosity*-71" and read["clamped"] and read["angle"] == pytest.approx(45)
     message = refused(client.post("/v1/dpa/direction", json={"direction": "helpfulness - 3*verbosity"}), 400)
     assert "45" in message
+
+
+def test_a_refused_direction_names_the_presets_and_how_to_have_it_clamped(client: httpx.Client) -> None:
+    assert "`terse`" in refused(client.post(CHAT, json=chat(dpa="tersee")), 400)
+    assert "terse, wordy" in refused(client.post(CHAT, json=chat(dpa="nonsense")), 400)
+    assert "demo:terse" in refused(client.post(CHAT, json=chat(model="demo:tersee")), 404)
+    message = refused(client.post(CHAT, json=chat(dpa="90deg")), 400)
+    assert "--clamp" in message and '"outside": "clamp"' in message
 
 
 def test_front_comes_from_the_record_beside_the_model(tmp_path: Path) -> None:
@@ -545,3 +555,120 @@ def test_a_request_that_states_nothing_is_asked_at_the_center_unless_the_server_
     assert _default_direction(None, SPACE) == SPACE.direction(SPACE.center)
     assert _default_direction("none", SPACE) is None
     assert _default_direction("helpfulness*0.8 - verbosity*0.6", SPACE).integers[:2] == (80, -60)
+
+
+# --- under attack ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "9" * 400, "9" * 5000])
+@pytest.mark.parametrize("field", ["foo", "temperature", "seed", "n", "max_tokens", "dpa", "metadata"])
+def test_47_numbers_that_overflow_are_400(fake: FakeUpstream, client: httpx.Client, number: str, field: str) -> None:
+    for path, asks in ((CHAT, '"messages": [{"role": "user", "content": "a"}]'), ("/v1/completions", '"prompt": "a"')):
+        for value in (number, f'{{"deep": [{number}]}}'):
+            raw = f'{{"model": "demo", {asks}, "{field}": {value}}}'
+            refused(client.post(path, content=raw.encode()), 400)
+    assert fake.asked == []
+
+
+@pytest.mark.parametrize("keys", [(), (KEY,)])
+def test_47_odd_host_and_origin_headers_are_4xx_before_the_key_is_asked(
+    engine: tuple[FakeUpstream, str], keys: tuple[str, ...]
+) -> None:
+    settings = settings_with(hosts=("localhost", "127.0.0.1"), keys=keys)
+    with gateway_before(engine[1], settings) as url, httpx.Client() as client:
+        for headers in (
+            {"Host": "["},
+            {"Host": "[::1"},
+            {"Host": "a]b"},
+            {"Host": ""},
+            {"Origin": "http://["},
+            {"Origin": "["},
+            {"Origin": "http://[::1"},
+            {"Origin": "null"},
+            {"Origin": ""},
+            {"Origin": "http://\u2100.x".encode()},
+        ):
+            for path in (CHAT, "/health", "/nosuch"):
+                answer = client.post(url + path, json=chat(), headers=headers)
+                assert 400 <= answer.status_code < 500, (headers, path)
+                refused(answer, answer.status_code)
+
+
+def test_47_messages_where_a_prompt_belongs_are_refused(fake: FakeUpstream, client: httpx.Client) -> None:
+    for messages in (QUESTION, [{"role": "user", "content": 3}], 3, [], "x", [None], {"role": "user"}):
+        for dpa in ({}, {"dpa": "terse"}):
+            asked = {"model": "demo", "prompt": "Once", "messages": messages, **dpa}
+            assert "messages" in refused(client.post("/v1/completions", json=asked), 400)
+    assert fake.asked == []
+    asked = {"model": "demo", "prompt": "Once", "messages": None}
+    assert client.post("/v1/completions", json=asked).status_code == 200 and "messages" not in fake.asked[0]
+
+
+def test_a_mistake_of_ours_is_500_in_openai_shape(engine: tuple[FakeUpstream, str]) -> None:
+    class Broken(Gateway):
+        def _understand(self, *arguments: Any) -> Any:
+            raise ZeroDivisionError("a user's words")
+
+    broken = Broken(settings_with(), Engines(policy=Upstream(engine[1])))
+    with in_thread(broken.gate) as url:
+        answer = httpx.post(url + CHAT, json=chat())
+        assert "words" not in refused(answer, 500) and answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "BREW"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/models", "/nosuch", "/v1/dpa/space"])
+def test_unknown_methods_are_4xx_in_openai_shape(client: httpx.Client, method: str, path: str) -> None:
+    answer = client.request(method, path)
+    assert answer.status_code in (404, 405)
+    if method != "HEAD":
+        refused(answer, answer.status_code)
+
+
+def test_one_model_is_told_by_any_name_a_request_may_give(client: httpx.Client) -> None:
+    for name in ("demo", "demo:terse", "demo@base", "demo@helpfulness=0.8;verbosity=-0.6"):
+        model = client.get(f"/v1/models/{name}").json()
+        assert model["id"] == name and model["object"] == "model" and model["owned_by"] == "dpa"
+    for name in ("other", "demo:nosuch", "demo/x", ""):
+        refused(client.get(f"/v1/models/{name}"), 404)
+
+
+@pytest.mark.parametrize(("prompts", "n", "status"), [(8, 1, 200), (4, 2, 200), (9, 1, 400), (3, 3, 400), (64, 8, 400)])
+def test_49_prompts_times_n_is_what_is_limited(
+    fake: FakeUpstream, client: httpx.Client, prompts: int, n: int, status: int
+) -> None:
+    for prompt in (["a"] * prompts, [[1, 2]] * prompts):
+        answer = client.post("/v1/completions", json={"model": "demo", "prompt": prompt, "n": n})
+        assert answer.status_code == status, answer.text
+        if status == 400:
+            assert f"{prompts * n} answers" in refused(answer, 400)
+
+
+def test_many_token_ids_are_one_prompt(fake: FakeUpstream, client: httpx.Client) -> None:
+    assert client.post("/v1/completions", json={"model": "demo", "prompt": [1] * 200}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_clients_that_leave_are_counted(engine: tuple[FakeUpstream, str], fake: FakeUpstream, stream: bool) -> None:
+    with gateway_before(engine[1]) as url, httpx.Client(base_url=url, timeout=10) as client:
+
+        def gone() -> bool:
+            return "dpa_clients_gone_total 1.0" in client.get("/metrics").text
+
+        assert not gone()
+        client.post(CHAT, json=chat(stream=stream))
+        assert not gone(), "it stayed to the end"
+        fake.mode = "slow"
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(CHAT, json=chat(stream=stream), timeout=0.3)
+        assert within(2.0, gone)
+
+
+def test_a_selection_needs_a_direction_that_was_stated(engine: tuple[FakeUpstream, str], fake: FakeUpstream) -> None:
+    """The server's default is none that anybody stated."""
+    settings = settings_with(default=SPACE.direction(SPACE.center))
+    with gateway_before(engine[1], settings, scorer=True) as url, httpx.Client(base_url=url, timeout=10) as client:
+        for stated in ({}, {"dpa": None}, {"model": "demo@base"}):
+            for options in ({"best_of": 2}, {"robust": True}):
+                message = refused(client.post(CHAT, json=chat(**stated, dpa_options=options)), 400)
+                assert "needs a direction" in message
+        assert client.post(CHAT, json=chat(dpa="terse", dpa_options={"best_of": 2})).status_code == 200

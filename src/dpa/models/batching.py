@@ -6,7 +6,8 @@ rounding of the model's own arithmetic, on who else is in the batch.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,10 +19,16 @@ from dpa.core.errors import EngineError
 from dpa.models.decoding import STRIDE, StridedLayer, check_decodable, fill_holes
 from dpa.models.drawing import draw, uniforms
 
+TINY = 1e-6
+"""A temperature below it is none, a mass below it is the likeliest token's: in single precision both would vanish."""
+
 
 @dataclass(eq=False)
 class Row:
-    """One answer that is being written. `temperature` 0 takes the likeliest token; `limit` counts new tokens."""
+    """One answer that is being written. `temperature` 0 takes the likeliest token; `limit` counts new tokens.
+
+    A row may leave the batch and join again: it goes on after the tokens it has.
+    """
 
     prompt: Sequence[int]
     seed: int
@@ -32,6 +39,11 @@ class Row:
     finish_reason: str | None = None
     """None while it goes on; "stop" at an end token, "length" at the limit, whatever `leave` says otherwise."""
     _uniforms: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    @property
+    def length(self) -> int:
+        """Tokens that are read when it joins."""
+        return len(self.prompt) + len(self.tokens)
 
     def uniform(self) -> float:
         """The number that draws the next token."""
@@ -44,7 +56,9 @@ class ContinuousBatch:
     """The rows in the model's hands, each at its own length, and the cache they share, aligned on the right.
 
     `join` reads prompts; `step` writes one more token of every row; `leave` takes rows out. Not for several threads.
-    Raises ModelFileError for a model whose memory is not plain attention.
+    Whatever they raise, no token is lost and the batch can be used: a `join` that failed let nobody in, a `step` that
+    failed wrote nothing, and where the cache may be half changed no row is left in `rows`; each may join again. Raises
+    ModelFileError for a model whose memory is not plain attention.
     """
 
     def __init__(self, model: PreTrainedModel, end_ids: tuple[int, ...], pad_id: int) -> None:
@@ -63,8 +77,9 @@ class ContinuousBatch:
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> None:
         """Read the rows' prompts (equal ones once) and let the rows in. Raises EngineError when the output is NaN."""
-        distinct = {tuple(prompt): place for place, prompt in enumerate(dict.fromkeys(tuple(r.prompt) for r in rows))}
-        prompts = list(distinct)
+        texts = [(*row.prompt, *row.tokens) for row in rows]
+        prompts = list(dict.fromkeys(texts))
+        distinct = {prompt: place for place, prompt in enumerate(prompts)}
         width = max(map(len, prompts))
         ids = torch.tensor([[self._pad_id] * (width - len(ids)) + list(ids) for ids in prompts], device=self._device)
         lengths = torch.tensor([len(ids) for ids in prompts], device=self._device)
@@ -73,17 +88,18 @@ class ContinuousBatch:
         logits_BV = self._forward(cache, ids, seen.long(), (seen.cumsum(-1) - 1).clamp(min=0))
         if bool(logits_BV.isnan().any()):
             raise EngineError("engine: the model's output is NaN; its weights are damaged or its dtype too narrow.")
-        place_B = torch.tensor([distinct[tuple(row.prompt)] for row in rows], device=self._device)
+        place_B = torch.tensor([distinct[text] for text in texts], device=self._device)
         cache.batch_select_indices(place_B)
         logits_BV, lengths = logits_BV[place_B], lengths[place_B]
-        if self._cache is None:
-            self._cache, self._logits_BV, self._length_B = cache, logits_BV, lengths
-        else:
-            for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
-                assert isinstance(ours, StridedLayer) and isinstance(theirs, StridedLayer)
-                ours.join(theirs)
-            self._logits_BV = torch.cat([self._logits_BV, logits_BV])
-            self._length_B = torch.cat([self._length_B, lengths])
+        with self._emptied_on_error():
+            if self._cache is None:
+                self._cache, self._logits_BV, self._length_B = cache, logits_BV, lengths
+            else:
+                for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
+                    assert isinstance(ours, StridedLayer) and isinstance(theirs, StridedLayer)
+                    ours.join(theirs)
+                self._logits_BV = torch.cat([self._logits_BV, logits_BV])
+                self._length_B = torch.cat([self._length_B, lengths])
         self.rows += rows
 
     @torch.inference_mode()
@@ -91,6 +107,17 @@ class ContinuousBatch:
         """Draw one token for every row and take out those that end with it. Returns the rows that drew one."""
         if not self.rows:
             return []
+        before = [(row, len(row.tokens)) for row in self.rows]
+        try:
+            with self._emptied_on_error():
+                return self._step()
+        except Exception:
+            for row, count in before:
+                del row.tokens[count:]
+                row.finish_reason = None
+            raise
+
+    def _step(self) -> list[Row]:
         drew, token_B = list(self.rows), self._draw()
         for row, token in zip(drew, token_B.tolist(), strict=True):
             row.tokens.append(token)
@@ -109,20 +136,29 @@ class ContinuousBatch:
             self._length_B = self._length_B + 1
         return drew
 
-    def leave(self, rows: Sequence[Row], reason: str) -> None:
-        """Take rows out, whatever they were about to say."""
+    def leave(self, rows: Sequence[Row], reason: str | None) -> None:
+        """Take rows out, whatever they were about to say. Without a reason they may join again."""
         gone = set(map(id, rows))
         for row in rows:
             row.finish_reason = row.finish_reason or reason
-        with torch.inference_mode():
+        with torch.inference_mode(), self._emptied_on_error():
             self._keep([id(row) not in gone for row in self.rows])
+
+    @contextmanager
+    def _emptied_on_error(self) -> Iterator[None]:
+        """What is half done to the cache cannot be used: every row leaves, and may join again."""
+        try:
+            yield
+        except BaseException:
+            self.rows, self._cache = [], None
+            raise
 
     def _draw(self) -> torch.Tensor:
         """token_B. Rows are drawn in groups of like treatment: sorting or not must not depend on the neighbours."""
         token_B = torch.empty(len(self.rows), dtype=torch.long, device=self._device)
         groups: dict[str, list[int]] = {}
         for place, row in enumerate(self.rows):
-            kind = "greedy" if row.temperature == 0 else "nucleus" if row.top_p < 1 else "plain"
+            kind = "greedy" if row.temperature < TINY else "nucleus" if row.top_p < 1 else "plain"
             groups.setdefault(kind, []).append(place)
         for kind, places in groups.items():
             where = torch.tensor(places, device=self._device)
@@ -133,7 +169,7 @@ class ContinuousBatch:
             rows = [self.rows[place] for place in places]
             uniform_B = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=self._device)
             heat_B1 = torch.tensor([[row.temperature] for row in rows], device=self._device)
-            mass_B1 = torch.tensor([[row.top_p] for row in rows], device=self._device)
+            mass_B1 = torch.tensor([[max(row.top_p, TINY)] for row in rows], device=self._device)
             token_B[where] = draw(logits_BV, uniform_B, heat_B1, mass_B1 if kind == "nucleus" else 1.0)
         return token_B
 

@@ -133,10 +133,12 @@ def _positions(config: PreTrainedConfig) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 1_000_000)  # no limit declared (ALiBi, recurrent)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out: torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU."""
     said = str(error).lower()
-    return any(words in said for words in ("out of memory", "not enough memory", "can't allocate memory"))
+    return isinstance(error, MemoryError) or any(
+        words in said for words in ("out of memory", "not enough memory", "can't allocate memory")
+    )
 
 
 def default_device() -> str:

@@ -161,6 +161,7 @@ def _gateway(
     try:  # while the engine loads: these take a second
         import uvicorn
 
+        from dpa.serve.connections import bounded
         from dpa.serve.front import load_examples, load_front
         from dpa.serve.gate import log_json
         from dpa.serve.gateway import Engines, Gateway
@@ -215,6 +216,8 @@ def _gateway(
         server_header=False,
         timeout_graceful_shutdown=int(limits.drain_seconds),
         h11_max_incomplete_event_size=64_000,
+        http=bounded(limits),
+        ws="none",
     )
 
     class Draining(Server):

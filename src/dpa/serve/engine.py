@@ -21,32 +21,57 @@ from typing import Any
 
 import torch
 import uvicorn
-from jinja2 import TemplateError
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpa.core.errors import DpaError
+from dpa.core.direction_text import shown
+from dpa.core.errors import DpaError, EngineError
 from dpa.core.records import Messages, Scorer
 from dpa.models.batching import Row
 from dpa.models.chat_template import has_system_role, render_chat
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.policy import context_length, default_device, load_policy
-from dpa.serve.bodies import ChatBody, CompletionBody, RefusedError, Sampling, ScoreBody, check_body, read_body
+from dpa.serve.bodies import (
+    TOGETHER,
+    ChatBody,
+    CompletionBody,
+    RefusedError,
+    Sampling,
+    ScoreBody,
+    are_token_ids,
+    check_body,
+    error_body,
+    read_body,
+)
 from dpa.serve.engine_loop import EngineLoop, Job, Piece
-from dpa.serve.http import DONE, ClientGoneError, EventStream, Json, Server, event, or_gone, refusal
+from dpa.serve.http import (
+    DONE,
+    ClientGoneError,
+    EventStream,
+    Json,
+    Server,
+    event,
+    failed,
+    http_error,
+    or_gone,
+    refusal,
+)
 from dpa.serve.seeds import nth_seed
 
 MAX_BODY = 64_000_000  # bytes; the gateway's own limit is far below
-_LARGE = 20_000  # characters of messages from which they are encoded off the event loop
+MAX_ANSWERS = 1024  # to one request
+_KEEP_ALIVE_S = 60  # the gateway lets its idle connections go long before
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "functions": (None, []),
     "logprobs": (None, False, 0),
     "logit_bias": (None, {}),
     "echo": (None, False),
+    "best_of": (None, 1),
     "suffix": (None, ""),
     "presence_penalty": (None, 0),
     "frequency_penalty": (None, 0),
@@ -70,6 +95,8 @@ class Engine:
         self._name, self._revision, self._scorer = name, revision, scorer
         self._tokenizer = tokenizer
         self._context = context_length(model) if model is not None else 0
+        embedding: Any = model.get_input_embeddings() if model is not None else None
+        self._known_tokens = len(embedding.weight) if embedding is not None else 0
         self.loop = EngineLoop(model, tokenizer, max_rows) if model is not None and tokenizer is not None else None
         self._scoring = ThreadPoolExecutor(1, "scorer")
 
@@ -78,19 +105,35 @@ class Engine:
         routes = [
             Route("/health", self._health),
             Route("/v1/models", self._models),
+            Route("/v1/models/{model:path}", self._model),
             Route("/v1/chat/completions", self._answer, methods=["POST"]),
             Route("/v1/completions", self._answer, methods=["POST"]),
             Route("/dpa/engine", self._about),
             Route("/dpa/score", self._score, methods=["POST"]),
         ]
-        handlers: Any = {RefusedError: _refused, ClientGoneError: _gone}
+        handlers: Any = {
+            RefusedError: _refused,
+            ClientGoneError: _gone,
+            ClientDisconnect: _gone,
+            HTTPException: http_error,
+            Exception: failed,
+        }
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def _health(self, request: Request) -> Response:
         return Json({"status": "ok"})
 
     async def _models(self, request: Request) -> Response:
-        return Json({"object": "list", "data": [{"id": self._name, "object": "model", "owned_by": "dpa"}]})
+        return Json({"object": "list", "data": [self._about_model()]})
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        if name != self._name:
+            raise RefusedError(f"model: {shown(name)} is not served here; take {self._name}.", 404, "model")
+        return Json(self._about_model())
+
+    def _about_model(self) -> dict[str, str]:
+        return {"id": self._name, "object": "model", "owned_by": "dpa"}
 
     async def _about(self, request: Request) -> Response:
         running, waiting = self.loop.load if self.loop is not None else (0, 0)
@@ -127,7 +170,8 @@ class Engine:
             if raw.get(field) not in idle:
                 raise RefusedError(f"{field}: this engine does not know it; leave it out.", param=field)
         prompts = await self._prompts(body)
-        jobs, pieces = self._jobs(body, prompts)
+        together = raw.get(TOGETHER)
+        jobs, pieces = self._jobs(body, prompts, together if isinstance(together, str) else uuid.uuid4().hex)
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if chat else "text_completion",
@@ -166,6 +210,9 @@ class Engine:
             left = len(jobs)
             while left:
                 index, piece = await pieces.get()
+                if piece.failed is not None:
+                    yield event(error_body(piece.failed, 500))
+                    break
                 if chat:
                     if piece.text:
                         yield chunk(index, {"delta": {"content": piece.text}}, None)
@@ -174,7 +221,7 @@ class Engine:
                 else:
                     yield chunk(index, {"text": piece.text}, piece.finish_reason)
                 left -= piece.finish_reason is not None
-            if (body.stream_options or {}).get("include_usage"):
+            if not left and (body.stream_options or {}).get("include_usage"):
                 prompts = [job.row.prompt for job in jobs[:: body.n or 1]]
                 yield event({**head, "choices": [], "usage": _usage(prompts, jobs)})
             yield DONE
@@ -182,9 +229,14 @@ class Engine:
             self.loop.cancel(jobs)
 
     def _jobs(
-        self, body: Sampling, prompts: Sequence[Sequence[int]]
+        self, body: Sampling, prompts: Sequence[Sequence[int]], request: str
     ) -> tuple[list[Job], "asyncio.Queue[tuple[int, Piece]]"]:
         """`n` answers to each prompt, and the queue their pieces arrive in, with the number of their answer."""
+        count = len(prompts) * (body.n or 1)
+        if count > MAX_ANSWERS:
+            raise RefusedError(
+                f"n: {count} answers to one request are more than {MAX_ANSWERS}; ask for less.", param="n"
+            )
         asked = getattr(body, "max_completion_tokens", None) or body.max_tokens
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -206,26 +258,37 @@ class Engine:
                     temperature=1.0 if body.temperature is None else body.temperature,
                     top_p=1.0 if body.top_p is None else body.top_p,
                 )
-                jobs.append(Job(row, stops, bool(body.stream), partial(_put, pieces, len(jobs))))
+                jobs.append(Job(row, stops, bool(body.stream), partial(_put, pieces, len(jobs)), request))
         return jobs, pieces
 
     async def _prompts(self, body: Sampling) -> list[list[int]]:
-        """Token ids of what is to be continued. Raises RefusedError."""
+        """Token ids of what is to be continued, all of them ones the model knows. Raises RefusedError."""
         if isinstance(body, ChatBody):
-            messages = _messages(body.messages)
-            if sum(len(message["content"]) for message in messages) > _LARGE:
-                return [await asyncio.to_thread(self._encode_chat, messages, body.chat_template_kwargs or {})]
-            return [self._encode_chat(messages, body.chat_template_kwargs or {})]
-        assert isinstance(body, CompletionBody) and self._tokenizer is not None
+            messages, kwargs = _messages(body.messages), body.chat_template_kwargs or {}
+            ids = await asyncio.to_thread(self._encode_chat, messages, kwargs)
+            return [self._known(ids, "messages")]
+        assert isinstance(body, CompletionBody)
         prompt = body.prompt
-        if isinstance(prompt, list) and prompt and all(isinstance(part, int) for part in prompt):
-            if not all(0 <= part < len(self._tokenizer) for part in prompt):
-                raise RefusedError("prompt: a token id is beyond the vocabulary.", param="prompt")
-            return [prompt]
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        if not texts or len(texts) > 64 or not all(isinstance(text, str) and text for text in texts):
-            raise RefusedError("prompt: give text, up to 64 of them, or token ids.", param="prompt")
-        return [ids or [self._tokenizer.eos_token_id] for ids in await asyncio.to_thread(self._encode_texts, texts)]
+        if are_token_ids(prompt):
+            prompts: Any = [prompt]
+        elif isinstance(prompt, list) and are_token_ids(prompt[0]):
+            prompts = prompt
+        else:
+            texts: Any = [prompt] if isinstance(prompt, str) else prompt
+            prompts = await asyncio.to_thread(self._encode_texts, texts)
+        return [self._known(ids, "prompt") for ids in prompts]
+
+    def _known(self, ids: list[int], field: str) -> list[int]:
+        """The one check that every prompt passes before it reaches the model's thread."""
+        if not ids:
+            raise RefusedError(f"{field}: no token is in it; say something.", param=field)
+        if max(ids) >= self._known_tokens or min(ids) < 0:
+            strange = next(token for token in ids if not 0 <= token < self._known_tokens)
+            raise RefusedError(
+                f"{field}: token {shown(strange)} is beyond the model's {self._known_tokens:,}; leave it out.",
+                param=field,
+            )
+        return ids
 
     def _encode_texts(self, texts: list[str]) -> list[list[int]]:
         assert self._tokenizer is not None
@@ -237,16 +300,9 @@ class Engine:
         chosen = {name: value for name, value in template_kwargs.items() if name not in reserved}
         try:
             text = render_chat(self._tokenizer, messages, **{"add_generation_prompt": True, **chosen})
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            OverflowError,
-            RecursionError,
-            MemoryError,
-        ) as error:
+        except EngineError as error:  # no process to render in
+            raise RefusedError(str(error), 500) from None
+        except Exception as error:  # a template may raise anything over what a client sends
             reason = " ".join(str(error).split())[:300]
             raise RefusedError(
                 f"messages: the model's chat template refuses them ({reason}).", param="messages"
@@ -282,7 +338,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps({"ready": args.uds or args.port}), flush=True)
 
     where = {"uds": args.uds} if args.uds else {"host": "127.0.0.1", "port": args.port or 8001}
-    config = uvicorn.Config(engine.app(), **where, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        engine.app(),
+        **where,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+    )
     Server(config, started_up).run()
 
 
@@ -329,6 +392,8 @@ async def _collect(jobs: Sequence[Job], pieces: "asyncio.Queue[tuple[int, Piece]
     done: dict[int, tuple[str, str]] = {}
     while len(done) < len(jobs):
         index, piece = await pieces.get()
+        if piece.failed is not None:
+            raise RefusedError(piece.failed, 500)
         done[index] = piece.text, piece.finish_reason or "stop"
     return [done[index] for index in range(len(jobs))]
 

@@ -6,66 +6,89 @@ import asyncio
 import logging
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpa.core.errors import DpaError
 from dpa.models.batching import ContinuousBatch, Row
-from dpa.models.policy import end_token_ids
+from dpa.models.policy import end_token_ids, is_out_of_memory
 from dpa.serve.text_stream import TextStream
 
 PREFILL_TOKENS = 8192
 """Prompt tokens, padding included, that are read between two steps: those who are being answered wait for it."""
+
+TURN = 256
+"""Tokens an answer may write while others wait to begin; then it gives way to one, and goes on when its turn comes."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text of an answer; the last one says why the answer ended."""
+    """Some text of an answer; the last one says why the answer ended, or what `failed`."""
 
     text: str
     finish_reason: str | None = None
+    failed: str | None = None
 
 
 @dataclass(eq=False)
 class Job:
     """One answer that is asked for: `deliver` is called in the event loop's thread with each piece of it.
 
-    With `streaming` a piece comes with every token that completes one, else the whole answer comes at once.
+    With `streaming` a piece comes with every token that completes one, else the whole answer comes at once. Jobs of one
+    `request` share its turns.
     """
 
     row: Row
     stops: Sequence[str]
     streaming: bool
     deliver: Callable[[Piece], None]
+    request: Hashable
     cancelled: bool = False
+    number: int = 0
+    """Its place in the order of coming."""
+    joined_at: int = 0
+    """Tokens it had when it was let in."""
+    text: TextStream | None = None
 
 
 class EngineLoop:
-    """Runs until the process ends; a failure of the model ends the process, and whoever supervises it starts another.
+    """Runs until the process ends. An error in one answer's work ends that answer; only when the device itself no
+    longer computes the process ends, and whoever supervises it starts another.
 
-    `max_rows` answers are written at once; the others wait in the order they came.
+    `max_rows` answers are written at once. Of the requests that wait the one with the fewest answers in hand is next,
+    of several the one that was served longest ago. Where a request has none in hand, one with several gives one back
+    for it; where all have one, the longest that has written TURN tokens does. What it wrote is kept and read again.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_rows: int) -> None:
-        ends = end_token_ids(model, tokenizer)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self._batch = ContinuousBatch(model, ends, pad)
+        # Padding is masked: any token will do, and the tokenizer's own may lie beyond the embedding.
+        self._batch = ContinuousBatch(model, end_token_ids(model, tokenizer), pad_id=0)
+        self._device = model.device
         self._tokenizer, self._max_rows = tokenizer, max_rows
-        self._waiting: deque[Job] = deque()
-        self._running: dict[int, tuple[Job, TextStream | None]] = {}
+        self._room = max_rows  # less for a while where the memory was full
+        self._steps_since_full = 0
+        self._served: dict[Hashable, int] = {}
+        """When a request that still waits was last served, counted in answers let in."""
+        self._waiting: dict[Hashable, deque[Job]] = {}
+        self._running: dict[int, Job] = {}
+        self._count = 0
         self._wake = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def load(self) -> tuple[int, int]:
         """Answers that are being written, and answers that wait."""
-        return len(self._running), len(self._waiting)
+        with self._wake:
+            return len(self._running), sum(map(len, self._waiting.values()))
 
     def start(self) -> None:
         """Begin; to be called in the event loop that the pieces are delivered in."""
@@ -75,13 +98,22 @@ class EngineLoop:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Ask for answers; those of one call are let in together where there is room."""
         with self._wake:
-            self._waiting.extend(jobs)
+            for job in jobs:
+                job.number = self._count = self._count + 1
+                self._waiting.setdefault(job.request, deque()).append(job)
             self._wake.notify()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """Forget answers; those that are being written stop before their next token."""
-        for job in jobs:
-            job.cancelled = True
+        with self._wake:
+            for job in jobs:
+                job.cancelled = True
+                queue = self._waiting.get(job.request)
+                if queue is not None and job in queue:
+                    queue.remove(job)
+                    if not queue:
+                        del self._waiting[job.request]
+                        self._served.pop(job.request, None)
 
     def _run(self) -> None:
         try:
@@ -95,59 +127,183 @@ class EngineLoop:
         with self._wake:
             while not self._waiting and not self._running:
                 self._wake.wait()
+            yielding = self._yielding()
+            self._set_aside(yielding)
             entering = self._next()
-        leaving = [job.row for job, _ in self._running.values() if job.cancelled]
-        if leaving:
-            self._forget(leaving, "cancelled")
-        if entering:
-            self._batch.join([job.row for job in entering])
-            for job in entering:
-                wants_text = job.streaming or job.stops
-                self._running[id(job.row)] = job, TextStream(self._decode, job.stops) if wants_text else None
-        pieces: list[tuple[Job, Piece]] = []
-        stopped: list[Row] = []
-        for row in self._batch.step():
-            job, stream = self._running[id(row)]
-            text = "" if stream is None else stream.push(row.tokens[-1])
-            reason = "stop" if stream is not None and stream.stopped else row.finish_reason
-            if reason is None:
-                if job.streaming and text:
-                    pieces.append((job, Piece(text)))
-                continue
-            if row.finish_reason is None:  # at a stop string: the batch does not know of it
-                stopped.append(row)
-            else:
-                del self._running[id(row)]
-            if stream is None:
-                text = self._decode(row.tokens)
-            else:
-                text += stream.finish()
-                text = text if job.streaming else stream.text
-            pieces.append((job, Piece(text, reason)))
-        if stopped:
-            self._forget(stopped, "stop")
-        if pieces:
-            assert self._loop is not None
-            self._loop.call_soon_threadsafe(_deliver, pieces)
+        leaving = [job.row for job in self._running.values() if job.cancelled]
+        for row in leaving:
+            del self._running[id(row)]
+        try:
+            self._batch.leave([*leaving, *(job.row for job in yielding)], None)
+        except Exception as error:
+            self._survive(error)
+        self._enter(entering)
+        try:
+            drew = self._batch.step()
+        except Exception as error:
+            self._survive(error)
+            drew = self._step_apart(error)
+        self._steps_since_full += 1
+        if self._steps_since_full % TURN == 0:
+            self._room = min(2 * self._room, self._max_rows)
+        self._hand_over(drew)
+        inside = set(map(id, self._batch.rows))
+        lost = [job for key, job in self._running.items() if key not in inside]
+        if lost:  # by an error: they go on where they were
+            with self._wake:
+                self._set_aside(lost)
+
+    # --- whose turn it is --------------------------------------------------------------------------------------
 
     def _next(self) -> list[Job]:
-        """Who enters now: first come, as many as there is room for, and as much text as may be read at once."""
+        """Who enters now: as many as there is room for, and as much text as may be read at once."""
+        in_hand = Counter(job.request for job in self._running.values())
         entering: list[Job] = []
         longest = 0
-        while self._waiting and len(self._running) + len(entering) < self._max_rows:
-            if self._waiting[0].cancelled:
-                self._waiting.popleft()
-                continue
-            longest = max(longest, len(self._waiting[0].row.prompt))
+        while self._waiting and len(self._running) + len(entering) < self._room:
+            request = min(self._waiting, key=lambda one: (in_hand[one], *self._place(one)))
+            longest = max(longest, self._waiting[request][0].row.length)
             if entering and longest * (len(entering) + 1) > PREFILL_TOKENS:
                 break
-            entering.append(self._waiting.popleft())
+            entering.append(self._waiting[request].popleft())
+            in_hand[request] += 1
+            self._served[request] = self._count = self._count + 1
+            if not self._waiting[request]:
+                del self._waiting[request], self._served[request]
         return entering
 
-    def _forget(self, rows: Sequence[Row], reason: str) -> None:
-        self._batch.leave(rows, reason)
-        for row in rows:
-            del self._running[id(row)]
+    def _place(self, request: Hashable) -> tuple[int, int]:
+        """Its place in the queue: who was served longest ago, then who came first."""
+        return self._served.get(request, 0), self._waiting[request][0].number
+
+    def _yielding(self) -> list[Job]:
+        """The answer that gives its place to a request that has none, if one should."""
+        in_hand = Counter(job.request for job in self._running.values())
+        if len(self._running) < self._room or all(in_hand[request] for request in self._waiting):
+            return []
+        request, most = in_hand.most_common(1)[0]
+        if most > 1:  # its shortest: the least has to be read again
+            own = (job for job in self._running.values() if job.request == request)
+            return [min(own, key=lambda job: job.row.length)]
+        longest = max(self._running.values(), key=lambda job: len(job.row.tokens) - job.joined_at)
+        if len(longest.row.tokens) - longest.joined_at < TURN:
+            return []
+        longest.number = self._count = self._count + 1
+        return [longest]
+
+    def _set_aside(self, jobs: Sequence[Job]) -> None:
+        """Back to the waiting, before those of the same request that have not begun."""
+        for job in sorted(jobs, key=lambda job: job.number, reverse=True):
+            del self._running[id(job.row)]
+            if not job.cancelled:
+                self._waiting.setdefault(job.request, deque()).appendleft(job)
+
+    # --- one step ----------------------------------------------------------------------------------------------
+
+    def _enter(self, jobs: Sequence[Job]) -> None:
+        """Let answers in; where that fails for several each is tried alone."""
+        if not jobs:
+            return
+        try:
+            self._batch.join([job.row for job in jobs])
+        except Exception as error:
+            self._survive(error)
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._enter([job])
+            elif is_out_of_memory(error) and self._batch.rows:
+                self._make_room(len(self._batch.rows))
+                with self._wake:
+                    self._waiting.setdefault(jobs[0].request, deque()).appendleft(jobs[0])
+            else:
+                self._deliver([(jobs[0], self._failure(jobs[0], error))])
+            return
+        for job in jobs:
+            job.joined_at = len(job.row.tokens)
+            if job.text is None and (job.streaming or job.stops):
+                job.text = TextStream(self._decode, job.stops)
+            self._running[id(job.row)] = job
+
+    def _step_apart(self, error: Exception) -> list[Row]:
+        """After a step that failed for all: each answer takes it alone, so that only those at fault end."""
+        if is_out_of_memory(error) and len(self._running) > 1:
+            self._make_room(len(self._running) // 2)
+            return []
+        drew: list[Row] = []
+        for job in list(self._running.values()):
+            try:
+                self._batch.join([job.row])
+                drew += self._batch.step()
+                self._batch.leave([job.row], None)
+            except Exception as own:
+                self._survive(own)
+                del self._running[id(job.row)]
+                self._deliver([(job, self._failure(job, own))])
+        return drew
+
+    def _hand_over(self, drew: Sequence[Row]) -> None:
+        """What the step's tokens say, to those who wait for it."""
+        pieces: list[tuple[Job, Piece]] = []
+        stopped: list[Row] = []
+        for row in drew:
+            job = self._running.get(id(row))
+            if job is None:
+                continue
+            try:
+                piece = self._piece(job)
+            except Exception as error:  # of the tokenizer
+                piece = self._failure(job, error)
+            if piece.finish_reason is not None:
+                del self._running[id(row)]
+                if row.finish_reason is None:  # at a stop string: the batch does not know of it
+                    stopped.append(row)
+            if piece.text or piece.finish_reason:
+                pieces.append((job, piece))
+        try:
+            self._batch.leave(stopped, "stop")
+        except Exception as error:
+            self._survive(error)
+        self._deliver(pieces)
+
+    def _piece(self, job: Job) -> Piece:
+        """What a job's newest token adds."""
+        row, stream = job.row, job.text
+        text = "" if stream is None else stream.push(row.tokens[-1])
+        reason = "stop" if stream is not None and stream.stopped else row.finish_reason
+        if reason is None:
+            return Piece(text if job.streaming else "")
+        if stream is None:
+            return Piece(self._decode(row.tokens), reason)
+        text += stream.finish()
+        return Piece(text if job.streaming else stream.text, reason)
+
+    # --- what goes wrong ---------------------------------------------------------------------------------------
+
+    def _survive(self, error: Exception) -> None:
+        """Go on after an error, unless the device is broken: then nothing can be computed any more."""
+        try:
+            torch.ones(2, device=self._device).sum().item()
+        except Exception:
+            raise error from None
+
+    def _make_room(self, count: int) -> None:
+        """The memory is full: write fewer answers at once, and try more again after TURN steps."""
+        self._room, self._steps_since_full = max(1, count), 0
+        _log.warning("engine: the memory is full; it writes %d answers at once for now", self._room)
+
+    def _failure(self, job: Job, error: Exception) -> Piece:
+        """The end of one answer by an error of ours."""
+        _log.error("engine: one answer failed, the others go on: %s", _where(error))
+        reason = str(error) if isinstance(error, DpaError) else f"engine: it failed at this answer ({_where(error)})."
+        if is_out_of_memory(error):
+            reason = f"engine: an answer to {job.row.length} tokens does not fit the memory; shorten the prompt."
+        return Piece("", "error", reason)
+
+    def _deliver(self, pieces: Sequence[tuple[Job, Piece]]) -> None:
+        if pieces:
+            assert self._loop is not None
+            with suppress(RuntimeError):  # the loop has ended: nobody waits any more
+                self._loop.call_soon_threadsafe(_deliver, pieces)
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: Any = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

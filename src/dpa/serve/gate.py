@@ -2,6 +2,7 @@
 Run its tests: pytest tests/test_gateway.py
 """
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -17,6 +18,7 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dpa.serve.bodies import RefusedError
@@ -56,6 +58,7 @@ class Gate:
 
     It answers 401 without a key (constant-time comparison, every path but /health), 403 to another site's page, 429
     at once beyond `limits.requests` in flight, 503 while draining, and 500 in OpenAI's shape where the code fails.
+    A request is in flight once the application, which has read its body, calls `scope["dpa.enter"]`.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, routes: Iterable[str]) -> None:
@@ -67,6 +70,9 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -76,6 +82,13 @@ class Gate:
         scope["dpa"] = facts
         status = 0
         entered = False
+
+        def enter() -> None:
+            nonlocal entered
+            self._check_room()
+            entered = True
+            self._in_flight += 1
+            self._metrics.in_flight.set(self._in_flight)
 
         def leave() -> None:
             nonlocal entered
@@ -91,32 +104,33 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
-            await send(message)
+            try:
+                async with asyncio.timeout(self._settings.limits.stall_seconds):
+                    await send(message)
+            except TimeoutError:  # it reads nothing of its answer
+                raise ClientGoneError from None
 
-        counted = scope["method"] == "POST" and scope["path"] in COUNTED
+        scope["dpa.enter"] = enter
         try:
-            self._admit(scope, counted)
-            if counted:
-                entered = True
-                self._in_flight += 1
-                self._metrics.in_flight.set(self._in_flight)
+            self._admit(scope)
             await self._app(scope, receive, answer)
         except RefusedError as error:
             response = refusal(error)
             if _long_body(_headers(scope)):  # it has not been read
                 response.headers["Connection"] = "close"
             await response(scope, receive, answer)
-        except ClientGoneError:
-            self._metrics.gone.inc()
-            facts["gone"] = True
+        except (ClientGoneError, ClientDisconnect):
+            facts["gone"], status = True, status if status == 200 else 499
         except Exception as error:  # a mistake of ours: the client gets its shape, the log the place
             facts["failure"] = _places(error)
-            if not status:
+            if not status:  # the application has not answered it itself
                 await refusal(RefusedError("server: it failed; its log has the request's id.", 500))(
                     scope, receive, answer
                 )
         finally:
             leave()
+            if facts.get("gone"):
+                self._metrics.gone.inc()
             seconds = time.monotonic() - begun
             route = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.requests.labels(route, str(status)).inc()
@@ -137,14 +151,18 @@ class Gate:
                 },
             )
 
-    def _admit(self, scope: Scope, counted: bool) -> None:
+    def _admit(self, scope: Scope) -> None:
         headers = _headers(scope)
         self._check_site(headers)
         if scope["path"] != OPEN_PATH:
             self._check_key(headers.get(b"authorization", b""))
         if self.draining and scope["path"] != OPEN_PATH:
             raise RefusedError("server: it is shutting down; ask another.", 503, retry_after_s=5)
-        if counted and self._in_flight >= self._settings.limits.requests:
+        if scope["method"] == "POST" and scope["path"] in COUNTED:
+            self._check_room()  # before the body is read, and again when it is there
+
+    def _check_room(self) -> None:
+        if self._in_flight >= self._settings.limits.requests:
             raise RefusedError(
                 f"server: {self._in_flight} requests are in flight, as many as it takes; ask again.",
                 429,
@@ -175,10 +193,10 @@ class Gate:
         """A page of another site, open in the user's browser, must not ask in the user's name."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
         hosts = self._settings.hosts
-        if hosts and (urlsplit(f"//{host}").hostname or "") not in hosts:
+        if hosts and _host_name(f"//{host}") not in hosts:
             raise RefusedError("host: this gateway is not known by that name; start it with --allow-host NAME.", 403)
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin.decode("latin-1").lower()).netloc != host:
+        if origin is not None and _net_location(origin.decode("latin-1").lower()) != host:
             raise RefusedError("origin: another site's page may not use this gateway.", 403)
 
 
@@ -206,6 +224,21 @@ def log_json(stream: TextIO | None = None) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("dpa").setLevel(logging.INFO)
+
+
+def _host_name(url: str) -> str:
+    """Empty where the address cannot be read."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _net_location(url: str) -> str | None:
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return None
 
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:

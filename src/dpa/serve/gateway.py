@@ -23,6 +23,7 @@ from starlette.responses import Response
 from dpa.core.directions import Direction
 from dpa.core.errors import DirectionError
 from dpa.serve.bodies import (
+    TOGETHER,
     ChatBody,
     CompletionBody,
     DirectionBody,
@@ -35,16 +36,13 @@ from dpa.serve.bodies import (
     read_body,
 )
 from dpa.serve.gate import Gate, Metrics
-from dpa.serve.http import DONE, EventStream, Json, event, or_gone, refusal
+from dpa.serve.http import DONE, EventStream, Json, event, failed, http_error, or_gone, refusal
 from dpa.serve.seeds import nth_seed
 from dpa.serve.settings import Settings
-from dpa.serve.steering import HEADER, Steering, UnknownModelError, neighbourhood, read_direction, steer
+from dpa.serve.steering import HEADER, Steering, UnknownModelError, neighbourhood, read_direction, read_model, steer
 from dpa.serve.upstream import Upstream, UpstreamError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-READ_SECONDS = 30.0
-"""That a client has to send its body."""
-
 _PAGE_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -116,6 +114,13 @@ class Gateway:
         app.add_api_route("/health", self._health, response_model=None)
         app.add_api_route("/metrics", self._metrics_text, response_model=None)
         app.add_api_route("/v1/models", self._models, response_model=None)
+        app.add_api_route(
+            "/v1/models/{model:path}",
+            self._model,
+            response_model=None,
+            responses={404: errors[404]},
+            openapi_extra={"parameters": [_MODEL_PARAMETER]},
+        )
         app.add_api_route("/v1/dpa/space", self._space, response_model=None)
         for path, endpoint, kind in (
             ("/v1/dpa/direction", self._direction, DirectionBody),
@@ -138,8 +143,9 @@ class Gateway:
         app.add_exception_handler(RefusedError, _refused)
         app.add_exception_handler(DirectionError, _bad_direction)
         app.add_exception_handler(UnknownModelError, _unknown_model)
-        app.add_exception_handler(HTTPException, _http_error)
+        app.add_exception_handler(HTTPException, http_error)
         app.add_exception_handler(RequestValidationError, _bad_request)
+        app.add_exception_handler(Exception, failed)
         return app
 
     async def _health(self) -> Response:
@@ -159,6 +165,12 @@ class Gateway:
         names = [settings.name, *(f"{settings.name}:{preset}" for preset in settings.space.presets)]
         about = {"object": "model", "created": self._created, "owned_by": "dpa"}
         return Json({"object": "list", "data": [{"id": name, **about} for name in names]})
+
+    async def _model(self, request: Request) -> Response:
+        """Any name that a request may give as `model`."""
+        name = request.path_params["model"]
+        read_model(name, self._settings.name, self._settings.space)
+        return Json({"id": name, "object": "model", "created": self._created, "owned_by": "dpa"})
 
     async def _space(self) -> Response:
         settings, space, limits = self._settings, self._settings.space, self._settings.limits
@@ -204,6 +216,7 @@ class Gateway:
 
     async def _answer(self, request: Request, chat: bool) -> Response:
         asked = self._understand(await self._body(request), request.headers.getlist(HEADER), chat)
+        request.scope["dpa.enter"]()
         steering = asked.steering
         self.metrics.directions.labels(steering.source).inc()
         request.scope["dpa"].update(
@@ -239,15 +252,25 @@ class Gateway:
             value = getattr(body, field, None)
             if value is not None and value > limits.max_tokens:
                 raise _beyond(field, value, limits.max_tokens)
-        if (body.n or 1) > limits.n:
-            raise _beyond("n", body.n or 1, limits.n)
+        sampled = getattr(body, "best_of", None)  # OpenAI's own, which travels on
+        if sampled is not None and sampled > limits.best_of:
+            raise _beyond("best_of", sampled, limits.best_of)
+        n, prompts = body.n or 1, _prompt_count(body)
+        if n > limits.n:
+            raise _beyond("n", n, limits.n)
+        if n * prompts > limits.n:
+            raise RefusedError(
+                f"prompt: {prompts} prompts with n = {n} are {n * prompts} answers, more than {limits.n}, this "
+                "server's limit for one request; send fewer at once.",
+                param="prompt",
+            )
         samples = options.best_of
         if options.robust:
             samples *= 1 + _robust(options).neighbors
         if samples > 1:
             if samples > limits.best_of:
                 raise _beyond("dpa_options", samples, limits.best_of, "answers sampled for one")
-            if steering.direction is None:
+            if steering.direction is None or steering.source == "default":
                 raise RefusedError("dpa_options: a selection needs a direction to choose by; state one.", param="dpa")
             if self._engines.scorer is None:
                 raise RefusedError("dpa_options: no scorer is loaded; start the gateway with --reward FOLDER.")
@@ -270,7 +293,7 @@ class Gateway:
             sent["max_tokens"] = limits.max_tokens
         if body.seed is None and options.base:
             sent["seed"] = secrets.randbits(48)
-        for field in ("seed", "n", "stop", "stream_options"):  # clients that send null mean nothing by it
+        for field in ("seed", "n", "stop", "stream_options", "best_of", "messages"):  # null: nothing is meant by it
             if sent.get(field, 0) is None:
                 del sent[field]
         if not chat and "messages" not in sent:
@@ -311,6 +334,7 @@ class Gateway:
             robust = _robust(asked.options)
             directions += neighbourhood(self._settings.space, direction, robust.angle, robust.neighbors)
         seed = asked.body.seed if asked.body.seed is not None else secrets.randbits(48)
+        together = {TOGETHER: secrets.token_hex(8)} if self._engines.ours else {}
         asked_base = None
         bodies: list[dict[str, Any]] = []
         for under in directions:
@@ -320,6 +344,7 @@ class Gateway:
                 bodies.append(
                     {
                         **asked.steering.body,
+                        **together,
                         "chat_template_kwargs": kwargs,
                         "seed": nth_seed(seed, len(bodies)) % 2**63 if bodies else seed,
                         "stream": False,
@@ -409,8 +434,9 @@ class Gateway:
         begun, first = time.monotonic(), True
         facts = request.scope["dpa"]
         try:
-            async with aclosing(chunks), asyncio.timeout(limit):
-                async for chunk in chunks:
+            async with aclosing(chunks):
+                # Around each chunk: a limit around the yields would end the client's part of the work, not ours.
+                while (chunk := await _next_before(begun + limit, chunks)) is not None:
                     if first:
                         self.metrics.first_token.observe(time.monotonic() - begun)
                         first = False
@@ -425,10 +451,6 @@ class Gateway:
         except RefusedError as error:
             yield event(error_body(str(error), error.status, error.param, error.code))
             facts["broken"] = error.status
-        except GeneratorExit:
-            self.metrics.gone.inc()
-            facts["gone"] = True
-            raise
         yield DONE
 
     async def _plain_stream(self, asked: Asked) -> AsyncGenerator[dict[str, Any], None]:
@@ -523,12 +545,14 @@ class Gateway:
         return [_named(self._settings.space.names, row_K) for row_K in await self._scores(asked, texts)]
 
     async def _body(self, request: Request) -> dict[str, Any]:
+        limits = self._settings.limits
         try:
-            async with asyncio.timeout(READ_SECONDS):
+            async with asyncio.timeout(limits.body_seconds):
                 declared = request.headers.get("content-length")
-                return await read_body(request.stream(), declared, self._settings.limits.body_bytes)
+                return await read_body(request.stream(), declared, limits.body_bytes)
         except TimeoutError:
-            raise RefusedError(f"body: it did not arrive within {READ_SECONDS:g} seconds.", 408) from None
+            late = f"body: it did not arrive within {limits.body_seconds:g} seconds; send it at once."
+            raise RefusedError(late, 408) from None
 
     def _count(self, usage: dict[str, Any]) -> None:
         for kind in ("prompt", "completion"):
@@ -574,6 +598,12 @@ def _echo(steering: Steering) -> dict[str, Any]:
     }
 
 
+def _prompt_count(body: Sampling) -> int:
+    """How many texts are to be continued."""
+    prompt = body.prompt if isinstance(body, CompletionBody) else ""
+    return len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
+
+
 def _robust(options: Options) -> Robust:
     return options.robust if isinstance(options.robust, Robust) else Robust()
 
@@ -608,6 +638,12 @@ def _as_completion(answer: dict[str, Any]) -> dict[str, Any]:
 
 def _silent(chunk: dict[str, Any]) -> bool:
     return all(not choice.get("text") for choice in chunk.get("choices") or ())
+
+
+async def _next_before(deadline: float, chunks: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any] | None:
+    """The next chunk, None at the end. Raises TimeoutError at the deadline, a time of `time.monotonic`."""
+    async with asyncio.timeout(deadline - time.monotonic()):
+        return await anext(chunks, None)
 
 
 async def _one_error(work: Any) -> Any:
@@ -646,13 +682,6 @@ async def _unknown_model(request: Request, error: Exception) -> Response:
     return Json(error_body(str(error), 404, "model", "model_not_found"), 404)
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    words = {404: "path: there is nothing here", 405: "method: this path does not take it"}
-    message = words.get(error.status_code, str(error.detail))
-    return Json(error_body(f"{message}; see /openapi.json.", error.status_code), error.status_code, error.headers)
-
-
 async def _bad_request(request: Request, error: Exception) -> Response:
     return Json(error_body("request: it cannot be read; see /openapi.json.", 422), 422)
 
@@ -669,6 +698,7 @@ _STATUSES = {
     503: "The engine is starting, or the gateway is shutting down",
     504: "The engine took too long",
 }
+_MODEL_PARAMETER = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 _ERROR_CONTENT = {
     "application/json": {
         "schema": {

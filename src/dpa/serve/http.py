@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mappi
 from typing import Any, TypeVar
 
 import uvicorn
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -44,6 +46,19 @@ def refusal(error: RefusedError) -> Json:
     if error.status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="dpa", charset="UTF-8"'  # a browser asks its user for the key
     return Json(error_body(str(error), error.status, error.param, error.code), error.status, headers)
+
+
+async def http_error(request: Request, error: Exception) -> Json:
+    """The answer where there is no such path, or where it does not take this method."""
+    assert isinstance(error, HTTPException)
+    words = {404: "path: there is nothing here", 405: "method: this path does not take it"}
+    message = words.get(error.status_code, str(error.detail))
+    return Json(error_body(f"{message}; see /openapi.json.", error.status_code), error.status_code, error.headers)
+
+
+async def failed(request: Request, error: Exception) -> Json:
+    """The answer to a request over which our own code failed."""
+    return Json(error_body("server: it failed; its log says where.", 500), 500)
 
 
 def event(data: Any) -> bytes:
@@ -82,8 +97,9 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send each event as it comes."""
         try:
-            with contextlib.suppress(ClientGoneError, OSError):
-                await or_gone(receive, self._send(send))
+            await or_gone(receive, self._send(send))
+        except (ClientGoneError, OSError):
+            scope.setdefault("dpa", {})["gone"] = True
         finally:
             await self._events.aclose()
 

@@ -14,13 +14,19 @@ class Limits:
     max_tokens: int = 2048
     """New tokens of one answer; also what is asked for where a request names no number."""
     n: int = 8
-    """Answers to one request."""
+    """Answers to one request: `n` for each of its prompts."""
     best_of: int = 32
     """Answers sampled for one `best_of` or `robust` selection."""
     requests: int = 64
     """Requests in flight; the next one is answered 429 at once."""
+    connections: int = 512
+    """Open at once, of all clients together; beyond it the one that has kept the server waiting longest is closed."""
+    header_seconds: float = 10.0
+    """That a client has to send a request's header, from when it connected or was last answered."""
+    body_seconds: float = 30.0
+    """That a client has to send the body."""
     seconds: float = 120.0
-    """For one request, from its first byte to its last."""
+    """For one answer, from when the request is there to its last byte."""
     stall_seconds: float = 30.0
     """Of silence from the engine within a stream."""
     drain_seconds: float = 30.0

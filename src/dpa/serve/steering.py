@@ -17,7 +17,7 @@ import numpy as np
 
 from dpa.core.direction_text import read_expression, shown
 from dpa.core.directions import Direction, DirectionSpace
-from dpa.core.errors import DirectionError, UserError
+from dpa.core.errors import DirectionError, OutsideConeError, UserError
 
 HEADER = "x-dpa-direction"
 OPEN_TAG, CLOSE_TAG = "<dpa>", "</dpa>"
@@ -27,6 +27,8 @@ SYSTEM_ROLES = ("system", "developer")
 
 VERBOSITY = "verbosity"
 _LEVELS = ("low", "medium", "high")
+
+_REMEDY = 'have it moved to the edge ("dpa_options": {"outside": "clamp"}, or `dpa serve --clamp`)'
 
 Source = Literal["body", "header", "tag", "model", "verbosity", "default", "none"]
 
@@ -122,6 +124,8 @@ def read_direction(
         if outside == "error":
             return space.parse(value), False
         clamped = space.parse(value, outside="clamp")
+    except OutsideConeError as error:
+        raise OutsideConeError(f"{where}: {error.finding}", _REMEDY) from None
     except DirectionError as error:
         raise DirectionError(f"{where}: {error}") from None
     try:

@@ -15,6 +15,7 @@ MAX_ANSWER = 64_000_000
 """Bytes of one answer, or of one event of a stream, that are read before the upstream is taken for broken."""
 
 RETRY_AFTER_S = 2
+KEEP_ALIVE_S = 3.0
 CONNECT_S = 5.0
 
 
@@ -34,7 +35,8 @@ class Upstream:
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
         # The transport alone: a client's cookies, redirects and proxies would double what a request costs.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        # Idle connections go before the server's own limit, 5 s for many: one that it closes just now answers nothing.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEEP_ALIVE_S)
         self._transport = httpx.AsyncHTTPTransport(uds=socket, limits=limits, trust_env=False)
         self._stall_s = stall_s
 
