@@ -528,7 +528,10 @@ class RunConfig(_Section):
         description="What online iterations learn from: sft, the winner of each direction (the paper); dpo, the winner "
         "against a loser of the same pool (arXiv 2503.00295). t = 0 is always sft: a direction must first be read.",
     )
-    policy: PathText = Field(description="Start policy: a model folder or Hub id.")
+    policy: PathText = Field(
+        description="Start policy: a model folder, a Hub id, or a GGUF file (`dpa[gguf]`), which is "
+        "dequantised once into the run folder."
+    )
     remote_code_revision: str | None = Field(
         None,
         pattern=r"^[0-9a-f]{40}$",

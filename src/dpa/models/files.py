@@ -31,9 +31,7 @@ SPACE_FILE = "dpa_config.json"
 """Beside the weights: `{"space": DirectionSpace.to_dict(), "provenance": {...}}`."""
 
 GGUF_SUFFIX = ".gguf"
-GGUF_HINT = (
-    "as `policy:` of a run it is dequantised once, into RUN/start_policy, which is the folder to give here (dpa[gguf])"
-)
+GGUF_HINT = "as `policy:` of a run it is dequantised once, into RUN/start_policy/policy; give that folder here"
 
 _ORIGINS = {SPACE_FILE: "provenance", "dpa_reward.json": "training"}
 """Field of our own records that says where a model came from."""
@@ -95,10 +93,13 @@ def check_model_folder(folder: Path, allow_remote_code: bool = False) -> None:
         raise ModelFileError(f"model: {folder} is a pickle, which can run any code when opened; {CONVERT_HINT}.")
     if folder.suffix == GGUF_SUFFIX:
         raise ModelFileError(f"model: {folder} is a GGUF file; {GGUF_HINT}.")
-    if not folder.is_dir():
-        raise ModelFileError(
-            f"model: no folder at {folder}; give a Hugging Face model folder or a Hub id (owner/name)."
-        )
+    try:
+        there = folder.is_dir()
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        there = False
+    if not there:
+        shown = str(folder)[:300]
+        raise ModelFileError(f"model: no folder at {shown}; give a Hugging Face model folder or a Hub id (owner/name).")
     _check_entries(folder)
     config = _read_json(folder, "config.json")
     if config is None and any(folder.glob(f"*{GGUF_SUFFIX}")):

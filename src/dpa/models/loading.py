@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto import modeling_auto
 
-from dpa.core.errors import ModelFileError
+from dpa.core.errors import DpaError, ModelFileError
 from dpa.models.files import SafeModel, integer_tensors, resolve_model
 from dpa.models.quiet import quiet_libraries
 
@@ -36,7 +36,7 @@ def load_config(safe: SafeModel, what: str = "model") -> PreTrainedConfig:
 
     Raises ModelFileError.
     """
-    with _refusing(safe, what, "config.json: "):
+    with refusing(safe, what, "config.json: "):
         config = AutoConfig.from_pretrained(safe.path, **safe.tokenizer_kwargs)
         text = config.get_text_config()
         if not isinstance(text, PreTrainedConfig):
@@ -55,7 +55,7 @@ def load_config(safe: SafeModel, what: str = "model") -> PreTrainedConfig:
 
 def load_tokenizer(safe: SafeModel, what: str = "model") -> PreTrainedTokenizerBase:
     """The tokenizer of a checked folder; it writes a plain word. Raises ModelFileError."""
-    with _refusing(safe, what, "its tokenizer: "):
+    with refusing(safe, what, "its tokenizer: "):
         tokenizer = AutoTokenizer.from_pretrained(safe.path, **safe.tokenizer_kwargs)
         if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
             raise ValueError("it makes no token of a word")
@@ -66,7 +66,7 @@ def load_generation(safe: SafeModel, what: str = "model") -> GenerationConfig | 
     """generation_config.json of a checked folder, where it has one. Raises ModelFileError."""
     if not Path(safe.path, "generation_config.json").is_file():
         return None
-    with _refusing(safe, what, "generation_config.json: "):
+    with refusing(safe, what, "generation_config.json: "):
         generation = GenerationConfig.from_pretrained(safe.path)
         for token in _as_list(generation.eos_token_id):
             if not _is_count(token):
@@ -85,7 +85,7 @@ def load_model(
     load_config(safe, what)
     load_generation(safe, what)
     check_weights(kind, safe, what, new_head, **fields)
-    with _refusing(safe, what):
+    with refusing(safe, what):
         return kind.from_pretrained(safe.path, dtype=dtype, ignore_mismatched_sizes=new_head, **safe.kwargs, **fields)
 
 
@@ -96,7 +96,7 @@ def check_weights(kind: Any, safe: SafeModel, what: str = "model", new_head: boo
     """
     if is_deepspeed_zero3_enabled():
         return  # it spreads tensors as they are made, and the same folder was compared before the launch
-    with _refusing(safe, what):
+    with refusing(safe, what):
         model, found = kind.from_pretrained(
             safe.path,
             dtype=torch.float32,
@@ -175,12 +175,12 @@ def embedding_rows(source: SafeModel | PreTrainedModel) -> int | None:
 
 
 @contextmanager
-def _refusing(safe: SafeModel, what: str, where: str = "") -> Iterator[None]:
+def refusing(safe: SafeModel, what: str, where: str = "") -> Iterator[None]:
     """Whatever a library says of a stranger's folder is a reason; it has dozens of classes for it, a plain Exception
     and a Rust panic among them."""
     try:
         yield
-    except ModelFileError:
+    except DpaError:
         raise
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise

@@ -26,6 +26,7 @@ from dpa.models.files import SPACE_FILE, SafeModel, resolve_model
 from dpa.models.loading import (
     check_loadable,
     check_tokens,
+    check_weights,
     embedding_rows,
     load_config,
     load_generation,
@@ -55,15 +56,27 @@ def load_policy(
     with quiet_libraries():
         model = load_model(AutoModelForCausalLM, safe, dtype)
         tokenizer = load_tokenizer(safe)
-    if tokenizer.eos_token_id is None:
-        raise ModelFileError(
-            f"model: the tokenizer of {name} has no EOS token; set eos_token in tokenizer_config.json."
-        )
+    _check_end_token(tokenizer, name)
     tokenizer.padding_side = "left"
     ensure_pad_token(tokenizer)
     check_tokens(tokenizer, embedding_rows(model), name)
     model.to(device or default_device())  # type: ignore[arg-type]
     return model.eval(), tokenizer
+
+
+def check_policy(name: str | Path, remote_code_revision: str | None = None) -> None:
+    """What can be known of a start policy before hours are spent: its files, its configuration, its tokens.
+
+    Weights are compared by name and shape, not read. Raises ModelFileError.
+    """
+    safe = resolve_model(name, remote_code_revision)
+    with quiet_libraries():
+        check_weights(AutoModelForCausalLM, safe)
+        tokenizer = load_tokenizer(safe)
+        _check_end_token(tokenizer, name)
+        ensure_pad_token(tokenizer)
+        check_tokens(tokenizer, embedding_rows(safe), name)
+        load_generation(safe)
 
 
 def load_prompting(policy: SafeModel) -> tuple[PreTrainedTokenizerBase, int, tuple[int, ...]]:
@@ -110,6 +123,13 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     choices = [*_PAD_TOKENS, tokenizer.unk_token]
     found = [token for token in choices if token in vocabulary and token != tokenizer.eos_token]
     tokenizer.pad_token = found[0] if found else tokenizer.eos_token
+
+
+def _check_end_token(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ModelFileError(
+            f"model: the tokenizer of {name} has no EOS token; set eos_token in tokenizer_config.json."
+        )
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

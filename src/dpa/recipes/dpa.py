@@ -22,8 +22,10 @@ from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfi
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError, RunFolderError, StorageError
 from dpa.core.records import Ledger, Prompt, Sampler, Scorer
-from dpa.models.files import EVALUATION_FILE
+from dpa.models.files import EVALUATION_FILE, GGUF_SUFFIX
+from dpa.models.gguf import dequantise
 from dpa.models.launching import free_memory, launch, launches
+from dpa.models.policy import check_policy
 from dpa.models.ranks import is_first, ranks
 from dpa.models.ray_workers import ray_samplers, ray_scorers
 from dpa.models.reward_model import RECORD
@@ -120,6 +122,8 @@ class Loop:
                 f"rollout.engine.http.model: {http.model!r} is one name at servers that stay the same, while every "
                 "iteration has another policy; give `command`, or run the stages one by one."
             )
+        if not self._folder.stage(self.first, "finetune").done:
+            check_policy(self.start_policy, self.config.remote_code_revision)
         if self.config.ratings:
             self.read_ratings()
         if self.config.reward.train:
@@ -339,7 +343,7 @@ class Loop:
     def policy(self, t: int) -> str:
         """The policy of iteration t; before the first one, the start policy."""
         if t < self.first:
-            return self.config.policy
+            return self.start_policy
         if not self._folder.stage(t, "finetune").done:
             raise RunFolderError(
                 f"iteration {t}: its policy is not finetuned yet, or is damaged; run `dpa finetune -t {t}` first."
@@ -349,6 +353,19 @@ class Loop:
     def drawn_from(self, t: int) -> DirectionSpace:
         """The space that the directions of iteration t are drawn from: before `selection.ends_until`, its ends."""
         return replace(self.space, training_ends=1.0) if t < self.config.selection.ends_until else self.space
+
+    @cached_property
+    def start_policy(self) -> str:
+        """The configured policy; a GGUF file is dequantised into the run folder first, once."""
+        file = Path(self.config.policy)
+        if file.suffix != GGUF_SUFFIX:
+            return self.config.policy
+        stage = self._folder.stage(None, "start_policy")
+        folder = stage.path / "policy"
+        if not stage.done:
+            self.console.print(dequantise(file, folder))
+            stage.finish(sealed=[folder])
+        return str(folder)
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -562,6 +579,8 @@ def _joined(stage: StageFolder) -> pa.Table:
 def _inputs(config: RunConfig) -> dict[str, Path]:
     """Local files whose content the run depends on."""
     named = {"prompts.path": config.prompts.path, "evaluate.prompts.path": config.evaluate.prompts.path}
+    if Path(config.policy).suffix == GGUF_SUFFIX:
+        named["policy"] = config.policy
     named |= {f"ratings.{place}.path": ratings.path for place, ratings in enumerate(config.ratings)}
     return {field: Path(path) for field, path in named.items() if Path(path).exists()}
 

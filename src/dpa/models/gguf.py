@@ -1,0 +1,131 @@
+"""A GGUF file as a start policy: dequantised once into a plain Hugging Face folder.
+Run its tests: pytest tests/test_gguf.py
+
+transformers turns the tensors and the vocabulary back; what it leaves at a class's default (end tokens, rounded
+numbers) is mended from the file's own metadata, and what it cannot express is refused.
+"""
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+from dpa.core.errors import ConfigError, ModelFileError
+from dpa.models.disk_refusals import disk_refusals
+from dpa.models.files import SafeModel
+from dpa.models.loading import check_loadable, refusing
+from dpa.models.quiet import quiet_libraries
+from dpa.storage.tables import save_folder_atomically
+
+END_TOKENS = ("eos", "eot", "eom")
+"""Keys `tokenizer.ggml.*_token_id` of tokens that end an answer: end of text, of turn, of message."""
+
+
+def dequantise(file: Path, folder: Path) -> str:
+    """Write the model of a GGUF file as a Hugging Face folder; returns what was done, in one line.
+
+    Matrices that were stored in 16 or 32 bits are kept in fp32, quantised ones become bf16. Raises ConfigError without
+    the package `gguf`, ModelFileError for a file that transformers cannot read whole.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"policy: {file} is a GGUF file, which takes the package `gguf`; pip install 'dpa[gguf]'.")
+    if not file.is_file():
+        raise ModelFileError(f"policy: no file at {file}; give a GGUF file or a Hugging Face model folder.")
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ModelFileError(f"policy: {file} is no GGUF file, whatever its name says; download it again.")
+    source = SafeModel(str(file), {"use_safetensors": True, "trust_remote_code": False})
+    with quiet_libraries(), refusing(source, "policy"):
+        metadata, kinds = _read(file)
+        _check_rope(metadata)
+        where = {"pretrained_model_name_or_path": str(file.parent.absolute()), "gguf_file": file.name}
+        model, found = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        if found["missing_keys"]:
+            raise ValueError(f"it lacks {', '.join(sorted(found['missing_keys'])[:3])}")
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        _mend_tokenizer(tokenizer, metadata)
+        model.config = _mended_config(model.config, metadata)
+        ends = [metadata[key] for end in END_TOKENS if (key := f"tokenizer.ggml.{end}_token_id") in metadata]
+        model.generation_config = GenerationConfig(
+            bos_token_id=model.config.bos_token_id,
+            eos_token_id=list(dict.fromkeys(ends)) or model.config.eos_token_id,
+            pad_token_id=model.config.pad_token_id,
+        )
+        model.hf_quantizer = None  # nothing is quantised any more
+        quantised = sorted(kinds - {"F32", "F16", "F64"})
+        dtype = torch.bfloat16 if quantised else torch.float32
+        model = model.to(dtype)
+    with quiet_libraries(), save_folder_atomically(folder) as unfinished, disk_refusals(folder, "saving the model"):
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        check_loadable(unfinished, AutoModelForCausalLM, None, f"policy {file}")
+    name = "bf16" if quantised else "fp32"
+    return f"policy: {file} ({', '.join(quantised) or 'not quantised'}) dequantised to {name}, once, at {folder}"
+
+
+def _read(file: Path) -> tuple[dict[str, Any], set[str]]:
+    """Metadata by key (arrays of more than a vocabulary's tokens aside), and the number types of its matrices."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
+    if any(tensor.name.startswith("rope_freqs") for tensor in reader.tensors):
+        metadata.setdefault("rope_freqs", True)
+    return metadata, kinds
+
+
+def _check_rope(metadata: dict[str, Any]) -> None:
+    """Stretched positions are read by transformers for one architecture only; elsewhere they would be left out."""
+    architecture = metadata["general.architecture"]
+    stretched = metadata.get(f"{architecture}.rope.scaling.type", "none") != "none" or "rope_freqs" in metadata
+    if stretched and architecture != "gpt-oss":
+        raise ValueError(
+            "its positions are stretched (rope scaling), which transformers does not read from a GGUF; take the "
+            "model's safetensors"
+        )
+
+
+def _mended_config(config: PreTrainedConfig, metadata: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration with every field that the metadata says otherwise."""
+    architecture = metadata["general.architecture"]
+    fields = config.to_dict()
+    for field in ("quantization_config", "_name_or_path"):
+        fields.pop(field, None)
+    for name, value in list(fields.items()):
+        fields[name] = _rounded(value)
+    for key, name in GGUF_CONFIG_MAPPING.get(architecture, {}).items():
+        told = metadata.get(f"{architecture}.{key}")
+        if name in fields and isinstance(told, int | float) and not isinstance(told, bool):
+            fields[name] = _rounded(told)
+    rope, base = fields.get("rope_parameters"), metadata.get(f"{architecture}.rope.freq_base")
+    if isinstance(rope, dict) and "rope_theta" in rope and base is not None:
+        rope["rope_theta"] = _rounded(base)
+    for token, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        told = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if told is not None:
+            fields[f"{token}_token_id"] = int(told)
+    return type(config)(**{name: value for name, value in fields.items() if name not in ("model_type",)})
+
+
+def _mend_tokenizer(tokenizer: Any, metadata: dict[str, Any]) -> None:
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if number is not None and number < len(tokens):
+            setattr(tokenizer, name, tokens[number])
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str) and template:
+        tokenizer.chat_template = template
+
+
+def _rounded(value: Any) -> Any:
+    """The shortest number that is the same in 32 bits, in which GGUF keeps it: 1e-05, not 9.999999747378752e-06."""
+    if isinstance(value, float) and math.isfinite(value) and float(np.float32(value)) == value:
+        return float(str(np.float32(value)))
+    return value

