@@ -4,7 +4,8 @@ Run its tests: pytest tests/test_fairytaleqa.py
     python recipes/fairytaleqa_rows.py --policy models/smollm2-135m-instruct --out runs/fairytaleqa-data
 
 Of the 228 stories 24 are kept for development and never trained on (`development.jsonl`). From the others come
-`prompts.jsonl` and, for `--questions` of them (0: all), `rated.jsonl`: for every question its pool of true answers
+`prompts.jsonl` and, for `--questions` of them (0: all), `experts.jsonl` (all that the experts answered) and
+`rated.jsonl`: for every question its pool of true answers
 
     word       the longest word of an expert's answer that the section has too
     clause     the clause of the section that holds most of an expert's answer
@@ -22,7 +23,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    """Write the three files."""
+    """Write the four files."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path(reward.FOLDER), help="folder of train.jsonl")
     parser.add_argument("--policy", required=True, help="the start policy, which answers too")
@@ -66,6 +67,10 @@ def main() -> None:
     pools = (row for question, own in zip(asked, answered, strict=True) for row in rated(question, own, args.experts))
     counts = {
         "rated.jsonl": write(args.out / "rated.jsonl", pools),
+        "experts.jsonl": write(
+            args.out / "experts.jsonl",
+            (marked(question, answer, "expert") for question in asked for answer in expert_answers(question)),
+        ),
         "prompts.jsonl": write(args.out / "prompts.jsonl", map(prompt, training)),
         "development.jsonl": write(args.out / "development.jsonl", map(prompt, development)),
     }
@@ -102,24 +107,33 @@ def start_answers(sampler: Sampler, rows: Sequence[Row], samples: int, seed: int
 def rated(row: Row, own: Sequence[str], experts: float) -> Iterator[Row]:
     """The pool of a question, each response once, marked by the two functions."""
     true = true_answers(row, with_experts=seed_of(stable_hash("experts", row["id"])) % 1000 < 1000 * experts)
-    messages = [{"role": "user", "content": row["prompt"]}]
     seen = set()
     for source, response in [*true, *(("start", text) for text in own)]:
         if response in seen:
             continue
         seen.add(response)
-        yield {
-            "prompt": row["prompt"],
-            "response": response,
-            "helpfulness": reward.share_held(row["answers"], response),
-            "verbosity": reward.verbosity(messages, response),
-            "source": source,
-        }
+        yield marked(row, response, source)
+
+
+def marked(row: Row, response: str, source: str) -> Row:
+    """A rated row."""
+    return {
+        "prompt": row["prompt"],
+        "response": response,
+        "helpfulness": reward.share_held(row["answers"], response),
+        "verbosity": reward.verbosity([{"role": "user", "content": row["prompt"]}], response),
+        "source": source,
+    }
+
+
+def expert_answers(row: Row) -> list[str]:
+    """What the experts answered, each answer once."""
+    return [answer.strip() for answer in dict.fromkeys(row["answers"])]
 
 
 def true_answers(row: Row, with_experts: bool) -> Iterator[tuple[str, str]]:
     """(source, response) of what the experts answered and of what the section says about it."""
-    experts = [answer.strip() for answer in dict.fromkeys(row["answers"])]
+    experts = expert_answers(row)
     if with_experts:
         yield from (("expert", answer) for answer in experts)
     sentences = sentences_of(section(row["prompt"]))
@@ -176,7 +190,7 @@ def prompt(row: Row) -> Row:
     return {"id": row["id"], "prompt": row["prompt"]}
 
 
-def write(file: Path, rows: Iterator[Row] | map) -> int:
+def write(file: Path, rows: Iterable[Row]) -> int:
     """Write JSON lines; returns how many."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -16,12 +16,13 @@ from fakes import space_of
 from safetensors.torch import load_file
 
 from dpa.core.compare_config import load_comparison
-from dpa.core.errors import ModelFileError
+from dpa.core.config import RatingsConfig
+from dpa.core.errors import DataError, ModelFileError
 from dpa.core.records import Sample, SampleRequest
 from dpa.models.policy import load_policy
 from dpa.models.samplers import SamplerSpec
 from dpa.models.soups import SoupSampler, interpolate
-from dpa.recipes.baselines import dpo, soups, steerlm
+from dpa.recipes.baselines import demonstrations, dpo, prompted, soups, steerlm
 from dpa.recipes.baselines.asking import TranslatingSampler, with_system, without_direction
 from dpa.recipes.baselines.lab import Lab, spent, unstated
 from dpa.recipes.baselines.labels import asking, labelled, targets, weight_range
@@ -245,3 +246,53 @@ def test_dpo_pairs_are_the_best_against_the_others_and_its_margin_grows(lab: Lab
     margins = [line["rewards/margins"] for line in lines if "rewards/margins" in line]
     assert np.mean(margins[-2:]) > np.mean(margins[:2]) + 0.05, margins
     assert spent(tmp_path).training_tokens == pytest.approx(16_000, rel=0.02)
+
+
+def test_the_prompted_start_policy_is_asked_for_fewer_words_the_terser_the_direction(lab: Lab) -> None:
+    asked: list[str] = []
+
+    class Start:
+        revision = "start"
+
+        def sample(self, requests: list[SampleRequest]) -> list[list[Sample]]:
+            assert all(request.direction is None for request in requests), "it knows no direction"
+            asked.extend(request.messages[-1]["content"] for request in requests)
+            return [[Sample("yes", 1, "stop")] for _ in requests]
+
+    class Bench(Lab):
+        def start_sampler(self) -> Start:
+            return Start()
+
+    bench = Bench(lab.config, lab.shared, lab.folder, lab.budget)
+    (trained,) = prompted.train(bench)
+    messages = [{"role": "user", "content": "Why?"}]
+    arc_DK = bench.space.arc("verbosity", 5)
+    trained.open().sample([SampleRequest(messages, tuple(direction), (0,)) for direction in arc_DK])
+    words = [int(text.split("about ")[1].split()[0]) for text in asked]
+    assert words == sorted(words) and words[0] < words[-1] and all(text.startswith("Why?\n\n") for text in asked)
+
+
+def test_demonstrations_are_the_rows_people_wrote_of_the_ratings_that_its_own_configuration_names(
+    lab: Lab, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "Why?", "response": "So.", "mark": 1, "source": "expert"},
+        {"prompt": "Why?", "response": "No.", "mark": 5, "source": "start"},
+        {"prompt": "Who?", "response": "I.", "mark": 1, "source": "expert"},
+    ]
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ratings = [RatingsConfig(path=str(file), scales={"mark": (0, 10)})]  # type: ignore[call-arg]
+    trained: list[pa.Table] = []
+
+    class Bench(Lab):
+        def finetune(self, t: int, policy: str | Path, rows: pa.Table, tokens: float) -> Path:
+            trained.append(rows)
+            return Path("nowhere")
+
+    bench = Bench(lab.config.model_copy(update={"ratings": ratings}), lab.shared, tmp_path, lab.budget)
+    demonstrations.train(bench)
+    assert trained[0]["response"].to_pylist() == ["So.", "I."]
+    assert trained[0]["direction"].null_count == 2
+    with pytest.raises(DataError, match="source `expert`"):
+        demonstrations.train(replace(bench, config=lab.config))

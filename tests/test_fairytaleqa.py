@@ -110,7 +110,7 @@ def test_the_start_policy_answers_without_a_direction_and_empty_answers_are_left
     assert rows.start_answers(Sampler(), asked, samples=2, seed=0) == [["golden"], ["golden"]]
 
 
-@pytest.mark.parametrize("recipe", ["fairytaleqa-card"])
+@pytest.mark.parametrize("recipe", ["fairytaleqa", "fairytaleqa-card"])
 def test_the_recipe_runs_from_made_rows_to_a_measured_policy(recipe: str, data: Path, tmp_path: Path) -> None:
     policy, made = save_tiny_model(tmp_path / "policy", context=512), tmp_path / "made"
     command = [sys.executable, str(RECIPES / "fairytaleqa_rows.py"), "--policy", str(policy), "--out", str(made)]

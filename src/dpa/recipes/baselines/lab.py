@@ -88,8 +88,7 @@ class Lab:
     @cached_property
     def rated(self) -> pa.Table:
         """The same, with the columns `candidate_id` and `complete` that sampled candidates have."""
-        own = self.ratings.append_column("candidate_id", self.ratings["row_id"])
-        return own.append_column("complete", completeness(own))
+        return as_candidates(self.ratings)
 
     def rated_scores(self) -> np.ndarray:
         """scores_RK of the rated responses by the reward model, in the ratings' order; NaN where there is none."""
@@ -243,6 +242,12 @@ class Lab:
     def _shared_stage(self, t: int | None, name: str) -> StageFolder:
         place = name if t is None else f"iter_{t}/{name}"
         return StageFolder(self.shared / place, place)
+
+
+def as_candidates(ratings: pa.Table) -> pa.Table:
+    """Rated rows with the columns `candidate_id` and `complete` that sampled candidates have."""
+    own = ratings.append_column("candidate_id", ratings["row_id"])
+    return own.append_column("complete", completeness(own))
 
 
 def unstated(rows: pa.Table) -> pa.Table:
