@@ -3,6 +3,7 @@ is no better than the mean is used by nobody who did not ask for it.
 pytest tests/test_reward_data.py
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -283,3 +284,25 @@ def test_a_function_may_score_what_nobody_rates(tmp_path: Path) -> None:
 def test_a_column_without_a_mark_is_refused_with_the_ratings(tmp_path: Path) -> None:
     with Loop(run_config(tmp_path)) as loop, pytest.raises(DataError, match=r"no row has a mark on 'warm'.*\(good\)"):
         loop.read_ratings()
+
+
+def test_a_run_stops_at_a_model_no_better_than_the_mean_and_goes_on_where_that_is_allowed(tmp_path: Path) -> None:
+    backbone, random = save_tiny_model(tmp_path / "backbone"), np.random.default_rng(0)
+    names = [(prompt, response) for prompt in range(20) for response in "ab"]
+    rows = [{"prompt": f"Q{p}?", "response": f"A{r}.", "good": int(random.integers(0, 5))} for p, r in names]
+    train = {"backbone": str(backbone), "method": "ridge", "max_length": 128}
+    space = {"objectives": {"good": None, "same": {"good": 1.0}}}
+
+    def loop(**fields: Any) -> Loop:
+        rated = [{"path": str(tmp_path / "rated.jsonl"), "scales": {"good": [0, 4]}}]
+        config = run_config(tmp_path, space=space, ratings=rated, reward={"train": {**train, **fields}})
+        (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return Loop(config)
+
+    with loop() as first, pytest.raises(TrainingError, match=r"good: NO BETTER THAN .*allow_worse_than_mean: true"):
+        first.run()
+    written = (tmp_path / "run" / "reward_model" / "model.safetensors").stat().st_mtime_ns
+    with loop(allow_worse_than_mean=True) as second:
+        second.train_reward()
+        assert second.scorer.attributes == ("good",)
+    assert (tmp_path / "run" / "reward_model" / "model.safetensors").stat().st_mtime_ns == written, "not made again"
