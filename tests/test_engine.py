@@ -271,8 +271,8 @@ def test_30_a_request_cannot_make_the_template_loop_for_ever(tmp_path: Path) -> 
     with in_thread(app) as url:
         begun = time.monotonic()
         answer = httpx.post(url + CHAT, json={"messages": [{"role": "user", "content": "boom"}]}, timeout=20)
-        assert answer.status_code == 400 and "lines" in answer.json()["error"]["message"]
-        assert time.monotonic() - begun < 5
+        assert answer.status_code == 400 and "chat template" in answer.json()["error"]["message"]
+        assert time.monotonic() - begun < 15
 
 
 # --- one request never ends an engine, nor waits for another ---------------------------------------------------------
@@ -438,12 +438,12 @@ def test_49_requests_take_turns_in_the_queue() -> None:
 def test_49_long_answers_of_many_requests_give_way_in_turn() -> None:
     turns = Turns(max_rows=2)
     for name in ("a", "b"):
-        turns.ask(name, 1, 3 * TURN)
+        turns.ask(name, 1, TURN + 20)
     turns.loop._once()
     turns.ask("small", 1, 3)
     turns.run()
-    assert max(turns.ended["small"]) <= TURN + 4 and max(turns.ended["b"]) < 6 * TURN + 10
-    assert {len(tokens) for name in ("a", "b") for tokens in turns.answers[name]} == {3 * TURN}
+    assert max(turns.ended["small"]) <= TURN + 4 and max(turns.ended["b"]) < 2 * TURN
+    assert {len(tokens) for name in ("a", "b") for tokens in turns.answers[name]} == {TURN + 20}
 
 
 def test_more_answers_than_one_request_may_have_are_refused(client: httpx.Client) -> None:

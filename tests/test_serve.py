@@ -271,6 +271,23 @@ def test_36_a_users_mistake_is_one_sentence_and_exit_code_2(policy: Path, argume
     assert message in str(result.exception) and "\n" not in str(result.exception)
 
 
+def test_41_tokens_that_cannot_be_read_end_no_engine(server: ServeProcess) -> None:
+    (engine,) = [child for child in children_of(server.process.pid) if alive(child)]
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        for prompt in ([True], [], [10**9], [1.5], [[]], ""):
+            answer = client.post("/v1/completions", json={"prompt": prompt, "dpa": None, "max_tokens": 1})
+            assert answer.status_code == 400 and "prompt" in answer.json()["error"]["message"]
+        assert client.post("/v1/completions", json={"prompt": [5, 6], "dpa": None, "max_tokens": 1}).status_code == 200
+    assert engine in children_of(server.process.pid)
+
+
+def test_48_half_a_header_is_answered_in_time(server: ServeProcess) -> None:
+    place = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    with socket.create_connection(place, timeout=30) as wire:
+        wire.sendall(b"GET /health HTTP/1.1\r\nHo")
+        assert b" 408 " in wire.recv(1000)
+
+
 def test_an_engine_that_cannot_load_its_model_ends_the_server_with_its_sentence(policy: Path, tmp_path: Path) -> None:
     """What only the engine finds out: the weights are not those of the configuration."""
     broken = tmp_path / "broken"
