@@ -7,18 +7,80 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from tiny_models import save_tiny_model
+
 ROOT = Path(__file__).parents[1]
+NEEDS_VLLM = {"vllm", "serve", "classify"}
+MEASURED = {"rates", "finetune", "reward", "scoring", "decoding", "loop", "gateway", "seven_b"}
 
 
-def test_the_script_for_a_card_runs_tiny_on_a_cpu(tmp_path: Path) -> None:
-    out = tmp_path / "tiny.json"
-    command = [sys.executable, str(ROOT / "bench" / "h200.py"), "--tiny", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(out.read_text())
-    assert found["tiny"] and found["matrix_flops"] > 0
-    figures = [found[part][name] for part, name in
-               (("finetuning", "dpa"), ("finetuning", "trl"), ("scoring", "dpa"), ("scoring", "padded"),
-                ("rollout", "dpa"), ("rollout", "generate"))]  # fmt: skip
-    assert all(figure["tokens_per_s"] > 0 and figure["peak_bytes"] > 0 for figure in figures)
-    assert all(0 < found[part]["dpa"]["share_of_matrix_rate"] < 1 for part in ("finetuning", "scoring"))
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A tiny policy, 60 rated rows of 30 prompts and as many prompts."""
+    folder = tmp_path_factory.mktemp("card")
+    save_tiny_model(folder / "policy", "llama", context=1024)
+    asked = [f"Why is number {n} a number?" for n in range(30)]
+    rated = [
+        {"prompt": text, "response": f"Because {'of ' * (n % 7 + r)}it.", "quality": float((13 * n + 29 * r) % 100)}
+        for n, text in enumerate(asked)
+        for r in range(2)
+    ]
+    for name, rows in {"ratings": rated, "prompts": [{"prompt": text} for text in asked]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"--policy={folder / 'policy'}", *(f"--{n}={folder / f'{n}.jsonl'}" for n in ("ratings", "prompts"))]
+
+
+def card(inputs: list[str], out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "bench" / "card.py"), *inputs, f"--out={out}", "--tiny", *more]
+    return subprocess.run(command, capture_output=True, text=True, cwd=out.parent)
+
+
+def test_the_script_for_a_card_runs_every_phase_tiny_on_a_cpu(inputs: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "card"
+    done = card(inputs, out)
+    logs = "\n".join(f"== {log.name}\n{log.read_text()[-1500:]}" for log in sorted(out.glob("*.log")))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    found = {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
+    assert set(found) == MEASURED | NEEDS_VLLM
+    assert {found[phase]["status"] for phase in MEASURED} == {"done"}
+    for phase in NEEDS_VLLM:
+        assert found[phase]["status"] == "absent" and "vLLM" in found[phase]["reason"]
+    rows = {row["what"]: row for phase in MEASURED for row in found[phase]["rows"]}
+    assert all(row["figure"] > 0 for row in rows.values())
+    for what in ("finetuning", "scoring", "reward training, the steps", "7B shape, finetuning", "7B shape, scoring"):
+        assert rows[what]["peer"] > 0 and rows[what]["share"] > 0 and rows[what]["of"] == "matrix"
+    assert rows["scoring"]["largest_difference"] < 0.01
+    table = (out / "table.md").read_text()
+    assert "| finetuning |" in table and "vllm: absent" in table
+    assert [policy["name"] for policy in rows["the loop, two iterations"]["results"]["policies"]][-1] == "t = 2"
+
+
+def test_a_phase_that_fails_costs_no_other_and_is_made_again_while_finished_ones_are_kept(
+    inputs: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "card"
+    out.mkdir()
+    (out / "steerable").write_text("in the way")  # what decoding needs cannot be made
+    broken = card(inputs, out, "--phases=decoding,rates")
+    assert broken.returncode == 1
+    decoding, rates = (json.loads((out / f"{name}.json").read_text()) for name in ("decoding", "rates"))
+    assert decoding["status"] == "failed" and decoding["reason"] and rates["status"] == "done"
+    (out / "steerable").unlink()
+    mended = card(inputs, out, "--phases=decoding,rates")
+    assert mended.returncode == 0 and "rates: " not in mended.stdout  # kept, not made again
+    assert json.loads((out / "rates.json").read_text()) == rates
+    assert json.loads((out / "decoding.json").read_text())["status"] == "done"
+
+
+def test_a_phase_over_its_time_is_ended_and_says_so(inputs: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "card"
+    late = card(inputs, out, "--phases=rates,seven_b", "--minutes=0.001")
+    assert late.returncode == 1 and late.stdout.count("not begun") == 2
+
+
+def test_other_inputs_are_refused_in_a_folder_that_holds_figures(inputs: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "card"
+    assert card(inputs, out, "--phases=rates").returncode == 0
+    other = card([inputs[0], inputs[2].replace("prompts=", "ratings="), inputs[2]], out, "--phases=rates")
+    assert other.returncode == 1 and "other inputs" in other.stderr

@@ -1,31 +1,20 @@
-"""A 7B-shaped model on one H200-class card: finetuning, scoring and rollout, against plain TRL and plain `generate`.
+"""A 7B-shaped model: finetuning, scoring and rollout, against plain TRL, padded batches and plain `generate`.
 
-    python bench/h200.py --out h200.json            one card of 141 GB, about ten minutes
-    python bench/h200.py --tiny --out tiny.json     the same code on a CPU in seconds: no figure of use, tests run it
-
-Random weights in Mistral-7B's shape, so nothing is downloaded. Everything is measured in one run, each pair in turn:
-the bf16 matrix rate of the card; tokens per second of finetuning (packed rows, AdamW, fp32 weights with bf16 autocast,
-activation checkpointing; recomputation is not counted as useful work) and of scoring as shares of it; tokens per second
-of rollout; peak memory. Bars: finetuning >= 0.40 of the matrix rate, scoring >= 0.50. Where fp32 AdamW does not fit the
-card, layers are taken off until it does, and the figures say how many were left.
-
-NOT RUN on a card yet: none was lent when it was written.
+Random weights in Mistral-7B's shape, so nothing is downloaded. Everything is measured in one process, each pair in
+turn: tokens per second of finetuning (packed rows, AdamW, fp32 weights with bf16 autocast, activation checkpointing;
+recomputation is not counted as useful work) and of scoring as shares of the matrix rate; tokens per second of rollout;
+peak memory. Where fp32 AdamW does not fit the card, layers are taken off until it does, and the figures say how many
+were left.
 """
 
-import argparse
 import functools
 import gc
-import json
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
-import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -37,14 +26,13 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from card_phases.common import Card, parameters_of, timed
 from dpa.core.config import FinetuneConfig
 from dpa.models.decoding import Decoding, decode
 from dpa.models.finetuning import Example, build_trainer
 from dpa.models.policy import default_device
 from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import forward
-from dpa.recipes.estimate import matrix_rate
-from dpa.storage.memory import peak_memory
 
 PAD, END = 0, 1
 ATTRIBUTES = 10
@@ -101,20 +89,6 @@ class Bench:
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
-    def timed(self, work: Callable[[], float]) -> tuple[float, int]:
-        """(amount per second, peak bytes) of `work`, which returns the amount."""
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        begun = time.perf_counter()
-        amount = work()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - begun
-        return amount / seconds, torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_memory()
-
 
 def tokenizer_of(size: int) -> PreTrainedTokenizerFast:
     """The trainers ask for one; no text is ever encoded."""
@@ -142,12 +116,11 @@ def plain(bench: Bench, model: Any, examples: list[Example], folder: Path) -> SF
     return SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer)
 
 
-def finetuning(bench: Bench, rate: float) -> dict[str, Any]:
+def finetuning(card: Card, bench: Bench) -> None:
     """Tokens per second, prompts included, padding not; both trainers read the same examples once."""
-    found: dict[str, Any] = {}
     mean = sum(sum(bounds) / 2 for bounds in bench.lengths)
     examples = bench.examples(int(bench.steps * 8 * bench.row / mean))
-    tokens = sum(len(example.ids) for example in examples)
+    tokens, found, flops = sum(len(example.ids) for example in examples), {}, {}
     for name, build in {"dpa": packed, "trl": plain}.items():
         while True:
             try:
@@ -155,22 +128,22 @@ def finetuning(bench: Bench, rate: float) -> dict[str, Any]:
                 with tempfile.TemporaryDirectory() as folder, quiet_libraries():
                     trainer = build(bench, model, examples, Path(folder))
                     trainer.remove_callback(PrinterCallback)
-                    speed, memory = bench.timed(lambda trainer=trainer: float(bool(trainer.train())) * tokens)
+                    found[name] = timed(trainer.train)
                 break
             except torch.OutOfMemoryError:
                 model = trainer = None
                 gc.collect()
                 torch.cuda.empty_cache()
                 bench.shape["num_hidden_layers"] -= 4
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        share = speed * 6 * parameters / rate
-        found[name] = {"tokens_per_s": speed, "share_of_matrix_rate": share, "peak_bytes": memory}
-        found[name] |= {"parameters": parameters, "layers": bench.shape["num_hidden_layers"], "tokens": tokens}
+        flops[name] = 6 * parameters_of(model) * tokens / found[name].seconds
         model = trainer = None
-    return found
+    # Layers may have gone between the two: what compares is the arithmetic done in a second.
+    card.row("7B shape, finetuning", tokens / found["dpa"].seconds, "tokens/s", tokens / found["trl"].seconds, "TRL",
+             flops=flops, layers=bench.shape["num_hidden_layers"], peak_bytes=found["dpa"].peak_bytes,
+             peer_peak_bytes=found["trl"].peak_bytes, **card.share(flops["dpa"], "matrix"))  # fmt: skip
 
 
-def scoring(bench: Bench, rate: float) -> dict[str, Any]:
+def scoring(card: Card, bench: Bench) -> None:
     """Rows of mixed lengths through a 7B-shaped regressor: this package's batches, and padded ones of eight."""
     model = bench.build(MistralForSequenceClassification, torch.bfloat16, num_labels=ATTRIBUTES)
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
@@ -193,13 +166,13 @@ def scoring(bench: Bench, rate: float) -> dict[str, Any]:
     found = {}
     for name, work in {"dpa": ours, "padded": padded}.items():
         work()
-        speed, memory = bench.timed(work)
-        share = speed * 2 * parameters / rate
-        found[name] = {"tokens_per_s": speed, "share_of_matrix_rate": share, "peak_bytes": memory}
-    return found
+        found[name] = timed(work)
+    speed, peer = (tokens / found[name].seconds for name in ("dpa", "padded"))
+    card.row("7B shape, scoring", speed, "tokens/s", peer, "padded batches of 8", peak_bytes=found["dpa"].peak_bytes,
+             peer_peak_bytes=found["padded"].peak_bytes, **card.share(2 * parameters * speed, "matrix"))  # fmt: skip
 
 
-def rollout(bench: Bench) -> dict[str, Any]:
+def rollout(card: Card, bench: Bench) -> None:
     """Tokens per second of sampling several answers to each prompt: this package's decoder, and plain `generate`."""
     model = bench.build(Endings, torch.float32 if bench.device == "cpu" else torch.bfloat16)
     model.mean_answer = 10.0 if bench.tiny else 200.0
@@ -237,41 +210,14 @@ def rollout(bench: Bench) -> dict[str, Any]:
             tokens += int((output[:, width:] != PAD).sum())
         return tokens
 
-    found = {}
-    for name, work in {"dpa": ours, "generate": generate}.items():
-        speed, memory = bench.timed(work)
-        found[name] = {"tokens_per_s": speed, "peak_bytes": memory}
-    return found
+    found = {name: timed(work) for name, work in {"dpa": ours, "generate": generate}.items()}
+    speed, peer = (found[name].result / found[name].seconds for name in ("dpa", "generate"))
+    card.row("7B shape, rollout", speed, "tokens/s", peer, "generate", peak_bytes=found["dpa"].peak_bytes,
+             peer_peak_bytes=found["generate"].peak_bytes)  # fmt: skip
 
 
-def main() -> None:
-    """Measure all, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("h200.json"))
-    args = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
-    bench = Bench(args.tiny)
-    if not args.tiny and bench.device == "cpu":
-        parser.error("no card here; --tiny runs the same code on a CPU")
-    rate = matrix_rate(0.1 if args.tiny else 3.0)
-    found = {
-        "device": torch.cuda.get_device_name() if bench.device == "cuda" else "cpu",
-        "tiny": args.tiny,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
-        "matrix_flops": rate,
-        "scoring": scoring(bench, rate),
-        "rollout": rollout(bench),
-        "finetuning": finetuning(bench, rate),
-    }
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{found['device']}: {rate / 1e12:.2f} TFLOP/s of matrix products")
-    for part in ("finetuning", "scoring", "rollout"):
-        for name, figures in found[part].items():
-            share = f"{figures['share_of_matrix_rate']:6.1%} of it" if "share_of_matrix_rate" in figures else ""
-            memory = figures["peak_bytes"] / 1e9
-            print(f"{part:11s} {name:9s} {figures['tokens_per_s']:9.0f} tokens/s {share:13s} {memory:6.1f} GB")
-
-
-if __name__ == "__main__":
-    main()
+def seven_b(card: Card) -> None:
+    """The three, scoring first: it leaves the card emptiest."""
+    bench = Bench(card.tiny)
+    for part in (scoring, rollout, finetuning):
+        part(card, bench)

@@ -1,0 +1,232 @@
+"""One command for one card: how fast everything is there, beside its peers and beside what the card can do.
+
+    python bench/card.py --policy DIR --ratings FILE --prompts FILE --out DIR      at most 20 minutes
+    ... the same command again                                                     goes on: finished phases are kept
+    ... --phases finetune,vllm                                                     only these
+
+--policy is a small instruct model (SmolLM2-135M-Instruct), --ratings rows of `prompt`, `response` and `quality`
+(0 to 100), --prompts rows of `prompt`; recipes/smollm2-135m.yaml says where they come from. Nothing is downloaded.
+Every phase is a process of its own with a time limit, a result file (OUT/PHASE.json) and a log (OUT/PHASE.log), so that
+one that fails costs no other. At the end OUT/table.md is printed: figure, peer's figure, ratio, and the share of the
+card's measured matrix rate or copy rate. What is not installed (vLLM) is reported as absent. `--tiny` runs the same
+code on a CPU in a test; its figures are of no use.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+from card_phases.common import Absent, Card, Inputs
+
+PHASES = {
+    "rates": ("rates", 60),
+    "finetune": ("training", 180),
+    "reward": ("training", 180),
+    "scoring": ("training", 120),
+    "decoding": ("decoding", 180),
+    "vllm": ("decoding", 240),
+    "loop": ("loop", 480),
+    "serve": ("serving", 240),
+    "gateway": ("serving", 240),
+    "classify": ("serving", 240),
+    "seven_b": ("seven_b", 360),
+}
+"""Phase -> the file of card_phases it stands in, and its time limit in seconds. In the order of what matters most."""
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vllm")
+LEAST_SECONDS = 20
+"""A phase is not begun with less time left than this."""
+
+
+def main() -> None:
+    """Run the phases that are not finished, then print the table. Exit code 1 where a phase failed or was not begun."""
+    args = arguments()
+    out: Path = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    inputs = Inputs(*(str(path.resolve()) for path in (args.policy, args.ratings, args.prompts)), args.tiny)
+    if args.phase:
+        work(Card(args.phase, inputs, out))
+        return
+    deadline = time.monotonic() + 60 * args.minutes
+    for phase in args.phases:
+        found = read(out, phase)
+        if found and found["inputs"] != vars(inputs):
+            sys.exit(f"--out: {out}/{phase}.json was measured with other inputs; give another folder.")
+        if found and found["status"] in ("done", "absent"):
+            continue
+        left = deadline - time.monotonic()
+        if left < LEAST_SECONDS:
+            print(f"{phase}: not begun, the time is used up; the same command goes on", flush=True)
+            continue
+        print(f"{phase}: {run(phase, args, min(left, PHASES[phase][1]))}", flush=True)
+    table = "\n".join(lines(out))
+    (out / "table.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+    if any((read(out, phase) or {"status": "none"})["status"] not in ("done", "absent") for phase in args.phases):
+        sys.exit(1)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--policy", type=Path, required=True, help="A small instruct model's folder.")
+    parser.add_argument("--ratings", type=Path, required=True, help="Rows of prompt, response, quality.")
+    parser.add_argument("--prompts", type=Path, required=True, help="Rows of prompt.")
+    parser.add_argument("--out", type=Path, required=True, help="Result files, logs and the table.")
+    parser.add_argument("--phases", type=chosen, default=list(PHASES), help=f"Of {','.join(PHASES)}; default: all.")
+    parser.add_argument("--minutes", type=float, default=20.0, help="For all phases of this call together.")
+    parser.add_argument("--tiny", action="store_true", help="The same code on a CPU in a test: no figure of use.")
+    parser.add_argument("--phase", choices=list(PHASES), help=argparse.SUPPRESS)  # the process of one phase
+    args = parser.parse_args()
+    for name in ("policy", "ratings", "prompts"):
+        if not getattr(args, name).exists():
+            parser.error(f"--{name}: {getattr(args, name)} is not there; give a path that is.")
+    return args
+
+
+def chosen(text: str) -> list[str]:
+    """Names of phases between commas."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in PHASES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no phase {unknown[0]!r}; there are {', '.join(PHASES)}")
+    return names
+
+
+def run(phase: str, args: argparse.Namespace, seconds: float) -> str:
+    """Run one phase in a process of its own; return what became of it."""
+    inputs = [f"--{name}={getattr(args, name)}" for name in ("policy", "ratings", "prompts", "out")]
+    command = [sys.executable, str(Path(__file__).resolve()), *inputs, "--phase", phase]
+    source = Path(__file__).parents[1] / "src"
+    paths = os.pathsep.join(filter(None, (str(source), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    begun = time.monotonic()
+    with (args.out / f"{phase}.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--tiny"] if args.tiny else command,
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env={"HF_HUB_OFFLINE": "1", **environment},
+        )  # fmt: skip
+        try:
+            reason = {0: ""}.get(process.wait(seconds), f"it ended with code {process.returncode}")
+        except subprocess.TimeoutExpired:
+            reason = f"it was ended after {seconds:.0f} s, its time limit"
+        finally:
+            end(process)
+    found = read(args.out, phase)
+    taken = time.monotonic() - begun
+    if found is None or found["status"] not in ("done", "absent"):
+        said = last_line(args.out / f"{phase}.log")
+        reason = (found or {}).get("reason") or f"{reason or 'it wrote no result'}; its log ends: {said}"
+        inputs_now = (found or {}).get("inputs") or vars(
+            Inputs(*(str(getattr(args, name).resolve()) for name in ("policy", "ratings", "prompts")), args.tiny)
+        )
+        card = Card(phase, Inputs(**inputs_now), args.out, (found or {}).get("rows", []))
+        card.write("failed", reason, taken)
+        return f"failed after {taken:.0f} s: {reason}"
+    return f"{found['status']} after {taken:.0f} s{': ' + found['reason'] if found['reason'] else ''}"
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a phase and all it started: they share its session."""
+    for which, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, which)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def work(card: Card) -> None:
+    """The phase itself, in its own process."""
+    card.write("running")
+    begun = time.monotonic()
+    try:
+        module = importlib.import_module(f"card_phases.{PHASES[card.phase][0]}")
+        getattr(module, card.phase)(card)
+    except Absent as lack:
+        card.write("absent", str(lack), time.monotonic() - begun)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        card.write("failed", reason, time.monotonic() - begun)
+        raise
+    else:
+        card.write("done", seconds=time.monotonic() - begun)
+
+
+def read(out: Path, phase: str) -> dict[str, Any] | None:
+    """A phase's result file; None where there is none, or none that can be read."""
+    try:
+        return json.loads((out / f"{phase}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def last_line(log: Path) -> str:
+    """What a phase said last."""
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return said[-1][-300:] if said else "(nothing)"
+
+
+def lines(out: Path) -> list[str]:
+    """The table of everything there is in OUT, as Markdown."""
+    table = [machine(), "", "| what | figure | peer | ratio | share |", "|---|---|---|---|---|"]
+    notes, figures = [], {}
+    for phase in PHASES:
+        found = read(out, phase)
+        if found is None:
+            continue
+        for row in found["rows"]:
+            figures[row["what"]] = row
+            ratio = f"{row['figure'] / row['peer']:.2f}" if row["peer"] else ""
+            peer = f"{amount(row['peer'])} ({row['peer_name']})" if row["peer"] is not None else ""
+            share = f"{row['share']:.1%} of the {row['of']} rate" if "share" in row else ""
+            table.append(f"| {row['what']} | {amount(row['figure'])} {row['unit']} | {peer} | {ratio} | {share} |")
+        if found["status"] != "done":
+            notes.append(f"{phase}: {found['status']}{': ' + found['reason'] if found['reason'] else ''}")
+    inside, bare = figures.get("decoding, 1024 rows"), figures.get("rollout through vLLM")
+    if inside and bare:
+        ratio = inside["figure"] / bare["peer"]
+        table.append(f"| in process beside bare vLLM | {amount(inside['figure'])} tokens/s | {amount(bare['peer'])} "
+                     f"(bare vLLM) | {ratio:.2f} | |")  # fmt: skip
+    return [*table, *(["", *notes] if notes else [])]
+
+
+def machine() -> str:
+    """The card or processor, and the versions that matter."""
+    names = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    ).stdout if any(Path(p, "nvidia-smi").exists() for p in os.get_exec_path()) else ""  # fmt: skip
+    installed = []
+    for package in PACKAGES:
+        try:
+            installed.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    what = ", ".join(names.split("\n")).strip(", ") or f"CPU {platform.machine()}"
+    return f"{what}; Python {platform.python_version()}, {', '.join(installed)}"
+
+
+def amount(value: float) -> str:
+    """A figure with three or four digits that mean something."""
+    if abs(value) >= 1e9:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()

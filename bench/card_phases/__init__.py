@@ -1,0 +1,1 @@
+"""The phases of bench/card.py, a file for each subject."""

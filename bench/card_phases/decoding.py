@@ -1,0 +1,115 @@
+"""Sampling: in process against `generate`, and vLLM in process against bare vLLM on the same requests."""
+
+import importlib.util
+import time
+from typing import Any
+
+import torch
+
+from card_phases.common import Absent, Card, on_device, parameters_of, timed
+from dpa.core.config import RolloutConfig
+from dpa.core.records import SampleRequest
+from dpa.models.policy import encode_prompt, end_token_ids, load_policy
+from dpa.models.samplers import TransformersSampler, build_samplers
+
+SAMPLES = 4
+
+
+def requests_of(card: Card, rows: int) -> list[SampleRequest]:
+    """`rows` answers asked for, SAMPLES to each prompt under one direction."""
+    directions = card.space().grid(5)
+    return [
+        SampleRequest(
+            prompt.messages, tuple(directions[place % 5]), tuple(range(place * SAMPLES, (place + 1) * SAMPLES))
+        )
+        for place, prompt in enumerate(card.asked(rows // SAMPLES))
+    ]
+
+
+def decoding(card: Card) -> None:
+    """Tokens/s at 64, 256 and 1,024 rows at once; the share is of the copy rate: weights and cache read each step."""
+    dtype = on_device()[1]
+    model, tokenizer = load_policy(card.steerable(), dtype=dtype)
+    longest = 6 if card.tiny else 256
+    for rows in (4, 8) if card.tiny else (64, 256, 1024):
+        sampler = TransformersSampler(model, tokenizer, card.space(), longest, batch_size=rows)
+        requests = requests_of(card, rows)
+        few = requests_of(card, SAMPLES)
+        sampler.sample(few if card.tiny else requests)  # on a card, graphs of this shape are recorded once
+        ours = timed(lambda sampler=sampler, requests=requests: sampler.sample(requests))
+        lengths = [sample.tokens for samples in ours.result for sample in samples]
+        prompts = [encode_prompt(tokenizer, card.space(), one.messages, one.direction) for one in requests]
+        plain = timed(lambda prompts=prompts: with_generate(model, tokenizer, prompts, longest))
+        config = model.config.get_text_config()
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kept = 2 * config.num_hidden_layers * config.num_key_value_heads * width * model.dtype.itemsize
+        weights = parameters_of(model) * model.dtype.itemsize
+        contexts = sum(
+            len(prompt) + length / 2
+            for prompt, part in zip(prompts, ours.result, strict=True)
+            for length in (sample.tokens for sample in part)
+        )
+        read = max(lengths) * weights + kept * contexts * (sum(lengths) / len(lengths))
+        card.row(f"decoding, {rows} rows", sum(lengths) / ours.seconds, "tokens/s", plain.result / plain.seconds,
+                 "generate", ms_a_step=1000 * ours.seconds / max(lengths), peak_bytes=ours.peak_bytes,
+                 peer_peak_bytes=plain.peak_bytes, **card.share(read / ours.seconds, "copy"))  # fmt: skip
+
+
+@torch.inference_mode()
+def with_generate(model: Any, tokenizer: Any, prompts: list[list[int]], longest: int) -> int:
+    """Tokens that transformers' `generate` writes: left padding, its own cache, SAMPLES of each prompt in one batch."""
+    pad, width = tokenizer.pad_token_id, max(map(len, prompts))
+    ids_BT = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=model.device)
+    seen_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    ends = end_token_ids(model, tokenizer)
+    output = model.generate(
+        ids_BT, attention_mask=seen_BT, do_sample=True, top_k=0, max_new_tokens=longest, pad_token_id=pad,
+        num_return_sequences=SAMPLES, eos_token_id=list(ends),
+    )  # fmt: skip
+    answers = output[:, width:]
+    ended = torch.isin(answers, torch.tensor(ends, device=answers.device))
+    before = ended.int().cumsum(1) - ended.int()  # an end token counts, what pads the row behind it does not
+    return int((before == 0).sum())
+
+
+def vllm(card: Card) -> None:
+    """Tokens/s of the package's vLLM sampler, and of the engine it started, asked the same requests bare."""
+    if importlib.util.find_spec("vllm") is None:
+        raise Absent("vLLM is not installed")
+    import vllm as module
+
+    engines = []
+    start = module.LLM
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        engines.append(start(*args, **kwargs))
+        return engines[-1]
+
+    module.LLM = kept  # the bare engine is the one the sampler starts: one start, the same settings
+    rows, longest = (8, 6) if card.tiny else (4096, 256)
+    config = RolloutConfig(
+        max_new_tokens=longest,
+        samples=SAMPLES,
+        engine={"kind": "vllm", "vllm": {"memory": 0.6}},  # type: ignore[arg-type]
+    )
+    requests, policy = requests_of(card, rows), card.steerable()
+    begun = time.perf_counter()
+    with build_samplers(policy, config) as samplers:
+        card.row("vLLM, one start", time.perf_counter() - begun, "s")
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(policy)
+        prompts = [encode_prompt(tokenizer, card.space(), one.messages, one.direction) for one in requests]
+        how = module.SamplingParams(n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=longest)
+
+        def bare() -> int:
+            outputs = engines[-1].generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)
+            return sum(len(one.token_ids) for output in outputs for one in output.outputs)
+
+        def ours() -> int:
+            return sum(sample.tokens for samples in samplers[0].sample(requests) for sample in samples)
+
+        ours()
+        found = [(timed(bare), timed(ours)) for _ in range(2)]
+        plain, sampler = (max(turn[side].result / turn[side].seconds for turn in found) for side in (0, 1))
+        card.row("rollout through vLLM", sampler, "tokens/s", plain, "bare vLLM", rows=rows)

@@ -1,0 +1,72 @@
+"""The whole loop: recipes/smollm2-135m.yaml with two iterations on the given policy, rated rows and prompts."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from card_phases.common import Card
+from dpa.core.config import read_yaml
+from dpa.stages.prompts import read_prompts
+from dpa.storage.tables import read_json
+
+ROOT = Path(__file__).parents[2]
+
+
+def loop(card: Card) -> None:
+    """Seconds of the whole run and of each stage's kind, and tokens/s of each kind, from the run's own ledgers.
+
+    The last tenth of the prompts is measured on and left out of training.
+    """
+    import yaml
+
+    card.folder.mkdir(parents=True, exist_ok=True)
+    prompts, _ = read_prompts(card.inputs.prompts)
+    held = max(3, min(60, len(prompts) // 10))
+    for name, part in {"prompts": prompts[:-held], "held_out": prompts[-held:]}.items():
+        lines = [json.dumps({"id": one.prompt_id, "messages": one.messages}) for one in part]
+        (card.folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    fields = read_yaml(ROOT / "recipes" / "smollm2-135m.yaml")
+    run = card.folder / "run"
+    fields |= {"policy": card.inputs.policy, "out": str(run)}
+    fields["ratings"][0]["path"] = card.inputs.ratings
+    fields["reward"]["train"]["backbone"] = card.inputs.policy
+    fields["reward"]["functions"] = {"verbosity": f"{ROOT / 'recipes' / 'smollm2.py'}:verbosity"}
+    fields["prompts"] = {"path": str(card.folder / "prompts.jsonl")}
+    fields["evaluate"]["prompts"] = {"path": str(card.folder / "held_out.jsonl")}
+    if card.tiny:
+        fields["reward"]["train"] |= {
+            "batch_size": 8,
+            "max_length": 512,
+            "held_out": 0.2,
+            "allow_worse_than_mean": True,
+        }
+        fields["rollout"] |= {"directions": 2, "samples": 2, "max_new_tokens": 6}
+        fields["prompts"]["count"] = 3
+        fields["finetune"] |= {"max_length": 512, "packed_rows_per_step": 2, "bf16": False}
+        fields["evaluate"] |= {"directions": 3, "resamples": 5}
+    config = card.folder / "loop.yaml"
+    config.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "dpa", "run", str(config), "--ignore-free-space"], cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=sys.stderr, check=False,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begun
+    if done.returncode != 0:
+        raise RuntimeError(f"dpa run ended with code {done.returncode}; see its output above")
+    stages: dict[str, dict[str, float]] = {}
+    for file in sorted(run.glob("**/done.json")):
+        ledger, kind = read_json(file)["ledger"], file.parent.relative_to(run).as_posix().split("/", 1)[-1]
+        kind = kind.replace("evaluate/", "evaluate: ")
+        sums = stages.setdefault(kind, {"wall_s": 0.0})
+        for name in ("wall_s", "tokens_generated", "training_tokens", "candidates_scored"):
+            sums[name] = sums.get(name, 0.0) + (ledger.get(name) or 0)
+    card.row("the loop, two iterations", seconds, "s", stages=stages, results=read_json(run / "results.json"))
+    for kind, sums in stages.items():
+        for name, unit in (("tokens_generated", "tokens/s"), ("training_tokens", "tokens/s"),
+                           ("candidates_scored", "rows/s")):  # fmt: skip
+            if sums.get(name) and sums["wall_s"] > 0:
+                card.row(f"the loop: {kind}", sums[name] / sums["wall_s"], unit, seconds=sums["wall_s"])

@@ -1,0 +1,180 @@
+"""Reward training, scoring and finetuning, each against the plain libraries on the same rows."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback
+
+from card_phases.common import ATTRIBUTE, Card, parameters_of, timed
+from dpa.core.config import FinetuneConfig, RewardTrainConfig
+from dpa.models.policy import encode_prompt, load_policy, make_steerable
+from dpa.models.quiet import quiet_libraries
+
+SCALES = {ATTRIBUTE: (0.0, 100.0)}
+
+
+def reward(card: Card) -> None:
+    """Tokens/s of a whole reward training (its linear start, its measurement and its self-test included), and of
+    its steps alone against transformers' Trainer on padded batches of 64."""
+    from dpa.models import reward_training
+
+    config = RewardTrainConfig(
+        backbone=card.inputs.policy, method="full", learning_rate=2e-5, batch_size=4 if card.tiny else 64,
+        max_length=256 if card.tiny else 1024, held_out=0.2 if card.tiny else 0.05,
+    )  # fmt: skip
+    rows = card.rated(24 if card.tiny else 8000)
+    folder = card.folder / "reward_model"
+    whole = timed(lambda: reward_training.train_reward_model(rows, (ATTRIBUTE,), SCALES, config, folder))
+    facts, quality = whole.result["training"], whole.result["quality"]
+    parameters = parameters_of(AutoModelForSequenceClassification.from_pretrained(folder))
+    speed = facts["train_tokens"] / whole.seconds
+    card.row("reward training, all of it", speed, "tokens/s", peak_bytes=whole.peak_bytes, quality=quality, **facts,
+             **card.share(6 * parameters * speed, "matrix"))  # fmt: skip
+
+    data = reward_rows(card, rows, config.max_length)
+    tokens = sum(len(row["input_ids"]) for row in data)
+    found = {}
+    for name, build in {"dpa": our_reward_trainer, "trainer": plain_reward_trainer}.items():
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(card.inputs.policy, num_labels=1, dtype="float32")
+        model.config.pad_token_id = 0
+        with tempfile.TemporaryDirectory() as work, quiet_libraries():
+            trainer = build(model, data, config, Path(work))
+            trainer.remove_callback(PrinterCallback)
+            found[name] = timed(trainer.train)
+        del model, trainer
+    ours, plain = (tokens / found[name].seconds for name in ("dpa", "trainer"))
+    card.row("reward training, the steps", ours, "tokens/s", plain, "transformers Trainer, padded",
+             peak_bytes=found["dpa"].peak_bytes, peer_peak_bytes=found["trainer"].peak_bytes, tokens=tokens,
+             **card.share(6 * parameters * ours, "matrix"))  # fmt: skip
+
+
+def reward_rows(card: Card, rows: list[Any], longest: int) -> list[dict[str, Any]]:
+    """Token ids and marks in units of their spread, as a regressor is given them."""
+    from dpa.models.reward_model import encode
+
+    _, tokenizer = load_policy(card.inputs.policy, device="cpu")
+    ids_N = encode(tokenizer, None, longest, [row.messages for row in rows], [row.response for row in rows])
+    return [
+        {"input_ids": ids, "labels": np.array([row.marks[0] / 50 - 1], dtype=np.float32)}
+        for ids, row in zip(ids_N, rows, strict=True)
+        if ids is not None
+    ]
+
+
+def our_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig, work: Path) -> Any:
+    """What `train_reward_model` trains with."""
+    from dpa.models import reward_training
+
+    return reward_training.build_trainer(model, data, config, 0, work, 0)
+
+
+def plain_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig, work: Path) -> Any:
+    """transformers as its documentation starts a regression: shuffled batches, padded to their longest."""
+    from transformers import Trainer, TrainingArguments
+
+    cuda = torch.cuda.is_available()
+    settings = TrainingArguments(
+        output_dir=str(work), per_device_train_batch_size=config.batch_size, num_train_epochs=1, bf16=cuda,
+        learning_rate=config.learning_rate, use_cpu=not cuda, save_strategy="no", disable_tqdm=True, report_to="none",
+    )  # fmt: skip
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
+        lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
+        seen = (torch.arange(width)[None] < lengths).long()
+        return {"input_ids": ids, "attention_mask": seen, "labels": torch.tensor(np.stack([r["labels"] for r in rows]))}
+
+    return Trainer(model, settings, train_dataset=data, data_collator=collate)
+
+
+def scoring(card: Card) -> None:
+    """Rows/s of texts, tokenising included, against padded batches of 32 in the order they come."""
+    from dpa.models.reward_model import encode
+    from dpa.models.scorers import RewardModelScorer
+
+    rows = card.rated(24 if card.tiny else 8000)
+    prompts, responses = [row.messages for row in rows], [row.response for row in rows]
+    scorer = RewardModelScorer(card.reward_model())
+    model, tokenizer = scorer.model, scorer.tokenizer
+    device, pad = next(model.parameters()).device, tokenizer.pad_token_id
+    parameters = parameters_of(model.base_model) - model.get_input_embeddings().weight.numel()
+
+    @torch.inference_mode()
+    def padded() -> np.ndarray:
+        scores = []
+        for start in range(0, len(rows), 32):
+            part = slice(start, start + 32)
+            batch = encode(tokenizer, scorer.spec.template, scorer.spec.max_length, prompts[part], responses[part])
+            kept = [ids or [pad] for ids in batch]
+            width = max(map(len, kept))
+            ids_BT = torch.tensor([ids + [pad] * (width - len(ids)) for ids in kept], device=device)
+            scores.append(model(input_ids=ids_BT, attention_mask=(ids_BT != pad).long()).logits.float().cpu().numpy())
+        return np.concatenate(scores)
+
+    few = slice(0, 8 if card.tiny else 256)
+    scorer.score(prompts[few], responses[few])
+    ours, plain = timed(lambda: scorer.score(prompts, responses)), timed(padded)
+    ids_N = encode(tokenizer, scorer.spec.template, scorer.spec.max_length, prompts, responses)
+    tokens = sum(len(ids) for ids in ids_N if ids is not None)
+    usable = np.array([ids is not None for ids in ids_N])
+    card.row("scoring", len(rows) / ours.seconds, "rows/s", len(rows) / plain.seconds, "padded batches of 32",
+             tokens_per_row=tokens / len(rows), peak_bytes=ours.peak_bytes, dtype=str(model.dtype),
+             largest_difference=float(np.abs(ours.result[usable] - plain.result[usable]).max()),
+             **card.share(2 * parameters * tokens / ours.seconds, "matrix"))  # fmt: skip
+
+
+def finetune(card: Card) -> None:
+    """Tokens/s of training, prompts included, padding not: packed rows against TRL's SFTTrainer on the same rows."""
+    from dpa.models.finetuning import Example
+
+    _, tokenizer = load_policy(card.inputs.policy, device="cpu")
+    space, longest = card.space(), 256 if card.tiny else 2048
+    make_steerable(tokenizer, space)
+    directions = space.grid(5)
+    examples = []
+    for place, row in enumerate(card.rated(16 if card.tiny else 6000)):
+        prompt = encode_prompt(tokenizer, space, row.messages, directions[place % len(directions)])
+        answer = tokenizer(row.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if len(prompt) + len(answer) <= longest:
+            examples.append(Example(prompt + answer, len(prompt)))
+    tokens = sum(len(example.ids) for example in examples)
+    found = {}
+    for name, build in {"dpa": packed_trainer, "trl": trl_trainer}.items():
+        model = AutoModelForCausalLM.from_pretrained(card.inputs.policy, dtype=torch.float32)
+        with tempfile.TemporaryDirectory() as work, quiet_libraries():
+            trainer = build(model, tokenizer, examples, Path(work), longest)
+            trainer.remove_callback(PrinterCallback)
+            found[name] = timed(trainer.train)
+        parameters = parameters_of(model)
+        del model, trainer
+    ours, plain = (tokens / found[name].seconds for name in ("dpa", "trl"))
+    card.row("finetuning", ours, "tokens/s", plain, "TRL, padded batches of 8", tokens=tokens, examples=len(examples),
+             peak_bytes=found["dpa"].peak_bytes, peer_peak_bytes=found["trl"].peak_bytes,
+             **card.share(6 * parameters * ours, "matrix"))  # fmt: skip
+
+
+def packed_trainer(model: Any, tokenizer: Any, examples: list[Any], work: Path, longest: int) -> Any:
+    """What `dpa` does: packed rows."""
+    from dpa.models.finetuning import build_trainer
+
+    config = FinetuneConfig(max_length=longest, packed_rows_per_step=8, save_steps=10**9)
+    return build_trainer(model, tokenizer, examples, work, config, seed=0)
+
+
+def trl_trainer(model: Any, tokenizer: Any, examples: list[Any], work: Path, longest: int) -> Any:
+    """TRL as its documentation starts it: padded batches of eight, activation checkpointing, bf16."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    cuda = torch.cuda.is_available()
+    settings = SFTConfig(
+        output_dir=str(work), max_length=None, per_device_train_batch_size=8, num_train_epochs=1, bf16=cuda,
+        use_cpu=not cuda, gradient_checkpointing=True, save_strategy="no", disable_tqdm=True, report_to="none",
+    )  # fmt: skip
+    columns = {"input_ids": [e.ids for e in examples], "labels": [e.labels for e in examples]}
+    return SFTTrainer(model, settings, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer)
