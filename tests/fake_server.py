@@ -125,6 +125,8 @@ class ChatServer:
 
     `count` gives the tokens of (messages, preference). `changes` say what is wrong with it: "ignores-preference",
     "no-usage", "greedy", "no-choice", "two-choices", "reasoning", "tool"; `refuses`: text of a question it answers 400.
+    `many`: what it makes of `n`: "" gives one choice all the same, "seeds" a seed more for each (as vLLM does), "ids"
+    their tokens too, "same" the same words again, "refused" is 400.
     """
 
     def __init__(
@@ -132,8 +134,9 @@ class ChatServer:
         count: Callable[[list[dict[str, str]], dict[str, float] | None], int],
         wrong: str = "",
         refuses: str | None = None,
+        many: str = "",
     ) -> None:
-        self._count, self._wrong, self._refuses = count, wrong, refuses
+        self._count, self._wrong, self._refuses, self._many = count, wrong, refuses, many
 
     def __call__(self, body: dict[str, Any]) -> Reply:
         question = body["messages"][-1]["content"]
@@ -147,6 +150,16 @@ class ChatServer:
             message |= {"content": None, "reasoning_content": text}
         choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if self._wrong == "tool" else "stop"}
         choices = {"no-choice": [], "two-choices": [choice, choice]}.get(self._wrong, [choice])
+        if body.get("n", 1) > 1 and self._many == "refused":
+            return 400, {"error": {"message": "n must be 1"}}, {}
+        if self._many in ("seeds", "ids", "same"):
+            stem = text.rsplit(" ", 1)[0]
+            step = 0 if self._many == "same" else 1
+            says = [f"{stem} {body['seed'] + step * number}" for number in range(body.get("n", 1))]
+            choices = [{**choice, "index": k, "message": {**message, "content": said}} for k, said in enumerate(says)]
+            if self._many == "ids" and body.get("return_token_ids"):
+                choices = [{**one, "token_ids": [0] * (one["index"] + 3)} for one in choices]
+            choices.reverse()
         payload: dict[str, Any] = {"choices": choices}
         if self._wrong != "no-usage":
             payload["usage"] = {"prompt_tokens": self._count(body["messages"], preference), "completion_tokens": 7}

@@ -32,8 +32,8 @@ from dpa.storage.run_folder import StageFolder
 START_MODEL = Path(__file__).parents[1] / "src" / "dpa" / "world" / "assets" / "start_model"
 QUESTIONS = ["Why?", "What is this long thing over there, and who made it?", "Hello there"]
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
-PROBES = 8 + 2
-"""Requests by which a server is got to know: the edge of the cone, no direction, eight seeds."""
+PROBES = 8 + 2 + 1
+"""Requests by which vLLM is got to know: the edge of the cone, no direction, eight seeds, eight choices of one."""
 
 
 def asked(seeds: tuple[int, ...] = (5, 2**62), direction: tuple[float, float] | None = (0.8, -0.6)) -> list:
@@ -113,6 +113,36 @@ def test_every_sample_is_a_request_of_its_own_with_its_seed_and_direction(policy
         "repetition_penalty": 1.0,
     }
     assert len(server.asked) == PROBES + 6
+
+
+@pytest.mark.parametrize(("kind", "many"), [("vllm", "ids"), ("sglang", "seeds")])
+def test_samples_of_a_prompt_are_one_request_where_the_server_gives_choices_that_differ(
+    policy: Path, serve: Callable, kind: str, many: str
+) -> None:
+    server = serve(owned_by=kind, many=many, refuses="a")
+    server.answer._refuses = None
+    with build_samplers(policy, config_of(server)) as samplers:
+        answers = samplers[0].sample(asked())
+        server.answer._refuses = QUESTIONS[0]
+        with pytest.raises(RuntimeError, match="I do not answer that"):
+            samplers[0].sample([SampleRequest(asked()[0].messages, (0.8, -0.6), (77, 78))])
+    preference = {"helpfulness": 0.8, "verbosity": -0.6}
+    for question, samples in zip(QUESTIONS, answers, strict=True):
+        assert [sample.text for sample in samples] == [
+            f"{question[-12:]} {json.dumps(preference)} {5 + number}" for number in range(2)
+        ]
+        counted = [3, 4] if many == "ids" else [len(sample.text) + 1 for sample in samples]  # one token is one byte
+        assert [sample.tokens for sample in samples] == counted
+    assert [body["n"] for body in server.bodies()[PROBES:]] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("many", ["same", "refused"])
+def test_choices_that_do_not_differ_are_asked_for_one_by_one(policy: Path, serve: Callable, many: str) -> None:
+    server = serve(owned_by="sglang", many=many)
+    with build_samplers(policy, config_of(server)) as samplers:
+        answers = samplers[0].sample(asked())
+    assert all("n" not in body for body in server.bodies()[PROBES:])
+    assert len(server.asked) == PROBES + 6 and all(len({s.text for s in samples}) == 2 for samples in answers)
 
 
 def test_without_a_direction_no_preference_is_sent(policy: Path, serve: Callable) -> None:

@@ -1,8 +1,9 @@
 """A policy that is asked over HTTP: any server of OpenAI's chat API (vLLM, SGLang, llama.cpp, transformers, dpa serve).
 Run its tests: pytest tests/test_http_sampler.py
 
-Every sample is a request of its own with n = 1 and its own seed: `transformers serve` refuses more, and no API takes a
-seed per choice or counts its tokens. The direction goes to the policy's own chat template, as
+Where a server gives `n` choices of one seed that differ (vLLM; SGLang where it does), the samples of a prompt and
+direction are one request with the first one's seed; elsewhere every sample is a request of its own with its own seed
+(`transformers serve` refuses more). The direction goes to the policy's own chat template, as
 `chat_template_kwargs.preference`. A server whose template ignores it would answer plausibly and unsteered, so every
 answer's `usage.prompt_tokens` must be what the policy's own tokenizer makes of the prompt and the direction.
 """
@@ -69,6 +70,8 @@ class HttpSampler:
         self._encoding = threading.Lock()  # a fast tokenizer borrows itself
         self._refused: dict[tuple[int, str], str] = {}
         """Why a sample was refused, by its seed and prompt: it is not asked of a server again."""
+        self._many = False
+        """Whether a request may be of several samples; _probe finds out."""
         self._kind, self._model, longest = self._meet(policy)
         self._context = min(context, longest) if longest else context
         self._probe()
@@ -81,22 +84,22 @@ class HttpSampler:
         """
         prompts = [self._prompt(request) for request in requests]
         asks = [
-            (i, j, self._body(prompt, seed, self._temperature, self._max_new_tokens))
+            (i, j, count, self._body(prompt, request.seeds[j], self._temperature, self._max_new_tokens, count))
             for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
             if prompt is not None
-            for j, seed in enumerate(request.seeds)
-            if (seed, prompt.key) not in self._refused
+            for j, count in self._shares(len(request.seeds))
+            if (request.seeds[j], prompt.key) not in self._refused
         ]
-        answers = self._pool.ask(_CHAT, [body for _, _, body in asks])
+        answers = self._pool.ask(_CHAT, [body for *_, body in asks])
         samples: dict[tuple[int, int], Sample] = {}
-        for (i, j, _), answer in zip(asks, answers, strict=True):
+        for (i, j, count, _), answer in zip(asks, answers, strict=True):
             prompt = prompts[i]
             assert prompt is not None
-            sample = self._read(prompt, answer)
-            if isinstance(sample, Sample):
-                samples[i, j] = sample
+            read = self._read(prompt, answer, count)
+            if isinstance(read, Refusal):
+                self._refused[requests[i].seeds[j], prompt.key] = read.reason
             else:
-                self._refused[requests[i].seeds[j], prompt.key] = sample.reason
+                samples.update({(i, j + number): sample for number, sample in enumerate(read)})
         return [
             self._collect(i, request, prompt, samples, len(requests))
             for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
@@ -116,6 +119,10 @@ class HttpSampler:
         if reasons and asked == 1:
             raise RuntimeError(reasons[0])
         return [] if reasons else [samples[i, j] for j in range(len(request.seeds))]
+
+    def _shares(self, seeds: int) -> list[tuple[int, int]]:
+        """How `seeds` samples are asked for: the place of the first of each request, and their number."""
+        return [(0, seeds)] if self._many and seeds else [(place, 1) for place in range(seeds)]
 
     # --- one request -------------------------------------------------------------------------------------------
 
@@ -150,7 +157,9 @@ class HttpSampler:
             return [{"role": "system", "content": sentence}, *rest]
         return [{"role": "user", "content": f"{sentence}\n\n{rest[0]['content']}"}, *rest[1:]]
 
-    def _body(self, prompt: "_Prompt", seed: int, temperature: float, max_new_tokens: int) -> dict[str, Any]:
+    def _body(
+        self, prompt: "_Prompt", seed: int, temperature: float, max_new_tokens: int, count: int = 1
+    ) -> dict[str, Any]:
         longest = min(max_new_tokens, self._context - prompt.tokens)
         body: dict[str, Any] = {
             "model": self._model,
@@ -160,6 +169,10 @@ class HttpSampler:
             "max_tokens": longest,
             "seed": seed % _SEEDS,
         }
+        if count > 1:
+            body["n"] = count
+            if self._kind == "vllm":
+                body["return_token_ids"] = True  # else nobody counts the tokens of each
         if prompt.preference is not None:
             body["chat_template_kwargs"] = {"preference": prompt.preference}
         match self._kind:
@@ -180,29 +193,42 @@ class HttpSampler:
                 body["generation_config"] = json.dumps(config)
         return body
 
-    def _read(self, prompt: "_Prompt", answer: Answer | Refusal) -> Sample | Refusal:
-        """The one sample of an answer. Raises EngineError when it shows that the prompt was not the policy's."""
+    def _read(self, prompt: "_Prompt", answer: Answer | Refusal, count: int = 1) -> list[Sample] | Refusal:
+        """The `count` samples of an answer. Raises EngineError when it shows that the prompt was not the policy's."""
         if isinstance(answer, Refusal):
             return answer
+        found: list[tuple[str, Any, str]] = []
         try:
-            (choice,) = answer.payload["choices"]
-            message, finish = choice["message"], choice.get("finish_reason")
-            text = message.get("content") or ""
+            choices = sorted(answer.payload["choices"], key=lambda choice: choice.get("index") or 0)
             usage = answer.payload.get("usage") or {}
-            tokens, prompt_tokens = usage.get("completion_tokens"), usage.get("prompt_tokens")
-            if not isinstance(text, str) or finish not in ("stop", "length"):
-                raise TypeError
-            if message.get("tool_calls") or message.get("reasoning_content"):
-                return Refusal("the server parsed the answer into tool calls or reasoning; start it without a parser")
+            prompt_tokens = usage.get("prompt_tokens")
+            for choice in choices:
+                message, finish = choice["message"], choice.get("finish_reason")
+                text = message.get("content") or ""
+                if not isinstance(text, str) or finish not in ("stop", "length"):
+                    raise TypeError
+                if message.get("tool_calls") or message.get("reasoning_content"):
+                    return Refusal(
+                        "the server parsed the answer into tool calls or reasoning; start it without a parser"
+                    )
+                ids = choice.get("token_ids")
+                tokens = usage.get("completion_tokens") if count == 1 else len(ids) if isinstance(ids, list) else None
+                found.append((text, tokens, finish))
+            if len(found) != count:
+                raise ValueError
         except (KeyError, TypeError, ValueError, AttributeError):
-            return Refusal("the server's answer has not exactly one finished choice")
+            wanted = "one finished choice" if count == 1 else f"{count} finished choices"
+            return Refusal(f"the server's answer has not exactly {wanted}")
         if self._config.verify and prompt_tokens != prompt.tokens:
             raise EngineError(self._complaint(prompt, prompt_tokens))
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
-            with self._encoding:
-                ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-            tokens = len(ids) + (finish == "stop")
-        return Sample(text, tokens, finish)
+        return [Sample(text, self._tokens(text, tokens, finish), finish) for text, tokens, finish in found]
+
+    def _tokens(self, text: str, said: Any, finish: str) -> int:
+        """Tokens of an answer: as the server counts them, else as the policy's tokenizer writes it."""
+        if isinstance(said, int) and not isinstance(said, bool) and said >= 0:
+            return said
+        with self._encoding:
+            return len(self._tokenizer(text, add_special_tokens=False)["input_ids"]) + (finish == "stop")
 
     def _complaint(self, prompt: "_Prompt", said: Any) -> str:
         if not isinstance(said, int):
@@ -291,14 +317,21 @@ class HttpSampler:
         self._pool.set_touchstone(_CHAT, self._body(prompt, 0, self._temperature, 1))
         bodies = [self._body(prompt, seed, _PROBE_TEMPERATURE, _PROBE_TOKENS) for seed in range(_PROBE_SEEDS)]
         for of_one_server in zip(*(self._ask_each(prompt, body) for body in bodies), strict=True):
-            if len({sample.text for sample in of_one_server if isinstance(sample, Sample)}) == 1:
+            if len({read[0].text for read in of_one_server if not isinstance(read, Refusal)}) == 1:
                 raise EngineError(
                     f"a server says the same to {_PROBE_SEEDS} seeds at temperature {_PROBE_TEMPERATURE:g}: it decodes "
                     "greedily or ignores the seed; set rollout.engine.http.server to what it is."
                 )
 
-    def _ask_each(self, prompt: "_Prompt", body: dict[str, Any]) -> list[Sample | Refusal]:
-        return [self._read(prompt, answer) for answer in self._pool.ask_every_server(_CHAT, body)]
+        if self._kind in ("vllm", "sglang"):
+            body = self._body(prompt, 0, _PROBE_TEMPERATURE, _PROBE_TOKENS, _PROBE_SEEDS)
+            choices = self._ask_each(prompt, body, _PROBE_SEEDS)
+            self._many = all(
+                not isinstance(read, Refusal) and len({sample.text for sample in read}) > 1 for read in choices
+            )
+
+    def _ask_each(self, prompt: "_Prompt", body: dict[str, Any], count: int = 1) -> list[list[Sample] | Refusal]:
+        return [self._read(prompt, answer, count) for answer in self._pool.ask_every_server(_CHAT, body)]
 
 
 @contextmanager
