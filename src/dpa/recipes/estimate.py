@@ -152,10 +152,9 @@ class _Work:
         config, bytes_each = self.config.rollout, 2 if self.cuda else 4
         tokens = int(rows * self.answer)
         seconds, measured = self._seconds("tokens sampled", tokens, 2 * self.policy.parameters, SAMPLING_SHARE)
-        together = config.batch_size
-        if together == "auto":
-            shard = config.prompts_per_shard * config.directions * config.samples
-            together = min(rows, shard if self.cuda else PROCESSOR_ROWS)
+        shard = config.prompts_per_shard * config.directions * config.samples
+        fits = min(rows, shard if self.cuda else PROCESSOR_ROWS)
+        together = fits if config.batch_size == "auto" else config.batch_size
         cache = together * (PROMPT_TOKENS + config.max_new_tokens) * self.policy.cache_bytes * bytes_each
         memory = self.speeds.memory.get("tokens sampled") or int(self.policy.parameters * bytes_each + cache)
         return StageEstimate(name, rows, tokens, seconds, memory, rows * BYTES_PER_CANDIDATE, measured)
