@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import stable_hash
+from dpa.models.attention import pack_lengths, to_device
 from dpa.models.contrastive import label_log_probabilities, negative_directions
 
 LISTENING_ROWS = 64
@@ -204,8 +205,14 @@ def advice(found: Listening, section: str) -> str:
 
 def _log_p(model: Any, prompt: list[int], response: list[int]) -> float:
     """log p of the response's tokens behind the prompt."""
-    device = next(model.parameters()).device
-    ids = torch.tensor([[*prompt, *response]], device=device)
-    kept = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
-    return float(label_log_probabilities(logits[0], ids[0, len(prompt) :]).sum())
+    device, length = next(model.parameters()).device, len(prompt) + len(response)
+    inputs = to_device(
+        {
+            "input_ids": torch.tensor([[*prompt, *response]]),
+            "logits_to_keep": torch.arange(len(prompt) - 1, length - 1),
+            **pack_lengths([length]),  # a row of one: attention may be that of packed rows just now
+        },
+        device,
+    )
+    logits = model(**inputs, use_cache=False).logits
+    return float(label_log_probabilities(logits[0], inputs["input_ids"][0, len(prompt) :]).sum())
