@@ -70,6 +70,16 @@ def test_packed_sequences_give_the_loss_and_gradients_of_each_alone(way: str, ar
         torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_without_bounds_are_a_sequence_each(way: str) -> None:
+    """Callbacks ask the model while it trains on packed rows, as of its listening."""
+    ids = torch.tensor([sequences(1)[0], sequences(1)[0][::-1]])
+    model = tiny_model("mistral", sliding_window=9)
+    expected = model(ids, use_cache=False).logits
+    model.set_attn_implementation(way)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_cpu_takes_segments_and_the_model_is_left_as_it_was() -> None:
     model = tiny_model()
     before = model.config._attn_implementation

@@ -230,6 +230,13 @@ def test_the_ledger_adds_up(two):
     assert total.startswith("total" + "180" + "0" + "0" + "3,000" + "0" + "5,000" + "68.5 s" + "3.0 GiB")
 
 
+def test_what_half_precision_costs_the_reward_model_is_said(two):
+    measured = {"dtype": "bfloat16", "rows": 64, "largest_difference": 0.83, "kendall": 0.9913}
+    page = report_html(two | {"reward_precision": measured})
+    assert "no score is further than 0.83 from fp32" in page and "is at least 0.991" in page
+    assert "bfloat16" not in report_html(two | {"reward_precision": None})
+
+
 def test_what_was_not_measured_leaves_no_hole(tmp_path, two):
     bare = copy.deepcopy(two) | {"policies": [], "samples": None, "ledger": {}, "reward_model": None}
     write_report(tmp_path, bare)

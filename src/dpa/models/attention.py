@@ -91,6 +91,19 @@ def packed_attention(model: Any, dtype: torch.dtype | None = None) -> Iterator[b
             model.set_attn_implementation(before)
 
 
+@contextmanager
+def padded_attention(model: Any) -> Iterator[None]:
+    """Within a block of `packed_attention`: while this one runs, the model takes padded batches."""
+    way = model.config._attn_implementation
+    if way in (VARLEN, SEGMENTS):
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if way in (VARLEN, SEGMENTS):
+            model.set_attn_implementation(way)
+
+
 def best_way(model: Any, dtype: torch.dtype | None = None) -> str | None:
     """Name of the attention that serves packed rows of `model` best here; None: a mask."""
     config = model.config.get_text_config()
@@ -144,7 +157,8 @@ def varlen_attention(kernel: Callable[..., torch.Tensor], takes_groups: bool) ->
         max_length_q: int = 0,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        assert cu_seq_lens_q is not None, "packed rows need cu_seq_lens_q"
+        if cu_seq_lens_q is None:
+            return _segments(module, query, key, value, attention_mask, scaling, sliding_window)
         kind = query.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
         query, key, value = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
@@ -214,12 +228,12 @@ def _segments(
 ) -> tuple[torch.Tensor, None]:
     """As `varlen_attention`, a call for each sequence. On a CPU in fp32 always: its half-precision kernels take seven
     times as long (2,092 against 290 ms for SmolLM2's heads over 2,048 tokens, forward and backward)."""
-    assert cu_seq_lens_q is not None, "packed rows need cu_seq_lens_q"
-    lengths = cu_seq_lens_q.diff().tolist()
+    # Without bounds each row of the batch is one sequence, not padded: callbacks ask the model while it trains.
+    lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
     causal, before, kind = getattr(module, "is_causal", True), value.dtype, query.device.type
     with torch.autocast(kind, enabled=False):
-        if kind == "cpu":
-            query, key, value = query.float(), key.float(), value.float()
+        dtype = torch.float32 if kind == "cpu" else before
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         parts = []
         for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):
             mask = None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dpa.core.config import HttpRewardConfig
 from dpa.core.errors import EngineError, ModelFileError
@@ -124,13 +125,14 @@ class HttpScorer:
                 "template, its tokenizer or a special token was changed; restore them."
             )
         inputs = self._inputs([golden.messages] * 2, [golden.response, f"{golden.response} {golden.response}"])
+        tolerance = max(self._spec.tolerance(torch.bfloat16), BF16_TOLERANCE)  # a server's head may be in bf16 too
         for rows in ([inputs[0]], [item for item in inputs if item is not None]):
             for answer in self._pool.ask_every_server(_PATHS[self._api], self._body(rows)):
                 if isinstance(answer, Refusal):
                     raise EngineError(f"a server of the reward model refuses its golden example: {answer.reason}.")
                 scores_M = self._read(answer, len(rows))[0]
                 difference_M = np.abs(scores_M - np.array(golden.scores))
-                if not (difference_M <= max(golden.tolerance, BF16_TOLERANCE)).all():
+                if not (difference_M <= tolerance).all():
                     worst = int(np.argmax(np.nan_to_num(difference_M, nan=np.inf)))
                     raise EngineError(
                         f"a server of the reward model scores its golden example {scores_M[worst]:.2f} on "

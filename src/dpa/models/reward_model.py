@@ -44,7 +44,10 @@ CPU_TOKENS, GPU_TOKENS = 1024, 131_072
 (bench/scoring.py); a card takes fewer where its memory is small."""
 
 BF16_TOLERANCE = 2.0
-"""Largest difference from the golden scores, on 0-100, of a model in bf16."""
+"""Largest difference from the golden scores, on 0-100, of a model in bf16, where nobody measured it."""
+
+LEAST_KENDALL = 0.98
+"""Below this agreement with the order in fp32, scorers stay in fp32."""
 
 _PLACEHOLDER = re.compile(r"\{(prompt|response)\}")
 
@@ -63,6 +66,23 @@ class Golden:
 
 
 @dataclass(frozen=True)
+class Precision:
+    """How scores in the half precision `dtype` compare with those in fp32, on `rows` held-out rows."""
+
+    dtype: str
+    rows: int
+    largest_difference: float
+    """Of a score, on 0-100."""
+    kendall: float | None
+    """Kendall's tau within prompts, of the attribute that agrees least; None: nothing to put in order."""
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether scorers may use it."""
+        return self.kendall is None or self.kendall >= LEAST_KENDALL
+
+
+@dataclass(frozen=True)
 class RewardSpec:
     """What a reward model rates and how it must be asked."""
 
@@ -74,6 +94,19 @@ class RewardSpec:
     max_length: int
     """Longest input in tokens; longer ones are not scored."""
     golden: Golden
+    precision: Precision | None = None
+    """None: it was not measured."""
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Largest difference from the golden scores that is rounding, of a model whose weights are of this type.
+
+        In half precision twice the largest one that was measured: another card rounds in another order.
+        """
+        if dtype == torch.float32:
+            return self.golden.tolerance
+        if self.precision is None:
+            return max(self.golden.tolerance, BF16_TOLERANCE)
+        return self.golden.tolerance + 2 * self.precision.largest_difference
 
 
 RELEASED_MODEL = "RLHFlow/RewardModel-Mistral-7B-for-DPA-v1"
@@ -103,7 +136,7 @@ def read_spec(folder: Path) -> RewardSpec:
     """Read dpa_reward.json. Raises ModelFileError."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        golden = record["golden"]
+        golden, precision = record["golden"], record.get("precision")
         return RewardSpec(
             attributes=tuple(record["attributes"]),
             scales={name: (low, high) for name, (low, high) in record["scales"].items()},
@@ -116,6 +149,7 @@ def read_spec(folder: Path) -> RewardSpec:
                 token_ids=None if golden["token_ids"] is None else tuple(golden["token_ids"]),
                 tolerance=golden["tolerance"],
             ),
+            precision=None if precision is None else Precision(**precision),
         )
     except FileNotFoundError:
         raise ModelFileError(f"reward model: {folder} has no {RECORD}; train one with `dpa train-reward`.") from None

@@ -40,6 +40,15 @@ def measure_quality(
     return quality
 
 
+def pairwise_agreement(first_N: np.ndarray, second_N: np.ndarray, prompt_ids: Sequence[str]) -> float | None:
+    """Kendall's tau of two scorings over the pairs of rows of one prompt (of all rows, where each prompt has one) that
+    `second_N` tells apart; a tie of `first_N` counts nothing. None where there is no such pair."""
+    correct, pairs = _pairwise(first_N, second_N, prompt_ids)
+    if not pairs:
+        correct, pairs = _pairwise(first_N, second_N, [""] * len(first_N))
+    return 2 * correct / pairs - 1 if pairs else None
+
+
 def _pairwise(predicted: np.ndarray, marks: np.ndarray, prompt_ids: Sequence[str]) -> tuple[float, int]:
     rows_of = defaultdict(list)
     for row, prompt_id in enumerate(prompt_ids):

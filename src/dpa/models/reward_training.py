@@ -10,7 +10,8 @@ attribute's own spread while training, so that no attribute dominates; the start
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,22 +21,24 @@ import numpy as np
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from dpa.core.config import RewardTrainConfig, of_results
 from dpa.core.errors import DataError, ModelFileError, TrainingError
 from dpa.core.records import Messages, stable_hash
-from dpa.models.attention import best_way, pack_inputs, packed_attention, to_device
+from dpa.models.attention import best_way, pack_inputs, packed_attention, padded_attention, to_device
 from dpa.models.checkpoints import newest_checkpoint
 from dpa.models.cutting import ANY_LENGTH, cut_prompt
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.passes import StepInPasses, Uncut, first_plan, one_card, without_adapters
 from dpa.models.policy import context_length, default_device, ensure_pad_token
+from dpa.models.precision import PRECISION_ROWS, measure_precision, rows_to_compare, say_fp32, self_test
 from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import (
     BF16_TOLERANCE,
     PLAIN_TEMPLATE,
     Golden,
+    Precision,
     RewardSpec,
     batches,
     check_template,
@@ -73,6 +76,9 @@ CPU_PASS, GPU_PASS = 2048, 65_536
 WARMUP = 0.05
 SAVE_STEPS = 200
 GOLDEN_TOLERANCE = 0.05
+
+QUICK_ROWS = 8
+"""Held-out rows that the precisions are compared on before training and after its first step."""
 
 _log = logging.getLogger(__name__)
 
@@ -139,15 +145,27 @@ def train_reward_model(
     max_length = min(config.max_length, context_length(model))
     rows = _encode(examples, attributes, tokenizer, template, max_length, config, seed)
     checkpoints = out.with_name(f"{out.name}.training")
+
+    def describe(model: Any, least: int = PRECISION_ROWS) -> RewardSpec:
+        golden, precision = _golden(model, rows, pad, least)
+        return RewardSpec(tuple(attributes), dict(scales), template, max_length, golden, precision)
+
+    def check(model: Any) -> None:
+        """A set-up that cannot pass its self-test is found in seconds."""
+        _check_set_up(model, tokenizer, describe(model, QUICK_ROWS), config.backbone)
+
+    check(model)
     penalties: list[float] = []
     if config.method == "ridge":
         model, penalties = _fit_ridge_head(model, rows, config, pad)
     else:
         inputs = stable_hash(rows.ids_N, rows.marks_NM.tolist(), rows.train, of_results(config), seed)
-        model = _finetune(model, rows, config, pad, checkpoints / inputs, seed)
+        model = _finetune(model, rows, config, pad, checkpoints / inputs, seed, check)
     model.eval()
-    tolerance = GOLDEN_TOLERANCE if _backbone_dtype(config) == torch.float32 else BF16_TOLERANCE
-    spec = RewardSpec(tuple(attributes), dict(scales), template, max_length, _golden(model, rows, pad, tolerance))
+    spec = describe(model)
+    _check_set_up(model, tokenizer, spec, config.backbone)
+    if spec.precision is not None and not spec.precision.keeps_order:
+        say_fp32(out, f"in bf16 Kendall's tau within prompts is {spec.precision.kendall:.3f} of what it is in fp32")
     facts = {
         **_quality(model, rows, attributes, pad),
         "training": {
@@ -379,7 +397,13 @@ def _fit_ridge_head(
 
 
 def _finetune(
-    model: PreTrainedModel, rows: EncodedRows, config: RewardTrainConfig, pad: int, checkpoints: Path, seed: int
+    model: PreTrainedModel,
+    rows: EncodedRows,
+    config: RewardTrainConfig,
+    pad: int,
+    checkpoints: Path,
+    seed: int,
+    check: Callable[[Any], None],
 ) -> PreTrainedModel:
     outputs = rows.marks_NM.shape[1]
     head = Head(model, outputs)
@@ -406,7 +430,7 @@ def _finetune(
                 parameter.data = parameter.data.float()
     labels_NM = np.nan_to_num(labels_NM, nan=MISSING)
     data = [{"input_ids": rows.ids_N[row], "labels": labels_NM[row]} for row in rows.train]
-    _run_trainer(trained, data, config, pad, checkpoints, seed)
+    _run_trainer(trained, data, config, pad, checkpoints, seed, check)
     if config.method == "lora":
         trained = merge_adapters(trained, _backbone_dtype(config), exact=head.name).to(default_device())
     head = Head(trained, outputs)
@@ -491,8 +515,30 @@ def build_trainer(
     return trainer
 
 
+class _AfterTheFirstStep(TrainerCallback):
+    """Calls `check` once, with the classifier."""
+
+    def __init__(self, check: Callable[[Any], None]) -> None:
+        self._check = check
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check it as scorers will see it."""
+        if state.global_step == 1:
+            model = without_adapters(kwargs["model"])
+            model.eval()
+            with padded_attention(model):
+                self._check(model)
+            model.train()
+
+
 def _run_trainer(
-    model: Any, data: list[dict[str, Any]], config: RewardTrainConfig, pad: int, checkpoints: Path, seed: int
+    model: Any,
+    data: list[dict[str, Any]],
+    config: RewardTrainConfig,
+    pad: int,
+    checkpoints: Path,
+    seed: int,
+    check: Callable[[Any], None],
 ) -> None:
     """Train from the newest checkpoint where there is one."""
     progress = ShowProgress("reward model", sum(len(row["input_ids"]) for row in data))
@@ -500,6 +546,7 @@ def _run_trainer(
         trainer = build_trainer(model, data, config, pad, checkpoints, seed)
         trainer.add_callback(StopWhenAsked(stop))
         trainer.add_callback(progress)
+        trainer.add_callback(_AfterTheFirstStep(check))
         newest = newest_checkpoint(checkpoints)
         try:
             with disk_refusals(checkpoints, "saving a checkpoint"):
@@ -522,14 +569,27 @@ def _backbone_dtype(config: RewardTrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.method != "full" and _mixed(config) else torch.float32
 
 
-def _golden(model: PreTrainedModel, rows: EncodedRows, pad: int, tolerance: float) -> Golden:
-    """The held-out row of median length and its scores."""
+def _golden(model: Any, rows: EncodedRows, pad: int, least: int) -> tuple[Golden, Precision | None]:
+    """The held-out row of median length and its scores in fp32; and what is lost in the precision of scorers."""
     middle = sorted(rows.held_out, key=lambda row: (len(rows.ids_N[row]), row))[len(rows.held_out) // 2]
     example, ids = rows.examples[middle], rows.ids_N[middle]
-    scores = forward(model, [ids], pad)[0]
-    if not np.isfinite(scores).all():
+    others = [row for row in rows.held_out if row != middle]
+    compared = [middle, *rows_to_compare(others, [rows.prompt_ids[row] for row in others], least)]
+    measured = measure_precision(model, rows.ids(compared), [rows.prompt_ids[row] for row in compared], pad)
+    scores_M, tolerance = (
+        (forward(model, [ids], pad)[0], BF16_TOLERANCE) if measured is None else (measured[1][0], GOLDEN_TOLERANCE)
+    )
+    if not np.isfinite(scores_M).all():
         raise TrainingError("reward training: the trained model's scores are not finite; lower its learning_rate.")
-    return Golden(example.messages, example.response, tuple(scores.tolist()), tuple(ids), tolerance)
+    golden = Golden(example.messages, example.response, tuple(scores_M.tolist()), tuple(ids), tolerance)
+    return golden, None if measured is None else measured[0]
+
+
+def _check_set_up(model: Any, tokenizer: Any, spec: RewardSpec, name: str) -> None:
+    """The self-test of a scorer, on the model in memory and on a tokenizer that was saved. Raises ModelFileError."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        self_test(model, AutoTokenizer.from_pretrained(folder), spec, name)
 
 
 def _quality(model: PreTrainedModel, rows: EncodedRows, attributes: Sequence[str], pad: int) -> dict[str, Any]:

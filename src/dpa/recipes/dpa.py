@@ -320,7 +320,8 @@ class Loop:
             ],
             "samples": self._samples(measured[-1]) if measured else None,
             "ledger": self._once_ledger(),
-            "reward_model": self._reward_quality(),
+            "reward_model": self._of_reward_model("quality"),
+            "reward_precision": self._of_reward_model("precision"),
         }
         return write_report(self.path, results)
 
@@ -471,11 +472,11 @@ class Loop:
         if not file.is_file() or file.read_bytes() != data:
             write_bytes(file, data)
 
-    def _reward_quality(self) -> Any:
-        """Held-out quality of the reward model trained here; None where none is."""
+    def _of_reward_model(self, name: str) -> Any:
+        """A field of the record of the reward model trained here, such as its held-out quality; None where none is."""
         if self.config.reward.train is None or not self._folder.stage(None, "train_reward").done:
             return None
-        return read_json(self.reward_folder / RECORD).get("quality")
+        return read_json(self.reward_folder / RECORD).get(name)
 
     def _evaluation_scores(self, t: int) -> dict[str, pa.Table]:
         scores = {"model": _joined(self._folder.stage(t, "evaluate/score"))}

@@ -10,6 +10,7 @@ The record, all of it JSON:
   samples                 {policy, questions (stages.evaluate.side_by_side)}, or null
   ledger                  {stage: Ledger as a mapping} of what is done once: ratings, train_reward
   reward_model            {attribute: {figure: number or null}}, the held-out quality; or null
+  reward_precision        what the reward model loses in half precision (dpa_reward.json); or null, or absent
 Every number on the page comes from the record.
 """
 
@@ -387,11 +388,20 @@ def _reward_model(results: Record) -> str:
         [attribute, *(number(figures.get(column), None) for column in columns)]
         for attribute, figures in quality.items()
     ]
-    return table(
+    shown = table(
         "The reward model on held-out prompts",
         ["attribute", *(column.replace("_", " ") for column in columns)],
         rows,
     )
+    precision = results.get("reward_precision")
+    if precision:
+        tau = precision["kendall"]
+        shown += (
+            f"<p>In {precision['dtype']}, on {precision['rows']} held-out rows, no score is further than "
+            f"{precision['largest_difference']:.2f} from fp32"
+            f"{'' if tau is None else f', and Kendall’s tau within prompts is at least {tau:.3f}'}.</p>"
+        )
+    return shown
 
 
 def _every_direction(results: Record) -> str:
