@@ -44,7 +44,8 @@ def dequantise(file: Path, folder: Path) -> str:
         metadata, kinds = _read(file)
         _check_rope(metadata)
         where = {"pretrained_model_name_or_path": str(file.parent.absolute()), "gguf_file": file.name}
-        model, found = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        model, found = loaded
         if found["missing_keys"]:
             raise ValueError(f"it lacks {', '.join(sorted(found['missing_keys'])[:3])}")
         tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -94,12 +95,13 @@ def _check_rope(metadata: dict[str, Any]) -> None:
 def _mended_config(config: PreTrainedConfig, metadata: dict[str, Any]) -> PreTrainedConfig:
     """The configuration with every field that the metadata says otherwise."""
     architecture = metadata["general.architecture"]
-    fields = config.to_dict()
+    fields: dict[str, Any] = config.to_dict()
     for field in ("quantization_config", "_name_or_path"):
         fields.pop(field, None)
     for name, value in list(fields.items()):
         fields[name] = _rounded(value)
-    for key, name in GGUF_CONFIG_MAPPING.get(architecture, {}).items():
+    names: dict[str, Any] = dict(GGUF_CONFIG_MAPPING.get(architecture, {}))  # type: ignore[call-overload]
+    for key, name in names.items():
         told = metadata.get(f"{architecture}.{key}")
         if name in fields and isinstance(told, int | float) and not isinstance(told, bool):
             fields[name] = _rounded(told)

@@ -12,7 +12,7 @@ import sys
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -27,7 +27,7 @@ MEMORY = 512_000_000
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}`, which marks what the assistant wrote and prints what it holds."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
