@@ -197,7 +197,7 @@ class HttpSampler:
         """The `count` samples of an answer. Raises EngineError when it shows that the prompt was not the policy's."""
         if isinstance(answer, Refusal):
             return answer
-        found: list[tuple[str, Any, str]] = []
+        found: list[tuple[str, Any, Any]] = []
         try:
             choices = sorted(answer.payload["choices"], key=lambda choice: choice.get("index") or 0)
             usage = answer.payload.get("usage") or {}
