@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from dpa.core.errors import ConfigError
-from dpa.core.records import Messages, SampleRequest
+from dpa.core.records import Message, Messages, SampleRequest
 from dpa.recipes.baselines.asking import TranslatingSampler
 from dpa.recipes.baselines.lab import Lab, Trained
 from dpa.recipes.baselines.labels import targets
@@ -45,5 +45,5 @@ def train(lab: Lab) -> list[Trained]:
 def asked_for(messages: Messages, words: int) -> Messages:
     """The messages with the wish for a length, in the last turn as well as in the system message."""
     wish = f"Answer in about {words} word{'s' if words > 1 else ''}."
-    last = {**messages[-1], "content": f"{messages[-1]['content']}\n\n{wish}"}
+    last: Message = {"role": messages[-1]["role"], "content": f"{messages[-1]['content']}\n\n{wish}"}
     return [{"role": "system", "content": wish}, *(m for m in messages[:-1] if m["role"] != "system"), last]
