@@ -117,6 +117,24 @@ def test_accelerate_launch_of_two_processes_learns_what_one_learns(selected: Pat
     assert not list(run.rglob("checkpoint-*"))
 
 
+def test_two_processes_contrast_as_one_does(selected: Path, tmp_path: Path) -> None:
+    """The contrastive term is a mean over the rows of a step, whichever rank has them; both ranks measure listening."""
+    wish = {"finetune.contrastive": "0.5", "finetune.listening_rows": "4", "finetune.max_length": "512"}
+    wish |= {"finetune.packed_rows_per_step": "16", "finetune.epochs": "4"}  # a step is all rows, in whatever order
+    run, alone = tmp_path / "ranks", tmp_path / "alone"
+    for folder, processes in ((run, 2), (alone, 1)):
+        config = load_config(selected, {**wish, "out": str(folder), "cluster.processes": str(processes)})
+        with Loop(config) as loop:
+            loop.read_ratings()
+            loop.score(0)
+            loop.select(0)
+            loop.finetune(0)
+    assert_same_training(run, alone)
+    extras = [json.loads((r / "iter_0/finetune/done.json").read_text())["ledger"]["extra"] for r in (run, alone)]
+    assert extras[0]["listening_rows"] == extras[1]["listening_rows"] > 0
+    assert extras[0]["listening_gap_token"] == pytest.approx(extras[1]["listening_gap_token"], abs=1e-3)
+
+
 FSDP = """
 import sys
 from accelerate import DistributedType
