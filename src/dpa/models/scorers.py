@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,9 +27,9 @@ from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import (
     RELEASED_MODEL,
     RELEASED_SPEC,
+    Logits,
     RewardSpec,
     encode,
-    forward,
     load_classifier,
     read_spec,
 )
@@ -46,6 +47,9 @@ class RewardModelScorer:
     unsafe, or when the self-test fails: a wrong template, pad or EOS token scores plausibly and wrongly, so it must not
     pass quietly.
     """
+
+    rows_ahead = 512
+    """Rows that become tokens while a card scores the ones before."""
 
     def __init__(
         self,
@@ -87,11 +91,23 @@ class RewardModelScorer:
 
     def score(self, prompts: Sequence[Messages], responses: Sequence[str]) -> np.ndarray:
         """Return scores_NM; NaN for a row too long for the model, refused by its template, or scored not finite."""
-        ids_N = encode(self.tokenizer, self.spec.template, self.spec.max_length, prompts, responses)
-        usable = [row for row, ids in enumerate(ids_N) if ids is not None]
-        scores_NM = np.full((len(ids_N), len(self.attributes)), np.nan)
+        count = len(responses)
+        at_once = self.rows_ahead if self.model.device.type == "cuda" else max(1, count)
+        logits, usable = Logits(self.model, self.tokenizer.pad_token_id, self._token_budget), []
+
+        def tokens(first: int) -> list[list[int] | None]:
+            rows = slice(first, first + at_once)
+            return encode(self.tokenizer, self.spec.template, self.spec.max_length, prompts[rows], responses[rows])
+
+        with ThreadPoolExecutor(1) as ahead:  # a card works on one part while the next becomes tokens
+            parts = [(first, ahead.submit(tokens, first)) for first in range(0, count, at_once)]
+            for first, part in parts:
+                kept = [(first + row, ids) for row, ids in enumerate(part.result()) if ids is not None]
+                usable += [row for row, _ in kept]
+                logits.add([ids for _, ids in kept])
+        scores_NM = np.full((count, len(self.attributes)), np.nan)
         if usable:
-            scores_NM[usable] = self._forward([ids_N[row] or [] for row in usable])
+            scores_NM[usable] = logits.collect()
         scores_NM[~np.isfinite(scores_NM).all(axis=1)] = np.nan
         return scores_NM
 
@@ -100,9 +116,6 @@ class RewardModelScorer:
         with quiet_libraries():
             self.model, _, _ = load_classifier(folder, remote_code_revision, torch.float32)
         self.model.config.get_text_config().pad_token_id = pad
-
-    def _forward(self, ids_N: Sequence[Sequence[int]]) -> np.ndarray:
-        return forward(self.model, ids_N, self.tokenizer.pad_token_id, self._token_budget)
 
 
 class FunctionScorer:
