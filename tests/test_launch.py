@@ -146,12 +146,12 @@ def start(self, *args, fsdp_plugin=None, **kwargs):
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
 AcceleratorState.__init__ = start  # accelerate has FSDP on cards only; torch's FSDP2 itself runs over gloo
 from torch.distributed.tensor import DTensor
-from dpa.models import finetuning
-norm_before_step = finetuning.StopAtBadGradient.on_pre_optimizer_step
-def look(self, args, state, control, **kwargs):
-    assert all(isinstance(parameter, DTensor) for parameter in kwargs["model"].parameters()), "weights are sharded"
-    return norm_before_step(self, args, state, control, **kwargs)
-finetuning.StopAtBadGradient.on_pre_optimizer_step = look
+from dpa.models.training import StopsAtBadStep
+check = StopsAtBadStep._check_step
+def look(self, norm):
+    assert all(isinstance(parameter, DTensor) for parameter in self.model_wrapped.parameters()), "weights are sharded"
+    return check(self, norm)
+StopsAtBadStep._check_step = look
 sys.argv = ["dpa", *sys.argv[1:]]
 from dpa.cli import main
 main()
