@@ -13,8 +13,10 @@ code on a CPU in a test; its figures are of no use.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import platform
 import signal
@@ -30,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 from card_phases.common import Absent, Card, Inputs
 
 PHASES = {
-    "rates": ("rates", 60),
+    "rates": ("rates", 120),
     "finetune": ("training", 180),
     "reward": ("training", 180),
     "scoring": ("training", 120),
@@ -45,6 +47,7 @@ PHASES = {
 """Phase -> the file of card_phases it stands in, and its time limit in seconds. In the order of what matters most."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vllm")
+PRELOADED = ["dpa.models.finetuning", "dpa.models.reward_training", "dpa.models.samplers", "dpa.recipes.dpa"]
 LEAST_SECONDS = 20
 """A phase is not begun with less time left than this."""
 
@@ -55,9 +58,13 @@ def main() -> None:
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     inputs = Inputs(*(str(path.resolve()) for path in (args.policy, args.ratings, args.prompts)), args.tiny)
-    if args.phase:
-        work(Card(args.phase, inputs, out))
-        return
+    out = out.resolve()
+    # For what phases start themselves: `dpa serve`, `vllm serve`.
+    source, paths = str(Path(__file__).resolve().parents[1] / "src"), os.environ.get("PYTHONPATH")
+    os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, (source, paths))), "PYTHONUNBUFFERED": "1"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if args.tiny:
+        multiprocessing.set_forkserver_preload(PRELOADED)
     deadline = time.monotonic() + 60 * args.minutes
     for phase in args.phases:
         found = read(out, phase)
@@ -69,7 +76,7 @@ def main() -> None:
         if left < LEAST_SECONDS:
             print(f"{phase}: not begun, the time is used up; the same command goes on", flush=True)
             continue
-        print(f"{phase}: {run(phase, args, min(left, PHASES[phase][1]))}", flush=True)
+        print(f"{phase}: {run(phase, inputs, out, min(left, PHASES[phase][1]))}", flush=True)
     table = "\n".join(lines(out))
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     print(table)
@@ -87,7 +94,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--phases", type=chosen, default=list(PHASES), help=f"Of {','.join(PHASES)}; default: all.")
     parser.add_argument("--minutes", type=float, default=20.0, help="For all phases of this call together.")
     parser.add_argument("--tiny", action="store_true", help="The same code on a CPU in a test: no figure of use.")
-    parser.add_argument("--phase", choices=list(PHASES), help=argparse.SUPPRESS)  # the process of one phase
     args = parser.parse_args()
     for name in ("policy", "ratings", "prompts"):
         if not getattr(args, name).exists():
@@ -104,51 +110,47 @@ def chosen(text: str) -> list[str]:
     return names
 
 
-def run(phase: str, args: argparse.Namespace, seconds: float) -> str:
+def run(phase: str, inputs: Inputs, out: Path, seconds: float) -> str:
     """Run one phase in a process of its own; return what became of it."""
-    inputs = [f"--{name}={getattr(args, name)}" for name in ("policy", "ratings", "prompts", "out")]
-    command = [sys.executable, str(Path(__file__).resolve()), *inputs, "--phase", phase]
-    source = Path(__file__).parents[1] / "src"
-    paths = os.pathsep.join(filter(None, (str(source), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     begun = time.monotonic()
-    with (args.out / f"{phase}.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--tiny"] if args.tiny else command,
-            stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env={"HF_HUB_OFFLINE": "1", **environment},
-        )  # fmt: skip
-        try:
-            reason = {0: ""}.get(process.wait(seconds), f"it ended with code {process.returncode}")
-        except subprocess.TimeoutExpired:
+    # A card wants a process that begins with nothing; a test takes a copy of one that has imported the libraries.
+    context = multiprocessing.get_context("forkserver" if inputs.tiny else "spawn")
+    process: Any = context.Process(target=begin, args=(phase, inputs, out))
+    process.start()
+    try:
+        process.join(seconds)
+        reason = f"it ended with code {process.exitcode}"
+        if process.is_alive():
             reason = f"it was ended after {seconds:.0f} s, its time limit"
-        finally:
-            end(process)
-    found = read(args.out, phase)
+    finally:
+        end(process)
     taken = time.monotonic() - begun
-    if found is None or found["status"] not in ("done", "absent"):
-        said = last_line(args.out / f"{phase}.log")
-        reason = (found or {}).get("reason") or f"{reason or 'it wrote no result'}; its log ends: {said}"
-        inputs_now = (found or {}).get("inputs") or vars(
-            Inputs(*(str(getattr(args, name).resolve()) for name in ("policy", "ratings", "prompts")), args.tiny)
-        )
-        card = Card(phase, Inputs(**inputs_now), args.out, (found or {}).get("rows", []))
+    card = Card(phase, inputs, out)
+    found = read(out, phase) or {"status": "none", "reason": "", "rows": []}
+    if found["status"] not in ("done", "absent"):
+        reason = found["reason"] or f"{reason}; its log ends: {last_line(out / f'{phase}.log')}"
+        card.rows = found["rows"]
         card.write("failed", reason, taken)
         return f"failed after {taken:.0f} s: {reason}"
     return f"{found['status']} after {taken:.0f} s{': ' + found['reason'] if found['reason'] else ''}"
 
 
-def end(process: subprocess.Popen) -> None:
-    """End a phase and all it started: they share its session."""
+def end(process: Any) -> None:
+    """End a phase and all it started: they share its session. What a phase that is over left behind ends at once."""
     for which, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, which)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
+        process.join(patience)
+    process.close()
+
+
+def begin(phase: str, inputs: Inputs, out: Path) -> None:
+    """What the process of a phase does: a session and a log of its own, then the phase."""
+    os.setsid()
+    with (out / f"{phase}.log").open("wb") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    work(Card(phase, inputs, out))
 
 
 def work(card: Card) -> None:
@@ -178,7 +180,7 @@ def read(out: Path, phase: str) -> dict[str, Any] | None:
 
 def last_line(log: Path) -> str:
     """What a phase said last."""
-    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
     return said[-1][-300:] if said else "(nothing)"
 
 

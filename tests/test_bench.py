@@ -61,19 +61,33 @@ def test_a_phase_that_fails_costs_no_other_and_is_made_again_while_finished_ones
 ) -> None:
     out = tmp_path / "card"
     out.mkdir()
-    (out / "steerable").write_text("in the way")  # what decoding needs cannot be made
-    broken = card(inputs, out, "--phases=decoding,rates")
+    (out / "loop.files").write_text("in the way")  # where the loop would write
+    broken = card(inputs, out, "--phases=loop,rates")
     assert broken.returncode == 1
-    decoding, rates = (json.loads((out / f"{name}.json").read_text()) for name in ("decoding", "rates"))
-    assert decoding["status"] == "failed" and decoding["reason"] and rates["status"] == "done"
-    (out / "steerable").unlink()
-    mended = card(inputs, out, "--phases=decoding,rates")
+    loop, rates = (json.loads((out / f"{name}.json").read_text()) for name in ("loop", "rates"))
+    assert loop["status"] == "failed" and "FileExistsError" in loop["reason"] and rates["status"] == "done"
+    (out / "loop.files").unlink()
+    mended = card(inputs, out, "--phases=loop,rates")
     assert mended.returncode == 0 and "rates: " not in mended.stdout  # kept, not made again
     assert json.loads((out / "rates.json").read_text()) == rates
-    assert json.loads((out / "decoding.json").read_text())["status"] == "done"
+    assert json.loads((out / "loop.json").read_text())["status"] == "done"
 
 
-def test_a_phase_over_its_time_is_ended_and_says_so(inputs: list[str], tmp_path: Path) -> None:
+def test_a_phase_over_its_limit_is_ended_and_says_so(inputs: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import card\n"
+        "if __name__ == '__main__':\n"
+        "    print(card.run('seven_b', card.Inputs(*sys.argv[3:], False), Path(sys.argv[2]), 0.2))"
+    )
+    (tmp_path / "one.py").write_text(code)
+    paths = [text.partition("=")[2] for text in inputs]
+    command = [sys.executable, str(tmp_path / "one.py"), str(ROOT / "bench"), str(tmp_path), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "its time limit" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "seven_b.json").read_text())["status"] == "failed"
+
+
+def test_a_phase_is_not_begun_when_the_time_is_used_up(inputs: list[str], tmp_path: Path) -> None:
     out = tmp_path / "card"
     late = card(inputs, out, "--phases=rates,seven_b", "--minutes=0.001")
     assert late.returncode == 1 and late.stdout.count("not begun") == 2

@@ -1,14 +1,14 @@
 """The whole loop: recipes/smollm2-135m.yaml with two iterations on the given policy, rated rows and prompts."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import yaml
+
 from card_phases.common import Card
-from dpa.core.config import read_yaml
+from dpa.core.config import load_config, read_yaml
+from dpa.recipes.dpa import Loop
 from dpa.stages.prompts import read_prompts
 from dpa.storage.tables import read_json
 
@@ -20,8 +20,6 @@ def loop(card: Card) -> None:
 
     The last tenth of the prompts is measured on and left out of training.
     """
-    import yaml
-
     card.folder.mkdir(parents=True, exist_ok=True)
     prompts, _ = read_prompts(card.inputs.prompts)
     held = max(3, min(60, len(prompts) // 10))
@@ -50,13 +48,9 @@ def loop(card: Card) -> None:
     config = card.folder / "loop.yaml"
     config.write_text(yaml.safe_dump(fields), encoding="utf-8")
     begun = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "dpa", "run", str(config), "--ignore-free-space"], cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=sys.stderr, check=False,
-    )  # fmt: skip
+    with Loop(load_config(config)) as run_of:
+        run_of.run()
     seconds = time.perf_counter() - begun
-    if done.returncode != 0:
-        raise RuntimeError(f"dpa run ended with code {done.returncode}; see its output above")
     stages: dict[str, dict[str, float]] = {}
     for file in sorted(run.glob("**/done.json")):
         ledger, kind = read_json(file)["ledger"], file.parent.relative_to(run).as_posix().split("/", 1)[-1]

@@ -34,15 +34,15 @@ def reward(card: Card) -> None:
     card.row("reward training, all of it", speed, "tokens/s", peak_bytes=whole.peak_bytes, quality=quality, **facts,
              **card.share(6 * parameters * speed, "matrix"))  # fmt: skip
 
-    data = reward_rows(card, rows, config.max_length)
+    data, pad = reward_rows(card, rows, config.max_length)
     tokens = sum(len(row["input_ids"]) for row in data)
     found = {}
     for name, build in {"dpa": our_reward_trainer, "trainer": plain_reward_trainer}.items():
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_pretrained(card.inputs.policy, num_labels=1, dtype="float32")
-        model.config.pad_token_id = 0
+        model.config.pad_token_id = pad
         with tempfile.TemporaryDirectory() as work, quiet_libraries():
-            trainer = build(model, data, config, Path(work))
+            trainer = build(model, data, config, Path(work), pad)
             trainer.remove_callback(PrinterCallback)
             found[name] = timed(trainer.train)
         del model, trainer
@@ -52,27 +52,28 @@ def reward(card: Card) -> None:
              **card.share(6 * parameters * ours, "matrix"))  # fmt: skip
 
 
-def reward_rows(card: Card, rows: list[Any], longest: int) -> list[dict[str, Any]]:
-    """Token ids and marks in units of their spread, as a regressor is given them."""
+def reward_rows(card: Card, rows: list[Any], longest: int) -> tuple[list[dict[str, Any]], int]:
+    """Token ids and marks in units of their spread, as a regressor is given them; and the pad token."""
     from dpa.models.reward_model import encode
 
     _, tokenizer = load_policy(card.inputs.policy, device="cpu")
     ids_N = encode(tokenizer, None, longest, [row.messages for row in rows], [row.response for row in rows])
-    return [
+    data = [
         {"input_ids": ids, "labels": np.array([row.marks[0] / 50 - 1], dtype=np.float32)}
         for ids, row in zip(ids_N, rows, strict=True)
         if ids is not None
     ]
+    return data, tokenizer.pad_token_id
 
 
-def our_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig, work: Path) -> Any:
+def our_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig, work: Path, pad: int) -> Any:
     """What `train_reward_model` trains with."""
     from dpa.models import reward_training
 
-    return reward_training.build_trainer(model, data, config, 0, work, 0)
+    return reward_training.build_trainer(model, data, config, pad, work, 0)
 
 
-def plain_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig, work: Path) -> Any:
+def plain_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig, work: Path, pad: int) -> Any:
     """transformers as its documentation starts a regression: shuffled batches, padded to their longest."""
     from transformers import Trainer, TrainingArguments
 
@@ -84,7 +85,7 @@ def plain_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig,
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
-        ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
+        ids = torch.tensor([row["input_ids"] + [pad] * (width - len(row["input_ids"])) for row in rows])
         lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
         seen = (torch.arange(width)[None] < lengths).long()
         return {"input_ids": ids, "attention_mask": seen, "labels": torch.tensor(np.stack([r["labels"] for r in rows]))}
