@@ -55,7 +55,8 @@ def test_summaries_of_ratings_and_of_the_reward_model_fit_60_columns() -> None:
     }  # fmt: skip
     found = {"n": 3_533, "mse": 123.4, "mae": 9.1, "pearson": 0.81, "kendall": 0.61, "pairwise_accuracy": 0.77}
     quality = dict.fromkeys(names, found)
-    facts = {"quality": quality, "baselines": {"mean": quality, "length": quality}}
+    training = {"left_out_rows": 35, "train_rows": 31_763, "held_out_rows": 3_533, "max_length": 2_048}
+    facts = {"quality": quality, "baselines": {"mean": quality, "length": quality}, "training": training}
     for show in (lambda console: print_summary(summary, console), lambda console: print_quality(facts, console)):
         text = shown(60, show)
         assert all(len(line) <= 60 for line in text.splitlines())
@@ -63,3 +64,4 @@ def test_summaries_of_ratings_and_of_the_reward_model_fit_60_columns() -> None:
         for name in names:
             assert name in text
     assert "RMSE 11.1" in text and "pairs 0.77" in text
+    assert "LEFT OUT: 35 of 35,331" in text

@@ -28,6 +28,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
+varlen_attn: Callable[..., Any] | None
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch 2.9
@@ -182,16 +183,16 @@ def gives_right_values(
     attend: Callable[..., Any], device: torch.device, heads: int, key_heads: int, width: int, dtype: torch.dtype
 ) -> bool:
     """Whether an attention function gives the values and gradients of `segments`; says why where it does not."""
-    lengths, shape = [5, 1, 20], {"device": device, "dtype": dtype}
+    lengths, given_heads = [5, 1, 20], (heads, key_heads, key_heads)
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     results = []
     try:
         with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            parts = [torch.randn(1, count, 26, width, **shape) for count in (heads, key_heads, key_heads)]
+            parts = [torch.randn(1, count, 26, width, device=device, dtype=dtype) for count in given_heads]
             for way in (attend, _segments):
-                given = [part.clone().requires_grad_() for part in parts]
-                out, _ = way(torch.nn.Module(), *given, None, cu_seq_lens_q=bounds, max_length_q=20)
+                query, key, value = given = [part.clone().requires_grad_() for part in parts]
+                out, _ = way(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, max_length_q=20)
                 (out.float() * torch.arange(width, device=device)).sum().backward()
                 results.append([out.detach(), *(part.grad for part in given)])
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:

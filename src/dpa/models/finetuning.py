@@ -315,7 +315,7 @@ def build_trainer(
         longest = max(row.ids_T.numel() for row in trainer.train_dataset)
         most = config.packed_rows_per_step if config.rows_per_device == "auto" else config.rows_per_device
         recompute = config.gradient_checkpointing
-        first = first_plan(trainer.model, recompute, longest, min(most, len(rows)), "finetune", arguments.bf16)
+        first = first_plan(trainer.model, recompute, longest, min(most, len(rows)), "finetune", bool(arguments.bf16))
         cpu_auto = arguments.device.type == "cpu" and config.rows_per_device == "auto"  # one a pass is as fast there
         trainer.pass_size = 1 if cpu_auto else first.units
         trainer.may_recompute = recompute is None and not first.recompute

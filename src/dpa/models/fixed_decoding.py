@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,12 +51,13 @@ class FixedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys.index_copy_(2, self._column, key_states)
-        self.values.index_copy_(2, self._column, value_states)
-        return self.keys, self.values
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None
+        return keys.index_copy_(2, self._column, key_states), values.index_copy_(2, self._column, value_states)
 
     def get_seq_length(self) -> int:
         """What makes the new position the last of the view: the mask says which of them are seen."""
+        assert self.keys is not None
         return self.keys.shape[-2] - 1
 
 
@@ -95,7 +97,7 @@ class FixedDecoder:
         self._graphs = model.device.type == "cuda" if graphs is None else graphs
         self._ends = torch.tensor(how.end_ids, device=model.device)
         self._buffers: _Buffers | None = None
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     @staticmethod
     def fits(model: PreTrainedModel) -> bool:
@@ -194,7 +196,7 @@ class FixedDecoder:
         device = self._forward.model.device
         length += -length % STRIDE
         column = torch.zeros(1, dtype=torch.long, device=device)
-        layers = []
+        layers: list[Any] = []
         for layer in cache.layers:
             assert isinstance(layer, StridedLayer)
             keys, values = (

@@ -161,8 +161,7 @@ def build_preference_trainer(
     collator documents.
     """
     shared = shared_arguments(config, work, seed)
-    together = config.pairs_per_device
-    if together == "auto":
+    if config.pairs_per_device == "auto":
         longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
         most = max(1, config.pairs_per_step // ranks())
         recompute, lora = config.gradient_checkpointing, config.lora is not None
@@ -171,6 +170,8 @@ def build_preference_trainer(
         while most % together:  # passes of a step are alike
             together -= 1
         shared["gradient_checkpointing"] = first.recompute
+    else:
+        together = config.pairs_per_device
     losses, weights = ["sigmoid"], [1.0]
     if config.sft_weight:
         losses, weights = [*losses, "sft"], [*weights, config.sft_weight]
