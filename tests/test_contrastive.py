@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_finetuning import CONFIG, logged, run, table_of
+from test_finetuning import CONFIG, NO_DROPOUT, logged, run, table_of
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 
 from dpa.core.config import FinetuneConfig, LoraConfig
 from dpa.core.directions import DirectionSpace, Objective
+from dpa.models.attention import packed_attention
 from dpa.models.contrastive import info_nce, label_log_probabilities, negative_directions
 from dpa.models.finetuning import Example, build_trainer, encode_examples
 from dpa.models.policy import make_steerable
@@ -63,20 +64,19 @@ def reference(model: torch.nn.Module, examples: list[Example], weight: float) ->
 
 @given(st.lists(st.lists(st.floats(-50, 0), min_size=1, max_size=4), min_size=1, max_size=6))
 def test_the_term_is_the_explicit_softmax(log_p_RJ: list[list[float]]) -> None:
-    row = torch.tensor([r for r, row in enumerate(log_p_RJ) for _ in row])
-    place = torch.tensor([j for row in log_p_RJ for j in range(len(row))])
-    terms = info_nce(torch.tensor([p for row in log_p_RJ for p in row]), row, place)
+    most = max(map(len, log_p_RJ))
+    terms = info_nce(torch.tensor([[*row, *[-np.inf] * (most - len(row))] for row in log_p_RJ]))
     expected = [-torch.tensor(row).softmax(0)[0].log() for row in log_p_RJ]
     torch.testing.assert_close(terms, torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_with_one_negative_it_is_a_softplus_and_its_gradient_pulls_both_ways() -> None:
-    log_p = torch.tensor([-3.0, -2.5], requires_grad=True)
-    term = info_nce(log_p, torch.tensor([0, 0]), torch.tensor([0, 1]))
+    log_p = torch.tensor([[-3.0, -2.5, -np.inf]], requires_grad=True)
+    term = info_nce(log_p)
     term.sum().backward()
     assert term.item() == pytest.approx(np.log1p(np.exp(0.5)))
     assert log_p.grad is not None
-    assert log_p.grad.tolist() == pytest.approx([-1 / (1 + np.exp(-0.5)), 1 / (1 + np.exp(-0.5))])
+    assert log_p.grad[0].tolist() == pytest.approx([-1 / (1 + np.exp(-0.5)), 1 / (1 + np.exp(-0.5)), 0.0])
 
 
 def test_log_probabilities_in_parts_are_those_at_once() -> None:
@@ -92,42 +92,82 @@ def test_log_probabilities_in_parts_are_those_at_once() -> None:
 # --- the loss of a step -------------------------------------------------------------------------------------------
 
 
+def assert_equals_reference(model: torch.nn.Module, loss: float, architecture: str) -> None:
+    """The loss, and the gradients that `model` has by now."""
+    separate = tiny_model(architecture)
+    expected = reference(separate, random_examples(), weight=0.7)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for (name, found), parameter in zip(model.named_parameters(), separate.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize("rows_per_device", [1, 2, 4])
+@pytest.mark.parametrize("rows_per_device", [1, 3])
 def test_packed_loss_and_gradients_are_those_of_separate_segments(
     architecture: str, rows_per_device: int, tmp_path: Path
 ) -> None:
-    examples = random_examples()
-    model = tiny_model(architecture)
-    config = CONTRASTIVE.model_copy(update={"max_length": 100, "rows_per_device": rows_per_device})
-    trainer = build_trainer(model, tiny_tokenizer(), examples, tmp_path, config, seed=0)
-    batches, tokens = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 99, torch.device("cpu"))
-    assert 1 < sum(batch["input_ids"].shape[0] for batch in batches) < len(examples) or rows_per_device > 1
-    loss = 0.0
-    for batch in batches:
-        part = trainer.compute_loss(model, dict(batch), num_items_in_batch=tokens)
-        part.backward()
-        loss += part.item()
-    packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model = tiny_model(architecture, **(NO_DROPOUT if architecture == "gpt2" else {}))
+    changes = {"max_length": 100, "rows_per_device": rows_per_device, "packed_rows_per_step": 99}
+    config = CONTRASTIVE.model_copy(update={**changes, "save_steps": 99})
+    trainer = build_trainer(model, tiny_tokenizer(), random_examples(), tmp_path, config, seed=0)
+    (batch,) = trainer.get_train_dataloader()
+    assert len(trainer.cut(batch["rows"].rows, rows_per_device)) > 1, "in several passes"
+    with packed_attention(model):
+        loss = trainer.training_step(model, batch)
+    assert_equals_reference(model, float(loss), architecture)
 
-    model = tiny_model(architecture)
-    expected = reference(model, examples, weight=0.7)
-    expected.backward()
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+@pytest.mark.parametrize("rows_per_device", [1, 3])
+def test_accumulated_passes_have_the_same_loss_and_gradients(rows_per_device: int, tmp_path: Path) -> None:
+    """As ranks of a launch compute it, and a model whose logits are more than hidden states times a matrix."""
+    model = tiny_model(logits_scaling=1.0)
+    config = CONTRASTIVE.model_copy(
+        update={"max_length": 100, "rows_per_device": rows_per_device, "packed_rows_per_step": 3}
+    )
+    trainer = build_trainer(model, tiny_tokenizer(), random_examples(), tmp_path, config, seed=0)
+    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 99, torch.device("cpu"))
+    assert len(batches) > 1
+    loss = 0.0
+    with packed_attention(model):
+        for batch in batches:
+            part = trainer.compute_loss(model, batch)
+            part.backward()
+            loss += part.item()
+    assert_equals_reference(model, loss, "llama")
+
+
+def test_fault_52_memory_that_runs_out_in_a_step_counts_nothing_twice(tmp_path: Path) -> None:
+    logs = []
+    for forgetful in (False, True):
+        model, calls = tiny_model(), 0
+        config = CONTRASTIVE.model_copy(update={"max_length": 100, "rows_per_device": 2, "save_steps": 99})
+        trainer = build_trainer(model, tiny_tokenizer(), random_examples(20), tmp_path, config, seed=0)
+
+        def refuse(*_: object, forgetful: bool = forgetful) -> None:
+            nonlocal calls
+            calls += 1
+            if forgetful and calls == 2:  # the first pass of the step has been counted
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+        model.model.layers[-1].register_forward_pre_hook(refuse)
+        trainer.train()
+        assert trainer.pass_size == (1 if forgetful else 2)
+        names = ("loss", "nll", "contrast", "own_likelier")
+        logs.append([[entry[name] for name in names] for entry in trainer.state.log_history if "nll" in entry])
+    assert len(logs[0]) > 1
+    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-4)
 
 
 def test_a_row_and_its_negatives_share_a_packed_row(tmp_path: Path) -> None:
     examples = random_examples(40)
     config = CONTRASTIVE.model_copy(update={"max_length": 100})
-    columns = build_trainer(tiny_model(), tiny_tokenizer(), examples, tmp_path, config, seed=0).train_dataset
-    assert all(sum(lengths) <= 100 for lengths in columns["seq_lengths"])
-    assert all(
-        sum(sizes) == len(lengths) for sizes, lengths in zip(columns["segments"], columns["seq_lengths"], strict=True)
-    )
-    assert sum(map(len, columns["segments"])) == 40
-    assert sum(map(len, columns["input_ids"])) == sum(example.tokens for example in examples)
+    rows = build_trainer(tiny_model(), tiny_tokenizer(), examples, tmp_path, config, seed=0).train_dataset
+    assert all(sum(row.lengths) == row.ids_T.numel() <= 100 for row in rows)
+    assert all(sum(row.sizes) == len(row.lengths) for row in rows)
+    assert sum(len(row.sizes) for row in rows) == sum(row.learned for row in rows) == 40
+    assert sum(row.ids_T.numel() for row in rows) == sum(example.tokens for example in examples)
+    assert sum(row.labels for row in rows) == sum(len(e.ids) - e.prompt_tokens for e in examples), "negatives' aside"
 
 
 def test_off_it_leaves_rows_and_trainer_as_they_are(tmp_path: Path) -> None:
@@ -218,7 +258,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"lora": LoraConfig(rank=4, alpha=8)}])
 def test_how_a_step_is_cut_into_passes_does_not_matter(base: Path, tmp_path: Path, changes: dict) -> None:
-    config = CONTRASTIVE.model_copy(update=changes)
+    config = CONTRASTIVE.model_copy(update={**changes, "save_steps": 99})
     one = run(base, tmp_path / "one", config, POOLS)
     together = run(base, tmp_path / "together", config.model_copy(update={"rows_per_device": 4}), POOLS)
     assert together.losses == pytest.approx(one.losses, rel=1e-3)
@@ -240,7 +280,7 @@ def test_interrupted_and_resumed_equals_undisturbed(base: Path, tmp_path: Path) 
 
 
 def test_it_teaches_to_read_the_direction(base: Path, tmp_path: Path) -> None:
-    config = CONTRASTIVE.model_copy(update={"contrastive": 1.0, "epochs": 20, "save_steps": 100})
+    config = CONTRASTIVE.model_copy(update={"contrastive": 1.0, "epochs": 20, "save_steps": 100, "rows_per_device": 4})
     run(base, tmp_path, config, POOLS)
     last = [json.loads(line) for line in (tmp_path / "work" / "log.jsonl").read_text().splitlines()][-2]
     assert last["own_likelier"] > 0.8 and last["contrast"] < 0.5

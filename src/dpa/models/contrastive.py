@@ -19,7 +19,6 @@ changes it. A row travels with its negatives, the same response behind other pro
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -108,98 +107,56 @@ def _log_probabilities(logits_LV: torch.Tensor, labels_L: torch.Tensor) -> torch
     return -functional.cross_entropy(logits_LV.float(), labels_L, reduction="none")
 
 
-def info_nce(log_p_S: torch.Tensor, row_S: torch.Tensor, place_S: torch.Tensor) -> torch.Tensor:
-    """The contrastive term of each row (R), nats. `log_p_S`: of each segment's response; `row_S`: its row's number;
-    `place_S`: 0 for the row's own direction, 1, 2, ... for its negatives."""
-    rows, places = int(row_S[-1]) + 1, int(place_S.max()) + 1
-    log_p_RJ = log_p_S.new_full((rows, places), -torch.inf).index_put((row_S, place_S), log_p_S)
+def info_nce(log_p_RJ: torch.Tensor) -> torch.Tensor:
+    """The contrastive term of each row (R), nats. `log_p_RJ`: log p of its response under its own direction, then under
+    its negatives (-inf where it has fewer)."""
     return torch.logsumexp(log_p_RJ, dim=1) - log_p_RJ[:, 0]
+
+
+def contrast_slots(places_L: torch.Tensor, lengths: Sequence[int], sizes: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Which segment each label of a pass belongs to, in a table of rows and their segments.
+
+    `places_L`: where the labels stand; `lengths`: of the segments, behind each other; `sizes`: how many of them each
+    row has, its own the first. Returned: `slot_L`, the place in the table (R, J), flattened, and `present_RJ`.
+    """
+    present_RJ = torch.arange(max(2, *sizes)) < torch.tensor(sizes)[:, None]
+    segment_L = torch.searchsorted(torch.tensor(lengths).cumsum(0), places_L, right=True)
+    return {"slot_L": present_RJ.flatten().nonzero()[segment_L, 0], "present_RJ": present_RJ}
 
 
 # --- in a Trainer --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class ContrastiveCollator:
-    """A padding-free collator's batch, and what the term needs to know of it.
-
-    Besides the columns `inner` takes, whose labels are those of the rows' own segments, rows have `all_labels`, those
-    of every segment, and `segments`, how many segments each row of the selection has, its own the first.
-    Tensors added: `kept_L`, the positions that predict a label; `kept_labels_L`; `segment_L`, the number of the label's
-    segment; `row_S` and `place_S` as `info_nce` takes them; `rows`, how many rows have a label.
-    """
-
-    inner: Any
-
-    def __call__(self, packed: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate packed rows."""
-        batch = self.inner([{k: v for k, v in row.items() if k not in ("all_labels", "segments")} for row in packed])
-        lengths = torch.tensor([length for row in packed for length in row["seq_lengths"]])
-        sizes = torch.tensor([size for row in packed for size in row["segments"]])
-        labels = torch.tensor([label for row in packed for label in row["all_labels"]])
-        starts = lengths.cumsum(0) - lengths
-        labels[starts] = -100  # nothing before it predicts it
-        segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        label_at = (labels != -100).nonzero().flatten()
-        row = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        own = sizes.cumsum(0) - sizes
-        place = torch.arange(len(lengths)) - own[row]
-        learned = torch.zeros(len(lengths), dtype=torch.bool).index_fill(0, segment[label_at], True)
-        return batch | {
-            "kept_L": label_at - 1,
-            "kept_labels_L": labels[label_at],
-            "segment_L": segment[label_at],
-            "row_S": row,
-            "place_S": place,
-            "rows": learned[own].sum(),
-        }
-
-
 class AddsContrast:
-    """Mixin before an SFTTrainer whose batches come from a ContrastiveCollator: `contrastive` times the term is added.
+    """Mixin before a Trainer class: its loss is `contrast_loss`, and the log says what that is made of.
 
     The log has `nll` (nats a token: the loss without the term), `contrast` (the mean term) and `own_likelier` (the
     share of contrasted rows that are likelier under their own direction than under each negative) of every step.
     """
 
     contrastive: float
-    _rows_of_step: torch.Tensor
     _sums: torch.Tensor | None = None
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of one optimizer step; the rows in all of them, over all ranks, are counted too."""
-        batches, tokens = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        rows = sum((batch["rows"] for batch in batches), torch.tensor(0))
-        self._rows_of_step = self._over_ranks(rows).clamp(min=1)
-        return batches, tokens
+    def begin(self) -> None:
+        """A step begins, or begins again."""
+        self._sums = None
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The share of this pass in the loss of its step. `num_items_in_batch`: label tokens of the step, all ranks."""
-        trainer: Any = self
-        kept_L, labels_L, segment_L, row_S, place_S, _ = (
-            inputs.pop(name) for name in ("kept_L", "kept_labels_L", "segment_L", "row_S", "place_S", "rows")
-        )
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        outputs = model(**inputs, use_cache=False, logits_to_keep=kept_L)
-        log_p_L = label_log_probabilities(outputs.logits[0], labels_L)
-        own_L = place_S[segment_L] == 0
-        log_p_S = log_p_L.new_zeros(len(row_S)).index_add(0, segment_L, log_p_L)
-        contrast_R = info_nce(log_p_S, row_S, place_S)
-        nll = -(log_p_L * own_L).sum() / num_items_in_batch
-        contrast = contrast_R.sum() / self._rows_of_step
+    def contrast_loss(
+        self, log_p_L: torch.Tensor, slot_L: torch.Tensor, present_RJ: torch.Tensor, labels: Any, examples: Any
+    ) -> torch.Tensor:
+        """The share of a pass in the loss of its step, of as many own `labels` and as many `examples`.
+
+        `log_p_L`: of the labels in the pass; the others are what `contrast_slots` returned for them.
+        """
+        log_p_RJ = log_p_L.new_zeros(present_RJ.numel()).index_add(0, slot_L, log_p_L).view(present_RJ.shape)
+        log_p_RJ = log_p_RJ.masked_fill(~present_RJ, -torch.inf)
+        nll, contrast = -log_p_RJ[:, 0].sum() / labels, info_nce(log_p_RJ).sum() / examples
         with torch.no_grad():
-            best_R = torch.full_like(contrast_R, -torch.inf)
-            best_R.scatter_reduce_(0, row_S, torch.where(place_S > 0, log_p_S, -torch.inf), "amax")
-            contrasted_R = best_R > -torch.inf
-            likelier = (log_p_S[place_S == 0] > best_R) & contrasted_R
-            sums = torch.stack([nll, contrast, likelier.sum().float(), contrasted_R.sum().float()])
+            contrasted_R = present_RJ[:, 1]
+            likelier_R = (log_p_RJ[:, 0] > log_p_RJ[:, 1:].amax(1)) & contrasted_R
+            sums = torch.stack([nll, contrast, likelier_R.sum(), contrasted_R.sum()])
             self._sums = sums if self._sums is None else self._sums + sums
-        loss = nll + self.contrastive * contrast
-        if trainer.args.average_tokens_across_devices:
-            loss = loss * trainer.accelerator.num_processes  # gradients are averaged over ranks
-        return (loss, outputs) if return_outputs else loss
+        return nll + self.contrastive * contrast
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One entry of the log, with what the steps since the last one amounted to."""
@@ -212,3 +169,33 @@ class AddsContrast:
     def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
         accelerator = self.accelerator  # type: ignore[attr-defined]
         return accelerator.reduce(sums.to(accelerator.device), "sum")
+
+
+class AccumulatesContrast(AddsContrast):
+    """The same where passes accumulate as a Trainer does it.
+
+    The batch of a pass has, beside what the model takes, `labels` (1, T), `label_places`, what `contrast_slots`
+    returns, and how many own labels (`count`) and examples with one (`examples`) there are.
+    """
+
+    _of_step: torch.Tensor
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of one optimizer step; what is in all of them, over all ranks, is counted."""
+        batches, tokens = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        counts = [sum(batch.pop(name) for batch in batches) for name in ("count", "examples")]
+        self._of_step = self._over_ranks(torch.tensor(counts)).clamp(min=1)
+        return batches, tokens
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The share of this pass in the loss of its step."""
+        names = ("slot_L", "present_RJ", "label_places", "labels")
+        slot_L, present_RJ, places_L, labels_BT = (inputs[name] for name in names)
+        given = {name: value for name, value in inputs.items() if name not in names}
+        outputs = model(**given, use_cache=False, logits_to_keep=places_L - 1)
+        log_p_L = label_log_probabilities(outputs.logits[0], labels_BT[0, places_L])
+        loss = self.contrast_loss(log_p_L, slot_L, present_RJ, *self._of_step)
+        loss = loss * self.accelerator.num_processes  # type: ignore[attr-defined]  # gradients are averaged over ranks
+        return (loss, outputs) if return_outputs else loss

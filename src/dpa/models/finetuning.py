@@ -8,7 +8,7 @@ each example, which keeps them from attending to each other. `finetune.contrasti
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from dpa.core.config import FinetuneConfig
 from dpa.core.directions import DirectionSpace
 from dpa.models.attention import pack_lengths, packed_attention, to_device
-from dpa.models.contrastive import AddsContrast, ContrastiveCollator, negative_directions
+from dpa.models.contrastive import AccumulatesContrast, AddsContrast, contrast_slots, negative_directions
 from dpa.models.label_logprobs import IGNORED, has_plain_head, label_logprobs, label_places
 from dpa.models.listening import Listening
 from dpa.models.passes import StepInPasses, Uncut, first_plan, one_card, without_adapters
@@ -94,20 +94,32 @@ class Example:
 
 @dataclass(frozen=True)
 class Row:
-    """A packed row of T tokens: ids_T, labels_T and the lengths of its examples."""
+    """A packed row of T tokens: ids_T and labels_T of its segments, their lengths, and how many each example has.
+
+    `labels` are those of the examples themselves, their negatives aside; `learned` is how many examples have one.
+    """
 
     ids_T: torch.Tensor
     labels_T: torch.Tensor
     lengths: list[int]
+    sizes: list[int]
+    labels: int
+    learned: int
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "Row":
-        """The examples behind each other."""
+        """The examples behind each other, each followed by its negatives."""
+        split = [example.segments for example in examples]
+        segments = [segment for example in split for segment in example]
+        # A first token has a label where an example is all response, but nothing before it to be predicted from.
+        labels = [len(example.ids) - max(1, example.prompt_tokens) for example in examples]
         return cls(
-            torch.tensor([token for example in examples for token in example.ids]),
-            # A first token has a label where an example is all response, but nothing before it to be predicted from.
-            torch.tensor([label for example in examples for label in (IGNORED, *example.labels[1:])]),
-            [len(example.ids) for example in examples],
+            torch.tensor([token for segment in segments for token in segment.ids]),
+            torch.tensor([label for segment in segments for label in (IGNORED, *segment.labels[1:])]),
+            [len(segment.ids) for segment in segments],
+            [len(example) for example in split],
+            sum(labels),
+            sum(count > 0 for count in labels),
         )
 
 
@@ -120,6 +132,18 @@ def pass_inputs(rows: Sequence[Row]) -> dict[str, Any]:
         "label_places": label_places(labels_T),
         **pack_lengths([length for row in rows for length in row.lengths]),
     }
+
+
+def contrast_inputs(rows: Sequence[Row]) -> dict[str, Any]:
+    """The same, and which segment of which example each label belongs to."""
+    inputs = pass_inputs(rows)
+    lengths = [length for row in rows for length in row.lengths]
+    return inputs | contrast_slots(inputs["label_places"], lengths, [size for row in rows for size in row.sizes])
+
+
+def step_counts(rows: Sequence[Row]) -> dict[str, int]:
+    """What a loss over packed rows is divided by: their labels, and their examples that have any."""
+    return {"count": sum(row.labels for row in rows), "examples": sum(row.learned for row in rows)}
 
 
 class _OverPackedRows:
@@ -142,19 +166,30 @@ class _Trainer(StopsAtBadStep, StepInPasses, _OverPackedRows, SFTTrainer):
         """Passes of `size` packed rows."""
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
-    def pass_loss(self, model: Any, part: Any, count: int) -> torch.Tensor:
+    def pass_loss(self, model: Any, part: Any, step: Mapping[str, Any]) -> torch.Tensor:
         """Nats of the pass's labels, over those of the step."""
         inputs = to_device(pass_inputs(part), self.args.device)
         logprobs_L, _ = label_logprobs(without_adapters(model), inputs)
-        return -logprobs_L.sum() / count
+        return -logprobs_L.sum() / step["count"]
+
+
+class _ContrastiveTrainer(AddsContrast, _Trainer):
+    """The same with the contrastive term."""
+
+    def pass_loss(self, model: Any, part: Any, step: Mapping[str, Any]) -> torch.Tensor:
+        """Nats of the pass's own labels, over those of the step, and the weighed term."""
+        inputs = to_device(contrast_inputs(part), self.args.device)
+        slot_L, present_RJ = inputs.pop("slot_L"), inputs.pop("present_RJ")
+        logprobs_L, _ = label_logprobs(without_adapters(model), inputs)
+        return self.contrast_loss(logprobs_L, slot_L, present_RJ, step["count"], step["examples"])
 
 
 class _LaunchedTrainer(StopsAtBadStep, _OverPackedRows, SFTTrainer):
     """The same in a launched training, where passes accumulate as the Trainer does it, so that ranks stay together."""
 
 
-class _ContrastiveTrainer(AddsContrast, _LaunchedTrainer):
-    """One that adds the contrastive term."""
+class _LaunchedContrastiveTrainer(AccumulatesContrast, _LaunchedTrainer):
+    """The same with the contrastive term."""
 
 
 def finetune(
@@ -281,7 +316,7 @@ def build_trainer(
     seed: int,
 ) -> SFTTrainer:
     """The SFTTrainer over the packed examples, checkpoints in `work`. Raises ConfigError."""
-    in_passes = ranks() == 1 and has_plain_head(model) and not config.contrastive
+    in_passes = ranks() == 1 and has_plain_head(model)
     together = 1 if config.rows_per_device == "auto" else config.rows_per_device
     accumulated = accumulation(
         "finetune.packed_rows_per_step", config.packed_rows_per_step, "rows_per_device", together
@@ -294,7 +329,13 @@ def build_trainer(
         remove_unused_columns=False,
     )
     one_card(arguments)
-    kind = _Trainer if in_passes else _ContrastiveTrainer if config.contrastive else _LaunchedTrainer
+    kind: type[SFTTrainer]
+    if in_passes:
+        kind, collate = _ContrastiveTrainer if config.contrastive else _Trainer, _step
+    elif config.contrastive:
+        kind, collate = _LaunchedContrastiveTrainer, _contrast_pass
+    else:
+        kind, collate = _LaunchedTrainer, _pass
     trainer: Any = kind(
         model=model,
         args=arguments,
@@ -304,15 +345,12 @@ def build_trainer(
         optimizer_cls_and_kwargs=optimizer_class(config),
     )
     trainer.remove_callback(PrinterCallback)
-    rows = _packed(examples, config)
-    trainer.train_dataset = [Row.of(row) for row in rows]
-    trainer.data_collator = _step if in_passes else _pass
+    rows = [Row.of(row) for row in _packed(examples, config)]
+    trainer.train_dataset, trainer.data_collator = rows, collate
     if config.contrastive:
         trainer.contrastive = config.contrastive
-        trainer.train_dataset = Dataset.from_dict(_contrasted(rows))
-        trainer.data_collator = ContrastiveCollator(_pass_of_columns)
     if in_passes:
-        longest = max(row.ids_T.numel() for row in trainer.train_dataset)
+        longest = max(row.ids_T.numel() for row in rows)
         most = config.packed_rows_per_step if config.rows_per_device == "auto" else config.rows_per_device
         recompute = config.gradient_checkpointing
         first = first_plan(trainer.model, recompute, longest, min(most, len(rows)), "finetune", bool(arguments.bf16))
@@ -325,7 +363,7 @@ def build_trainer(
 
 def _step(rows: list[Row]) -> dict[str, Any]:
     """The batch of an optimizer step."""
-    return {"count": sum(int((row.labels_T != IGNORED).sum()) for row in rows), "rows": Uncut(rows)}
+    return {**{name: max(1, count) for name, count in step_counts(rows).items()}, "rows": Uncut(rows)}
 
 
 def _pass(rows: list[Row]) -> dict[str, Any]:
@@ -333,27 +371,9 @@ def _pass(rows: list[Row]) -> dict[str, Any]:
     return {name: value for name, value in pass_inputs(rows).items() if name != "label_places"}
 
 
-def _pass_of_columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The batch of a pass from rows of `_contrasted`."""
-    tensors = [[torch.tensor(row[name]) for name in ("input_ids", "labels")] for row in rows]
-    return _pass([Row(ids, labels, row["seq_lengths"]) for (ids, labels), row in zip(tensors, rows, strict=True)])
-
-
-def _contrasted(rows: Sequence[Sequence[Example]]) -> dict[str, list[list[int]]]:
-    """Columns of packed rows whose examples have their negatives behind them."""
-    columns: dict[str, list[list[int]]] = {
-        name: [] for name in ("input_ids", "labels", "all_labels", "seq_lengths", "segments")
-    }
-    for row in rows:
-        split = [example.segments for example in row]
-        segments = [segment for example in split for segment in example]
-        columns["input_ids"].append([token for segment in segments for token in segment.ids])
-        columns["all_labels"].append([label for segment in segments for label in segment.labels])
-        own = [[own.labels, *([IGNORED] * len(other.ids) for other in others)] for own, *others in split]
-        columns["labels"].append([label for parts in own for part in parts for label in part])
-        columns["seq_lengths"].append([len(segment.ids) for segment in segments])
-        columns["segments"].append([len(example) for example in split])
-    return columns
+def _contrast_pass(rows: list[Row]) -> dict[str, Any]:
+    """The batch of a pass, contrasted."""
+    return {**contrast_inputs(rows), **step_counts(rows)}
 
 
 def _packed(examples: Sequence[Example], config: FinetuneConfig) -> list[list[Example]]:

@@ -7,7 +7,7 @@ gradients are dropped, the cut is halved and the step is done again, with the sa
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -72,15 +72,18 @@ class StepInPasses:
         """The passes of a step's rows, each of at most `size`, or of the least there can be."""
         raise NotImplementedError
 
-    def pass_loss(self, model: Any, part: Any, count: int) -> torch.Tensor:
-        """The loss of one pass; `count` is the number of labels in the whole step."""
+    def pass_loss(self, model: Any, part: Any, step: Mapping[str, Any]) -> torch.Tensor:
+        """The loss of one pass; `step` is the batch of the whole step, with what it counted."""
         raise NotImplementedError
+
+    def begin(self) -> None:
+        """The passes of a step begin, or begin again: what a class sums over them starts at nothing."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """All passes of one optimizer step, forward and backward; the step's loss. Raises TrainingError.
 
-        `inputs`: `rows` (Uncut) and `count`, their labels. They are counted where they are made: to count on a card is
-        to wait for it.
+        `inputs`: `rows` (Uncut), and what the class divides by, such as the number of their labels. It is counted where
+        rows are made: to count on a card is to wait for it.
         """
         model.train()
         while True:
@@ -105,12 +108,13 @@ class StepInPasses:
     def _try(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor | None, bool]:
         """The step's loss, or None when memory ran out; and whether the passes were the least there can be."""
         trainer: Any = self
+        self.begin()
         parts = self.cut(batch["rows"].rows, self.pass_size)
         total = torch.zeros((), device=trainer.args.device)
         try:
             for part in parts:
                 with trainer.accelerator.autocast():
-                    loss = self.pass_loss(model, part, max(1, batch["count"]))
+                    loss = self.pass_loss(model, part, batch)
                 trainer.accelerator.backward(loss)
                 total += loss.detach()
         except RuntimeError as error:

@@ -457,7 +457,7 @@ class _Trainer(StopsAtBadStep, StepInPasses, Trainer):
         lengths = [len(row["input_ids"]) for row in rows]
         return [[rows[place] for place in part] for part in batches(lengths, size, self.packed)]
 
-    def pass_loss(self, model: Any, part: Any, count: int) -> torch.Tensor:
+    def pass_loss(self, model: Any, part: Any, step: Mapping[str, Any]) -> torch.Tensor:
         """Squared errors of the pass's marks, over the number of the step's."""
         ids_B, device = [row["input_ids"] for row in part], self.args.device
         labels_BM = torch.from_numpy(np.stack([row["labels"] for row in part])).float()
@@ -469,7 +469,7 @@ class _Trainer(StopsAtBadStep, StepInPasses, Trainer):
             inputs = to_device({**pad_batch(ids_B, self.pad), "labels": labels_BM}, device)
             labels_BM = inputs.pop("labels")
             logits_BM = model(**inputs).logits
-        return masked_mse(logits_BM, labels_BM, count)
+        return masked_mse(logits_BM, labels_BM, step["count"])
 
 
 def build_trainer(
@@ -499,7 +499,8 @@ def build_trainer(
     one_card(arguments)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"count": sum(int((row["labels"] != MISSING).sum()) for row in rows), "rows": Uncut(rows)}
+        count = sum(int((row["labels"] != MISSING).sum()) for row in rows)
+        return {"count": max(1, count), "rows": Uncut(rows)}
 
     trainer = _Trainer(model, arguments, data_collator=collate, train_dataset=data)
     base = without_adapters(model)
