@@ -2,6 +2,7 @@
 that kill and resume.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -18,6 +19,11 @@ settings.load_profile("dpa")
 
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src"
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a Trainer collects garbage twice, which else goes over a million objects each time."""
+    gc.freeze()
 
 
 @pytest.fixture
