@@ -54,7 +54,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def test_fault_01_killed_at_random_instants_and_resumed_nothing_is_lost(tmp_path: Path, fake_run: Callable) -> None:
-    out, errors = fake_run(tmp_path, "--kills", KILLS, "--seconds", 0.001).communicate(timeout=120)
+    out, errors = fake_run(tmp_path, "--kills", KILLS, "--seconds", 0.001).communicate(timeout=400)
     assert out == f"killed {KILLS} while running\n", errors
     expected = stage_rows(tmp_path / "whole")
     assert len(expected["rollout"]) == len(expected["score"]) == 16 * 3 * 2
