@@ -1,6 +1,7 @@
 """What every phase of bench/card.py is given: its inputs, its result file, and a clock.
 
-A phase writes rows of figures as it finds them, so that a phase that breaks halfway keeps what it had.
+A phase writes a row of figures, and a line of its log, as soon as it has them: one that breaks or is ended keeps
+what it had. Trainings are measured by time, not to their end (`steps_of`).
 """
 
 import gc
@@ -14,6 +15,9 @@ from typing import Any
 OBJECTIVES = ("quality", "verbosity")
 ATTRIBUTE = "quality"
 """The column of --ratings that is learnt."""
+
+STEPS_S, WARM_STEPS = 12.0, 3
+"""Seconds that a training's steps are measured for, and the steps before, which are not."""
 
 
 class Absent(Exception):
@@ -39,6 +43,7 @@ class Card:
     out: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
     _prompts: list[Any] = field(default_factory=list)
+    _begun: float = field(default_factory=time.monotonic)
 
     @property
     def tiny(self) -> bool:
@@ -58,9 +63,21 @@ class Card:
     def row(
         self, what: str, figure: float, unit: str, peer: float | None = None, peer_name: str = "", **more: Any
     ) -> None:
-        """Keep one line of the table. `more`: `share` of the card's `of` (matrix or copy rate), and facts."""
-        self.rows.append({"what": what, "figure": figure, "unit": unit, "peer": peer, "peer_name": peer_name, **more})
+        """Keep one line of the table, instead of an earlier one of the same name, such as one whose peer was still to
+        come. `more`: `share` of the card's `of` (matrix or copy rate), and facts."""
+        row = {"what": what, "figure": figure, "unit": unit, "peer": peer, "peer_name": peer_name, **more}
+        names = [one["what"] for one in self.rows]
+        if what in names:
+            self.rows[names.index(what)] = row
+        else:
+            self.rows.append(row)
+        beside = "" if peer is None else f"; {peer_name} {peer:,.4g}"
+        self.say(f"{what}: {figure:,.4g} {unit}{beside}")
         self.write("running")
+
+    def say(self, text: str) -> None:
+        """A line of the phase's log."""
+        print(f"[{time.monotonic() - self._begun:6.1f} s] {text}", flush=True)
 
     def write(self, status: str, reason: str = "", seconds: float | None = None) -> None:
         """The result file as it stands: status is running, done, absent or failed."""
@@ -160,6 +177,69 @@ def timed(work: Callable[[], Any]) -> Timed:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begun
     return Timed(seconds, torch.cuda.max_memory_allocated() if cuda else peak_memory(), result)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Optimizer steps of a training: how many, the tokens in them (padding not), their seconds, the peak of memory."""
+
+    count: int
+    tokens: int
+    seconds: float
+    peak_bytes: int
+
+    @property
+    def speed(self) -> float:
+        """Tokens/s."""
+        return self.tokens / self.seconds
+
+
+def steps_of(trainer: Any, seconds: float = STEPS_S, warm: int = WARM_STEPS) -> Steps:
+    """Train for `seconds` behind `warm` steps that are not counted, or to the end; a training of no more steps than
+    those counts whole. A batch tells its tokens by its `rows`, as ours do, or by its attention mask."""
+    import torch
+    from transformers import TrainerCallback
+
+    cuda = torch.cuda.is_available()
+    times: list[float] = []
+    tokens: list[Any] = [0]
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    class Watch(TrainerCallback):
+        """Notes when each step ends, and stops."""
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            times.append(now())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            times.append(now())
+            tokens.append(0)
+            if len(times) > warm + 1 and times[-1] - times[warm] >= seconds:
+                control.should_training_stop = True
+
+    take = trainer.training_step
+
+    def counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        tokens[-1] = tokens[-1] + tokens_in(inputs)
+        return take(model, inputs, *args, **kwargs)
+
+    trainer.training_step = counted
+    trainer.add_callback(Watch)
+    peak = timed(trainer.train).peak_bytes
+    first = warm if len(times) > warm + 1 else 0
+    count = len(times) - 1 - first
+    return Steps(count, int(sum(tokens[first : first + count])), times[-1] - times[first], peak)
+
+
+def tokens_in(inputs: Any) -> Any:
+    """Tokens of a batch that are not padding: a number, or a tensor that the card need not be waited for."""
+    if "rows" in inputs:
+        return sum(len(row["input_ids"]) if isinstance(row, dict) else len(row.ids_T) for row in inputs["rows"].rows)
+    return inputs["attention_mask"].sum()
 
 
 def on_device() -> tuple[str, Any]:

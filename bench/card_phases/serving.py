@@ -1,4 +1,9 @@
-"""Over HTTP: stock `vllm serve` steered by its request, the gateway before it, a reward model behind /classify."""
+"""Over HTTP: stock `vllm serve` steered by its request, the gateway before it, a reward model behind /classify.
+
+What a part costs: a start of vLLM each, a minute or two; then `serve` 576 answers of at most 256 tokens, `gateway` six
+rounds of 512 answers of 32 tokens, and six before a server that answers at once, `classify` 2,000 rows on either side:
+10 to 30 s each.
+"""
 
 import asyncio
 import importlib.util

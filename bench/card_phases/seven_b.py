@@ -3,10 +3,14 @@
 Random weights in Mistral-7B's shape, so nothing is downloaded. Everything is measured in one process, each pair in
 turn: tokens per second of finetuning (packed rows, AdamW, fp32 weights with bf16 autocast, activation checkpointing;
 recomputation is not counted as useful work) and of scoring as shares of the matrix rate; tokens per second of rollout;
-peak memory. Where fp32 AdamW does not fit the card, layers are taken off until it does, and the figures say how many
-were left.
+peak memory. The figures say how many layers there were where fp32 AdamW does not fit the card with all.
+
+What a part costs on a card of 141 GB by its arithmetic (7.2 G weights, 2 or 6 FLOP a weight and token, 300 TFLOP/s):
+scoring 200,000 tokens each way, about 10 s each; rollout two batches of at most 512 steps each way, 30 to 60 s each;
+finetuning 12 s of steps behind three each way (common.steps_of), about 40 s each with building. About 4 minutes.
 """
 
+import contextlib
 import functools
 import gc
 import tempfile
@@ -26,8 +30,9 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from card_phases.common import Card, parameters_of, timed
+from card_phases.common import Card, Steps, parameters_of, steps_of, timed
 from dpa.core.config import FinetuneConfig
+from dpa.core.errors import DpaError
 from dpa.models.decoding import Decoding, decode
 from dpa.models.finetuning import Example, build_trainer
 from dpa.models.policy import default_device
@@ -80,6 +85,12 @@ class Bench:
             finally:
                 torch.set_default_dtype(before)
 
+    def fitting_layers(self) -> int:
+        """Layers whose weights, gradients and AdamW in fp32 a card should hold beside the embeddings and a pass."""
+        if self.device == "cpu":
+            return self.shape["num_hidden_layers"]
+        return max(1, int((0.9 * torch.cuda.mem_get_info()[0] - 10e9) / 3.5e9))
+
     def examples(self, count: int) -> list[Example]:
         """Random tokens: prompts and answers of mixed lengths."""
         prompts, answers = (self.rng.integers(*bounds, count) for bounds in self.lengths)
@@ -117,28 +128,33 @@ def plain(bench: Bench, model: Any, examples: list[Example], folder: Path) -> SF
 
 
 def finetuning(card: Card, bench: Bench) -> None:
-    """Tokens per second, prompts included, padding not; both trainers read the same examples once."""
+    """Tokens per second, prompts included, padding not; both trainers are given the same examples."""
     mean = sum(sum(bounds) / 2 for bounds in bench.lengths)
     examples = bench.examples(int(bench.steps * 8 * bench.row / mean))
-    tokens, found, flops = sum(len(example.ids) for example in examples), {}, {}
+    found: dict[str, Steps] = {}
+    flops: dict[str, float] = {}
+    bench.shape["num_hidden_layers"] = min(bench.shape["num_hidden_layers"], bench.fitting_layers())
     for name, build in {"dpa": packed, "trl": plain}.items():
         while True:
-            try:
+            model = trainer = None
+            gc.collect()
+            with contextlib.suppress(torch.OutOfMemoryError, DpaError):  # ours says it in a sentence
                 model = bench.build(MistralForCausalLM, torch.float32)
                 with tempfile.TemporaryDirectory() as folder, quiet_libraries():
                     trainer = build(bench, model, examples, Path(folder))
                     trainer.remove_callback(PrinterCallback)
-                    found[name] = timed(trainer.train)
+                    found[name] = steps_of(trainer)
                 break
-            except torch.OutOfMemoryError:
-                model = trainer = None
-                gc.collect()
-                torch.cuda.empty_cache()
-                bench.shape["num_hidden_layers"] -= 4
-        flops[name] = 6 * parameters_of(model) * tokens / found[name].seconds
-        model = trainer = None
+            bench.shape["num_hidden_layers"] -= 4
+            card.say(f"finetuning, {name}: memory ran out; {bench.shape['num_hidden_layers']} layers now")
+            if bench.shape["num_hidden_layers"] < 1:
+                raise RuntimeError("not one layer fits")
+        flops[name] = 6 * parameters_of(model) * found[name].speed
+        if name == "dpa":
+            card.row("7B shape, finetuning", found[name].speed, "tokens/s", layers=bench.shape["num_hidden_layers"],
+                     peak_bytes=found[name].peak_bytes, **card.share(flops[name], "matrix"))  # fmt: skip
     # Layers may have gone between the two: what compares is the arithmetic done in a second.
-    card.row("7B shape, finetuning", tokens / found["dpa"].seconds, "tokens/s", tokens / found["trl"].seconds, "TRL",
+    card.row("7B shape, finetuning", found["dpa"].speed, "tokens/s", found["trl"].speed, "TRL",
              flops=flops, layers=bench.shape["num_hidden_layers"], peak_bytes=found["dpa"].peak_bytes,
              peer_peak_bytes=found["trl"].peak_bytes, **card.share(flops["dpa"], "matrix"))  # fmt: skip
 
@@ -147,7 +163,7 @@ def scoring(card: Card, bench: Bench) -> None:
     """Rows of mixed lengths through a 7B-shaped regressor: this package's batches, and padded ones of eight."""
     model = bench.build(MistralForSequenceClassification, torch.bfloat16, num_labels=ATTRIBUTES)
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
-    rows = [example.ids for example in bench.examples(16 if bench.tiny else 512)]
+    rows = [example.ids for example in bench.examples(16 if bench.tiny else 400)]
     tokens = sum(map(len, rows))
 
     def ours() -> float:
@@ -163,10 +179,10 @@ def scoring(card: Card, bench: Bench) -> None:
             model(input_ids=ids, attention_mask=(ids != PAD).long()).logits.float().cpu()
         return tokens
 
-    found = {}
-    for name, work in {"dpa": ours, "padded": padded}.items():
-        work()
-        found[name] = timed(work)
+    forward(model, rows[:8], PAD)
+    found = {"dpa": timed(ours)}
+    card.row("7B shape, scoring", tokens / found["dpa"].seconds, "tokens/s")
+    found["padded"] = timed(padded)
     speed, peer = (tokens / found[name].seconds for name in ("dpa", "padded"))
     card.row("7B shape, scoring", speed, "tokens/s", peer, "padded batches of 8", peak_bytes=found["dpa"].peak_bytes,
              peer_peak_bytes=found["padded"].peak_bytes, **card.share(2 * parameters * speed, "matrix"))  # fmt: skip
@@ -210,7 +226,9 @@ def rollout(card: Card, bench: Bench) -> None:
             tokens += int((output[:, width:] != PAD).sum())
         return tokens
 
-    found = {name: timed(work) for name, work in {"dpa": ours, "generate": generate}.items()}
+    found = {"dpa": timed(ours)}
+    card.row("7B shape, rollout", found["dpa"].result / found["dpa"].seconds, "tokens/s")
+    found["generate"] = timed(generate)
     speed, peer = (found[name].result / found[name].seconds for name in ("dpa", "generate"))
     card.row("7B shape, rollout", speed, "tokens/s", peer, "generate", peak_bytes=found["dpa"].peak_bytes,
              peer_peak_bytes=found["generate"].peak_bytes)  # fmt: skip

@@ -1,6 +1,13 @@
-"""Reward training, scoring and finetuning, each against the plain libraries on the same rows."""
+"""Reward training, scoring and finetuning, each against the plain libraries on the same rows.
+
+What a part costs on one card with SmolLM2-135M: trainings are measured for 12 s of steps behind three (`steps_of`),
+so ours and its peer take about 20 s each with loading, whatever their speed:
+`finetune` about 45 s. `reward` has a whole training of 2,000 rows besides, about 40 s: about 90 s. `scoring` scores
+4,000 rows and stops its peer after 15 s: about 40 s, most of it the ridge model it makes and tokenising.
+"""
 
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +15,19 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback
 
-from card_phases.common import ATTRIBUTE, Card, parameters_of, timed
+from card_phases.common import ATTRIBUTE, Card, Steps, parameters_of, steps_of, timed
 from dpa.core.config import FinetuneConfig, RewardTrainConfig
 from dpa.models.policy import encode_prompt, load_policy, make_steerable
 from dpa.models.quiet import quiet_libraries
 
 SCALES = {ATTRIBUTE: (0.0, 100.0)}
+PEER_S = 15.0
+"""The peer of scoring is not asked for more after this."""
 
 
 def reward(card: Card) -> None:
-    """Tokens/s of a whole reward training (its linear start, its measurement and its self-test included), and of
-    its steps alone against transformers' Trainer on padded batches of 64."""
+    """Tokens/s of the steps of a reward training against transformers' Trainer on padded batches of 64, and of a whole
+    training of 2,000 rows (its linear start, its measurement and its self-test included)."""
     from dpa.models import reward_training
 
     config = RewardTrainConfig(
@@ -26,30 +35,38 @@ def reward(card: Card) -> None:
         max_length=256 if card.tiny else 1024, held_out=0.2 if card.tiny else 0.05,
     )  # fmt: skip
     rows = card.rated(24 if card.tiny else 8000)
-    folder = card.folder / "reward_model"
-    whole = timed(lambda: reward_training.train_reward_model(rows, (ATTRIBUTE,), SCALES, config, folder))
-    facts, quality = whole.result["training"], whole.result["quality"]
-    parameters = parameters_of(AutoModelForSequenceClassification.from_pretrained(folder))
-    speed = facts["train_tokens"] / whole.seconds
-    card.row("reward training, all of it", speed, "tokens/s", peak_bytes=whole.peak_bytes, quality=quality, **facts,
-             **card.share(6 * parameters * speed, "matrix"))  # fmt: skip
-
     data, pad = reward_rows(card, rows, config.max_length)
-    tokens = sum(len(row["input_ids"]) for row in data)
-    found = {}
-    for name, build in {"dpa": our_reward_trainer, "trainer": plain_reward_trainer}.items():
+
+    def steps(build: Any) -> tuple[Steps, int]:
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_pretrained(card.inputs.policy, num_labels=1, dtype="float32")
         model.config.pad_token_id = pad
         with tempfile.TemporaryDirectory() as work, quiet_libraries():
             trainer = build(model, data, config, Path(work), pad)
             trainer.remove_callback(PrinterCallback)
-            found[name] = timed(trainer.train)
-        del model, trainer
-    ours, plain = (tokens / found[name].seconds for name in ("dpa", "trainer"))
-    card.row("reward training, the steps", ours, "tokens/s", plain, "transformers Trainer, padded",
-             peak_bytes=found["dpa"].peak_bytes, peer_peak_bytes=found["trainer"].peak_bytes, tokens=tokens,
-             **card.share(6 * parameters * ours, "matrix"))  # fmt: skip
+            return steps_of(trainer), parameters_of(model)
+
+    compare(card, "reward training, the steps", steps, our_reward_trainer, plain_reward_trainer,
+            "transformers Trainer, padded")  # fmt: skip
+
+    folder, few = card.folder / "reward_model", rows[: 24 if card.tiny else 2000]
+    whole = timed(lambda: reward_training.train_reward_model(few, (ATTRIBUTE,), SCALES, config, folder))
+    facts, quality = whole.result["training"], whole.result["quality"]
+    parameters = parameters_of(AutoModelForSequenceClassification.from_pretrained(folder))
+    speed = facts["train_tokens"] / whole.seconds
+    card.row("reward training, all of it", speed, "tokens/s", peak_bytes=whole.peak_bytes, quality=quality, **facts,
+             **card.share(6 * parameters * speed, "matrix"))  # fmt: skip
+
+
+def compare(card: Card, what: str, steps: Any, ours: Any, plain: Any, peer_name: str) -> None:
+    """The steps of two trainers, ours kept before the peer's are begun. `steps(build)`: them and the parameters."""
+    found, parameters = steps(ours)
+    facts = {"peak_bytes": found.peak_bytes, "steps": found.count, "ms_a_step": 1000 * found.seconds / found.count}
+    facts |= card.share(6 * parameters * found.speed, "matrix")
+    card.row(what, found.speed, "tokens/s", **facts)
+    peer, _ = steps(plain)
+    facts |= {"peer_peak_bytes": peer.peak_bytes, "peer_steps": peer.count}
+    card.row(what, found.speed, "tokens/s", peer.speed, peer_name, **facts)
 
 
 def reward_rows(card: Card, rows: list[Any], longest: int) -> tuple[list[dict[str, Any]], int]:
@@ -98,7 +115,7 @@ def scoring(card: Card) -> None:
     from dpa.models.reward_model import encode
     from dpa.models.scorers import RewardModelScorer
 
-    rows = card.rated(24 if card.tiny else 8000)
+    rows = card.rated(24 if card.tiny else 4000)
     prompts, responses = [row.messages for row in rows], [row.response for row in rows]
     scorer = RewardModelScorer(card.reward_model())
     model, tokenizer = scorer.model, scorer.tokenizer
@@ -107,8 +124,10 @@ def scoring(card: Card) -> None:
 
     @torch.inference_mode()
     def padded() -> np.ndarray:
-        scores = []
+        scores, begun = [], time.perf_counter()
         for start in range(0, len(rows), 32):
+            if time.perf_counter() - begun > PEER_S:
+                break
             part = slice(start, start + 32)
             batch = encode(tokenizer, scorer.spec.template, scorer.spec.max_length, prompts[part], responses[part])
             kept = [ids or [pad] for ids in batch]
@@ -119,14 +138,17 @@ def scoring(card: Card) -> None:
 
     few = slice(0, 8 if card.tiny else 256)
     scorer.score(prompts[few], responses[few])
-    ours, plain = timed(lambda: scorer.score(prompts, responses)), timed(padded)
+    ours = timed(lambda: scorer.score(prompts, responses))
     ids_N = encode(tokenizer, scorer.spec.template, scorer.spec.max_length, prompts, responses)
     tokens = sum(len(ids) for ids in ids_N if ids is not None)
-    usable = np.array([ids is not None for ids in ids_N])
-    card.row("scoring", len(rows) / ours.seconds, "rows/s", len(rows) / plain.seconds, "padded batches of 32",
-             tokens_per_row=tokens / len(rows), peak_bytes=ours.peak_bytes, dtype=str(model.dtype),
-             largest_difference=float(np.abs(ours.result[usable] - plain.result[usable]).max()),
-             **card.share(2 * parameters * tokens / ours.seconds, "matrix"))  # fmt: skip
+    facts = {"tokens_per_row": tokens / len(rows), "peak_bytes": ours.peak_bytes, "dtype": str(model.dtype)}
+    facts |= card.share(2 * parameters * tokens / ours.seconds, "matrix")
+    card.row("scoring", len(rows) / ours.seconds, "rows/s", **facts)
+    plain = timed(padded)
+    done = len(plain.result)
+    usable = np.array([ids is not None for ids in ids_N[:done]])
+    facts["largest_difference"] = float(np.abs(ours.result[:done][usable] - plain.result[usable]).max())
+    card.row("scoring", len(rows) / ours.seconds, "rows/s", done / plain.seconds, "padded batches of 32", **facts)
 
 
 def finetune(card: Card) -> None:
@@ -138,25 +160,20 @@ def finetune(card: Card) -> None:
     make_steerable(tokenizer, space)
     directions = space.grid(5)
     examples = []
-    for place, row in enumerate(card.rated(16 if card.tiny else 6000)):
+    for place, row in enumerate(card.rated(16 if card.tiny else 4000)):
         prompt = encode_prompt(tokenizer, space, row.messages, directions[place % len(directions)])
         answer = tokenizer(row.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         if len(prompt) + len(answer) <= longest:
             examples.append(Example(prompt + answer, len(prompt)))
-    tokens = sum(len(example.ids) for example in examples)
-    found = {}
-    for name, build in {"dpa": packed_trainer, "trl": trl_trainer}.items():
+
+    def steps(build: Any) -> tuple[Steps, int]:
         model = AutoModelForCausalLM.from_pretrained(card.inputs.policy, dtype=torch.float32)
         with tempfile.TemporaryDirectory() as work, quiet_libraries():
             trainer = build(model, tokenizer, examples, Path(work), longest)
             trainer.remove_callback(PrinterCallback)
-            found[name] = timed(trainer.train)
-        parameters = parameters_of(model)
-        del model, trainer
-    ours, plain = (tokens / found[name].seconds for name in ("dpa", "trl"))
-    card.row("finetuning", ours, "tokens/s", plain, "TRL, padded batches of 8", tokens=tokens, examples=len(examples),
-             peak_bytes=found["dpa"].peak_bytes, peer_peak_bytes=found["trl"].peak_bytes,
-             **card.share(6 * parameters * ours, "matrix"))  # fmt: skip
+            return steps_of(trainer), parameters_of(model)
+
+    compare(card, "finetuning", steps, packed_trainer, trl_trainer, "TRL, padded batches of 8")
 
 
 def packed_trainer(model: Any, tokenizer: Any, examples: list[Any], work: Path, longest: int) -> Any:
