@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dpa.core.compare_config import load_comparison
 from dpa.core.config import RewardTrainConfig, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,8 @@ def dpa(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_loads(path: Path) -> None:
-    assert load_config(path).name
+    load = load_comparison if path.stem.endswith("-compare") else load_config
+    assert load(path).name
 
 
 def test_help_names_every_command() -> None:
