@@ -7,10 +7,10 @@
 --policy is a small instruct model (SmolLM2-135M-Instruct), --ratings rows of `prompt`, `response` and `quality`
 (0 to 100), --prompts rows of `prompt`; recipes/smollm2-135m.yaml says where they come from. Nothing is downloaded.
 Every phase is a process of its own with a time limit, a result file (OUT/PHASE.json) and a log (OUT/PHASE.log), so that
-one that fails costs no other, and one that is ended keeps the rows it had: sub-measurements are written as they come, and
-logged. At the end OUT/table.md is printed: figure, peer's figure, ratio, and the share of the
-card's measured matrix rate or copy rate. What is not installed (vLLM) is reported as absent. `--tiny` runs the same
-code on a CPU in a test; its figures are of no use.
+one that fails costs no other, and one that is ended keeps the rows it had: they are written as they come, and logged.
+At the end OUT/table.md is printed: figure, peer's figure, ratio, and the share of the card's measured matrix rate or
+copy rate. What is not installed (vLLM) is reported as absent. `--tiny` runs the same code on a CPU in a test; its
+figures are of no use.
 """
 
 import argparse

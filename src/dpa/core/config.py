@@ -189,6 +189,13 @@ class RewardTrainConfig(_Section):
     gradient_checkpointing: bool | None = Field(
         None, description="Compute activations twice to save memory. Default: where memory asks for it."
     )
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="Compile the layers (torch.compile): about twice as fast where a small model trains on a fast "
+        "card, and the same but for rounding. auto: on a card, for 200 optimizer steps or more (and not where "
+        "activations are computed twice); scoring with the trained model: for 5,000 rows or more. Where compiling "
+        "fails, the work goes on without.",
+    )
     bf16: bool = Field(False, description="Mixed bf16 (on by itself where a GPU supports it).")
     report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard, wandb, trackio.")
     lora: LoraConfig = Field(LoraConfig(), description="Adapters, for `method: lora`.")  # type: ignore[call-arg]
@@ -450,6 +457,12 @@ class FinetuneConfig(_TrainingConfig):
         description="Packed rows in one forward pass, at most; the rest accumulates. auto: as many as fit on a card, "
         "one on a CPU. Fewer are taken where memory asks for it; the result is the same.",
     )
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="Compile the layers (torch.compile): about twice as fast where a small model trains on a fast "
+        "card, and the same but for rounding. auto: on a card, for 200 optimizer steps or more. Not where "
+        "activations are computed twice, nor on several cards; where compiling fails, training goes on without.",
+    )
     contrastive: float = Field(
         0.0,
         ge=0,
@@ -558,7 +571,7 @@ class RunConfig(_Section):
 
 
 _TRAINING_PACE = (
-    *("report_to", "gradient_checkpointing", "save_steps", "rows_per_device", "pairs_per_device"),
+    *("report_to", "gradient_checkpointing", "save_steps", "rows_per_device", "pairs_per_device", "compile"),
     *("listening_steps", "min_listening", "max_left_out", "allow_worse_than_mean"),
 )
 """Fields of a training section that alter no result: what is told, kept, computed at once or put up with."""

@@ -355,6 +355,7 @@ def build_trainer(
         recompute = config.gradient_checkpointing
         first = first_plan(trainer.model, recompute, longest, min(most, len(rows)), "finetune", bool(arguments.bf16))
         cpu_auto = arguments.device.type == "cpu" and config.rows_per_device == "auto"  # one a pass is as fast there
+        trainer.compile = config.compile
         trainer.pass_size = 1 if cpu_auto else first.units
         trainer.may_recompute = recompute is None and not first.recompute
         arguments.gradient_checkpointing = first.recompute

@@ -7,6 +7,7 @@ gradients are dropped, the cut is halved and the step is done again, with the sa
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from dpa.core.errors import TrainingError
+from dpa.models.compiling import TRAINING_STEPS, Choice, CompiledLayers, worth_compiling
 from dpa.models.memory import Plan, TrainingMemory, available_memory, plan
 from dpa.models.policy import is_out_of_memory
 
@@ -60,13 +62,17 @@ class StepInPasses:
     """Mixin before a Trainer class with one batch an optimizer step (`gradient_accumulation_steps=1`).
 
     The class says how a batch is cut and what a pass costs. `pass_size`: how much goes into one pass, in the class's
-    `unit`; `may_recompute`: activations may be computed twice where one pass of the least size does not fit.
+    `unit`; `may_recompute`: activations may be computed twice where one pass of the least size does not fit; `compile`:
+    whether the layers are compiled while it trains (models/compiling.py).
     """
 
     unit: ClassVar[str]
     field: ClassVar[str]
     pass_size: int
     may_recompute: bool = False
+    compile: Choice = False
+    compile_backend: Any = "inductor"
+    compiled: CompiledLayers | None = None
 
     def cut(self, rows: Sequence[Any], size: int) -> list[Any]:
         """The passes of a step's rows, each of at most `size`, or of the least there can be."""
@@ -79,6 +85,21 @@ class StepInPasses:
     def begin(self) -> None:
         """The passes of a step begin, or begin again: what a class sums over them starts at nothing."""
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, with compiled layers where the training is long enough for them."""
+        trainer: Any = self
+        settings, rows = trainer.args, len(trainer.train_dataset)
+        steps = settings.max_steps
+        if steps <= 0:
+            steps = math.ceil(rows / settings.per_device_train_batch_size) * settings.num_train_epochs
+        if worth_compiling(self.compile, settings.device, steps, TRAINING_STEPS):
+            self.compiled = CompiledLayers(trainer.model, True, self.compile_backend)
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self.compiled is not None:
+                self.compiled.stop()
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """All passes of one optimizer step, forward and backward; the step's loss. Raises TrainingError.
 
@@ -87,7 +108,13 @@ class StepInPasses:
         """
         model.train()
         while True:
-            loss, least = self._try(model, inputs)
+            try:
+                loss, least = self._try(model, inputs)
+            except Exception as error:  # a backward pass is compiled when it is first run
+                if self.compiled is None or not self.compiled.give_up(error):
+                    raise
+                model.zero_grad()
+                continue
             if loss is not None:
                 return loss
             model.zero_grad()  # nothing of the step is kept

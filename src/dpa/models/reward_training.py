@@ -508,6 +508,7 @@ def build_trainer(
     longest = max(len(row["input_ids"]) for row in data)
     most = max(1, (GPU_PASS if cuda else CPU_PASS) // longest)
     first = first_plan(model, config.gradient_checkpointing, longest, most, "reward.train", arguments.bf16)
+    trainer.compile = config.compile
     trainer.pad, trainer.pass_size = pad, first.units * longest
     trainer.may_recompute = config.gradient_checkpointing is None and not first.recompute
     arguments.gradient_checkpointing = first.recompute

@@ -19,6 +19,7 @@ import torch
 from dpa.core.config import RewardConfig
 from dpa.core.errors import ConfigError, ModelFileError
 from dpa.core.records import Messages, Scorer, stable_hash
+from dpa.models.compiling import SCORED_ROWS, Choice, CompiledLayers, worth_compiling
 from dpa.models.files import folder_revision
 from dpa.models.http_scorer import http_scorer
 from dpa.models.policy import default_device, ensure_pad_token
@@ -43,9 +44,11 @@ class RewardModelScorer:
     """A trained reward model. On loading it must reproduce its golden example, alone and beside a longer row.
 
     `spec` is for a model without a dpa_reward.json. `dtype`: bf16 by default on a GPU that has it, fp32 elsewhere and
-    where bf16 would change the order of scores (see models/precision.py). Raises ModelFileError when the folder is
-    unsafe, or when the self-test fails: a wrong template, pad or EOS token scores plausibly and wrongly, so it must not
-    pass quietly.
+    where bf16 would change the order of scores (see models/precision.py). `compile`: the layers (models/compiling.py);
+    auto: on a card, once SCORED_ROWS are asked for, and only if they pass the self-test so.
+
+    Raises ModelFileError when the folder is unsafe, or when the self-test fails: a wrong template, pad or EOS token
+    scores plausibly and wrongly, so it must not pass quietly.
     """
 
     rows_ahead = 512
@@ -59,6 +62,7 @@ class RewardModelScorer:
         device: str | None = None,
         token_budget: int | None = None,
         dtype: torch.dtype | None = None,
+        compile: Choice = "auto",
     ) -> None:
         device = device or default_device()
         if dtype is None:
@@ -78,6 +82,7 @@ class RewardModelScorer:
         self.attributes = self.spec.attributes
         self.revision = folder_revision(path)
         self._token_budget = token_budget
+        self._path, self._compile, self._asked, self._compiled = path, compile, 0, False
         try:
             self_test(self.model, self.tokenizer, self.spec, path, token_budget)
         except ModelFileError:
@@ -92,6 +97,10 @@ class RewardModelScorer:
     def score(self, prompts: Sequence[Messages], responses: Sequence[str]) -> np.ndarray:
         """Return scores_NM; NaN for a row too long for the model, refused by its template, or scored not finite."""
         count = len(responses)
+        self._asked += count
+        if not self._compiled and worth_compiling(self._compile, self.model.device, self._asked, SCORED_ROWS):
+            self._compiled = True
+            self._compile_layers()
         at_once = self.rows_ahead if self.model.device.type == "cuda" else max(1, count)
         logits, usable = Logits(self.model, self.tokenizer.pad_token_id, self._token_budget), []
 
@@ -110,6 +119,14 @@ class RewardModelScorer:
             scores_NM[usable] = logits.collect()
         scores_NM[~np.isfinite(scores_NM).all(axis=1)] = np.nan
         return scores_NM
+
+    def _compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile the layers, if they still give the golden scores."""
+        compiled = CompiledLayers(self.model, False, backend)
+        try:
+            self_test(self.model, self.tokenizer, self.spec, self._path, self._token_budget)
+        except ModelFileError as error:
+            compiled.give_up(error)
 
     def _stay_in_fp32(self, folder: str | Path, remote_code_revision: str | None) -> None:
         pad = self.model.config.get_text_config().pad_token_id
@@ -183,7 +200,7 @@ def build_scorer(
     if config.train is not None:
         if reward_folder is None:
             raise ValueError("reward.train needs the folder its model was saved in")
-        scorers.append(RewardModelScorer(reward_folder))
+        scorers.append(RewardModelScorer(reward_folder, compile=config.train.compile))
     if config.folder is not None:
         spec = RELEASED_SPEC if config.folder == RELEASED_MODEL or config.preset == "dpa-v1" else None
         scorers.append(RewardModelScorer(config.folder, spec, remote_code_revision))
