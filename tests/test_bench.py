@@ -52,6 +52,10 @@ def test_the_script_for_a_card_runs_every_phase_tiny_on_a_cpu(inputs: list[str],
         assert rows[what]["peer"] > 0 and rows[what]["share"] > 0 and rows[what]["of"] == "matrix"
     assert rows["scoring"]["largest_difference"] < 0.01
     table = (out / "table.md").read_text()
+    assert "| finetuning, compiled layers |" in table
+    for log in ("finetune", "reward", "scoring", "seven_b"):  # ours before its peer, each as it is found
+        said = [line for line in (out / f"{log}.log").read_text().splitlines() if line.startswith("[ ")]
+        assert len(said) >= 2 and any(";" not in line for line in said)
     assert "| finetuning |" in table and "vllm: absent" in table
     assert [policy["name"] for policy in rows["the loop, two iterations"]["results"]["policies"]][-1] == "t = 2"
 

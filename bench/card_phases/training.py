@@ -1,11 +1,12 @@
 """Reward training, scoring and finetuning, each against the plain libraries on the same rows.
 
-What a part costs on one card with SmolLM2-135M: trainings are measured for 12 s of steps behind three (`steps_of`),
-so ours and its peer take about 20 s each with loading, whatever their speed:
-`finetune` about 45 s. `reward` has a whole training of 2,000 rows besides, about 40 s: about 90 s. `scoring` scores
+What a part costs on one card with SmolLM2-135M: trainings are measured for 12 s of steps behind three (`steps_of`), so
+each takes about 20 s with loading, whatever its speed. `finetune` has three (ours, the peer's, ours with compiled
+layers): about 70 s. `reward` has two, and a whole training of 2,000 rows, about 40 s: about 90 s. `scoring` scores
 4,000 rows and stops its peer after 15 s: about 40 s, most of it the ridge model it makes and tokenising.
 """
 
+import functools
 import tempfile
 import time
 from pathlib import Path
@@ -174,13 +175,19 @@ def finetune(card: Card) -> None:
             return steps_of(trainer), parameters_of(model)
 
     compare(card, "finetuning", steps, packed_trainer, trl_trainer, "TRL, padded batches of 8")
+    eager = card.rows[-1]["figure"]
+    compiled, _ = steps(functools.partial(packed_trainer, compiled=not card.tiny))
+    card.row("finetuning, compiled layers", compiled.speed, "tokens/s", eager, "eager layers", steps=compiled.count,
+             peak_bytes=compiled.peak_bytes)  # fmt: skip
 
 
-def packed_trainer(model: Any, tokenizer: Any, examples: list[Any], work: Path, longest: int) -> Any:
+def packed_trainer(
+    model: Any, tokenizer: Any, examples: list[Any], work: Path, longest: int, compiled: bool = False
+) -> Any:
     """What `dpa` does: packed rows."""
     from dpa.models.finetuning import build_trainer
 
-    config = FinetuneConfig(max_length=longest, packed_rows_per_step=8, save_steps=10**9)
+    config = FinetuneConfig(max_length=longest, packed_rows_per_step=8, save_steps=10**9, compile=compiled)
     return build_trainer(model, tokenizer, examples, work, config, seed=0)
 
 
