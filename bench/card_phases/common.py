@@ -5,6 +5,7 @@ what it had. Trainings are measured by time, not to their end (`steps_of`).
 """
 
 import gc
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -148,6 +149,16 @@ class Card:
             rows = self.rated(40 if self.tiny else 400)
             train_reward_model(rows, (ATTRIBUTE,), {ATTRIBUTE: (0.0, 100.0)}, config, folder)
         return folder
+
+
+def need_vllm() -> None:
+    """Raise Absent where vLLM, or a card for it, is not there."""
+    if importlib.util.find_spec("vllm") is None:
+        raise Absent("vLLM is not installed")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Absent("vLLM is installed, but there is no card")
 
 
 @dataclass(frozen=True)

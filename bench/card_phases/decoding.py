@@ -5,13 +5,12 @@ step on an H200) and `generate` once (21 to 25 ms), about 30 s. `vllm` a start o
 at most a million tokens, about 10 s each.
 """
 
-import importlib.util
 import time
 from typing import Any
 
 import torch
 
-from card_phases.common import Absent, Card, on_device, parameters_of, timed
+from card_phases.common import Card, need_vllm, on_device, parameters_of, timed
 from dpa.core.config import RolloutConfig
 from dpa.core.records import SampleRequest
 from dpa.models.policy import encode_prompt, end_token_ids, load_policy
@@ -45,6 +44,7 @@ def decoding(card: Card) -> None:
         lengths = [sample.tokens for samples in ours.result for sample in samples]
         card.row(f"decoding, {rows} rows", sum(lengths) / ours.seconds, "tokens/s")
         prompts = [encode_prompt(tokenizer, card.space(), one.messages, one.direction) for one in requests]
+        with_generate(model, tokenizer, prompts, 2)
         plain = timed(lambda prompts=prompts: with_generate(model, tokenizer, prompts, longest))
         config = model.config.get_text_config()
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -80,8 +80,7 @@ def with_generate(model: Any, tokenizer: Any, prompts: list[list[int]], longest:
 
 def vllm(card: Card) -> None:
     """Tokens/s of the package's vLLM sampler, and of the engine it started, asked the same requests bare."""
-    if importlib.util.find_spec("vllm") is None:
-        raise Absent("vLLM is not installed")
+    need_vllm()
     import vllm as module
 
     engines = []

@@ -38,6 +38,7 @@ def loop(card: Card) -> None:
     fields["reward"]["functions"] = {"verbosity": f"{ROOT / 'recipes' / 'smollm2.py'}:verbosity"}
     fields["prompts"] = {"path": str(card.folder / "prompts.jsonl")}
     fields["evaluate"]["prompts"] = {"path": str(card.folder / "held_out.jsonl")}
+    fields["prompts"]["count"], fields["rollout"]["max_new_tokens"] = 300, 256  # of 645 and 512: what fits the time
     if card.tiny:
         fields["reward"]["train"] |= {
             "batch_size": 8,

@@ -6,6 +6,7 @@ rounds of 512 answers of 32 tokens, and six before a server that answers at once
 """
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from card_phases.common import Absent, Card, timed
+from card_phases.common import Absent, Card, need_vllm, timed
 
 CHAT = "/v1/chat/completions"
 STAND_IN = """
@@ -50,8 +51,7 @@ def vllm_server(model: Path, *more: str) -> Iterator[str]:
     """Address of a stock `vllm serve`."""
     from dpa.models.server_process import ServerProcess
 
-    if not has("vllm"):
-        raise Absent("vLLM is not installed")
+    need_vllm()
     words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "{policy}", "--port", "{port}", *more]
     server = ServerProcess(" ".join(words), str(model), start_s=240)
     try:
@@ -122,9 +122,8 @@ def gateway(card: Card) -> None:
         if not has(name):
             raise Absent(f"{name} is not installed (extra serve)")
     policy, count, longest = card.steerable(), (64 if card.tiny else 512), 32
-    if has("vllm"):
-        with vllm_server(policy, "--gpu-memory-utilization", "0.6") as address:
-            measure_gateway(card, policy, address, count, longest, "vllm serve")
+    with contextlib.suppress(Absent), vllm_server(policy, "--gpu-memory-utilization", "0.6") as address:
+        measure_gateway(card, policy, address, count, longest, "vllm serve")
     # A server that answers at once: what is added there is the gateway's own work and nothing else.
     from dpa.models.server_process import ServerProcess
 
@@ -178,8 +177,7 @@ def measure_gateway(card: Card, policy: Path, address: str, count: int, longest:
 
 def classify(card: Card) -> None:
     """Rows/s of a reward model behind vLLM's /classify against this process, and how far their scores lie apart."""
-    if not has("vllm"):
-        raise Absent("vLLM is not installed")
+    need_vllm()
     import gc
 
     import numpy as np
