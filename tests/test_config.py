@@ -195,3 +195,50 @@ class _WithPrompts(BaseModel):
 def test_a_path_that_begins_otherwise_is_kept_letter_for_letter() -> None:
     for text in ("./a//b/", "owner/name", "a~b", "x/~"):
         assert parse_config({"prompts": {"path": text}}, _WithPrompts).prompts.path == text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{a: 010}", r"`a`: 010 in line 1 is a number to base 8 or 60"),
+        ("{a: [{b: 1:30}]}", r"`a\.0\.b`: 1:30"),
+    ],
+)
+def test_numbers_to_another_base_are_refused_by_name(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse_yaml(text, "here")
+    assert parse_yaml("{a: '010', b: 0, c: 0.10, d: -5, e: 10:x}", "here")["a"] == "010"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("iterations", "yes"), ("rollout.temperature", "true"), ("space.objectives.a", "{a: on}")]
+)
+def test_true_is_no_number(field: str, value: str, tmp_path: Path) -> None:
+    given = yaml_of(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^{field.removesuffix('.a')}.*write a number, not True"):
+        load_config(given, {field: value})
+
+
+@pytest.mark.parametrize(
+    ("ratings", "said"),
+    [
+        ("{format: helpsteer, scales: {helpfulness: [0, 4]}}", "scales: format helpsteer has its own"),
+        ("{format: ultrafeedback, columns: {prompt: q}}", "columns: format ultrafeedback has its own"),
+        ("{scales: {a: [0, 4]}, columns: {prompt: response}}", "columns.prompt: 'response' is read as response too"),
+        ("{scales: {a: [0, 4]}, columns: {prompt: ''}}", "columns.prompt: give the name"),
+    ],
+)
+def test_what_would_be_left_unread_is_refused(ratings: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(yaml_of(tmp_path), {"ratings": f"[{{path: r.jsonl, {ratings[1:]}]"})
+    swapped = "[{path: r.jsonl, scales: {a: [0, 4]}, columns: {prompt: response, response: prompt}}]"
+    assert load_config(yaml_of(tmp_path), {"ratings": swapped})
+
+
+def yaml_of(folder: Path) -> Path:
+    file = folder / "my.yaml"
+    file.write_text(
+        "{out: o, policy: p, space: {objectives: {a: null, b: null}}, prompts: {path: p.jsonl},"
+        " reward: {functions: {a: 'm:a', b: 'm:b'}}, evaluate: {prompts: {path: h.jsonl}}}"
+    )
+    return file

@@ -438,7 +438,15 @@ def test_a_wrong_space_names_the_field(names, options, said):
         space_of(*names, **options)
 
 
-@pytest.mark.parametrize("attributes", [{}, {"a": 0}, {"a": math.inf}, {"a": "1"}, None])
+@pytest.mark.parametrize("attributes", [{}, {"a": 0}, {"a": math.inf}, {"a": "1"}, 1])
 def test_an_objective_needs_weighted_attributes(attributes):
     with pytest.raises(DirectionError, match="objective `a`"):
         Objective("a", attributes)
+
+
+def test_an_objective_without_attributes_is_the_attribute_of_its_name():
+    assert Objective("a") == Objective("a", {"a": 1.0})
+    damaged = PAPER.to_dict()
+    damaged["objectives"][0]["attributes"] = None
+    with pytest.raises(ModelFileError, match="lacks name or attributes"):
+        DirectionSpace.from_dict(damaged)

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from toy_run import toy_config
 
 from dpa.cli.talk import answer
 from dpa.core.config import load_config
-from dpa.core.errors import ConfigError, RunFolderError
+from dpa.core.errors import ConfigError, RunFolderError, UserError
 from dpa.recipes.dpa import Loop
 from dpa.world.demo import write_world
 
@@ -113,3 +114,18 @@ def test_the_best_of_several_is_judged_by_the_reward_model_of_the_run(finished: 
     for robust in (False, True):
         first, again = (answer(policy, [question], "terse", 6, 1.0, 30, 0, False, 6, robust) for _ in range(2))
         assert first == again != plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prompts": {"path": "nowhere.jsonl"}}, "no file at nowhere.jsonl"),
+        ({"evaluate": {"prompts": {"path": "nowhere.jsonl"}, "directions": 3}}, "no file at nowhere.jsonl"),
+        ({"reward": {"functions": {"helpfulness": "no_module:f", "verbosity": "no_module:f"}}}, "no_module cannot be"),
+        ({"reward": {"folder": "/nowhere"}}, "no folder at /nowhere"),
+    ],
+)
+def test_what_a_later_stage_lacks_is_said_before_the_first_one(changes: dict, said: str, tmp_path: Path) -> None:
+    with Loop(toy_config(tmp_path, tmp_path / "run", **changes)) as loop, pytest.raises(UserError, match=said):
+        loop.run()
+    assert not list((tmp_path / "run").glob("iter_*/*/done.json"))

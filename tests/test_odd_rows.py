@@ -263,3 +263,47 @@ def test_an_attribute_cannot_take_the_name_of_another_column(name: str, tmp_path
     fields = {"path": str(tmp_path / "rows.jsonl"), "scales": {name: [0, 4]}}
     with pytest.raises(DataError, match="rename it"):
         read_ratings([RatingsConfig.model_validate(fields)])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("twice", ["prompt", "h"])
+def test_a_column_that_stands_twice_is_refused_where_it_is_read(suffix: str, twice: str, tmp_path: Path) -> None:
+    """Of the two, Parquet's reader took the last and that of CSV the first, in silence."""
+    file, names = tmp_path / f"rows{suffix}", ["prompt", "response", "h", twice]
+    if suffix == ".csv":
+        file.write_text(",".join(names) + "\nq,r,1,7\n")
+    else:
+        pq.write_table(pa.Table.from_arrays([pa.array([text]) for text in ("q", "r", "1", "7")], names=names), file)
+    with pytest.raises(DataError, match=f"2 columns named '{twice}'; keep one"):
+        read_ratings([RatingsConfig(path=str(file), attributes=["h"])])
+    if twice == "h":
+        assert len(read_prompts(file)[0]) == 1, "nobody reads it"
+
+
+def test_a_name_given_twice_in_a_row_is_a_reject(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "q", "response": "r", "h": 1, "h": 4}\n{"prompt": "q", "response": "r", "h": 2}\n')
+    found = read_ratings([RatingsConfig(path=str(file), attributes=["h"], max_reject_rate=1)])
+    assert found.table["h"].to_pylist() == [2.0] and [bad.reason for bad in found.rejects] == ["'h' is given twice"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_table_whose_header_is_not_utf_8_is_one_sentence(encoding: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes("prompt,response,h,größe\nq,r,1,2\n".encode(encoding))
+    with pytest.raises(DataError, match="its header is not UTF-8"):
+        read_ratings([RatingsConfig(path=str(file), attributes=["h"])])
+
+
+def test_no_usable_row_gives_the_first_value(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "q", "response": "r", "h": "good", "id": 1.5}\n')
+    with pytest.raises(DataError, match=r"first at rows\.jsonl:1: h is 'good'"):
+        read_ratings([RatingsConfig(path=str(file), attributes=["h"], max_reject_rate=1)])
+    with pytest.raises(DataError, match=r"no usable row \(1 x id is float"):
+        read_prompts(file, max_reject_rate=1)
+
+
+def test_a_scale_so_wide_that_marks_overflow_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"scale of h is .*wider than"):
+        read_ratings([RatingsConfig(path=str(tmp_path), scales={"h": (-1e308, 1e308)})])

@@ -10,7 +10,7 @@ from damage import damage
 
 from dpa.core.errors import RunFolderError
 from dpa.storage.run_folder import StageFolder
-from dpa.storage.seals import broken, seal
+from dpa.storage.seals import broken, check_in_run, seal
 from dpa.storage.tables import known_digest
 
 
@@ -63,3 +63,18 @@ def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path) -> None:
     (tmp_path / "new").write_bytes(b"two")
     (tmp_path / "new").rename(file)
     assert known_digest(file) != first
+
+
+def test_a_model_in_a_run_folder_is_held_to_its_seal_by_whoever_uses_it(tmp_path: Path) -> None:
+    folder, stage = model(tmp_path / "iter_0" / "policy"), StageFolder(tmp_path / "iter_0" / "finetune")
+    check_in_run(folder)  # of a run that sealed nothing
+    stage.finish(sealed=[folder])
+    check_in_run(folder)
+    (folder / "README.md").write_text("a card that comes later")
+    check_in_run(folder)
+    damage(folder / "weights", "a flipped bit")
+    with pytest.raises(RunFolderError, match=r"policy/weights is damaged.*makes it again; .* from a copy"):
+        check_in_run(folder)
+    (stage.path / "done.json").write_text("[]")
+    check_in_run(folder)
+    check_in_run(tmp_path / "elsewhere")

@@ -13,8 +13,10 @@ from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 from dpa.cli.ecosystem import read_space, space_of_run
 from dpa.cli.talk import answer, converse
 from dpa.core.directions import DirectionSpace, Objective
-from dpa.core.errors import ConfigError, DataError, DirectionError
-from dpa.models.policy import save_policy
+from dpa.core.errors import ConfigError, DataError, DirectionError, RunFolderError
+from dpa.models.policy import check_policy, save_policy
+from dpa.serve.command import Options, serve
+from dpa.storage.run_folder import StageFolder
 
 TERSE = DirectionSpace(
     (Objective("helpfulness", {"helpfulness": 1.0}), Objective("verbosity", {"verbosity": 1.0})),
@@ -105,3 +107,19 @@ def test_a_reward_model_is_folded_in_the_space_of_its_run(policy: Path, tmp_path
     assert found is not None and found.presets == {"terse": "-40deg"}
     assert space_of_run(reward, ["wit"]) is None
     assert read_space(str(tmp_path)) == found
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "chat_template.jinja"])
+def test_a_policy_of_a_run_that_was_damaged_does_not_answer(policy: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(policy, tmp_path / "iter_1" / "policy"))
+    StageFolder(tmp_path / "iter_1" / "finetune").finish(sealed=[folder])
+    assert ask(folder)
+    data = bytearray((folder / name).read_bytes())
+    data[-1] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(RunFolderError, match=rf"{name} is damaged"):
+        ask(folder)
+    with pytest.raises(RunFolderError, match=rf"{name} is damaged"):
+        serve(Options(model=str(folder)))
+    with pytest.raises(RunFolderError, match=rf"{name} is damaged"):
+        check_policy(folder)

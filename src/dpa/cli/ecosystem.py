@@ -55,8 +55,10 @@ def export(
 ) -> None:
     """Answer a benchmark's questions, one entry per direction, in its own file form."""
     from dpa.models.files import resolve_model
+    from dpa.storage.seals import check_in_run
 
     path = resolve_model(model).path
+    check_in_run(path)
     where = read_space(space or path)
     if bake is not None:
         from dpa.models.folding import bake_direction
@@ -215,6 +217,7 @@ def space_of_run(reward_model: Path, attributes: Sequence[str]) -> "DirectionSpa
 def _side(text: str, questions: Path | None, out: Path, max_new_tokens: int, seed: int) -> tuple[Path, str | None]:
     """Answer file of one side, and the policy that made it where we asked it."""
     from dpa.models.files import resolve_model
+    from dpa.storage.seals import check_in_run
 
     if Path(text).is_file():
         return Path(text), None
@@ -224,6 +227,7 @@ def _side(text: str, questions: Path | None, out: Path, max_new_tokens: int, see
     if questions is None:
         raise ConfigError(f"judge: {text!r} has to answer first; give --questions.")
     path = resolve_model(model).path
+    check_in_run(path)
     where = read_space(path)
     name = Path(path).resolve().name
     if name == "policy":  # .../iter_3/policy

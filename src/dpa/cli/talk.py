@@ -17,6 +17,7 @@ from dpa.models.files import SPACE_FILE, folder_revision, resolve_model
 from dpa.models.policy import encode_prompt, load_prompting, make_steerable
 from dpa.models.samplers import SamplerSpec
 from dpa.models.scorers import RewardModelScorer
+from dpa.storage.seals import check_in_run
 
 if TYPE_CHECKING:
     from dpa.core.records import Sampler
@@ -33,6 +34,7 @@ def answer(
     folder = None if best_of == 1 else _reward_folder(model, reward)
     space, sampler, chosen = _open(model, direction, temperature, max_new_tokens, clamp, named)
     if folder is not None:
+        check_in_run(folder)
         kind = RobustSampler if robust else BestOfSampler
         sampler = kind(sampler, RewardModelScorer(folder), space, best_of)
     return [
@@ -80,6 +82,7 @@ def _open(
     model: str, direction: str | None, temperature: float, max_new_tokens: int, clamp: bool, named: str | None
 ) -> tuple[DirectionSpace, "Sampler", Direction | None]:
     path = resolve_model(model).path
+    check_in_run(path)
     space = read_space(named or path)
     if not Path(path, SPACE_FILE).is_file():
         print(

@@ -13,7 +13,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from dpa.core.directions import PUBLISHED_TEMPLATE, DirectionSpace, Objective
 from dpa.core.errors import ConfigError
@@ -40,8 +49,29 @@ PathText = Annotated[str, AfterValidator(expand_home)]
 """A field that may hold a path: `~` is written out here, once, so that nothing below the configuration meets it."""
 
 
+def _read_as_numbers(given: Any, found: Any) -> Any:
+    """The first true or false of what was given that became a number; None where there is none."""
+    if isinstance(given, bool):
+        return given if isinstance(found, int | float) and not isinstance(found, bool) else None
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(given, Mapping) and isinstance(found, Mapping):
+        pairs = [(value, found.get(name)) for name, value in given.items()]
+    elif isinstance(given, list | tuple) and isinstance(found, list | tuple):
+        pairs = list(zip(given, found, strict=False))
+    return next((odd for pair in pairs if (odd := _read_as_numbers(*pair)) is not None), None)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _no_truth_for_a_number(cls, given: Any, read: ValidatorFunctionWrapHandler) -> Any:
+        """YAML makes true of `yes` and `on`; it is not 1."""
+        found = read(given)
+        if (odd := _read_as_numbers(given, found)) is not None:
+            raise ValueError(f"write a number, not {odd} (YAML reads yes, no, on and off as true and false)")
+        return found
 
 
 def _check_addresses(servers: list[str]) -> None:
@@ -118,6 +148,14 @@ class SpaceConfig(_Section):
         )
 
 
+_TEXT_FIELDS: tuple[Literal["prompt", "response", "messages", "source"], ...] = (
+    "prompt",
+    "response",
+    "messages",
+    "source",
+)
+
+
 class RatingsConfig(_Section):
     """Rated rows: they train the reward model and are the offline data of t = 0."""
 
@@ -142,6 +180,20 @@ class RatingsConfig(_Section):
         True,
         description="UltraFeedback: drop an overall_score of 10 that may be a 1 (OpenBMB issue 8; see docs/data.md).",
     )
+
+    @model_validator(mode="after")
+    def _of_the_generic_form(self) -> "RatingsConfig":
+        for name in ("attributes", "columns", "scales"):
+            if self.format != "generic" and getattr(self, name):
+                raise ValueError(f"{name}: format {self.format} has its own, so leave it out, or write format: generic")
+        read = {name: self.columns.get(name, name) for name in _TEXT_FIELDS}
+        for name, column in self.columns.items():
+            if not column.strip():
+                raise ValueError(f"columns.{name}: give the name of a column of the file")
+            other = next((other for other in read if other != name and read[other] == column), None)
+            if other is not None:
+                raise ValueError(f"columns.{name}: {column!r} is read as {other} too; give each a column of its own")
+        return self
 
 
 class LoraConfig(_Section):
@@ -622,7 +674,9 @@ def read_yaml(path: str | Path, overrides: Mapping[str, str] | None = None) -> d
         data = parse_yaml(file.read_text(encoding="utf-8"), f"config: {file}")
     except FileNotFoundError:
         raise ConfigError(f"config: no file at {file}; give the path of a YAML file.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # no UTF-8, or a path with a NUL
         raise ConfigError(f"config: {file} is not readable YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(data, dict):
         raise ConfigError(f"config: {file} must be a mapping of fields, not {type(data).__name__}.")

@@ -31,11 +31,12 @@ _EPSILON = 1e-9
 class Objective:
     """A quality a user can weigh: a weighted sum of rated attributes.
 
+    `attributes` maps each to its weight; none given means the attribute of the objective's own name, with weight 1.
     The paper does not say how its ten attributes make "helpfulness" and "verbosity", so the weights are the user's.
     """
 
     name: str
-    attributes: Mapping[str, float] = field(hash=False)
+    attributes: Mapping[str, float] = field(default=None, hash=False)  # type: ignore[assignment]
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -44,13 +45,12 @@ class Objective:
                 f"objective name {shown(self.name)} is not usable; take up to {MAX_NAME} ASCII letters, digits, "
                 "`_`, `.` or `-`, starting with a letter and ending with a letter or digit."
             )
-        if not isinstance(self.attributes, Mapping) or not self.attributes:
+        given = {self.name: 1.0} if self.attributes is None else self.attributes
+        if not isinstance(given, Mapping) or not given:
             raise DirectionError(
                 f"objective `{self.name}` has no attributes; give a mapping such as {{'{self.name}': 1.0}}."
             )
-        weights = {
-            str(name): read_number(weight, f"objective `{self.name}`") for name, weight in self.attributes.items()
-        }
+        weights = {str(name): read_number(weight, f"objective `{self.name}`") for name, weight in given.items()}
         for name, weight in weights.items():
             if weight == 0:
                 raise DirectionError(f"objective `{self.name}`: attribute `{name}` has weight 0; leave it out.")
@@ -370,7 +370,7 @@ class DirectionSpace:
                 )
         objectives = []
         for item in data["objectives"]:
-            if not isinstance(item, Mapping) or not {"name", "attributes"} <= item.keys():
+            if not isinstance(item, Mapping) or "name" not in item or item.get("attributes") is None:
                 raise ModelFileError(
                     f"direction space: the objective {shown(item)} lacks name or attributes; save the model again."
                 )

@@ -2,6 +2,7 @@
 Run its tests: pytest tests/test_config.py
 """
 
+import re
 from typing import Any, NamedTuple
 
 import yaml
@@ -13,6 +14,10 @@ MAX_CHARACTERS = 1_000_000
 MAX_VALUES = 100_000
 """Values a document may hold once its aliases are written out: nine lines of anchors can stand for a billion."""
 MAX_DEPTH = 100
+
+_OLD_NUMBER = re.compile(r"[-+]?0[0-7_]+|[-+]?\d[\d_]*(:\d+)+(\.\d*)?")
+"""010 is 8 and 1:30 is 90 to YAML 1.1, which nobody means any more."""
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _Extent(NamedTuple):
@@ -65,6 +70,11 @@ def _check(node: yaml.Node, name: str, field: str, known: dict[int, _Extent], ab
     if id(node) in above:
         raise ConfigError(f"{name}: `{field}` holds itself through an alias; write it out.")
     below: list[tuple[str, yaml.Node]] = []
+    if isinstance(node, yaml.ScalarNode) and _OLD_NUMBER.fullmatch(node.value) and node.tag in _NUMBERS:
+        raise ConfigError(
+            f"{name}: `{field}`: {node.value} in line {node.start_mark.line + 1} is a number to base 8 or 60 in YAML; "
+            "write it to base 10 without a leading zero, or in quotes."
+        )
     if isinstance(node, yaml.MappingNode):
         seen: dict[tuple[str, str], int] = {}
         for key, value in node.value:

@@ -34,6 +34,7 @@ from dpa.models.loading import (
     load_tokenizer,
 )
 from dpa.models.quiet import quiet_libraries
+from dpa.storage.seals import check_in_run
 from dpa.storage.tables import save_folder_atomically, write_json
 
 _PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|padding|>")
@@ -67,9 +68,11 @@ def load_policy(
 def check_policy(name: str | Path, remote_code_revision: str | None = None) -> None:
     """What can be known of a start policy before hours are spent: its files, its configuration, its tokens.
 
-    Weights are compared by name and shape, not read. Raises ModelFileError.
+    Weights are compared by name and shape; those of another run also with their seal. Raises ModelFileError,
+    RunFolderError.
     """
     safe = resolve_model(name, remote_code_revision)
+    check_in_run(safe.path)
     with quiet_libraries():
         check_weights(AutoModelForCausalLM, safe)
         tokenizer = load_tokenizer(safe)

@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from dpa.core.config import RewardConfig
 from dpa.core.errors import ConfigError, ModelFileError
 from dpa.core.records import Messages, Scorer, stable_hash
 from dpa.models.compiling import SCORED_ROWS, Choice, CompiledLayers, worth_compiling
-from dpa.models.files import folder_revision
+from dpa.models.files import folder_revision, resolve_model
 from dpa.models.http_scorer import http_scorer
+from dpa.models.loading import check_weights, load_tokenizer
 from dpa.models.policy import default_device, ensure_pad_token
 from dpa.models.precision import say_fp32, self_test
 from dpa.models.quiet import quiet_libraries
@@ -34,6 +36,7 @@ from dpa.models.reward_model import (
     load_classifier,
     read_spec,
 )
+from dpa.storage.seals import check_in_run
 
 ScoreFunction = Callable[[Messages, str], float]
 
@@ -136,15 +139,15 @@ class RewardModelScorer:
 
 
 class FunctionScorer:
-    """Attributes that are Python functions f(messages, response) -> a number on 0-100.
+    """Attributes that are Python functions f(messages, response) -> a number on 0-100; `field` opens the refusals.
 
     `functions`: attribute -> callable, `package.module:name` or `file.py:name`. A call that raises or returns no finite
     number makes its row NaN; the first such error of each attribute is logged. Raises ConfigError when a function
     cannot be found.
     """
 
-    def __init__(self, functions: Mapping[str, str | ScoreFunction]) -> None:
-        loaded = {name: _load_function(name, function) for name, function in functions.items()}
+    def __init__(self, functions: Mapping[str, str | ScoreFunction], field: str = "reward.functions") -> None:
+        loaded = {name: _load_function(f"{field}.{name}", function) for name, function in functions.items()}
         self.attributes = tuple(loaded)
         self.revision = stable_hash(*(f"{name}={_source_hash(function)}" for name, function in loaded.items()))
         self._functions = tuple(loaded.values())
@@ -211,20 +214,40 @@ def build_scorer(
     return scorers[0] if len(scorers) == 1 else MixScorer(scorers)
 
 
-def _load_function(attribute: str, function: str | ScoreFunction) -> ScoreFunction:
+def check_scorers(config: RewardConfig, remote_code_revision: str | None = None) -> None:
+    """What can be known of finished scorers before hours are spent: functions are found, folders hold their files.
+
+    Weights are compared by name and shape, not read, and no server is asked. Raises ConfigError, ModelFileError,
+    RunFolderError.
+    """
+    FunctionScorer(config.functions)
+    for folder in (config.folder, config.http.folder if config.http else None):
+        if folder is None:
+            continue
+        safe = resolve_model(folder, remote_code_revision)
+        check_in_run(safe.path)
+        with quiet_libraries():
+            load_tokenizer(safe, "reward model")
+            if folder == config.folder:
+                check_weights(AutoModelForSequenceClassification, safe, "reward model")
+        if folder != RELEASED_MODEL and config.preset != "dpa-v1":
+            read_spec(Path(safe.path))
+
+
+def _load_function(field: str, function: str | ScoreFunction) -> ScoreFunction:
     if not isinstance(function, str):
         return function
     where, colon, name = function.rpartition(":")
     if not colon or not where or not name:
-        raise ConfigError(f"reward.functions.{attribute}: {function!r} is not `module:name` or `file.py:name`.")
+        raise ConfigError(f"{field}: {function!r} is not `module:name` or `file.py:name`.")
     try:
         module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:  # the user's module may raise anything when it is imported
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"reward.functions.{attribute}: {where} cannot be imported ({reason}); mend it.") from None
+        raise ConfigError(f"{field}: {where} cannot be imported ({reason}); mend it.") from None
     found: Any = getattr(module, name, None)
     if not callable(found):
-        raise ConfigError(f"reward.functions.{attribute}: {where} has no function {name!r}; check the name.")
+        raise ConfigError(f"{field}: {where} has no function {name!r}; check the name.")
     return found
 
 

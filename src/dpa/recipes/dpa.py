@@ -30,7 +30,7 @@ from dpa.models.ranks import is_first, ranks
 from dpa.models.ray_workers import ray_samplers, ray_scorers
 from dpa.models.reward_model import RECORD
 from dpa.models.samplers import build_samplers, engine_kind, sampler_spec
-from dpa.models.scorers import FunctionScorer, build_scorer
+from dpa.models.scorers import FunctionScorer, build_scorer, check_scorers
 from dpa.models.training import trackers
 from dpa.models.vllm_sampler import VllmEngine
 from dpa.stages.card import write_card
@@ -124,6 +124,7 @@ class Loop:
             )
         if not self._folder.stage(self.first, "finetune").done:
             check_policy(self.start_policy, self.config.remote_code_revision)
+        self._check_ahead()
         if self.config.ratings:
             self.read_ratings()
         if self.config.reward.train:
@@ -289,7 +290,9 @@ class Loop:
         with self._scorers() as scorers:
             score(scored, answers, prompts, scorers)
         if settings.gold:
-            score(self._folder.stage(t, "evaluate/gold"), answers, prompts, FunctionScorer(settings.gold))
+            score(
+                self._folder.stage(t, "evaluate/gold"), answers, prompts, FunctionScorer(settings.gold, "evaluate.gold")
+            )
         found = evaluate(_joined(answers), self._evaluation_scores(t), self.space, settings, self.config.seed)
         write_record(record, found)
         self._publish(t, found)
@@ -536,6 +539,16 @@ class Loop:
         if self.config.reward.train and not self.config.ratings:
             raise ConfigError("reward.train: there are no ratings to train on; add a `ratings` section.")
         self._check_scored()
+
+    def _check_ahead(self) -> None:
+        """What later stages read is there, before earlier ones spend hours."""
+        if self._evaluation(self.config.iterations) is not None:
+            return
+        check_scorers(self.config.reward, self.config.remote_code_revision)
+        FunctionScorer(self.config.evaluate.gold, "evaluate.gold")
+        assert self.held_out
+        if self.config.iterations > 0:
+            assert self._training_prompts
 
     def _check_scored(self) -> None:
         """Every attribute of an objective is rated and trained, or a function's. What a finished model scores is known

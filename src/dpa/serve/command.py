@@ -20,6 +20,7 @@ from dpa.core.errors import ConfigError, DpaError, ModelFileError
 from dpa.models.files import load_space, resolve_model
 from dpa.serve.settings import Limits, Settings
 from dpa.serve.supervisor import EngineProcess
+from dpa.storage.seals import check_in_run
 
 NO_DIRECTION = "none"
 """`--direction none`: a request that states no direction is asked under none."""
@@ -64,6 +65,9 @@ def serve(options: Options) -> None:
             f"--host: {options.host} lets others in, so a key is needed; set {KEY_VARIABLE} or give --api-key-file."
         )
     folder = None if options.model is None else resolve_model(options.model, options.remote_code_revision).path
+    for used in (folder, options.reward, options.base):
+        if used is not None:
+            check_in_run(used)
     space = _space(options, folder)
     default = _default_direction(options.direction, space)
     if options.reward:

@@ -56,7 +56,8 @@ def read_prompts(
             f"({count_reasons(rejects)}); mend the file."
         )
     if not prompts:
-        raise DataError(f"prompts: {path} has no rows; give a file with at least one prompt.")
+        what = f"no usable row ({count_reasons(rejects)})" if rejects else "no rows"
+        raise DataError(f"prompts: {path} has {what}; give a file with at least one prompt.")
     return list(prompts.values()), rejects
 
 

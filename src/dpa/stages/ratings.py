@@ -37,6 +37,8 @@ from dpa.storage.run_folder import Reject, count_reasons
 from dpa.storage.tables import FileRecord, read_json, read_record, read_table, write_bytes, write_record, write_table
 
 Scale = tuple[float, float]
+WIDEST_SCALE = 1e9
+"""A wider one leaves nothing of the marks, or infinity."""
 
 SUMMARY = (
     *("rows", "prompts", "unrated_rows", "rejects", "reasons", "trapped_overall_scores", "attributes", "correlations"),
@@ -130,7 +132,9 @@ def read_ratings(configs: Sequence[RatingsConfig]) -> Ratings:
         rows += good
         rejects += bad
     if not rows:
-        why = f" ({count_reasons(_kinds(rejects), most=3)}; first at {rejects[0].id})" if rejects else ""
+        why = ""
+        if rejects:
+            why = f" ({count_reasons(_kinds(rejects), most=3)}; first at {rejects[0].id}: {rejects[0].reason})"
         raise DataError(f"ratings: there is no usable row{why}; check the paths and the columns.")
     return Ratings(_table(rows, scales), scales, rejects, sum(row.trapped for row in rows))
 
@@ -206,6 +210,11 @@ def declared_scales(config: RatingsConfig) -> dict[str, Scale]:
                 if not low < high:
                     raise DataError(
                         f"ratings: {config.path}: scale of {name} is [{low}, {high}]; put the lower end first."
+                    )
+                if not high - low <= WIDEST_SCALE:
+                    raise DataError(
+                        f"ratings: {config.path}: scale of {name} is [{low}, {high}], wider than {WIDEST_SCALE:g}; "
+                        "give the lowest and the highest mark there can be."
                     )
             for name in names:
                 if name in OTHER_COLUMNS:

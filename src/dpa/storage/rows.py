@@ -5,7 +5,8 @@ Run its tests: pytest tests/test_ratings.py
 import csv
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,10 @@ def _read_jsonl(
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_no_name_twice)
+            except BadRow as reason:
+                yield reason
+                continue
             except (ValueError, RecursionError) as error:
                 yield BadRow(f"not JSON: {_one_line(error)}")
                 continue
@@ -193,6 +197,7 @@ def _read_parquet(
     file: Path, columns: Collection[str] | None, text_columns: Collection[str]
 ) -> Iterator[dict[str, Any] | BadRow]:
     with pyarrow.parquet.ParquetFile(file) as parquet:
+        _check_twice(parquet.schema_arrow.names, columns)
         names = [name for name in parquet.schema_arrow.names if columns is None or name in columns]
         if not names:  # pyarrow would give batches without rows
             yield from ({} for _ in range(parquet.metadata.num_rows))
@@ -210,6 +215,11 @@ def _read_csv(
         bad.append(BadRow(f"{row.actual_columns} values for {row.expected_columns} columns"))
         return "skip"
 
+    header = column_names(file)
+    _check_twice(header, columns)
+    for name in header:
+        if "\ufffd" in name:
+            raise ValueError(f"its header is not UTF-8: {shown(name)}")
     table = pyarrow.csv.read_csv(
         file,
         read_options=pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK),
@@ -218,12 +228,28 @@ def _read_csv(
             check_utf8=False,  # one bad text is one bad row
             column_types=dict.fromkeys(text_columns, pa.string()),
             strings_can_be_null=False,
-            include_columns=None if columns is None else [n for n in dict.fromkeys(column_names(file)) if n in columns],
+            include_columns=None if columns is None else [name for name in header if name in columns],
         ),
     )
     for batch in table.to_batches(max_chunksize=1024):
         yield from _rows_of(batch)
     yield from bad
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON text. Raises BadRow where a name is given twice: which one is meant, nobody knows."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise BadRow(f"{shown(twice)} is given twice")
+    return found
+
+
+def _check_twice(names: Sequence[str], columns: Collection[str] | None) -> None:
+    """No column that is read stands twice in a file: one of the two would be taken in silence. Raises ValueError."""
+    for name, count in Counter(names).items():
+        if count > 1 and (columns is None or name in columns):
+            raise ValueError(f"it has {count} columns named {shown(name)}; keep one of them")
 
 
 def _rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadRow]:

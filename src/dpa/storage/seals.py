@@ -2,12 +2,13 @@
 Run its tests: pytest tests/test_seals.py
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpa.core.errors import RunFolderError
-from dpa.storage.tables import disk_error, known_digest
+from dpa.core.errors import DpaError, RunFolderError
+from dpa.storage.tables import disk_error, is_whole, known_digest, read_json
 
 Seal = dict[str, dict[str, Any]]
 """File name within the folder -> its `sha256` (hex) and size in `bytes`."""
@@ -39,3 +40,21 @@ def broken(folder: Path, sealed: Mapping[str, Mapping[str, Any]]) -> str | None:
         except OSError as error:
             raise disk_error(error, file, "reading") from None
     return None
+
+
+def check_in_run(folder: str | Path) -> None:
+    """A model that lies in a run folder is as the stage that made it left it, whoever uses it: a flipped bit answers
+    plausibly. Raises RunFolderError. A model from elsewhere, or of a run that sealed nothing, is not looked at."""
+    place = Path(folder).resolve()
+    for file in sorted(place.parent.glob("*/done.json")):
+        try:
+            record = read_json(file)
+        except DpaError:
+            continue  # whoever resumes the run makes the stage again
+        sealed = record.get("sealed") if isinstance(record, dict) and is_whole(record) else None
+        for relative, files in sealed.items() if isinstance(sealed, dict) else ():
+            if Path(os.path.normpath(file.parent / relative)) == place and (trouble := broken(place, files)):
+                raise RunFolderError(
+                    f"model: {trouble}. `dpa run` with the configuration of its run makes it again; a model that was "
+                    "changed on purpose is used from a copy outside the run folder."
+                )

@@ -32,6 +32,7 @@ _USER_FIXES = {
     errno.EROFS: "choose a folder that is not read-only",
     errno.ENOENT: "create the folder first",
     errno.ENOTDIR: "a part of the path is a file; choose another folder",
+    errno.EEXIST: "a file stands at this path; remove it or choose another path",
     errno.EISDIR: "a folder stands at this path; remove it or choose another path",
     errno.ENAMETOOLONG: "choose a shorter path",
 }
