@@ -19,7 +19,7 @@ from dpa.core.errors import ModelFileError
 from dpa.models.files import resolve_model
 from dpa.models.folding import bake_direction
 from dpa.models.loading import load_model
-from dpa.models.policy import load_policy, load_prompting, save_policy
+from dpa.models.policy import check_policy, load_policy, load_prompting, save_policy
 from dpa.models.reward_model import load_classifier
 from dpa.models.samplers import SamplerSpec
 
@@ -161,6 +161,8 @@ def test_sharded_bf16_weights_are_a_start_model(folder: Path) -> None:
 # --- 4: odd fields, odd files ---------------------------------------------------------------------------------------
 
 ODD_FIELDS = {
+    "return_dict": ({"return_dict": False}, "return_dict is false"),
+    "dropout": ({"attention_dropout": 5}, "attention_dropout is 5, not a share"),
     "pad beyond": ({"pad_token_id": 9999}, "pad_token_id is 9999, beyond the 261 rows"),
     "pad text": ({"pad_token_id": "x"}, "pad_token_id"),
     "eos beyond": ({"eos_token_id": 9999}, "eos_token_id is 9999"),
@@ -191,6 +193,21 @@ ODD_FIELDS = {
     "a thousand layers": ({"num_hidden_layers": 1000}, "num_hidden_layers = 1000, but"),
     "large but below": ({"hidden_size": 1_000_000, "intermediate_size": 9_000_000}, "another shape"),
 }
+
+
+@pytest.mark.parametrize("template", [3, True])
+def test_50_a_chat_template_that_is_no_text_is_one_sentence(folder: Path, template: object) -> None:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    configure(folder, "tokenizer_config.json", chat_template=template)
+    refused(folder, "chat_template is (int|bool), not text")
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ messages[9].content }}", "hello", "{{ raise_exception('no') }}"])
+def test_50_a_template_that_does_not_work_is_found_before_any_stage(folder: Path, template: str) -> None:
+    check_policy(folder, space=SPACE)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ModelFileError, match=r"its chat template .*; give the tokenizer a working one\."):
+        check_policy(folder, space=SPACE)
 
 
 @pytest.mark.parametrize("case", ODD_FIELDS)

@@ -27,6 +27,7 @@ from dpa.core.errors import DpaError, ModelFileError
 from dpa.models.files import SafeModel, integer_tensors, resolve_model
 from dpa.models.quiet import quiet_libraries
 
+_SHARE = re.compile(r"(dropout|pdrop)(_prob|_rate)?$")
 _SHOWN = 3
 """Tensor names in a refusal."""
 
@@ -44,6 +45,11 @@ def load_config(safe: SafeModel, what: str = "model") -> PreTrainedConfig:
         positions = getattr(text, "max_position_embeddings", 1)
         if not _is_count(positions) or positions < 1:
             raise ValueError(f"max_position_embeddings is {positions!r}, not a number of tokens")
+        for field, value in (*vars(config).items(), *vars(text).items()):
+            if _SHARE.search(field) and isinstance(value, int | float) and not 0 <= value <= 1:
+                raise ValueError(f"{field} is {value!r}, not a share from 0 to 1")
+        if not config.return_dict:
+            raise ValueError("return_dict is false, and a model is asked for named outputs; take the field out")
         rows = getattr(text, "vocab_size", None)
         for field in ("pad_token_id", "eos_token_id"):
             for token in _as_list(getattr(text, field, None)):
@@ -59,6 +65,10 @@ def load_tokenizer(safe: SafeModel, what: str = "model") -> PreTrainedTokenizerB
         tokenizer = AutoTokenizer.from_pretrained(safe.path, **safe.tokenizer_kwargs)
         if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
             raise ValueError("it makes no token of a word")
+        template = tokenizer.chat_template
+        templates = template.values() if isinstance(template, dict) else [template or ""]
+        if not all(isinstance(text, str) for text in templates):
+            raise ValueError(f"chat_template is {type(template).__name__}, not text")
     return tokenizer
 
 

@@ -65,8 +65,11 @@ def load_policy(
     return model.eval(), tokenizer
 
 
-def check_policy(name: str | Path, remote_code_revision: str | None = None) -> None:
-    """What can be known of a start policy before hours are spent: its files, its configuration, its tokens.
+def check_policy(
+    name: str | Path, remote_code_revision: str | None = None, space: DirectionSpace | None = None
+) -> None:
+    """What can be known of a start policy before hours are spent: its files, its configuration, its tokens, and with a
+    `space` whether its chat template can be made to state a direction.
 
     Weights are compared by name and shape; those of another run also with their seal. Raises ModelFileError,
     RunFolderError.
@@ -80,6 +83,8 @@ def check_policy(name: str | Path, remote_code_revision: str | None = None) -> N
         ensure_pad_token(tokenizer)
         check_tokens(tokenizer, embedding_rows(safe), name)
         load_generation(safe)
+        if space is not None:
+            make_steerable(tokenizer, space)
 
 
 def load_prompting(policy: SafeModel) -> tuple[PreTrainedTokenizerBase, int, tuple[int, ...]]:

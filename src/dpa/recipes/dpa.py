@@ -123,7 +123,7 @@ class Loop:
                 "iteration has another policy; give `command`, or run the stages one by one."
             )
         if not self._folder.stage(self.first, "finetune").done:
-            check_policy(self.start_policy, self.config.remote_code_revision)
+            check_policy(self.start_policy, self.config.remote_code_revision, self.space)
         self._check_ahead()
         if self.config.ratings:
             self.read_ratings()
