@@ -36,7 +36,7 @@ class Objective:
     """
 
     name: str
-    attributes: Mapping[str, float] = field(default=None, hash=False)  # type: ignore[assignment]
+    attributes: Mapping[str, float] = field(default=None, hash=False)  # type: ignore[arg-type]
     description: str = ""
 
     def __post_init__(self) -> None:
