@@ -13,12 +13,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dpa.core.compare_config import METHODS, CompareConfig, load_comparison
+from dpa.core.compare_config import ASKED_FOR, METHODS, CompareConfig, load_comparison
 from dpa.core.errors import ConfigError
 from dpa.recipes.compare import Comparison
 from dpa.world.comparison import QUICK, RECIPE, write_recipe
 
 COMMAND = [sys.executable, "-m", "dpa", "compare", "--quick", "--out"]
+
+BY_DEFAULT = [method for method in METHODS if method not in ASKED_FOR]
+"""What a comparison compares unless its file names others."""
 
 
 def done_jobs(out: Path) -> list[Path]:
@@ -59,14 +62,14 @@ def alive(pid: int) -> bool:
 
 def test_every_method_is_measured_over_the_same_directions(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
-    assert {policy["method"] for policy in results["policies"]} == set(METHODS)
+    assert {policy["method"] for policy in results["policies"]} == set(BY_DEFAULT)
     assert [p["name"] for p in results["policies"] if p["method"] == "pooled"] == ["t = 0", "t = 1"]
     for policy in results["policies"]:
         points = policy["fronts"]["gold"]["verbosity"]
         assert len(points) == (1 if policy["point"] else 3)
         assert policy["measures"]["hypervolume"]["value"] > 0
         assert policy["measures"]["hypervolume"]["low"] is not None
-    assert len(results["leads"]["verbosity"]) == len(METHODS) - 1
+    assert len(results["leads"]["verbosity"]) == len(BY_DEFAULT) - 1
     by_method = {row["method"]: row for row in results["costs"]}
     assert by_method["pooled_third"]["scored"] == 3 / 8 * by_method["per_direction"]["scored"]  # 3 prompts of 8
     generated = [by_method[method]["generated"] for method in ("pooled_third", "per_direction")]
@@ -97,7 +100,7 @@ def test_the_report_says_what_holds_and_stands_alone(finished: Path) -> None:
     for svg in re.findall(r"<svg.*?</svg>", page, re.S):
         ElementTree.fromstring(svg)
     lines = (finished / "table.csv").read_text().splitlines()
-    assert len(lines) > 2 * len(METHODS)
+    assert len(lines) > 2 * len(BY_DEFAULT)
     assert lines[0].startswith("method,policy,reward,arc")
 
 
@@ -114,9 +117,9 @@ def test_a_finished_comparison_does_no_work_and_one_with_other_settings_is_refus
 
 def test_the_demos_comparison_loads_with_every_methods_settings(tmp_path: Path) -> None:
     config = load_comparison(write_recipe(tmp_path, tmp_path / "out"))
-    assert config.methods == list(METHODS)
+    assert config.methods == BY_DEFAULT
     assert len(config.seeds) >= 3
-    for method in METHODS:
+    for method in BY_DEFAULT:
         settings = config.run_config(1, tmp_path / method, method)
         assert "seed_1" in settings.prompts.path
         assert len(settings.space.build().grid(settings.evaluate.directions)) >= 15
@@ -143,7 +146,7 @@ def test_a_wrong_field_is_named_before_any_work(tmp_path: Path, change: dict[str
 
 
 def test_a_comparison_of_ones_own_needs_a_configuration(tmp_path: Path) -> None:
-    assert CompareConfig.model_fields["methods"].default == list(METHODS)
+    assert CompareConfig.model_fields["methods"].default == BY_DEFAULT
     wrong = [sys.executable, "-m", "dpa", "compare", str(tmp_path / "none.yaml")]
     done = subprocess.run(wrong, capture_output=True, text=True)
     assert done.returncode == 2

@@ -295,7 +295,8 @@ def test_a_run_stops_at_a_model_no_better_than_the_mean_and_goes_on_where_that_i
 
     def loop(**fields: Any) -> Loop:
         rated = [{"path": str(tmp_path / "rated.jsonl"), "scales": {"good": [0, 4]}}]
-        config = run_config(tmp_path, space=space, ratings=rated, reward={"train": {**train, **fields}})
+        reward = {"train": {**train, **fields}}
+        config = run_config(tmp_path, policy=str(backbone), space=space, ratings=rated, reward=reward)
         (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return Loop(config)
 

@@ -148,11 +148,11 @@ def test_a_long_step_says_that_it_goes_on() -> None:
 
 def test_work_that_counts_nothing_says_that_it_goes_on_unless_somebody_else_does() -> None:
     out, inner = io.StringIO(), io.StringIO()
-    with AtWork("iter_1/finetune", out, line_every_s=0.4):
-        time.sleep(0.7)
+    with AtWork("iter_1/finetune", out, line_every_s=1.0):
+        time.sleep(1.3)  # its next look comes at 2.0, when the bar has long said something
         assert out.getvalue().startswith("iter_1/finetune: at work for ")
-        said = out.getvalue().count("\n")
         with ProgressBar("finetune", 100, "steps", out=inner, line_every_s=0.1) as bar:
+            said = out.getvalue().count("\n")
             for _ in range(10):
                 time.sleep(0.1)
                 bar.advance()
