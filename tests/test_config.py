@@ -2,6 +2,7 @@
 pytest tests/test_config.py
 """
 
+import re
 import time
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 from dpa.core.compare_config import CompareConfig
 from dpa.core.config import PathText, PromptsConfig, RunConfig, load_config, parse_config, resolved
 from dpa.core.errors import ConfigError
+from dpa.core.lookup import look_up
 from dpa.core.yaml_text import parse_yaml
 
 CASES = Path(__file__).parents[1].parent / "shared" / "cases"
@@ -242,3 +244,16 @@ def yaml_of(folder: Path) -> Path:
         " reward: {functions: {a: 'm:a', b: 'm:b'}}, evaluate: {prompts: {path: h.jsonl}}}"
     )
     return file
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("dppo", "learner: 'dppo' is not known; did you mean `dpo`?"),
+        ("x", "learner: 'x' is not known; known: sft, dpo."),
+    ],
+)
+def test_look_up_refuses_an_unknown_name_with_the_nearest_one(name: str, said: str) -> None:
+    assert look_up({"sft": 1, "dpo": 2}, "dpo", "learner") == 2
+    with pytest.raises(ConfigError, match=re.escape(f"learner: {said}")):
+        look_up({"sft": 1, "dpo": 2}, name, "learner")

@@ -5,7 +5,6 @@
 An unknown key is an error that names the nearest known one; flags override the file.
 """
 
-import difflib
 import json
 import re
 import shlex
@@ -26,6 +25,7 @@ from pydantic import (
 
 from dpa.core.directions import PUBLISHED_TEMPLATE, DirectionSpace, Objective
 from dpa.core.errors import ConfigError
+from dpa.core.lookup import nearest
 from dpa.core.presets import SPACES
 from dpa.core.records import stable_hash
 from dpa.core.yaml_text import parse_yaml
@@ -737,9 +737,7 @@ def _explain(item: Any, root: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         known = list(_section_at(root, item["loc"][:-1]).model_fields)
-        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}."
-        return f"{where}: unknown key; {hint}"
+        return f"{where}: unknown key; {nearest(str(item['loc'][-1]), known)}"
     if item["type"] == "missing":
         return f"{where}: this field is required; add it."
     message = item["msg"].removeprefix("Value error, ")

@@ -2,7 +2,6 @@
 Run its tests: pytest tests/test_directions.py
 """
 
-import difflib
 import math
 import re
 import reprlib
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dpa.core.errors import DirectionError
+from dpa.core.lookup import nearest
 
 MAX_TEXT = 4000  # characters: far more than a real direction, few enough to refuse the rest at once
 MAX_NAME = 64
@@ -84,9 +84,7 @@ def is_name(value: Any) -> bool:
 
 def unknown(name: Any, known: Iterable[str], where: str) -> DirectionError:
     """The refusal of a name, with the nearest known one."""
-    known = list(known)
-    near = difflib.get_close_matches(str(name)[:MAX_NAME], known, n=1, cutoff=0.6)
-    hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}."
+    hint = nearest(str(name)[:MAX_NAME], known, cutoff=0.6)
     return DirectionError(f"{where}: {shown(name)} is unknown; {hint}")
 
 
