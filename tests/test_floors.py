@@ -1,9 +1,10 @@
-"""Imports go down only, the ones hidden in functions included; stages never meet.
+"""Imports go down only and never round in a circle, the ones hidden in functions included; stages never meet.
 
 pytest tests/test_floors.py
 """
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,49 @@ def test_torch_stays_in_models(path: Path) -> None:
     if floor_of(path) in TORCH_FREE and path.parent.name != "stages":
         heavy = {name.split(".")[0] for name in imported(path)} & {"torch", "transformers", "trl", "peft"}
         assert not heavy, f"{path.name} imports {heavy}"
+
+
+def circle_in(package: Path) -> list[str]:
+    """Files of a package that import each other round in a circle, the first named again at the end; empty: none do.
+
+    Importing `a.b.c` runs `a/b/__init__.py` too; only the outermost package's own is taken for granted.
+    """
+    files = {}
+    for path in package.rglob("*.py"):
+        place = path.relative_to(package.parent).with_suffix("")
+        files[".".join(place.parent.parts if path.name == "__init__.py" else place.parts)] = path
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        names = {name if name in files else name.rpartition(".")[0] for name in (module, *imported(path))}
+        parents = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count("."))}
+        graph[module] = {name for name in names | parents if name in files} - {module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [str(files[module].relative_to(package)) for module in reversed(error.args[1])]
+    return []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert not (circle := circle_in(PACKAGE)), " -> ".join(circle)
+
+
+@pytest.mark.parametrize(
+    ("files", "circle"),
+    [
+        (
+            {"a.py": "from toy.b import x", "b.py": "def f():\n    from toy import c", "c.py": "import toy.a"},
+            {"a", "b", "c"},
+        ),
+        ({"room/__init__.py": "from toy.room import b", "room/b.py": "", "c.py": ""}, {"room/__init__", "room/b"}),
+        ({"a.py": "from toy.b import x", "b.py": "from toy import c", "c.py": "import os", "__init__.py": ""}, set()),
+    ],
+    ids=["hidden in a function", "a package and its file", "none"],
+)
+def test_a_circle_is_found_and_its_files_named(tmp_path: Path, files: dict[str, str], circle: set[str]) -> None:
+    for name, text in files.items():
+        (tmp_path / "toy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "toy" / name).write_text(text)
+    found = circle_in(tmp_path / "toy")
+    assert set(found) == {f"{name}.py" for name in circle}
+    assert found[:1] == found[len(circle) :]

@@ -153,7 +153,7 @@ def look(self, norm):
     return check(self, norm)
 StopsAtBadStep._check_step = look
 sys.argv = ["dpa", *sys.argv[1:]]
-from dpa.cli import main
+from dpa.__main__ import main
 main()
 """
 

@@ -1,5 +1,29 @@
-"""`python -m dpa` is `dpa`."""
+"""`dpa`, which is also `python -m dpa`. Nothing heavy is imported before a command needs it."""
 
-from dpa.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit code 2, never a traceback."""
+    from dpa.cli.commands import app
+    from dpa.core.errors import DpaError, Interrupted
+    from dpa.storage.stopping import end_process, end_process_by_error
+
+    code: int | str | None = 0
+    try:
+        app()
+    except DpaError as error:
+        print(f"dpa: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("dpa: interrupted; the same command resumes where it stopped.", file=sys.stderr)
+        code = Interrupted.exit_code
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
+        end_process_by_error()
+    end_process(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpa.cli import ecosystem
+from dpa.cli import ecosystem, planning
 from dpa.cli.home import Commands
-from dpa.cli.planning import register as register_planning
+from dpa.cli.options import ConfigPath, Overrides, overridden
 from dpa.core.errors import ConfigError
 from dpa.version import __version__
 
@@ -25,11 +25,8 @@ app = Commands(
 )
 
 app.add_typer(ecosystem.app)  # export, fold, push, judge
+app.add_typer(planning.app)  # estimate, doctor
 
-ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration; docs/configuration.md lists every field.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set rollout.samples=8")
-]
 Iteration = Annotated[int, typer.Option("--iteration", "-t", min=0, help="Which iteration.")]
 Shard = Annotated[
     str | None,
@@ -93,7 +90,7 @@ def demo(
     from dpa.world.demo import run_demo
 
     flags = {} if iterations is None else {"iterations": str(iterations)}
-    run_demo(out, seed, development, {**_pairs(overrides), **flags})
+    run_demo(out, seed, development, {**overridden(overrides), **flags})
 
 
 @app.command()
@@ -108,7 +105,7 @@ def compare(
     development: Annotated[bool, typer.Option(help="The demo world: measure on development questions.")] = False,
 ) -> None:
     """Compare methods at equal budgets over several seeds; the same command resumes it."""
-    flags = _pairs(overrides)
+    flags = overridden(overrides)
     if seeds is not None:
         flags["seeds"] = f"[{seeds}]"
     if config is None:
@@ -303,23 +300,10 @@ def serve(
     )
 
 
-register_planning(app)
-
-
-def _pairs(overrides: list[str] | None) -> dict[str, str]:
-    pairs = {}
-    for item in overrides or []:
-        field, equals, value = item.partition("=")
-        if not equals or not field:
-            raise ConfigError(f"--set: {item!r} is not FIELD=VALUE; write for example --set rollout.samples=8.")
-        pairs[field] = value
-    return pairs
-
-
 def _load(path: Path, overrides: list[str] | None, flags: dict[str, str] | None = None) -> "RunConfig":
     from dpa.core.config import load_config
 
-    return load_config(path, {**_pairs(overrides), **(flags or {})})
+    return load_config(path, {**overridden(overrides), **(flags or {})})
 
 
 def _loop(config: "RunConfig", ignore_free_space: bool = False, shard: str | None = None) -> "Loop":

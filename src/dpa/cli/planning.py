@@ -8,18 +8,14 @@ from typing import Annotated
 
 import typer
 
-ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set rollout.samples=8")
-]
+from dpa.cli.home import Commands
+from dpa.cli.options import ConfigPath, Overrides, overridden
+from dpa.core.errors import ConfigError
+
+app = Commands(rich_markup_mode=None)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the two commands."""
-    app.command()(estimate)
-    app.command()(doctor)
-
-
+@app.command()
 def estimate(
     config: ConfigPath,
     runs: Annotated[
@@ -35,9 +31,7 @@ def estimate(
     from rich.console import Console
     from rich.table import Table
 
-    from dpa.cli.commands import _pairs
     from dpa.core.config import load_config
-    from dpa.core.errors import ConfigError
     from dpa.recipes.estimate import estimate as estimated
     from dpa.recipes.estimate import run_needs
     from dpa.storage.console import print_table
@@ -45,7 +39,7 @@ def estimate(
     for run in runs or []:
         if not run.is_dir():
             raise ConfigError(f"--from: there is no run folder at {run}; check the path.")
-    stages = estimated(load_config(config, _pairs(overrides)), runs or [], parameters)
+    stages = estimated(load_config(config, overridden(overrides)), runs or [], parameters)
     table = Table(box=SIMPLE_HEAD)
     for heading in ("stage", "rows", "tokens", "time", "memory", "disk", "speed from"):
         table.add_column(heading, justify="left" if heading in {"stage", "speed from"} else "right", no_wrap=True)
@@ -73,6 +67,7 @@ def estimate(
         )
 
 
+@app.command()
 def doctor(
     folder: Annotated[Path, typer.Argument(help="Where run folders will lie.")] = Path("runs"),
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds after which a check that hangs has failed.")] = 90.0,
