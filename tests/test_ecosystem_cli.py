@@ -89,13 +89,13 @@ def test_judge_asks_models_shows_the_cost_first_and_replays(policy: Path, questi
         common += ("--max-new-tokens", 5)
         with pytest.raises(ConfigError, match="--yes"):
             dpa(*common, "--base-url", server.url, "--limit-tokens", 10)
-        assert server.bodies == []
+        assert server.bodies() == []
         output = dpa(*common, "--base-url", server.url, "--price-in", 2)
         assert "6 calls to make" in output
         assert "in your prices" in output
-        assert len(server.bodies) == 6
+        assert len(server.bodies()) == 6
     finally:
-        server.close()
+        server.stop()
     again = dpa(*common)
     assert "0 calls to make (6 are in the cache)" in again
     assert [line for line in output.splitlines() if line.startswith("Told")] == [

@@ -12,7 +12,8 @@ import pytest
 from fake_server import FakeServer
 
 from dpa.core.errors import EngineError
-from dpa.models.http_pool import MAX_ANSWER_BYTES, Answer, HttpPool, Refusal, _retry_after
+from dpa.models.http_exchange import MAX_ANSWER_BYTES, Answer, Refusal, retry_after
+from dpa.models.http_pool import HttpPool
 
 QUICK = {"backoff_s": 0.01, "request_s": 20.0}
 
@@ -101,15 +102,15 @@ def test_fault_12_a_server_that_says_429_is_asked_less_at_once_and_loses_nothing
 
 def test_retry_after_may_be_a_date() -> None:
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 90))
-    assert 80 < (_retry_after({"retry-after": soon}) or 0) <= 90
-    assert _retry_after({"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT"}) == 0
-    assert [_retry_after({"retry-after": text}) for text in ("7", "soon", "-3", "1 h")] == [
+    assert 80 < (retry_after({"retry-after": soon}) or 0) <= 90
+    assert retry_after({"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT"}) == 0
+    assert [retry_after({"retry-after": text}) for text in ("7", "soon", "-3", "1 h")] == [
         7,
         None,
         None,
         None,
     ]
-    assert _retry_after({}) is None
+    assert retry_after({}) is None
 
 
 def test_fault_12_rests_grow_and_are_capped_and_random(server: FakeServer) -> None:

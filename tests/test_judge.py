@@ -4,13 +4,12 @@ pytest tests/test_judge.py
 
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_server import FakeServer, Reply
 from fakes import space_of
 
 from dpa.core.errors import ConfigError, DataError, EngineError
@@ -45,54 +44,33 @@ def by_length(prompt: str) -> str:
     return "A" if (a > b) == wants_long else "B"
 
 
-class Server:
-    """A judge on loopback: `say` makes the reply; the first `statuses` are answered instead; bodies are kept."""
+class Server(FakeServer):
+    """A judge on loopback: `say` makes the reply; the first `statuses` are answered instead."""
 
     def __init__(self, say: Callable[[str], str]) -> None:
+        super().__init__(self._reply)
         self.say = say
         self.statuses: list[tuple[int, dict[str, str]]] = []
-        self.bodies: list[dict] = []
-        self.keys: set[str | None] = set()
-        outer = self
+        self.url = f"{self.address}/v1"
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.bodies.append(body)
-                outer.keys.add(self.headers.get("Authorization"))
-                status, headers = outer.statuses.pop(0) if outer.statuses else (200, {})
-                message = {"role": "assistant", "content": outer.say(body["messages"][0]["content"])}
-                reply = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(reply)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(reply)
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def _reply(self, body: dict) -> Reply:
+        status, headers = self.statuses.pop(0) if self.statuses else (200, {})
+        message = {"role": "assistant", "content": self.say(body["messages"][-1]["content"])}
+        usage = {"prompt_tokens": 50, "completion_tokens": 3}
+        return status, {"choices": [{"index": 0, "message": message}], "usage": usage}, headers
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server(by_length)
-    yield server
-    server.close()
+    with Server(by_length) as server:
+        yield server
 
 
 PAIRS = [Pair(f"Request {n}", "word " * (n % 5 + 3), "word " * (n % 5 + 1)) for n in range(20)]
 
 
 def asker(server: Server | None, folder: Path, **options) -> ChatJudge:
-    return ChatJudge(server.url if server else None, "fake-judge", folder / "cache.jsonl", backoff_s=0.01, **options)
+    return ChatJudge([server.url] if server else [], "fake-judge", folder / "cache.jsonl", backoff_s=0.01, **options)
 
 
 def test_the_judge_is_told_the_preference_and_win_rates_follow_it(server: Server, tmp_path: Path) -> None:
@@ -104,8 +82,8 @@ def test_the_judge_is_told_the_preference_and_win_rates_follow_it(server: Server
         assert not found["position_biased"]
         assert found["longer_wins"] == expected
         assert found["characters"]["long"] > found["characters"]["short"]
-    assert len(server.bodies) == 2 * 2 * len(PAIRS)
-    prompt = server.bodies[0]["messages"][0]["content"]
+    assert len(server.bodies()) == 2 * 2 * len(PAIRS)
+    prompt = server.bodies()[0]["messages"][0]["content"]
     assert "- helpfulness: 80\n- verbosity: -60" in prompt
 
 
@@ -131,32 +109,54 @@ def test_a_rerun_without_a_network_gives_the_same_table(server: Server, tmp_path
         judge(replayed, PAIRS, SPACE, FULL, ("x", "y"))
 
 
+def test_damaged_lines_of_the_cache_are_left_out_with_one_sentence_and_asked_again(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.say = lambda prompt: f"A, said of {prompt}"
+    prompts = [f"prompt {n}" for n in range(6)]
+    told = asker(server, tmp_path, in_flight=1).ask(prompts)
+    cache = tmp_path / "cache.jsonl"
+    lines = cache.read_bytes().splitlines()
+    lines[0] = lines[0].replace(b"A, said", b"B, said")  # a verdict changed by hand, or by a disk
+    lines[1] = b"\xff\x00" + lines[1]
+    lines[2] = b"[" * 20_000
+    lines[3] = json.dumps({key: value for key, value in json.loads(lines[3]).items() if key != "check"}).encode()
+    cache.write_bytes(b"\n".join(lines)[:-9])
+    again = asker(server, tmp_path)
+    assert again.missing(prompts) == [prompts[n] for n in (0, 1, 2, 5)], "lines without a check are from an older dpa"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{cache}: 4 of 6 lines are damaged and left out; what they answered is asked again."
+    ]
+    assert again.ask(prompts) == told
+    assert (again.calls, asker(None, tmp_path).ask(prompts)) == (4, told)
+
+
 def test_trouble_is_tried_again_and_refusals_are_not(server: Server, tmp_path: Path) -> None:
     server.statuses = [(429, {"Retry-After": "0"}), (500, {}), (503, {})]
-    found = judge(asker(server, tmp_path, together=1, key="secret"), PAIRS[:1], SPACE, FULL, ("x", "y"))
+    found = judge(asker(server, tmp_path, in_flight=1, key="secret"), PAIRS[:1], SPACE, FULL, ("x", "y"))
     assert found["judged"] == 1
-    assert len(server.bodies) == 2 + 3
-    assert server.keys == {"Bearer secret"}
+    assert len(server.bodies()) == 2 + 3
+    assert {headers["authorization"] for headers in server.headers_seen} == {"Bearer secret"}
     server.say = lambda prompt: "A"
     server.statuses = [(401, {})]
-    with pytest.raises(EngineError, match="401"):
-        asker(server, tmp_path / "other", together=1).ask(["x"])
-    assert len(server.bodies) == 2 + 3 + 1
-    server.close()
-    gone = ChatJudge(server.url, "m", tmp_path / "third.jsonl", backoff_s=0.001)
-    with pytest.raises(EngineError, match="is it running"):
+    with pytest.raises(EngineError, match=r"401.*check DPA_JUDGE_API_KEY"):
+        asker(server, tmp_path / "other", in_flight=1).ask(["x"])
+    assert len(server.bodies()) == 2 + 3 + 1
+    server.stop()
+    gone = ChatJudge([server.url], "m", tmp_path / "third.jsonl", backoff_s=0.001)
+    with pytest.raises(EngineError, match="no server answers"):
         gone.ask(["x"])
     with pytest.raises(ConfigError, match="no address"):
-        ChatJudge("localhost:8000", "m", tmp_path / "third.jsonl")
+        ChatJudge(["localhost:8000"], "m", tmp_path / "third.jsonl")
 
 
 def test_replies_that_came_before_a_failure_are_kept(server: Server, tmp_path: Path) -> None:
     server.statuses = [(200, {}), (200, {}), (401, {})]
     with pytest.raises(EngineError):
-        judge(asker(server, tmp_path, together=1), PAIRS, SPACE, FULL, ("x", "y"))
-    before = len(server.bodies)
-    judge(asker(server, tmp_path, together=1), PAIRS, SPACE, FULL, ("x", "y"))
-    assert len(server.bodies) - before <= 2 * len(PAIRS) - 2
+        judge(asker(server, tmp_path, in_flight=1), PAIRS, SPACE, FULL, ("x", "y"))
+    before = len(server.bodies())
+    judge(asker(server, tmp_path, in_flight=1), PAIRS, SPACE, FULL, ("x", "y"))
+    assert len(server.bodies()) - before <= 2 * len(PAIRS) - 2
 
 
 def test_length_control_sees_through_a_judge_who_counts_words() -> None:

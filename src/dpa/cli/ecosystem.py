@@ -162,7 +162,7 @@ def judge(
     (name_a, answers_a), (name_b, answers_b) = (read_answers(file) for file, _ in sides)
     pairs = make_pairs(answers_a, answers_b)[:limit]
     key = os.environ.get("DPA_JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY")
-    asked = ChatJudge(base_url, judge_model, out / "cache.jsonl", key, max_tokens, together)
+    asked = ChatJudge([base_url] if base_url else [], judge_model, out / "cache.jsonl", key, max_tokens, together)
     missing = asked.missing([prompt for wish in wishes for prompt in prompts_of(pairs, where, wish)])
     cost = estimate(missing)
     tokens = cost.tokens_in + cost.tokens_out

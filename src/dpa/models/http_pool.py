@@ -19,21 +19,17 @@ the run, which the same command resumes.
 
 import asyncio
 import json
-import os
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from dpa.core.errors import ConfigError, EngineError
+from dpa.models.http_exchange import MAX_ANSWER_BYTES, Answer, Refusal, TooLong, brief, exchange, retry_after
+from dpa.models.http_servers import Job, Server, least_loaded
 from dpa.models.server_process import ServerProcess
-
-MAX_ANSWER_BYTES = 16_000_000
-"""A longer answer is not read."""
 
 BACKOFF_S, LONGEST_REST_S = 0.5, 30.0
 """First rest after a failure, doubled each time up to the longest; each is cut by up to half at random."""
@@ -43,28 +39,15 @@ _REFUSED = frozenset({400, 413, 422})
 _UNWELL = frozenset({408, 502, 503, 504})
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a server said: the JSON object or list, and the headers (lower-case names)."""
-
-    payload: Any
-    headers: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a request got no answer."""
-
-    reason: str
-    status: int | None = None
-    """The HTTP status where one said so."""
+Heard = Callable[[int, Answer | Refusal], None]
 
 
 class HttpPool:
     """Servers of one kind at `addresses`, or started as `processes`, that share the requests.
 
     Each has at most `in_flight` requests at a time; the one with the fewest gets the next. `request_s` bounds a request
-    from its first byte to its last, `attempts` its tries, `max_restarts` the deaths in a row of a started process.
+    from its first byte to its last, `attempts` its tries, `max_restarts` the deaths in a row of a started process;
+    `key_from` names where the key was read, for a server that refuses it.
     Thread-safe. `close` (or leaving the `with` block) drops what is in flight and ends the processes.
     """
 
@@ -78,19 +61,20 @@ class HttpPool:
         max_restarts: int = 3,
         key: str | None = None,
         backoff_s: float = BACKOFF_S,
+        key_from: str = "api_key_env",
     ) -> None:
         try:
             import httpx
         except ImportError:
             raise ConfigError("httpx is not installed; `pip install 'dpa[http]'` brings it.") from None
-        self._httpx, self._key = httpx, key
-        self._servers = [_Server(address.rstrip("/"), in_flight, in_flight) for address in addresses]
-        self._servers += [_Server("", in_flight, in_flight, process) for process in processes]
+        self._httpx, self._key, self._key_from = httpx, key, key_from
+        self._servers = [Server(address.rstrip("/"), in_flight, in_flight) for address in addresses]
+        self._servers += [Server("", in_flight, in_flight, process) for process in processes]
         self._request_s, self._attempts, self._max_restarts = request_s, attempts, max_restarts
         self._backoff_s, self._processes = backoff_s, tuple(processes)
-        self._waiting: deque[_Job] = deque()
-        self._serving: set[_Job] = set()
-        self._doubted: set[_Job] = set()
+        self._waiting: deque[Job] = deque()
+        self._serving: set[Job] = set()
+        self._doubted: set[Job] = set()
         self._touchstone: tuple[str, bytes] | None = None
         self._answered = 0
         self._broken: EngineError | None = None
@@ -117,9 +101,13 @@ class HttpPool:
         """Where the servers are now."""
         return [server.address for server in self._servers]
 
-    def ask(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Answer | Refusal]:
-        """POST each body to `path` on some server; answers in the order of the bodies. Raises EngineError."""
-        return self._run(self._ask([_Job(path, json.dumps(body).encode()) for body in bodies]))
+    def ask(self, path: str, bodies: Sequence[dict[str, Any]], heard: Heard | None = None) -> list[Answer | Refusal]:
+        """POST each body to `path` on some server; answers in the order of the bodies. Raises EngineError.
+
+        `heard(place, answer)` is called on the pool's thread as each comes in; what it raises is raised here, and what
+        was not sent yet never is.
+        """
+        return self._run(self._ask([Job(path, json.dumps(body).encode()) for body in bodies], heard))
 
     def ask_every_server(self, path: str, body: dict[str, Any] | None) -> list[Answer | Refusal]:
         """POST the body (GET where it is None) to each server, which is how servers are got to know.
@@ -127,7 +115,7 @@ class HttpPool:
         Raises EngineError.
         """
         content = None if body is None else json.dumps(body).encode()
-        return self._run(self._ask([_Job(path, content, only=server) for server in self._servers]))
+        return self._run(self._ask([Job(path, content, only=server) for server in self._servers]))
 
     def set_touchstone(self, path: str, body: dict[str, Any]) -> None:
         """A question that any server that works answers: it tells a bad request from a bad server."""
@@ -191,32 +179,38 @@ class HttpPool:
                 EngineError(f"the pool of servers failed ({error!r}); this is a mistake in dpa, please report it.")
             )
 
-    async def _ask(self, jobs: "list[_Job]") -> list[Answer | Refusal]:
+    async def _ask(self, jobs: list[Job], heard: Heard | None = None) -> list[Answer | Refusal]:
         if self._broken:
             raise self._broken
         for job in jobs:
             job.future = self._loop.create_future()
         self._waiting.extend(jobs)
         self._wake.set()
-        results = await asyncio.gather(*(job.future for job in jobs), return_exceptions=True)
-        answers: list[Answer | Refusal] = []
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-            answers.append(result)
-        return answers
+
+        async def answer_to(place: int, job: Job) -> Answer | Refusal:
+            answer = await job.future
+            if heard is not None:
+                heard(place, answer)
+            return answer
+
+        try:
+            return await asyncio.gather(*(answer_to(place, job) for place, job in enumerate(jobs)))
+        except BaseException:
+            for job in jobs:
+                job.future.cancel()
+            raise
 
     async def _dispatch(self) -> None:
         """Give waiting requests to the least loaded servers that are up; sleep until something changes."""
         while True:
             self._wake.clear()
             now, later = time.monotonic(), float("inf")
-            held: list[_Job] = []
+            held: list[Job] = []
             while self._waiting:
                 job = self._waiting.popleft()
                 if job.future.done():
                     continue
-                server = self._server_for(job, now) if job.not_before <= now else None
+                server = least_loaded(self._servers, job, now) if job.not_before <= now else None
                 if server is None:
                     held.append(job)
                     if job.not_before <= now and job.only is None:
@@ -234,25 +228,13 @@ class HttpPool:
             except TimeoutError:
                 pass
 
-    def _server_for(self, job: "_Job", now: float) -> "_Server | None":
-        free = [
-            server
-            for server in self._servers
-            if server.up
-            and server.not_before <= now
-            and server.in_flight < (1 if server.failures else server.limit)  # one request tries a server that failed
-            and job.only in (None, server)
-        ]
-        free = [server for server in free if server is not job.avoid] or free
-        return min(free, key=lambda server: server.in_flight, default=None)
-
-    async def _serve(self, server: "_Server", job: "_Job") -> None:
+    async def _serve(self, server: Server, job: Job) -> None:
         sent = time.monotonic()
         if job.begun is None:
             job.begun = self._answered
         try:
             async with asyncio.timeout(self._request_s):
-                status, headers, content = await self._exchange(server, job)
+                status, headers, content = await exchange(self._client, server.address + job.path, job.content)
         except TimeoutError:
             job.timeouts += 1
             if server.answered_at < sent:  # else the server is well and the request is not
@@ -265,7 +247,7 @@ class HttpPool:
             self._unwell(server, job, f"{server.address}: {type(error).__name__}: {error}", tries=2)
         except self._httpx.HTTPError as error:  # an answer that cannot be decoded
             self._again(job, f"{server.address}: {type(error).__name__}: {error}", server)
-        except _TooLong:
+        except TooLong:
             self._resolve(job, Refusal(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes"))
         else:
             self._judge(server, job, status, headers, content)
@@ -274,25 +256,14 @@ class HttpPool:
             server.in_flight -= 1
             self._wake.set()
 
-    async def _exchange(self, server: "_Server", job: "_Job") -> tuple[int, dict[str, str], bytes]:
-        method = "GET" if job.content is None else "POST"
-        async with self._client.stream(method, server.address + job.path, content=job.content) as response:
-            parts, size = [], 0
-            async for part in response.aiter_bytes():
-                size += len(part)
-                if size > MAX_ANSWER_BYTES:
-                    raise _TooLong
-                parts.append(part)
-            return response.status_code, dict(response.headers), b"".join(parts)
-
-    def _judge(self, server: "_Server", job: "_Job", status: int, headers: dict[str, str], content: bytes) -> None:
-        said = f"{status} {_brief(content)}"
-        rest = _retry_after(headers)
+    def _judge(self, server: Server, job: Job, status: int, headers: dict[str, str], content: bytes) -> None:
+        said = f"{status} {brief(content)}".replace(self._key or "\0", "***")
+        rest = retry_after(headers)
         if 200 <= status < 300:
             try:
                 payload = json.loads(content)
             except (ValueError, RecursionError):
-                self._again(job, f"an answer that is no JSON ({_brief(content)})", server)
+                self._again(job, f"an answer that is no JSON ({brief(content)})", server)
                 return
             server.failures = server.restarts = 0
             server.answered_at = time.monotonic()
@@ -316,12 +287,11 @@ class HttpPool:
         elif job.only is not None and status == 404:
             self._resolve(job, Refusal(said, status))  # a question that not every kind of server knows
         else:
-            hint = {401: "check api_key_env", 403: "check api_key_env", 404: "check the address and the model's name"}
-            self._fail(
-                EngineError(f"{server.address}{job.path} answered {said}; {hint.get(status, 'check the address')}.")
-            )
+            hint = {401: self._key_from, 403: self._key_from, 404: "the address and the model's name"}
+            check = hint.get(status, "the address")
+            self._fail(EngineError(f"{server.address}{job.path} answered {said}; check {check}."))
 
-    def _unwell(self, server: "_Server", job: "_Job", reason: str, tries: int = 1) -> None:
+    def _unwell(self, server: Server, job: Job, reason: str, tries: int = 1) -> None:
         """A server cannot serve now. The request waits for it or another, unless all have failed too often."""
         self._server_failed(server)
         job.tries += tries
@@ -333,9 +303,7 @@ class HttpPool:
             job.avoid = server
             self._waiting.append(job)
 
-    def _again(
-        self, job: "_Job", reason: str, avoid: "_Server | None" = None, tries: int = 1, give_up: bool = False
-    ) -> None:
+    def _again(self, job: Job, reason: str, avoid: Server | None = None, tries: int = 1, give_up: bool = False) -> None:
         """Put the request back into the queue, or give it up."""
         job.tries += tries
         if give_up or job.tries >= self._attempts:
@@ -346,7 +314,7 @@ class HttpPool:
             job.avoid, job.not_before = avoid, time.monotonic() + self._rest(job.tries - 1)
             self._waiting.append(job)
 
-    def _give_up(self, job: "_Job", reason: str) -> None:
+    def _give_up(self, job: Job, reason: str) -> None:
         if self._others_answered(job):
             self._resolve(job, Refusal(f"{reason}, after {max(job.tries, 1)} tries"))
         elif self._touchstone is None or job.is_touchstone:
@@ -355,8 +323,8 @@ class HttpPool:
             self._doubted.add(job)
             self._start(self._try_touchstone(job, reason, self._touchstone))
 
-    async def _try_touchstone(self, job: "_Job", reason: str, touchstone: tuple[str, bytes]) -> None:
-        test = _Job(*touchstone, is_touchstone=True)
+    async def _try_touchstone(self, job: Job, reason: str, touchstone: tuple[str, bytes]) -> None:
+        test = Job(*touchstone, is_touchstone=True)
         test.future = self._loop.create_future()
         test.tries, test.timeouts = self._attempts - 1, 1  # it has one try
         self._waiting.appendleft(test)
@@ -371,11 +339,11 @@ class HttpPool:
         finally:
             self._doubted.discard(job)
 
-    def _others_answered(self, job: "_Job") -> bool:
+    def _others_answered(self, job: Job) -> bool:
         """Whether the pool answered anything since the request was first tried: then the fault is its own."""
         return job.begun is not None and self._answered > job.begun
 
-    def _server_failed(self, server: "_Server") -> None:
+    def _server_failed(self, server: Server) -> None:
         now = time.monotonic()
         if server.not_before <= now:  # else it rests already: those who failed together are one failure
             server.not_before = now + self._rest(server.failures)
@@ -384,7 +352,7 @@ class HttpPool:
             server.up = False
             self._start(self._revive(server, server.process))
 
-    async def _revive(self, server: "_Server", process: ServerProcess) -> None:
+    async def _revive(self, server: Server, process: ServerProcess) -> None:
         """Look whether a started server lives; start it again, after a rest, where it does not."""
         try:
             while not await asyncio.to_thread(process.healthy):
@@ -411,7 +379,7 @@ class HttpPool:
     def _rest(self, failures: int) -> float:
         return min(LONGEST_REST_S, self._backoff_s * 2.0 ** max(failures, 0)) * self._random.uniform(0.5, 1.0)
 
-    def _resolve(self, job: "_Job", result: Answer | Refusal) -> None:
+    def _resolve(self, job: Job, result: Answer | Refusal) -> None:
         if not job.future.done():
             job.future.set_result(result)
 
@@ -424,78 +392,5 @@ class HttpPool:
         self._waiting.clear()
 
 
-def key_in(variable: str | None, field: str) -> str | None:
-    """The key an environment variable holds. Raises ConfigError that names the `field` when it is not set."""
-    if variable is None:
-        return None
-    key = os.environ.get(variable)
-    if not key:
-        raise ConfigError(f"{field}: {variable!r} is not set in the environment; set it.")
-    return key
-
-
-@dataclass(eq=False)
-class _Server:
-    address: str
-    limit: int
-    """Requests it may have now: fewer after a 429, one more after each answer."""
-    in_flight_limit: int
-    process: ServerProcess | None = None
-    in_flight: int = 0
-    failures: int = 0
-    """In a row."""
-    restarts: int = 0
-    not_before: float = 0.0
-    answered_at: float = 0.0
-    up: bool = True
-
-
-@dataclass(eq=False)
-class _Job:
-    path: str
-    content: bytes | None
-    only: _Server | None = None
-    is_touchstone: bool = False
-    future: Any = None
-    """asyncio.Future of Answer or Refusal, made on the loop's thread."""
-    tries: int = 0
-    timeouts: int = 0
-    crowded: int = 0
-    answered_before: int = 0
-    begun: int | None = None
-    """How many requests the pool had answered when this one was first tried."""
-    avoid: _Server | None = None
-    not_before: float = 0.0
-
-
-class _TooLong(Exception):
-    pass
-
-
 def _nobody(reason: str) -> EngineError:
     return EngineError(f"no server answers ({reason}); see that they run, then run the same command to go on.")
-
-
-def _retry_after(headers: dict[str, str]) -> float | None:
-    """Seconds a server asks to be left alone: a number or a date (RFC 9110, 10.2.3)."""
-    text = headers.get("retry-after", "").strip()
-    if not text:
-        return None
-    if text.isascii() and text.isdigit():
-        return float(text[:9])
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return None
-
-
-def _brief(content: bytes) -> str:
-    """What a server said, short enough for one sentence."""
-    text = content[:2000].decode("utf-8", "replace")
-    try:
-        said = json.loads(text)
-        said = said.get("error", said.get("detail", said)) if isinstance(said, dict) else said
-        text = str(said.get("message", said) if isinstance(said, dict) else said)
-    except (ValueError, RecursionError):
-        pass
-    return " ".join(text.split())[:200]

@@ -25,7 +25,8 @@ from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Messages, Sample, SampleRequest
 from dpa.models.chat_template import has_system_role
 from dpa.models.files import SafeModel, folder_revision
-from dpa.models.http_pool import Answer, HttpPool, Refusal, key_in
+from dpa.models.http_exchange import Answer, Refusal, key_in
+from dpa.models.http_pool import HttpPool
 from dpa.models.policy import encode_prompt, load_prompting, make_steerable
 from dpa.models.server_process import ServerProcess
 

@@ -17,7 +17,8 @@ from dpa.core.config import HttpRewardConfig
 from dpa.core.errors import EngineError, ModelFileError
 from dpa.core.records import Messages
 from dpa.models.files import folder_revision, resolve_model
-from dpa.models.http_pool import Answer, HttpPool, Refusal, key_in
+from dpa.models.http_exchange import Answer, Refusal, key_in
+from dpa.models.http_pool import HttpPool
 from dpa.models.loading import load_tokenizer
 from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import BF16_TOLERANCE, RELEASED_MODEL, RELEASED_SPEC, RewardSpec, encode, read_spec, render

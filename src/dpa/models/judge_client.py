@@ -1,163 +1,188 @@
-"""A judge behind any OpenAI-compatible server, and the cache that replays it without a network.
+"""A language model that judges, behind any OpenAI-compatible server: `dpa judge` and `reward.judge` ask it.
 Run its tests: pytest tests/test_judge.py
 """
 
-import json
-import random
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dpa.core.errors import ConfigError, EngineError
-from dpa.core.records import stable_hash
-from dpa.storage.tables import disk_error
+from dpa.core.records import Messages, stable_hash
+from dpa.models.http_exchange import Answer, Refusal
+from dpa.models.http_pool import BACKOFF_S, Heard, HttpPool
+from dpa.storage.replies import Replies
 
-RETRIES = 6
-LONGEST_WAIT_S = 30.0
 MAX_TOKENS = 16
 """A verdict is one word; a judge that reasons first needs more (`max_tokens`)."""
 
+REQUESTS, TOKENS_READ, TOKENS_WRITTEN = "judge_requests", "judge_tokens_read", "judge_tokens_written"
+"""Names of what asking cost, in a ledger's `extra`; tokens as the server's `usage` counts them."""
+
+_PATH = "/chat/completions"
+
 
 class ChatJudge:
-    """Asks one question at a time, `together` in flight; every reply is kept in `cache` (JSON lines) by its content.
+    """Puts each conversation to the model at temperature 0; every reply is kept in `cache` by its content.
 
-    The key of a reply is a hash of model, prompt and settings, so the same comparison is never paid for twice and a
-    rerun gives the same table without a network. `base_url` None: only the cache may answer. A 429, 5xx or broken
-    connection is tried again with back-off, honouring Retry-After; any other refusal is not.
+    The key of a reply is a hash of model, conversation and settings, so that nothing is paid for twice and a rerun
+    gives the same without a network. No `servers` (base addresses, .../v1): only the cache answers. `arguments` are
+    further fields of each request; None leaves one out. `fields`: where servers and key are set, for sentences.
     """
 
     def __init__(
         self,
-        base_url: str | None,
+        servers: Sequence[str],
         model: str,
         cache: Path,
         key: str | None = None,
         max_tokens: int = MAX_TOKENS,
-        together: int = 8,
-        timeout_s: float = 120.0,
-        backoff_s: float = 1.0,
+        in_flight: int = 8,
+        request_s: float = 120.0,
+        attempts: int = 6,
+        arguments: Mapping[str, Any] | None = None,
+        backoff_s: float = BACKOFF_S,
+        fields: tuple[str, str] = ("--base-url", "DPA_JUDGE_API_KEY"),
     ) -> None:
-        if base_url is not None and not base_url.startswith(("http://", "https://")):
-            raise ConfigError(f"--base-url: {base_url!r} is no address; write for example http://localhost:8000/v1.")
-        self.model = model
-        self.calls = 0
-        self._url = None if base_url is None else f"{base_url.rstrip('/')}/chat/completions"
-        self._key, self._max_tokens, self._together = key, max_tokens, together
-        self._timeout_s, self._backoff_s = timeout_s, backoff_s
-        self._cache, self._lock = cache, threading.Lock()
-        self._known = dict(_read_cache(cache))
+        for server in servers:
+            if not server.startswith(("http://", "https://")):
+                raise ConfigError(f"{fields[0]}: {server!r} is no address; write for example http://localhost:8000/v1.")
+        self.model, self.calls = model, 0
+        self._kept, self._fields = Replies(cache), fields
+        self._settings = (max_tokens, *sorted(f"{name}={value!r}" for name, value in (arguments or {}).items()))
+        self._body = {"model": model, "temperature": 0.0, "max_tokens": max_tokens, **(arguments or {})}
+        self._servers = [server.rstrip("/") + ("" if urlsplit(server).path.strip("/") else "/v1") for server in servers]
+        self._make_pool = partial(
+            HttpPool, in_flight=in_flight, request_s=request_s, attempts=attempts, key=key, backoff_s=backoff_s
+        )
+        self._pool: HttpPool | None = None
+        self._takes_format: bool | None = None
+        """Whether the servers take `response_format`; None before one was asked."""
+
+    @property
+    def revision(self) -> str:
+        """Names the model and its settings."""
+        return stable_hash("judge", self.model, *self._settings)
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
         """The prompts that the cache cannot answer, each once."""
-        return [prompt for prompt in dict.fromkeys(prompts) if self._address(prompt) not in self._known]
+        return [prompt for prompt in dict.fromkeys(prompts) if self._address(_asking(prompt)) not in self._kept.replies]
 
     def ask(self, prompts: Sequence[str], progress: Callable[[int], None] = lambda count: None) -> list[str]:
-        """The reply to each prompt. Raises EngineError; replies that came before it are kept."""
-        missing = self.missing(prompts)
-        if missing and self._url is None:
-            raise EngineError(
-                f"judge: {len(missing)} of {len(prompts)} verdicts are not in {self._cache}; give --base-url to ask."
-            )
+        """The reply to each prompt. Raises EngineError, also where a prompt is refused; earlier replies are kept."""
+        replies, _ = self.converse([_asking(prompt) for prompt in prompts], progress=progress)
+        texts = []
+        for reply in replies:
+            if isinstance(reply, Refusal):
+                raise EngineError(f"judge: {self.model} refused ({reply.reason}); mend it.")
+            texts.append(reply)
+        return texts
+
+    def converse(
+        self,
+        conversations: Sequence[Messages],
+        response_format: Mapping[str, Any] | None = None,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> tuple[list[str | Refusal], dict[str, float]]:
+        """The reply to each conversation, or why the server refused it, and what was paid for them now.
+
+        `response_format` (OpenAI's) is sent to servers that take it. Raises EngineError, RunFolderError, StorageError;
+        replies that came before it are kept.
+        """
+        addresses = [self._address(conversation) for conversation in conversations]
+        asked = dict(zip(addresses, conversations, strict=True))
+        missing = [address for address in asked if address not in self._kept.replies]
+        if not self._servers:
+            missing = [address for address in missing if address not in self._kept.refused]
+            if missing:
+                raise EngineError(
+                    f"judge: {len(missing)} of {len(asked)} replies are not in {self._kept.file}; give "
+                    f"{self._fields[0]} to ask."
+                )
+        costs: dict[str, float] = {}
         if missing:
-            httpx = _httpx()
-            headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-            with (
-                httpx.Client(timeout=self._timeout_s, headers=headers) as client,
-                ThreadPoolExecutor(self._together) as pool,
-            ):
-                futures = [pool.submit(self._ask, client, prompt) for prompt in missing]
-                try:
-                    for future in as_completed(futures):
-                        future.result()
-                        progress(1)
-                finally:
-                    for future in futures:
-                        future.cancel()
-        return [self._known[self._address(prompt)] for prompt in prompts]
+            self._ask_servers({address: asked[address] for address in missing}, response_format, costs, progress)
+        replies, refused = self._kept.replies, self._kept.refused
+        return [replies[address] if address in replies else Refusal(refused[address]) for address in addresses], costs
 
-    def _address(self, prompt: str) -> str:
-        return stable_hash("judge", self.model, self._max_tokens, prompt, digits=32)
+    def _ask_servers(
+        self,
+        asked: dict[str, Messages],
+        response_format: Mapping[str, Any] | None,
+        costs: dict[str, float],
+        progress: Callable[[int], None],
+    ) -> None:
+        """Ask each, keep what comes, add up its cost. The first finds out whether the format is taken."""
+        pool = self._open()
+        waiting = list(asked)
 
-    def _body(self, prompt: str) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": 0.0,
-            "max_tokens": self._max_tokens,
-        }
+        def ask(addresses: list[str], with_format: bool) -> list[Answer | Refusal]:
+            form = {"response_format": response_format} if with_format else {}
+            whole = [{**self._body, **form, "messages": asked[address]} for address in addresses]
+            bodies = [{name: value for name, value in body.items() if value is not None} for body in whole]
+            return pool.ask(_PATH, bodies, self._keeping(pool, addresses, bodies, costs, progress))
 
-    def _ask(self, client: Any, prompt: str) -> None:
-        assert self._url is not None
-        trouble = ""
-        for attempt in range(RETRIES):
-            try:
-                response = client.post(self._url, json=self._body(prompt))
-            except _httpx().HTTPError as error:
-                trouble, wait = type(error).__name__, None
-            else:
-                if response.status_code == 200:
-                    self._keep(prompt, _content(response))
-                    return
-                trouble, wait = f"status {response.status_code}", response.headers.get("Retry-After")
-                if response.status_code != 429 and response.status_code < 500:
-                    raise EngineError(f"judge: {self._url} refused ({trouble}: {_short(response.text)}); mend it.")
-            time.sleep(_wait(wait, attempt, self._backoff_s))
-        raise EngineError(f"judge: {self._url} did not answer in {RETRIES} tries ({trouble}); is it running?")
+        while response_format is not None and self._takes_format is None and waiting:
+            first = [waiting.pop(0)]
+            if isinstance(ask(first, True)[0], Answer):
+                self._takes_format = True
+            elif isinstance(ask(first, False)[0], Answer):
+                self._takes_format = False
+        ask(waiting, response_format is not None and bool(self._takes_format))
 
-    def _keep(self, prompt: str, reply: str) -> None:
-        address = self._address(prompt)
-        with self._lock:
+    def _keeping(
+        self,
+        pool: HttpPool,
+        addresses: list[str],
+        bodies: list[dict[str, Any]],
+        costs: dict[str, float],
+        progress: Callable[[int], None],
+    ) -> Heard:
+        def heard(place: int, answer: Answer | Refusal) -> None:
+            if isinstance(answer, Refusal):
+                self._kept.keep(addresses[place], self.model, refused=answer.reason)
+                return
+            if not self.calls:
+                pool.set_touchstone(_PATH, bodies[place])
             self.calls += 1
-            self._known[address] = reply
-            try:
-                self._cache.parent.mkdir(parents=True, exist_ok=True)
-                with self._cache.open("ab") as file:
-                    line = json.dumps({"key": address, "model": self.model, "reply": reply})
-                    file.write(line.encode() + b"\n")
-            except OSError as error:
-                raise disk_error(error, self._cache, "keeping a verdict") from None
+            self._kept.keep(addresses[place], self.model, self._content(answer))
+            for name, count in _spent(answer).items():
+                costs[name] = costs.get(name, 0.0) + count
+            progress(1)
 
+        return heard
 
-def _httpx() -> Any:
-    try:
-        import httpx
-    except ImportError:
-        raise ConfigError('judge: it needs httpx; pip install "dpa[judge]".') from None
-    return httpx
+    def _open(self) -> HttpPool:
+        """The pool of servers, made when it is first needed; its connections close with this object, or at exit."""
+        if self._pool is None:
+            self._pool = self._make_pool(self._servers, key_from=self._fields[1])
+            weakref.finalize(self, self._pool.close)
+        return self._pool
 
+    def _address(self, conversation: Messages) -> str:
+        texts = [message["content"] for message in conversation]
+        return stable_hash("judge", self.model, *self._settings, *texts, digits=32)
 
-def _read_cache(file: Path) -> Iterator[tuple[str, str]]:
-    """Whole lines only: one that was being written when the power went is asked again."""
-    if not file.is_file():
-        return
-    data = file.read_bytes()
-    if data and not data.endswith(b"\n"):
-        data = data[: data.rfind(b"\n") + 1]
-        file.write_bytes(data)
-    for line in data.splitlines():
+    def _content(self, answer: Answer) -> str:
         try:
-            row = json.loads(line)
-            yield str(row["key"]), str(row["reply"])
-        except (ValueError, KeyError, TypeError):
-            continue
+            return str(answer.payload["choices"][0]["message"]["content"] or "")
+        except (KeyError, IndexError, TypeError):
+            said = str(answer.payload)[:200]
+            raise EngineError(
+                f"judge: a server's reply is not in OpenAI's shape ({said}); check {self._fields[0]}."
+            ) from None
 
 
-def _content(response: Any) -> str:
-    try:
-        return str(response.json()["choices"][0]["message"]["content"] or "")
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise EngineError(
-            f"judge: the server's reply is not in OpenAI's shape ({_short(response.text)}); check --base-url."
-        ) from None
+def _asking(prompt: str) -> Messages:
+    return [{"role": "user", "content": prompt}]
 
 
-def _wait(retry_after: str | None, attempt: int, backoff_s: float) -> float:
-    asked = float(retry_after) if retry_after and retry_after.isdigit() else 0.0
-    return min(LONGEST_WAIT_S, max(asked, backoff_s * 2**attempt * random.uniform(0.5, 1.0)))
-
-
-def _short(text: str) -> str:
-    return " ".join(text.split())[:200]
+def _spent(answer: Answer) -> dict[str, float]:
+    """What one answer cost, as far as its server says."""
+    usage = answer.payload.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    counts = {TOKENS_READ: usage.get("prompt_tokens"), TOKENS_WRITTEN: usage.get("completion_tokens")}
+    known = {name: float(count) for name, count in counts.items() if isinstance(count, int) and count >= 0}
+    return {REQUESTS: 1.0, **known}

@@ -1,0 +1,83 @@
+"""One exchange with a server over HTTP: a question as JSON, its answer within bounds, and what its headers ask for.
+Run its tests: pytest tests/test_http_pool.py
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from dpa.core.errors import ConfigError
+
+MAX_ANSWER_BYTES = 16_000_000
+"""A longer answer is not read."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server said: the JSON object or list, and the headers (lower-case names)."""
+
+    payload: Any
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a request got no answer."""
+
+    reason: str
+    status: int | None = None
+    """The HTTP status where one said so."""
+
+
+class TooLong(Exception):
+    """The answer has more than MAX_ANSWER_BYTES."""
+
+
+async def exchange(client: Any, address: str, content: bytes | None) -> tuple[int, dict[str, str], bytes]:
+    """POST `content` (GET where it is None) with an httpx.AsyncClient: status, headers, body. Raises TooLong."""
+    async with client.stream("GET" if content is None else "POST", address, content=content) as response:
+        parts, size = [], 0
+        async for part in response.aiter_bytes():
+            size += len(part)
+            if size > MAX_ANSWER_BYTES:
+                raise TooLong
+            parts.append(part)
+        return response.status_code, dict(response.headers), b"".join(parts)
+
+
+def key_in(variable: str | None, field: str) -> str | None:
+    """The key an environment variable holds. Raises ConfigError that names the `field` when it is not set."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise ConfigError(f"{field}: {variable!r} is not set in the environment; set it.")
+    return key
+
+
+def retry_after(headers: dict[str, str]) -> float | None:
+    """Seconds a server asks to be left alone: a number or a date (RFC 9110, 10.2.3)."""
+    text = headers.get("retry-after", "").strip()
+    if not text:
+        return None
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def brief(content: bytes) -> str:
+    """What a server said, short enough for one sentence."""
+    text = content[:2000].decode("utf-8", "replace")
+    try:
+        said = json.loads(text)
+        said = said.get("error", said.get("detail", said)) if isinstance(said, dict) else said
+        text = str(said.get("message", said) if isinstance(said, dict) else said)
+    except (ValueError, RecursionError):
+        pass
+    return " ".join(text.split())[:200]
