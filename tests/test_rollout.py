@@ -11,8 +11,9 @@ from fakes import FakeSampler, all_rows, prompts_of, space_of
 from dpa.core.config import RolloutConfig
 from dpa.core.errors import EngineError
 from dpa.core.records import candidate_id, seed_of
-from dpa.stages.rollout import SCHEMA, rollout
+from dpa.stages.rollout import rollout
 from dpa.storage.run_folder import StageFolder
+from dpa.storage.schemas import CANDIDATES
 
 CONFIG = RolloutConfig(directions=3, samples=2, prompts_per_shard=4)
 SPACE = space_of(max_angle=60)
@@ -27,7 +28,7 @@ def test_every_prompt_gets_D_x_N_rows_with_derived_ids_and_seeds(tmp_path: Path)
     ledger = rollout(stage, prompts_of(10), SPACE, [FakeSampler()], CONFIG, seed=7)
     rows = all_rows(stage)
     assert stage.shards == 3
-    assert next(stage.tables()).schema.equals(SCHEMA)
+    assert next(stage.tables()).schema.equals(CANDIDATES)
     assert [row["prompt_id"] for row in rows] == [f"p{n}" for n in range(10) for _ in range(6)]
     assert [row["k"] for row in rows] == [0, 1] * 30
     assert len({row["candidate_id"] for row in rows}) == 60

@@ -16,8 +16,9 @@ from dpa.core.errors import DataError, DirectionError, EngineError, StorageError
 from dpa.core.records import Prompt
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score, score_rows
-from dpa.stages.select import completeness, select_rated, select_winners
+from dpa.stages.select import select_rated, select_winners
 from dpa.storage.run_folder import StageFolder
+from dpa.storage.schemas import completeness
 
 SPACE = space_of(max_angle=80)
 ROLLOUT = RolloutConfig(directions=3, samples=4, prompts_per_shard=4)
@@ -72,8 +73,8 @@ def test_a_winner_says_whether_it_was_cut_at_the_limit(loop: Loop) -> None:
     cut = (
         loop.candidates.table(0).drop_columns("finish_reason").append_column("finish_reason", pa.array(["length"] * 48))
     )
-    assert completeness(cut).to_pylist() == [False] * 48
-    assert completeness(cut.drop_columns("finish_reason")).to_pylist() == [True] * 48, "rated responses are whole"
+    assert completeness(cut) == [False] * 48
+    assert completeness(cut.drop_columns("finish_reason")) == [True] * 48, "rated responses are whole"
 
 
 def test_pooled_winners_are_the_best_of_the_whole_pool(loop: Loop) -> None:

@@ -11,10 +11,6 @@ SCALE = (0.0, 100.0)
 """Every attribute and objective is on this scale inside the package; a rated data set's own scale is recorded."""
 
 
-SCORE_COLUMNS = ("candidate_id", "prompt_id", "valid")
-"""Columns of a score table that are no attribute."""
-
-
 class Message(TypedDict):
     """One chat message, as Hugging Face chat templates take it."""
 

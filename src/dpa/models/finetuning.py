@@ -31,7 +31,6 @@ from dpa.models.policy_training import (
     RowEncoder,
     accumulation,
     adapters,
-    complete_or_not,
     optimizer_class,
     shared_arguments,
     train_policy,
@@ -39,6 +38,7 @@ from dpa.models.policy_training import (
 from dpa.models.ranks import ranks
 from dpa.models.training import StopsAtBadStep
 from dpa.storage.run_folder import Reject
+from dpa.storage.schemas import completeness
 
 _log = logging.getLogger(__name__)
 
@@ -264,7 +264,7 @@ def encode_examples(
     encoder = RowEncoder(model, tokenizer, space, longest)
     examples, rejects = [], []
     columns = ("candidate_id", "messages", "direction", "response")
-    texts = zip(*(rows[name].to_pylist() for name in columns), complete_or_not(rows, "complete"), strict=True)
+    texts = zip(*(rows[name].to_pylist() for name in columns), completeness(rows), strict=True)
     for row, (identity, messages, direction, response, complete) in enumerate(texts):
         encoded = encoder.encode(messages, direction, [response], [complete])
         if isinstance(encoded, str):

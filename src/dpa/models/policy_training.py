@@ -206,11 +206,6 @@ class RowEncoder:
         return prompt, [[*text, self._end] if whole else text for text, whole in zip(texts, complete, strict=True)]
 
 
-def complete_or_not(rows: pa.Table, column: str) -> list[bool]:
-    """Whether each row's response ended by itself; all did where the rows do not say."""
-    return rows[column].to_pylist() if column in rows.column_names else [True] * len(rows)
-
-
 def shared_arguments(config: TrainingConfig, work: Path, seed: int) -> dict[str, Any]:
     """The arguments that SFTConfig and DPOConfig have in common."""
     cuda = torch.cuda.is_available()

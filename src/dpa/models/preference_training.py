@@ -33,7 +33,6 @@ from dpa.models.policy_training import (
     RowEncoder,
     accumulation,
     adapters,
-    complete_or_not,
     optimizer_class,
     shared_arguments,
     train_policy,
@@ -41,6 +40,7 @@ from dpa.models.policy_training import (
 from dpa.models.ranks import ranks
 from dpa.models.training import StopsAtBadStep
 from dpa.storage.run_folder import Reject
+from dpa.storage.schemas import completeness
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def encode_pairs(
     encoder = RowEncoder(model, tokenizer, space, longest)
     pairs, rejects = [], []
     columns = ("prompt_id", "messages", "direction", "chosen", "rejected")
-    ends = zip(complete_or_not(rows, "chosen_complete"), complete_or_not(rows, "rejected_complete"), strict=True)
+    ends = zip(completeness(rows, "chosen_complete"), completeness(rows, "rejected_complete"), strict=True)
     texts = zip(*(rows[name].to_pylist() for name in columns), ends, strict=True)
     for identity, messages, direction, chosen_text, rejected_text, complete in texts:
         encoded = encoder.encode(messages, direction, [chosen_text, rejected_text], complete)

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from rich.console import Console
 
 from dpa.core.compare_config import METHODS, CompareConfig, Method
@@ -174,11 +173,11 @@ def measure(lab: Lab, trained: Trained) -> dict[str, Any]:
         grid_DK = lab.space.grid(settings.directions)
         rollout(answers, lab.held_out, lab.space, [trained.open()], how, lab.config.seed, grid_DK)
     score(scores, answers, lab.held_out, lab.scorer)
-    tables = {"model": _joined(scores)}
+    tables = {"model": scores.whole_table()}
     if settings.gold:
         score(gold, answers, lab.held_out, FunctionScorer(settings.gold))
-        tables["gold"] = _joined(gold)
-    return evaluate(_joined(answers), tables, lab.space, settings, lab.config.seed)
+        tables["gold"] = gold.whole_table()
+    return evaluate(answers.whole_table(), tables, lab.space, settings, lab.config.seed)
 
 
 class Comparison:
@@ -256,12 +255,12 @@ class Comparison:
             stages = {name: StageFolder(folder / name, f"evaluate/{name}") for name in ("rollout", "score", "gold")}
         else:
             stages = {name: _measured(lab.folder, policy, name) for name in ("rollout", "score", "gold")}
-        tables = {"model": _joined(stages["score"])}
+        tables = {"model": stages["score"].whole_table()}
         if settings.evaluate.gold:
-            tables["gold"] = _joined(stages["gold"])
+            tables["gold"] = stages["gold"].whole_table()
         grid_DK = lab.space.grid(settings.evaluate.directions)
         ids = [prompt.prompt_id for prompt in lab.held_out]
-        return scores_by_prompt(_joined(stages["rollout"]), tables, lab.space, grid_DK, ids)
+        return scores_by_prompt(stages["rollout"].whole_table(), tables, lab.space, grid_DK, ids)
 
 
 # --- processes -----------------------------------------------------------------------------------------------------
@@ -428,7 +427,3 @@ def _output_to(file: Path) -> Iterator[None]:
 def _measured(folder: Path, policy: str, name: str) -> StageFolder:
     slug = "".join(letter if letter.isalnum() else "_" for letter in policy.lower())
     return StageFolder(folder / MEASURING / slug / name, f"{MEASURING}/{slug}/{name}")
-
-
-def _joined(stage: StageFolder) -> pa.Table:
-    return pa.concat_tables(list(stage.tables()))

@@ -293,7 +293,7 @@ class Loop:
             score(
                 self._folder.stage(t, "evaluate/gold"), answers, prompts, FunctionScorer(settings.gold, "evaluate.gold")
             )
-        found = evaluate(_joined(answers), self._evaluation_scores(t), self.space, settings, self.config.seed)
+        found = evaluate(answers.whole_table(), self._evaluation_scores(t), self.space, settings, self.config.seed)
         write_record(record, found)
         self._publish(t, found)
         self._write_card(t, found)
@@ -482,14 +482,14 @@ class Loop:
         return read_json(self.reward_folder / RECORD).get(name)
 
     def _evaluation_scores(self, t: int) -> dict[str, pa.Table]:
-        scores = {"model": _joined(self._folder.stage(t, "evaluate/score"))}
+        scores = {"model": self._folder.stage(t, "evaluate/score").whole_table()}
         if self.config.evaluate.gold:
-            scores["gold"] = _joined(self._folder.stage(t, "evaluate/gold"))
+            scores["gold"] = self._folder.stage(t, "evaluate/gold").whole_table()
         return scores
 
     def _samples(self, t: int) -> dict[str, Any]:
         prompts = {prompt.prompt_id: prompt.messages for prompt in self.held_out}
-        answers = _joined(self._folder.stage(t, "evaluate/rollout"))
+        answers = self._folder.stage(t, "evaluate/rollout").whole_table()
         questions = side_by_side(answers, self._evaluation_scores(t), prompts, self.space, self.config.evaluate)
         return {"policy": f"t = {t}", "questions": questions}
 
@@ -584,10 +584,6 @@ class Loop:
 
 def _known(what: str, names: Sequence[str]) -> str:
     return f"{what} are: {', '.join(dict.fromkeys(names))}" if names else f"nothing is {what}"
-
-
-def _joined(stage: StageFolder) -> pa.Table:
-    return pa.concat_tables(list(stage.tables()))
 
 
 def _inputs(config: RunConfig) -> dict[str, Path]:

@@ -14,7 +14,8 @@ from dpa.core.config import EvaluateConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError
 from dpa.core.measures import bootstrap_means, interval, mean_over_prompts, measure, pareto_front
-from dpa.core.records import SCORE_COLUMNS, Messages
+from dpa.core.records import Messages
+from dpa.storage.schemas import score_matrix
 
 LISTENS_AT = 0.5
 """A policy listens when Kendall's tau of asked angle against achieved mean reaches this for at least one objective."""
@@ -211,9 +212,7 @@ def _objectives(scores: pa.Table, rollout: pa.Table, space: DirectionSpace) -> n
     """scores_NK in the rollout's order; NaN where not valid. A gold reward may score the objectives themselves."""
     if scores["candidate_id"].to_pylist() != rollout["candidate_id"].to_pylist():
         raise DataError("evaluate: the scores belong to other answers than the rollout; score again.")
-    attributes = [name for name in scores.column_names if name not in SCORE_COLUMNS]
-    scores_NM = np.stack([scores[name].to_numpy().astype(np.float64) for name in attributes], axis=1)
-    scores_NM[~scores["valid"].to_numpy()] = np.nan
+    scores_NM, attributes = score_matrix(scores)
     if set(attributes) == set(space.names):
         return scores_NM[:, [attributes.index(name) for name in space.names]]
     return space.combine(scores_NM, attributes)

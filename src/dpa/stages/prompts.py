@@ -23,6 +23,7 @@ from dpa.storage.rows import (
     read_rows,
 )
 from dpa.storage.run_folder import Reject, count_reasons
+from dpa.storage.schemas import PROMPTS
 
 MAX_ID = 200
 """Characters of an id."""
@@ -78,15 +79,15 @@ def draw_prompts(prompts: Sequence[Prompt], t: int, count: int | None, seed: int
 
 
 def prompts_table(prompts: Sequence[Prompt]) -> pa.Table:
-    """The columns of prompts.parquet: prompt_id, messages (JSON text)."""
+    """The columns of prompts.parquet."""
     ids = [prompt.prompt_id for prompt in prompts]
     texts = [json.dumps(prompt.messages, ensure_ascii=False) for prompt in prompts]
-    return pa.table({"prompt_id": pa.array(ids, pa.string()), "messages": pa.array(texts, pa.string())})
+    return pa.table([ids, texts], schema=PROMPTS)
 
 
 def prompts_from_table(table: pa.Table) -> list[Prompt]:
     """Invert `prompts_table`."""
-    columns = table["prompt_id"].to_pylist(), table["messages"].to_pylist()
+    columns = (table[name].to_pylist() for name in PROMPTS.names)
     return [Prompt(prompt_id, json.loads(text)) for prompt_id, text in zip(*columns, strict=True)]
 
 

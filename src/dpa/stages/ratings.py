@@ -34,6 +34,7 @@ from dpa.storage.rows import (
     shown,
 )
 from dpa.storage.run_folder import Reject, count_reasons
+from dpa.storage.schemas import RATINGS, name_taken, number_matrix, with_numbers
 from dpa.storage.tables import FileRecord, read_json, read_record, read_table, write_bytes, write_record, write_table
 
 Scale = tuple[float, float]
@@ -51,9 +52,6 @@ HELPSTEER_SCALE: Scale = (0, 4)
 ULTRAFEEDBACK_MARKS = ("instruction_following", "truthfulness", "honesty", "helpfulness")
 ULTRAFEEDBACK_SCALE: Scale = (1, 5)
 ULTRAFEEDBACK_OVERALL_SCALE: Scale = (1, 10)
-
-OTHER_COLUMNS = ("row_id", "prompt_id", "messages", "response", "source")
-"""Columns of ratings.parquet that are no attribute."""
 
 TEXT_COLUMNS: tuple[Literal["prompt", "response", "messages", "source"], ...] = (
     "prompt",
@@ -216,12 +214,11 @@ def declared_scales(config: RatingsConfig) -> dict[str, Scale]:
                         f"ratings: {config.path}: scale of {name} is [{low}, {high}], wider than {WIDEST_SCALE:g}; "
                         "give the lowest and the highest mark there can be."
                     )
-            for name in names:
-                if name in OTHER_COLUMNS:
-                    raise DataError(
-                        f"ratings: {config.path}: an attribute cannot be called {name!r}, as a column of every rated "
-                        "table is; rename it in the file."
-                    )
+            if taken := name_taken(RATINGS, names):
+                raise DataError(
+                    f"ratings: {config.path}: an attribute cannot be called {taken!r}, as a column of every rated "
+                    "table is; rename it in the file."
+                )
             return {name: config.scales.get(name, SCALE) for name in names}
 
 
@@ -230,7 +227,7 @@ def summarise(ratings: Ratings) -> dict[str, Any]:
 
     Correlations are over the rows that have both marks (`n` says how many), null where one does not vary.
     """
-    marks_NM = _marks(ratings.table, ratings.attributes)
+    marks_NM = number_matrix(ratings.table, ratings.attributes)
     attributes = {}
     for name, marks_N in zip(ratings.attributes, marks_NM.T, strict=True):
         present = marks_N[~np.isnan(marks_N)]
@@ -522,27 +519,12 @@ def _table(rows: list[RatedRow], scales: Mapping[str, Scale]) -> pa.Table:
         key = (row.source, prompt_id, row.response)
         row_ids.append(stable_hash(*key, occurrences[key]))
         occurrences[key] += 1
-    marks = {
-        name: pa.array(
-            [None if (mark := row.marks.get(name)) is None else to_hundred(mark, scale) for row in rows], pa.float64()
-        )
+    texts = [row_ids, prompt_ids, messages, [row.response for row in rows], [row.source for row in rows]]
+    marks = [
+        [None if (mark := row.marks.get(name)) is None else to_hundred(mark, scale) for row in rows]
         for name, scale in scales.items()
-    }
-    return pa.table(
-        {
-            "row_id": row_ids,
-            "prompt_id": prompt_ids,
-            "messages": messages,
-            "response": [row.response for row in rows],
-            "source": [row.source for row in rows],
-            **marks,
-        }
-    )
-
-
-def _marks(table: pa.Table, attributes: Sequence[str]) -> np.ndarray:
-    """marks_NM, NaN where not rated."""
-    return np.stack([table[name].to_numpy(zero_copy_only=False) for name in attributes], axis=1)
+    ]
+    return pa.table([*texts, *marks], schema=with_numbers(RATINGS, list(scales)))
 
 
 def _pearson(a_N: np.ndarray, b_N: np.ndarray) -> dict[str, Any]:

@@ -16,20 +16,8 @@ from dpa.core.records import Ledger, Prompt, Sample, Sampler, SampleRequest, can
 from dpa.storage.memory import peak_memory
 from dpa.storage.progress import ProgressBar
 from dpa.storage.run_folder import Reject, StageFolder, count_reasons
+from dpa.storage.schemas import CANDIDATES
 from dpa.storage.stopping import StopOnSignal
-
-SCHEMA = pa.schema(
-    [
-        ("candidate_id", pa.string()),
-        ("prompt_id", pa.string()),
-        ("direction", pa.list_(pa.float64())),
-        ("k", pa.int32()),
-        ("seed", pa.int64()),
-        ("response", pa.string()),
-        ("tokens", pa.int32()),
-        ("finish_reason", pa.string()),
-    ]
-)
 
 
 class ShardResult(NamedTuple):
@@ -176,7 +164,7 @@ def _sample_prompts(
                     }
                 )
     tokens = sum(sample.tokens for answer in answers if not isinstance(answer, str) for sample in answer)
-    return ShardResult(pa.Table.from_pylist(rows, SCHEMA), rejects, tokens)
+    return ShardResult(pa.Table.from_pylist(rows, CANDIDATES), rejects, tokens)
 
 
 def _answers(sampler: Sampler, requests: Sequence[SampleRequest]) -> list[list[Sample] | str]:

@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from dpa.core.errors import DataError, EngineError
-from dpa.core.records import SCORE_COLUMNS, Ledger, Messages, Prompt, Scorer, stable_hash
+from dpa.core.records import Ledger, Messages, Prompt, Scorer, stable_hash
 from dpa.storage.memory import peak_memory
 from dpa.storage.progress import ProgressBar
 from dpa.storage.run_folder import StageFolder
+from dpa.storage.schemas import SCORES, name_taken, score_schema
 from dpa.storage.stopping import StopOnSignal
 
 RATED_ROWS_PER_SHARD = 4096
@@ -87,9 +88,8 @@ def _score_shards(
     stage: StageFolder, made_from: Sequence[str], read: Callable[[int], _Batch], scorers: Sequence[Scorer]
 ) -> Ledger:
     """Score each shard that is not there yet; `made_from` names the rows and the scorer of each."""
-    clash = set(SCORE_COLUMNS) & set(scorers[0].attributes)
-    if clash:
-        raise DataError(f"{stage.name}: attribute `{clash.pop()}` has the name of a column; rename it.")
+    if taken := name_taken(SCORES, scorers[0].attributes):
+        raise DataError(f"{stage.name}: attribute `{taken}` has the name of a column; rename it.")
     missing, own = stage.missing(made_from), [number for number in range(len(made_from)) if stage.mine(number)]
     finished = len(own) - len(missing)
 
@@ -126,10 +126,5 @@ def _score_batch(batch: _Batch, scorer: Scorer) -> pa.Table:
         scores_NM = np.asarray(scorer.score(batch.messages, batch.responses), dtype=np.float64)
     if scores_NM.shape != shape:
         raise EngineError(f"the scorer returned scores of shape {scores_NM.shape} for {shape}; it must score each row.")
-    columns = {
-        "candidate_id": pa.array(batch.candidate_ids, pa.string()),
-        "prompt_id": pa.array(batch.prompt_ids, pa.string()),
-        **{name: pa.array(scores_NM[:, m]) for m, name in enumerate(scorer.attributes)},
-        "valid": pa.array(np.isfinite(scores_NM).all(axis=1)),
-    }
-    return pa.table(columns)
+    columns = [batch.candidate_ids, batch.prompt_ids, *scores_NM.T, np.isfinite(scores_NM).all(axis=1)]
+    return pa.table(columns, schema=score_schema(scorer.attributes))

@@ -13,40 +13,11 @@ import pyarrow as pa
 from dpa.core.config import SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, RejectRateError, StorageError
-from dpa.core.records import SCORE_COLUMNS, Ledger, Prompt, stable_hash
+from dpa.core.records import Ledger, Prompt, stable_hash
 from dpa.core.selection import select, select_pairs, select_per_direction, select_random, spread
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import Reject, StageFolder, count_reasons
-
-SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("messages", pa.string()),
-        ("direction", pa.list_(pa.float64())),
-        ("candidate_id", pa.string()),
-        ("response", pa.string()),
-        ("complete", pa.bool_()),
-        ("utility", pa.float64()),
-    ]
-)
-"""Followed by one float column per objective. `complete`: the response ended by itself, not at a limit of tokens."""
-
-PAIRS = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("messages", pa.string()),
-        ("direction", pa.list_(pa.float64())),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
-        ("utility_chosen", pa.float64()),
-        ("utility_rejected", pa.float64()),
-        ("chosen_complete", pa.bool_()),
-        ("rejected_complete", pa.bool_()),
-        ("chosen_id", pa.string()),
-        ("rejected_id", pa.string()),
-    ]
-)
-"""Followed by one float column per objective: the chosen one's."""
+from dpa.storage.schemas import PAIRS, WINNERS, completeness, name_taken, score_matrix, with_numbers
 
 NO_SCORE = "no candidate has a valid score"
 NO_PAIR = "no candidate is better than another under any direction"
@@ -143,7 +114,7 @@ def select_rated(
     `ratings` has the columns of ratings.parquet, `score_stage` its rows' scores (`stages.score.score_rows`). The
     responses were made under no direction, so `per_direction` selects as `pooled` here.
     """
-    scores = pa.concat_tables(list(score_stage.tables()))
+    scores = score_stage.whole_table()
     if not ratings["row_id"].combine_chunks().equals(scores["candidate_id"].combine_chunks()):
         raise StorageError(
             f"{score_stage.path}: it scores other rows than the ratings hold; delete that folder and run the same "
@@ -158,13 +129,6 @@ def select_rated(
     if stage.shard_digest(0, made_from) is None:
         _write_winners(stage, 0, made_from, candidates, scores, texts, how)
     return _finish(stage, 1)
-
-
-def completeness(candidates: pa.Table) -> pa.Array:
-    """Whether each response ended by itself (column `finish_reason`) instead of at a limit; rated ones all did."""
-    if "finish_reason" not in candidates.column_names:
-        return pa.array([True] * len(candidates), pa.bool_())
-    return pa.array([reason != "length" for reason in candidates["finish_reason"].to_pylist()], pa.bool_())
 
 
 def _finish(stage: StageFolder, shards: int) -> Ledger:
@@ -183,8 +147,8 @@ def _scale(score_stage: StageFolder, space: DirectionSpace, config: SelectionCon
     """scale_K over the whole stage, so that every shard is weighed alike; ones where nothing is standardised."""
     if not config.standardise:
         return np.ones(space.K)
-    scores_RK, valid_R = _objectives(pa.concat_tables(list(score_stage.tables())), space)
-    return spread(scores_RK[valid_R])
+    scores_RK = space.combine(*score_stage.scores())
+    return spread(scores_RK[np.isfinite(scores_RK).all(axis=1)])
 
 
 def _write_winners(
@@ -197,7 +161,7 @@ def _write_winners(
     how: _How,
 ) -> None:
     started = time.monotonic()
-    pools = _pools(candidates["prompt_id"].to_pylist(), *_objectives(scores, how.space), how.scale_K)
+    pools = _pools(candidates["prompt_id"].to_pylist(), how.space.combine(*score_matrix(scores)), how.scale_K)
     rngs = [
         np.random.default_rng(int(stable_hash("select", how.seed, stage.name, prompt_id), 16))
         for prompt_id in pools.prompt_ids
@@ -225,15 +189,8 @@ def _write_winners(
     stage.write_shard(number, table, ledger, rejects, made_from)
 
 
-def _objectives(scores: pa.Table, space: DirectionSpace) -> tuple[np.ndarray, np.ndarray]:
-    """scores_RK of the objectives, and valid_R: which rows have a finite score for every attribute."""
-    attributes = [name for name in scores.column_names if name not in SCORE_COLUMNS]
-    scores_RM = np.array([scores[name].to_numpy() for name in attributes]).T.reshape(scores.num_rows, len(attributes))
-    return space.combine(scores_RM, attributes), scores["valid"].to_numpy(zero_copy_only=False)
-
-
-def _pools(prompt_ids: list[str], scores_RK: np.ndarray, valid_R: np.ndarray, scale_K: np.ndarray) -> _Pools:
-    """Rows grouped by prompt, prompts and rows in the order in which they first appear."""
+def _pools(prompt_ids: list[str], scores_RK: np.ndarray, scale_K: np.ndarray) -> _Pools:
+    """Rows grouped by prompt, prompts and rows in the order in which they first appear; a row is NaN or valid."""
     rows: dict[str, list[int]] = {}
     for row, prompt_id in enumerate(prompt_ids):
         rows.setdefault(prompt_id, []).append(row)
@@ -241,7 +198,8 @@ def _pools(prompt_ids: list[str], scores_RK: np.ndarray, valid_R: np.ndarray, sc
     for p, members in enumerate(rows.values()):
         row_PN[p, : len(members)] = members
     scores_PNK = scores_RK[row_PN]
-    return _Pools(list(rows), row_PN, scores_PNK, scores_PNK / scale_K, valid_R[row_PN] & (row_PN >= 0))
+    valid_PN = np.isfinite(scores_PNK).all(axis=2) & (row_PN >= 0)
+    return _Pools(list(rows), row_PN, scores_PNK, scores_PNK / scale_K, valid_PN)
 
 
 def _served(
@@ -297,13 +255,12 @@ def _winner_rows(
     texts: Mapping[str, str],
     space: DirectionSpace,
 ) -> tuple[pa.Table, list[Reject]]:
-    """Rows of SCHEMA, or of PAIRS where there are losers; rejects are the prompts that have none."""
-    fields = SCHEMA if losers_PD is None else PAIRS
-    clash = {field.name for field in fields} & set(space.names)
-    if clash:
-        raise DataError(f"space.objectives: `{clash.pop()}` is the name of a column; rename the objective.")
+    """Rows of WINNERS, or of PAIRS where there are losers; rejects are the prompts that have none."""
+    schema = WINNERS if losers_PD is None else PAIRS
+    if taken := name_taken(schema, space.names):
+        raise DataError(f"space.objectives: `{taken}` is the name of a column; rename the objective.")
     ids, responses = candidates["candidate_id"].to_pylist(), candidates["response"].to_pylist()
-    complete = completeness(candidates).to_pylist()
+    complete = completeness(candidates)
     rows: list[dict] = []
     for p, d in np.ndindex(winners_PD.shape):
         winner, direction_K = winners_PD[p, d], directions_PDK[p, d]
@@ -323,8 +280,8 @@ def _winner_rows(
             row |= {"chosen_id": ids[best], "rejected_id": ids[other]}
             row |= {"chosen_complete": complete[best], "rejected_complete": complete[other]}
         rows.append(row | dict(zip(space.names, pools.scores_PNK[p, winner].tolist(), strict=True)))
-    schema = pa.schema([*fields, *(pa.field(name, pa.float64()) for name in space.names)])
     reasons = {p: NO_SCORE for p in range(len(pools.prompt_ids)) if not pools.valid_PN[p].any()}
     if losers_PD is not None:
         reasons |= {p: NO_PAIR for p in np.flatnonzero((losers_PD < 0).all(axis=1)).tolist() if p not in reasons}
-    return pa.Table.from_pylist(rows, schema), [Reject(pools.prompt_ids[p], reasons[p]) for p in sorted(reasons)]
+    table = pa.Table.from_pylist(rows, with_numbers(schema, space.names))
+    return table, [Reject(pools.prompt_ids[p], reasons[p]) for p in sorted(reasons)]

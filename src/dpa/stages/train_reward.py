@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -18,6 +17,7 @@ from dpa.core.errors import ConfigError, TrainingError
 from dpa.models.reward_model import RECORD
 from dpa.models.reward_training import RatedExample, train_reward_model
 from dpa.storage.console import print_table
+from dpa.storage.schemas import number_matrix
 from dpa.storage.tables import read_json
 
 BEATS_THE_MEAN = 0.999
@@ -44,7 +44,7 @@ def train_reward(
     for name in attributes:
         if name not in scales:
             raise ConfigError(f"reward.train.attributes: nobody rated {name!r}; rated are: {', '.join(scales)}.")
-    marks_NM = np.stack([table[name].to_numpy(zero_copy_only=False) for name in attributes], axis=1)
+    marks_NM = number_matrix(table, attributes)
     examples = [
         RatedExample(prompt_id, json.loads(messages), response, tuple(marks))
         for prompt_id, messages, response, marks in zip(

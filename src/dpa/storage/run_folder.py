@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel
 
@@ -20,6 +21,7 @@ from dpa.core.errors import DpaError, RunFolderError, StorageError
 from dpa.core.records import Ledger
 from dpa.storage.identity import check_identity
 from dpa.storage.locks import RunLock, Share
+from dpa.storage.schemas import score_matrix
 from dpa.storage.seals import Seal, broken, seal
 from dpa.storage.tables import (
     TEMPORARY,
@@ -330,6 +332,14 @@ class StageFolder:
         """
         for number in range(self.shards):
             yield self.table(number)
+
+    def whole_table(self) -> pa.Table:
+        """All rows of the finished stage; raises as `tables` does."""
+        return pa.concat_tables(self.tables())
+
+    def scores(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Of a finished score stage: scores_NM, NaN where a row is not valid, and the names of the M attributes."""
+        return score_matrix(self.whole_table())
 
     # --- inside ------------------------------------------------------------------------------------------------
 

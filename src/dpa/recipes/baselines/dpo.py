@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpa.recipes.baselines.lab import Lab, Trained, unstated
-from dpa.stages.select import PAIRS
+from dpa.storage.schemas import PAIRS
 
 SFT_SHARE = 0.5
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from dpa.core.config import FinetuneConfig, PreferenceConfig, RewardConfig, RolloutConfig, RunConfig, SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import RunFolderError, TrainingError
-from dpa.core.records import SCORE_COLUMNS, Ledger, Prompt, Sampler, Scorer, stable_hash
+from dpa.core.records import Ledger, Prompt, Sampler, Scorer, stable_hash
 from dpa.models.files import folder_revision
 from dpa.models.policy import count_tokens
 from dpa.models.samplers import SamplerSpec
@@ -29,8 +29,9 @@ from dpa.stages.prompts import draw_prompts, prompts_from_table
 from dpa.stages.ratings import load_ratings
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
-from dpa.stages.select import completeness, select_rated, select_winners
+from dpa.stages.select import select_rated, select_winners
 from dpa.storage.run_folder import StageFolder, read_ledger
+from dpa.storage.schemas import completeness
 from dpa.storage.tables import read_record
 
 NARROWEST = 1e-6
@@ -154,10 +155,10 @@ class Lab:
 
     def candidates(self, t: int) -> tuple[pa.Table, np.ndarray]:
         """The candidates of iteration t with `messages` (JSON text) and `complete` (stages/select.py), scores_RK."""
-        table = pa.concat_tables(list(self.stage(t, "rollout").tables()))
+        table = self.stage(t, "rollout").whole_table()
         texts = {prompt.prompt_id: json.dumps(prompt.messages, ensure_ascii=False) for prompt in self.prompts(t)}
         messages = pa.array([texts[prompt_id] for prompt_id in table["prompt_id"].to_pylist()], pa.string())
-        table = table.append_column("messages", messages).append_column("complete", completeness(table))
+        table = table.append_column("messages", messages).append_column("complete", pa.array(completeness(table)))
         return table, self.objectives(self.stage(t, "score"))
 
     def best_rated(self, direction_K: np.ndarray, t: int = 0, place: str = "select") -> pa.Table:
@@ -165,7 +166,7 @@ class Lab:
         stage, one = self.stage(t, place), SelectionConfig(directions=1)  # type: ignore[call-arg]
         scores, space = self._shared_stage(0, "score"), self.only(direction_K)
         select_rated(stage, self.ratings, scores, space, one, self.config.seed)
-        return pa.concat_tables(list(stage.tables()))
+        return stage.whole_table()
 
     def best_sampled(self, direction_K: np.ndarray, t: int, count: int = 1) -> pa.Table:
         """For each prompt of iteration t its best candidate under one direction, in the columns of a select shard."""
@@ -173,7 +174,7 @@ class Lab:
         how = SelectionConfig(directions=count)  # type: ignore[call-arg]
         folders = self.stage(t, "rollout"), self.stage(t, "score")
         select_winners(stage, *folders, self.prompts(t), self.only(direction_K), how, self.config.seed)
-        return pa.concat_tables(list(stage.tables()))
+        return stage.whole_table()
 
     def finetune(self, t: int, policy: str | Path, rows: pa.Table, tokens: float) -> Path:
         """Finetune `policy` on rows until about `tokens` are trained on: in passes over them, whole or not.
@@ -215,11 +216,7 @@ class Lab:
 
     def objectives(self, score_stage: StageFolder) -> np.ndarray:
         """scores_RK of a finished score stage; NaN where a row is not valid."""
-        scores = pa.concat_tables(list(score_stage.tables()))
-        names = [name for name in scores.column_names if name not in SCORE_COLUMNS]
-        scores_RM = np.stack([scores[name].to_numpy() for name in names], axis=1).astype(float)
-        scores_RM[~scores["valid"].to_numpy(zero_copy_only=False)] = np.nan
-        return self.space.combine(scores_RM, names)
+        return self.space.combine(*score_stage.scores())
 
     @property
     def left(self) -> int:
@@ -247,7 +244,7 @@ class Lab:
 def as_candidates(ratings: pa.Table) -> pa.Table:
     """Rated rows with the columns `candidate_id` and `complete` that sampled candidates have."""
     own = ratings.append_column("candidate_id", ratings["row_id"])
-    return own.append_column("complete", completeness(own))
+    return own.append_column("complete", pa.array(completeness(own)))
 
 
 def unstated(rows: pa.Table) -> pa.Table:

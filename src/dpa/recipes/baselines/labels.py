@@ -12,6 +12,7 @@ import pyarrow as pa
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import SampleRequest
 from dpa.recipes.baselines.asking import with_system
+from dpa.storage.schemas import ANSWERS, WINNERS
 
 LOWEST, HIGHEST = 0.02, 0.98
 """Quantiles of the scores seen in training that count as the least and the most that can be asked for."""
@@ -21,26 +22,19 @@ Write = Callable[[np.ndarray], str]
 
 
 def labelled(rows: pa.Table, scores_RK: np.ndarray, write: Write) -> pa.Table:
-    """Rows (candidate_id, prompt_id, messages, response, complete) that state what each response scored, no direction.
+    """Rows (columns of ANSWERS) that state what each response scored, and no direction.
 
     A row without a score is left out.
     """
     known = np.flatnonzero(np.isfinite(scores_RK).all(axis=1))
-    kept = rows.take(pa.array(known))
+    kept = rows.select(ANSWERS.names).take(pa.array(known))
     messages = [
         json.dumps(with_system(json.loads(text), write(scores_K)), ensure_ascii=False)
         for text, scores_K in zip(kept["messages"].to_pylist(), scores_RK[known], strict=True)
     ]
-    return pa.table(
-        {
-            "candidate_id": kept["candidate_id"],
-            "prompt_id": kept["prompt_id"],
-            "messages": pa.array(messages, pa.string()),
-            "direction": pa.nulls(len(kept), pa.list_(pa.float64())),
-            "response": kept["response"],
-            "complete": kept["complete"],
-        }
-    )
+    place, field = ANSWERS.get_field_index("messages"), WINNERS.field("direction")
+    kept = kept.set_column(place, ANSWERS.field(place), pa.array(messages, pa.string()))
+    return kept.add_column(place + 1, field, pa.nulls(len(kept), field.type))
 
 
 def targets(direction: Sequence[float], scores_RK: np.ndarray, space: DirectionSpace) -> np.ndarray:

@@ -19,6 +19,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.measures import edge_directions, pareto_front
 from dpa.recipes.baselines.lab import Lab, Trained
 from dpa.recipes.baselines.labels import asking, labelled
+from dpa.storage.schemas import ANSWERS
 
 OFFLINE, ROUNDS = 0.5, 2
 """Share of the budget for the rated rows, and the online rounds."""
@@ -42,8 +43,7 @@ def train(lab: Lab) -> list[Trained]:
         lab.rollout(t, lab.sampler(policy, translate=ask))
         own, own_RK = lab.candidates(t)
         good = near_front(own["prompt_id"].to_pylist(), own_RK, lab.space)
-        columns = ["candidate_id", "prompt_id", "messages", "response", "complete"]
-        kept = pa.concat_tables([kept.select(columns), own.take(pa.array(good)).select(columns)])
+        kept = pa.concat_tables([table.select(ANSWERS.names) for table in (kept, own.take(pa.array(good)))])
         kept_RK = np.concatenate([kept_RK, own_RK[good]])
         policy = lab.finetune(t, policy, labelled(kept, kept_RK, write), lab.left - goal)
     ask = asking(lab.space, kept_RK, write)
