@@ -161,12 +161,12 @@ def test_a_run_dequantises_its_start_policy_once_and_knows_its_content(tmp_path:
     write_gguf(file, "Q8_0")
     config = run_config(tmp_path / "run", policy=str(file))
     with Loop(config) as loop:
-        folder = Path(loop.policy(0))
+        folder = Path(loop.policy(0).name)
         assert folder == tmp_path / "run" / "start_policy" / "policy"
         check_policy(folder)
         written = (folder / "model.safetensors").stat().st_mtime_ns
     with Loop(config) as loop:
-        assert loop.policy(0) == str(folder) and (folder / "model.safetensors").stat().st_mtime_ns == written
+        assert loop.policy(0).name == str(folder) and (folder / "model.safetensors").stat().st_mtime_ns == written
     (folder / "model.safetensors").write_bytes(b"damaged")
     with Loop(config) as loop:
         check_policy(loop.policy(0))

@@ -50,7 +50,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, 
 def refused(folder: Path, match: str) -> None:
     """Both a policy and a reward backbone refuse the folder in one sentence, within seconds."""
     begun = time.monotonic()
-    for load in (lambda: load_policy(folder), lambda: load_classifier(folder, None, torch.float32, num_labels=2)):
+    for load in (lambda: load_policy(folder), lambda: load_classifier(folder, torch.float32, num_labels=2)):
         with pytest.raises(ModelFileError, match=match) as error:
             load()
         assert "\n" not in str(error.value) and str(error.value).endswith(".")
@@ -99,13 +99,13 @@ def test_42_another_shape_is_refused(folder: Path, field: str, value: int) -> No
 
 
 def test_42_a_classifier_is_no_policy(folder: Path) -> None:
-    model, _, _ = load_classifier(folder, None, torch.float32, num_labels=3)
+    model, _, _ = load_classifier(folder, torch.float32, num_labels=3)
     model.save_pretrained(folder)
     with pytest.raises(ModelFileError, match=r"lm_head\.weight"):
         load_policy(folder)
     with pytest.raises(ModelFileError, match=r"score\.weight"):
         shutil.copy(save_tiny_model(folder.parent / "other") / WEIGHTS, folder)
-        load_classifier(folder, None, torch.float32)
+        load_classifier(folder, torch.float32)
 
 
 def test_42_whole_numbers_without_their_scales_are_refused(folder: Path) -> None:
@@ -127,7 +127,7 @@ def test_tied_weights_and_a_new_head_are_not_missing(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(tmp_path / WEIGHTS)
     model, _ = load_policy(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    classifier, _, _ = load_classifier(tmp_path, None, torch.float32, num_labels=3)
+    classifier, _, _ = load_classifier(tmp_path, torch.float32, num_labels=3)
     assert classifier.score.out_features == 3
 
 

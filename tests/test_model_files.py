@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpa.core.errors import ModelFileError
+from dpa.core.reference import ModelReference
 from dpa.models.files import check_safetensors, folder_revision, resolve_model
 
 REVISION = "a" * 40
@@ -86,15 +87,15 @@ def test_remote_code_needs_a_pinned_opt_in(folder: Path, name: str) -> None:
     (folder / name).write_text(json.dumps({"auto_map": {"AutoModel": ["modeling_mine.Mine", None]}}))
     with pytest.raises(ModelFileError, match="remote_code_revision"):
         resolve_model(folder)
-    assert resolve_model(folder, REVISION).kwargs["trust_remote_code"] is True
+    assert resolve_model(ModelReference(str(folder), REVISION)).kwargs["trust_remote_code"] is True
     with pytest.raises(ModelFileError, match="40-hex"):
-        resolve_model(folder, "main")
+        resolve_model(ModelReference(str(folder), "main"))
 
 
 def test_code_of_another_repository_is_refused_even_when_opted_in(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "else/where--modeling.Mine"}}))
     with pytest.raises(ModelFileError, match="another repository"):
-        resolve_model(folder, REVISION)
+        resolve_model(ModelReference(str(folder), REVISION))
 
 
 def test_adapter_folder_is_refused(folder: Path) -> None:

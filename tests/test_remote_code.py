@@ -8,26 +8,35 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from tiny_models import SPACE, save_tiny_model
+from toy_run import toy_config
 
 from dpa.core.config import FinetuneConfig
 from dpa.core.errors import ModelFileError
+from dpa.core.reference import ModelReference
 from dpa.models.files import SPACE_FILE
 from dpa.models.finetuning import finetune
 from dpa.models.policy import load_policy
 from dpa.models.samplers import SamplerSpec
+from dpa.models.scorers import RewardModelScorer
+from dpa.recipes.baselines.lab import Lab
+from dpa.recipes.dpa import Loop
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 CODE = '''"""A Llama by another name; leaves a mark where it is run."""
 from pathlib import Path
 
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 Path(__file__).with_name("ran").touch()
 {mark}
 
 
 class TinyForCausalLM(LlamaForCausalLM):
+    pass
+
+
+class TinyForScores(LlamaForSequenceClassification):
     pass
 '''
 
@@ -38,7 +47,10 @@ def coded(tmp_path: Path) -> Path:
     folder = save_tiny_model(tmp_path / "coded")
     (folder / "modeling_tiny.py").write_text(CODE.format(mark=f"Path({str(tmp_path / 'canary')!r}).touch()"))
     config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"}
+    config["auto_map"] = {
+        "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_tiny.TinyForScores",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -61,21 +73,21 @@ def test_its_code_does_not_run_without_an_opt_in(coded: Path, tmp_path: Path) ->
         SamplerSpec(str(coded), SPACE, 4).build()
     for vague in ("main", "0123456", REVISION.upper()):
         with pytest.raises(ModelFileError, match="40-hex"):
-            load_policy(coded, vague)
+            load_policy(ModelReference(str(coded), vague))
     assert not (tmp_path / "canary").exists()
 
 
 def test_opted_in_it_trains_and_the_pinned_commit_is_recorded(coded: Path, tmp_path: Path) -> None:
     config = FinetuneConfig(max_length=64, packed_rows_per_step=2)
     out = tmp_path / "policy"
-    finetune(coded, rows(), SPACE, out, tmp_path / "work", config, seed=0, remote_code_revision=REVISION)
+    finetune(ModelReference(str(coded), REVISION), rows(), SPACE, out, tmp_path / "work", config, seed=0)
     assert (tmp_path / "canary").exists()
     provenance = json.loads((out / SPACE_FILE).read_text())["provenance"]
     assert provenance["remote_code_revision"] == REVISION
     # The trained policy needs the same code, carries it, and asks for the same opt-in.
     with pytest.raises(ModelFileError, match="remote_code_revision"):
         load_policy(out)
-    model, _ = load_policy(out, REVISION)
+    model, _ = load_policy(ModelReference(str(out), REVISION))
     assert type(model).__name__ == "TinyForCausalLM"
 
 
@@ -85,3 +97,32 @@ def test_a_model_without_code_records_that_there_was_no_opt_in(tmp_path: Path) -
     finetune(folder, rows(), SPACE, tmp_path / "policy", tmp_path / "work", config, seed=0)
     provenance = json.loads((tmp_path / "policy" / SPACE_FILE).read_text())["provenance"]
     assert provenance["remote_code_revision"] is None
+
+
+def test_opted_in_a_whole_run_scores_with_the_reward_model_it_trained_and_samples_its_own_policies(
+    coded: Path, tmp_path: Path
+) -> None:
+    ratings = [
+        {"prompt": f"Why {n}?", "response": "So. " * (k + 1), "helpfulness": 10 * k, "verbosity": 20 * k}
+        for n in range(8)
+        for k in range(4)
+    ]
+    (tmp_path / "ratings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ratings))
+    marks = ["helpfulness", "verbosity"]
+    config = toy_config(
+        tmp_path / "inputs",
+        tmp_path / "run",
+        policy=str(coded),
+        remote_code_revision=REVISION,
+        ratings=[{"path": str(tmp_path / "ratings.jsonl"), "attributes": marks}],
+        reward={"train": {"backbone": str(coded), "allow_worse_than_mean": True, "max_length": 64}},
+    )
+    with Loop(config) as loop:
+        loop.run()
+        assert type(loop.scorer.model).__name__ == "TinyForScores"
+        assert loop.policy(1).code_revision == REVISION
+    with pytest.raises(ModelFileError, match="remote_code_revision"):
+        RewardModelScorer(tmp_path / "run" / "reward_model")
+    lab = Lab(config, tmp_path / "run", tmp_path / "method", budget=1)
+    assert type(lab.scorer.model).__name__ == "TinyForScores"
+    assert type(lab.sampler(tmp_path / "run" / "iter_1" / "policy")._model).__name__ == "TinyForCausalLM"

@@ -43,6 +43,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the samples.", min=0)]
 SpaceName = Annotated[
     str | None, typer.Option("--space", help="Of a model without dpa_config.json: dpa-v1, a policy or a YAML file.")
 ]
+RevisionText = Annotated[str | None, typer.Option(help="Opt in to the model's own code (commit).")]
 
 
 def _version(show: bool) -> None:
@@ -196,14 +197,16 @@ def generate(
         str | None, typer.Option(help="With --best-of: reward model folder. Default: that of the policy's run.")
     ] = None,
     space: SpaceName = None,
+    remote_code_revision: RevisionText = None,
 ) -> None:
     """Answer prompts under a direction."""
     from dpa.cli.talk import answer
+    from dpa.core.reference import ModelReference
 
     for text in prompt:
         question = typer.get_text_stream("stdin").read() if text == "-" else text
         for reply in answer(
-            model,
+            ModelReference(model, remote_code_revision),
             [question],
             direction,
             samples,
@@ -227,11 +230,13 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     seed: Seed = 0,
     space: SpaceName = None,
+    remote_code_revision: RevisionText = None,
 ) -> None:
     """Talk to a model; `/direction TEXT` changes the direction, `/quit` ends."""
     from dpa.cli.talk import converse
+    from dpa.core.reference import ModelReference
 
-    converse(model, direction, temperature, max_new_tokens, seed, space)
+    converse(ModelReference(model, remote_code_revision), direction, temperature, max_new_tokens, seed, space)
 
 
 @app.command()
@@ -261,7 +266,7 @@ def serve(
     stall: Annotated[float, typer.Option(min=0.1, help="Seconds of silence within a stream.")] = 30.0,
     drain: Annotated[float, typer.Option(min=1, help="Seconds accepted requests have after SIGTERM.")] = 30.0,
     log_text: Annotated[bool, typer.Option(help="Log what users and the model say.")] = False,
-    remote_code_revision: Annotated[str | None, typer.Option(help="Opt in to the model's own code (commit).")] = None,
+    remote_code_revision: RevisionText = None,
 ) -> None:
     """Serve a model, or one behind a URL: OpenAI's API with a direction in every request, and a page."""
     from dpa.serve.command import Options

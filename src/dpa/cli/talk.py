@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_talk.py
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from dpa.cli.ecosystem import read_space
 from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import ConfigError, DataError, DirectionError, OutsideConeError
 from dpa.core.records import Messages, SampleRequest, seed_of
+from dpa.core.reference import ModelReference
 from dpa.models.best_of import BestOfSampler, RobustSampler
 from dpa.models.files import SPACE_FILE, folder_revision, resolve_model
 from dpa.models.policy import encode_prompt, load_prompting, make_steerable
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 
 
 def answer(
-    model: str, prompts: list[str], direction: str | None, samples: int, temperature: float, max_new_tokens: int,
-    seed: int, clamp: bool, best_of: int = 1, robust: bool = False, reward: str | None = None,
+    model: ModelReference, prompts: list[str], direction: str | None, samples: int, temperature: float,
+    max_new_tokens: int, seed: int, clamp: bool, best_of: int = 1, robust: bool = False, reward: str | None = None,
     named: str | None = None,
 ) -> list[str]:  # fmt: skip
     """Answers to each prompt under the direction, in order; the best of `best_of` candidates for each."""
@@ -36,7 +38,7 @@ def answer(
     if folder is not None:
         check_in_run(folder)
         kind = RobustSampler if robust else BestOfSampler
-        sampler = kind(sampler, RewardModelScorer(folder), space, best_of)
+        sampler = kind(sampler, RewardModelScorer(replace(model, name=folder)), space, best_of)
     return [
         text
         for prompt in prompts
@@ -45,8 +47,9 @@ def answer(
 
 
 def converse(
-    model: str, direction: str | None, temperature: float, max_new_tokens: int, seed: int, named: str | None = None
-) -> None:
+    model: ModelReference, direction: str | None, temperature: float, max_new_tokens: int, seed: int,
+    named: str | None = None,
+) -> None:  # fmt: skip
     """A conversation on the terminal."""
     space, sampler, chosen = _open(model, direction, temperature, max_new_tokens, False, named)
     print(f"objectives: {', '.join(space.names)}; direction: {chosen or 'none'}; /direction TEXT, /reset, /quit")
@@ -79,8 +82,9 @@ def converse(
 
 
 def _open(
-    model: str, direction: str | None, temperature: float, max_new_tokens: int, clamp: bool, named: str | None
-) -> tuple[DirectionSpace, "Sampler", Direction | None]:
+    model: ModelReference, direction: str | None, temperature: float, max_new_tokens: int, clamp: bool,
+    named: str | None,
+) -> tuple[DirectionSpace, "Sampler", Direction | None]:  # fmt: skip
     path = resolve_model(model).path
     check_in_run(path)
     space = read_space(named or path)
@@ -94,20 +98,21 @@ def _open(
         chosen = None if direction is None else space.parse(direction, outside="clamp" if clamp else "error")
     except OutsideConeError as error:
         raise OutsideConeError(error.finding, "take `dpa generate --clamp`, which moves it to the edge") from None
-    spec = SamplerSpec(path, space, max_new_tokens, temperature, revision=folder_revision(path))
+    spec = SamplerSpec(replace(model, name=path), space, max_new_tokens, temperature, revision=folder_revision(path))
     return space, spec.build(), chosen
 
 
-def _reward_folder(model: str, reward: str | None) -> str:
+def _reward_folder(model: ModelReference, reward: str | None) -> str:
     """The reward model given, or the one of the run folder that the policy lies in (RUN/iter_t/policy)."""
-    beside = Path(model).resolve().parents[1] / "reward_model" if len(Path(model).resolve().parents) > 1 else None
+    parents = Path(model.name).resolve().parents
+    beside = parents[1] / "reward_model" if len(parents) > 1 else None
     if reward is None and (beside is None or not beside.is_dir()):
         raise ConfigError(f"--reward: no reward model is found beside {model}; give the folder of one for --best-of.")
     return reward or str(beside)
 
 
 def _ask(
-    model: str, space: DirectionSpace, sampler: "Sampler", messages: Messages, direction: Direction | None,
+    model: ModelReference, space: DirectionSpace, sampler: "Sampler", messages: Messages, direction: Direction | None,
     samples: int, seed: int,
 ) -> list[str]:  # fmt: skip
     seeds = tuple(seed_of(f"{seed}-{k}") for k in range(samples))
@@ -117,7 +122,7 @@ def _ask(
     return [sample.text for sample in answers]
 
 
-def _why_not(model: str, space: DirectionSpace, messages: Messages, direction: Direction | None) -> str:
+def _why_not(model: ModelReference, space: DirectionSpace, messages: Messages, direction: Direction | None) -> str:
     """Why a sampler gave a prompt no answer: it is written and counted once more."""
     tokenizer, context, _ = load_prompting(resolve_model(model))
     make_steerable(tokenizer, space)

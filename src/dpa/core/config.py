@@ -28,6 +28,7 @@ from dpa.core.errors import ConfigError
 from dpa.core.lookup import nearest
 from dpa.core.presets import SPACES
 from dpa.core.records import stable_hash
+from dpa.core.reference import ModelReference
 from dpa.core.yaml_text import parse_yaml
 
 
@@ -612,6 +613,10 @@ class RunConfig(_Section):
     dpo: PreferenceConfig = PreferenceConfig()  # type: ignore[call-arg]
     evaluate: EvaluateConfig
     cluster: ClusterConfig = ClusterConfig()  # type: ignore[call-arg]
+
+    def reference(self, model: str | Path) -> ModelReference:
+        """A model of this run with what the run opts in to."""
+        return ModelReference(str(model), self.remote_code_revision)
 
     @model_validator(mode="after")
     def _pairs_have_an_order(self) -> "RunConfig":

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
+from dpa.core.reference import Model, ModelReference
 from dpa.storage.rows import has_hub_form
 from dpa.storage.tables import disk_error, known_digest
 
@@ -65,23 +66,24 @@ class SafeModel:
         return {"trust_remote_code": self.kwargs["trust_remote_code"]}
 
 
-def resolve_model(name_or_path: str | Path, remote_code_revision: str | None = None) -> SafeModel:
+def resolve_model(model: Model) -> SafeModel:
     """Check a model folder, or fetch and check a Hub model, and say how to load it.
 
-    `remote_code_revision` opts in to the model's own Python code; for a Hub id it is the 40-hex commit that is fetched,
-    for a local folder it only records that somebody looked. Only safetensors are ever loaded; a Hub id is downloaded
-    without its pickle files. Raises ModelFileError.
+    `code_revision` of a reference opts in to the model's own Python code; for a Hub id it is the 40-hex commit that is
+    fetched, for a local folder it only records that somebody looked. Only safetensors are ever loaded; a Hub id is
+    downloaded without its pickle files. Raises ModelFileError.
     """
-    if remote_code_revision is not None and not _REVISION.fullmatch(remote_code_revision):
+    reference = ModelReference.of(model)
+    revision = reference.code_revision
+    if revision is not None and not _REVISION.fullmatch(revision):
         raise ModelFileError(
-            f"remote_code_revision: {remote_code_revision!r} is not a 40-hex commit; pin the exact commit you reviewed."
+            f"remote_code_revision: {revision!r} is not a 40-hex commit; pin the exact commit you reviewed."
         )
-    name = str(name_or_path)
-    folder = Path(name).expanduser()
-    if has_hub_form(name):
-        folder = _fetch(name, remote_code_revision)
-    check_model_folder(folder, allow_remote_code=remote_code_revision is not None)
-    return SafeModel(str(folder), {"use_safetensors": True, "trust_remote_code": remote_code_revision is not None})
+    folder = Path(reference.name).expanduser()
+    if has_hub_form(reference.name):
+        folder = _fetch(reference.name, revision)
+    check_model_folder(folder, allow_remote_code=revision is not None)
+    return SafeModel(str(folder), {"use_safetensors": True, "trust_remote_code": revision is not None})
 
 
 def check_model_folder(folder: Path, allow_remote_code: bool = False) -> None:

@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from dpa.core.config import FinetuneConfig
 from dpa.core.directions import DirectionSpace
+from dpa.core.reference import Model
 from dpa.models.attention import pack_lengths, packed_attention, to_device
 from dpa.models.contrastive import AccumulatesContrast, AddsContrast, contrast_slots, negative_directions
 from dpa.models.label_logprobs import IGNORED, has_plain_head, label_logprobs, label_places
@@ -193,14 +194,13 @@ class _LaunchedContrastiveTrainer(AccumulatesContrast, _LaunchedTrainer):
 
 
 def finetune(
-    policy: str | Path,
+    policy: Model,
     rows: pa.Table,
     space: DirectionSpace,
     out: Path,
     work: Path,
     config: FinetuneConfig,
     seed: int,
-    remote_code_revision: str | None = None,
     label: str = "finetune",
     held_out: pa.Table | None = None,
 ) -> FinetuneResult:
@@ -234,7 +234,7 @@ def finetune(
     def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> SFTTrainer:
         return build_trainer(model, tokenizer, examples, work, config, seed)
 
-    done = train_policy(policy, space, out, work, config, seed, encode, build, remote_code_revision, label, held_out)
+    done = train_policy(policy, space, out, work, config, seed, encode, build, label, held_out)
     return FinetuneResult(
         training_tokens=round(done.tokens * config.epochs),
         steps=done.steps,

@@ -72,7 +72,7 @@ def fold_reward(
     spec = reward_spec(folder, released)
     weights_M = space.combine(np.eye(len(spec.attributes)), spec.attributes) @ np.array(direction.weights)
     with quiet_libraries():
-        model, tokenizer, _ = load_classifier(folder, None, torch.float32)
+        model, tokenizer, _ = load_classifier(folder, torch.float32)
         model.eval()
         found = find_head(model, len(spec.attributes))
         if found is None or model.config.num_labels != len(spec.attributes):
@@ -169,4 +169,4 @@ def bake_direction(folder: str | Path, space: DirectionSpace, direction: Directi
         tokenizer.save_pretrained(unfinished)
         provenance = {"from": str(folder), "baked_direction": direction.as_mapping()}
         write_json(unfinished / SPACE_FILE, {"space": space.to_dict(), "provenance": provenance})
-        check_loadable(unfinished, AutoModelForCausalLM, None, f"policy {out}")
+        check_loadable(unfinished, AutoModelForCausalLM, f"policy {out}")

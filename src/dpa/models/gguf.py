@@ -64,7 +64,7 @@ def dequantise(file: Path, folder: Path) -> str:
     with quiet_libraries(), save_folder_atomically(folder) as unfinished, disk_refusals(folder, "saving the model"):
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        check_loadable(unfinished, AutoModelForCausalLM, None, f"policy {file}")
+        check_loadable(unfinished, AutoModelForCausalLM, f"policy {file}")
     name = "bf16" if quantised else "fp32"
     return f"policy: {file} ({', '.join(quantised) or 'not quantised'}) dequantised to {name}, once, at {folder}"
 

@@ -16,6 +16,7 @@ import torch
 from dpa.core.config import HttpRewardConfig
 from dpa.core.errors import EngineError, ModelFileError
 from dpa.core.records import Messages
+from dpa.core.reference import ModelReference
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.http_exchange import Answer, Refusal, key_in
 from dpa.models.http_pool import HttpPool
@@ -142,12 +143,12 @@ class HttpScorer:
                     )
 
 
-def http_scorer(config: HttpRewardConfig, remote_code_revision: str | None = None) -> HttpScorer:
+def http_scorer(config: HttpRewardConfig, code_revision: str | None = None) -> HttpScorer:
     """The scorer a configuration describes. Its connections close when it is no longer used, or at exit.
 
     Raises ModelFileError, ConfigError, EngineError.
     """
-    safe = resolve_model(config.folder, remote_code_revision)
+    safe = resolve_model(ModelReference(config.folder, code_revision))
     spec = RELEASED_SPEC if config.folder == RELEASED_MODEL else read_spec(Path(safe.path))
     with quiet_libraries():
         tokenizer = load_tokenizer(safe, "reward model")

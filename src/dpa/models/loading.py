@@ -24,6 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto import modeling_auto
 
 from dpa.core.errors import DpaError, ModelFileError
+from dpa.core.reference import Model
 from dpa.models.files import SafeModel, integer_tensors, resolve_model
 from dpa.models.quiet import quiet_libraries
 
@@ -148,19 +149,19 @@ def check_weights(kind: Any, safe: SafeModel, what: str = "model", new_head: boo
         )
 
 
-def check_loadable(folder: Path, kind: Any, remote_code_revision: str | None, what: str = "model") -> None:
+def check_loadable(model: Model, kind: Any, what: str = "model") -> None:
     """Open what was just saved as a stranger would: configuration, every tensor by name and shape, the tokenizer.
 
     Raises ModelFileError.
     """
-    safe = resolve_model(folder, remote_code_revision)
+    safe = resolve_model(model)
     with quiet_libraries():
         load_config(safe, what)
         check_weights(kind, safe, what)
         check_tokens(load_tokenizer(safe, what), embedding_rows(safe), safe.path, what)
 
 
-def check_tokens(tokenizer: PreTrainedTokenizerBase, rows: int | None, name: str | Path, what: str = "model") -> None:
+def check_tokens(tokenizer: PreTrainedTokenizerBase, rows: int | None, name: Model, what: str = "model") -> None:
     """Every token that the tokenizer writes by itself lies within the embedding's rows. Raises ModelFileError."""
     for field in ("pad_token", "eos_token"):
         number = getattr(tokenizer, f"{field}_id")

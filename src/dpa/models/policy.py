@@ -20,6 +20,7 @@ from transformers import (
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.records import Messages
+from dpa.core.reference import Model, ModelReference
 from dpa.models.chat_template import render_chat, steerable_template
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.files import SPACE_FILE, SafeModel, resolve_model
@@ -41,47 +42,44 @@ _PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|padd
 
 
 def load_policy(
-    name: str | Path,
-    remote_code_revision: str | None = None,
+    policy: Model,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, in eval mode, on `device` (default: the GPU where there is one).
 
     The tokenizer pads on the left, with a token that differs from EOS where its vocabulary has one; the vocabulary
-    is never resized. `remote_code_revision` opts in to the model's own code (see models/files.py).
+    is never resized. Code of its own runs where its reference opts in (see models/files.py).
 
     Raises ModelFileError.
     """
-    safe = resolve_model(name, remote_code_revision)
+    safe = resolve_model(policy)
     with quiet_libraries():
         model = load_model(AutoModelForCausalLM, safe, dtype)
         tokenizer = load_tokenizer(safe)
-    _check_end_token(tokenizer, name)
+    _check_end_token(tokenizer, policy)
     tokenizer.padding_side = "left"
     ensure_pad_token(tokenizer)
-    check_tokens(tokenizer, embedding_rows(model), name)
+    check_tokens(tokenizer, embedding_rows(model), policy)
     model.to(device or default_device())  # type: ignore[arg-type]
     return model.eval(), tokenizer
 
 
-def check_policy(
-    name: str | Path, remote_code_revision: str | None = None, space: DirectionSpace | None = None
-) -> None:
+def check_policy(policy: Model, space: DirectionSpace | None = None) -> None:
     """What can be known of a start policy before hours are spent: its files, its configuration, its tokens, and with a
     `space` whether its chat template can be made to state a direction.
 
     Weights are compared by name and shape; those of another run also with their seal. Raises ModelFileError,
     RunFolderError.
     """
-    safe = resolve_model(name, remote_code_revision)
+    safe = resolve_model(policy)
     check_in_run(safe.path)
     with quiet_libraries():
         check_weights(AutoModelForCausalLM, safe)
         tokenizer = load_tokenizer(safe)
-        _check_end_token(tokenizer, name)
+        _check_end_token(tokenizer, policy)
         ensure_pad_token(tokenizer)
-        check_tokens(tokenizer, embedding_rows(safe), name)
+        check_tokens(tokenizer, embedding_rows(safe), policy)
         load_generation(safe)
         if space is not None:
             make_steerable(tokenizer, space)
@@ -114,7 +112,8 @@ def save_policy(
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         write_json(unfinished / SPACE_FILE, {"space": space.to_dict(), "provenance": extra})
-        check_loadable(unfinished, AutoModelForCausalLM, extra.get("remote_code_revision"), f"policy {folder}")
+        saved = ModelReference(str(unfinished), extra.get("remote_code_revision"))
+        check_loadable(saved, AutoModelForCausalLM, f"policy {folder}")
 
 
 def make_steerable(tokenizer: PreTrainedTokenizerBase, space: DirectionSpace) -> None:
@@ -133,10 +132,10 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.pad_token = found[0] if found else tokenizer.eos_token
 
 
-def _check_end_token(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
+def _check_end_token(tokenizer: PreTrainedTokenizerBase, policy: Model) -> None:
     if tokenizer.eos_token_id is None:
         raise ModelFileError(
-            f"model: the tokenizer of {name} has no EOS token; set eos_token in tokenizer_config.json."
+            f"model: the tokenizer of {policy} has no EOS token; set eos_token in tokenizer_config.json."
         )
 
 
@@ -191,14 +190,12 @@ def encode_prompt(
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def count_tokens(
-    name: str | Path, rows: pa.Table, space: DirectionSpace, remote_code_revision: str | None = None
-) -> int:
+def count_tokens(policy: Model, rows: pa.Table, space: DirectionSpace) -> int:
     """Tokens of rows in the columns of a select shard, as finetuning would read them: prompt, response, end token.
 
     Only the tokenizer is loaded. A row that finetuning would reject counts too. Raises ModelFileError.
     """
-    safe = resolve_model(name, remote_code_revision)
+    safe = resolve_model(policy)
     with quiet_libraries():
         tokenizer = load_tokenizer(safe)
     make_steerable(tokenizer, space)

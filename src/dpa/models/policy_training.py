@@ -25,6 +25,7 @@ from dpa.core.config import FinetuneConfig, PreferenceConfig, of_results
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError, DpaError, TrainingError
 from dpa.core.records import stable_hash
+from dpa.core.reference import Model, ModelReference
 from dpa.models.checkpoints import newest_checkpoint
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.files import folder_revision, resolve_model
@@ -78,7 +79,7 @@ class Trained:
 
 
 def train_policy(
-    policy: str | Path,
+    policy: Model,
     space: DirectionSpace,
     out: Path,
     work: Path,
@@ -86,7 +87,6 @@ def train_policy(
     seed: int,
     encode: Callable[[PreTrainedModel, PreTrainedTokenizerBase, int], tuple[list[E], list[Reject]]],
     build: Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[E]], Trainer],
-    remote_code_revision: str | None = None,
     label: str = "finetune",
     held_out: pa.Table | None = None,
 ) -> Trained:
@@ -104,7 +104,7 @@ def train_policy(
     # Frozen weights need no more than bf16, which is what lets adapters of a 7B model train on one 24 GB card.
     dtype = torch.bfloat16 if config.lora is not None and _mixed(config) else torch.float32
     with quiet_libraries():
-        model, tokenizer = load_policy(policy, remote_code_revision, dtype)
+        model, tokenizer = load_policy(policy, dtype)
         make_steerable(tokenizer, space)
         examples, rejects = encode(model, tokenizer, min(config.max_length, context_length(model)))
         section = "dpo" if isinstance(config, PreferenceConfig) else "finetune"
@@ -119,7 +119,7 @@ def train_policy(
             rows = held_out_rows(held_out, space, seed, RowEncoder(model, tokenizer, space, longest).encode)
         with disk_refusals(work, "saving a checkpoint"):
             if is_first():
-                base = folder_revision(resolve_model(policy, remote_code_revision).path)
+                base = folder_revision(resolve_model(policy).path)
                 _prepare_work(work, stable_hash(examples, of_results(config), seed, base))
             wait_for_all()
             with StopOnSignal() as stop:
@@ -131,10 +131,10 @@ def train_policy(
             raise TrainingError(
                 f"{_section(config)}.min_listening: {config.min_listening:g}, but {advice(found, _section(config))}"
             )
-        trained = _whole_model(trainer, policy, remote_code_revision, config, dtype)
+        trained = _whole_model(trainer, policy, config, dtype)
         provenance = {
             "from": str(policy),
-            "remote_code_revision": remote_code_revision,
+            "remote_code_revision": ModelReference.of(policy).code_revision,
             "rows": len(examples),
             "seed": seed,
             _section(config): config.model_dump(),
@@ -268,9 +268,7 @@ def accumulation(field: str, per_step: int, per_device_field: str, per_device: i
     return per_step // together
 
 
-def _whole_model(
-    trainer: Trainer, policy: str | Path, remote_code_revision: str | None, config: TrainingConfig, dtype: torch.dtype
-) -> PreTrainedModel | None:
+def _whole_model(trainer: Trainer, policy: Model, config: TrainingConfig, dtype: torch.dtype) -> PreTrainedModel | None:
     """The trained model with all its weights, adapters merged, on the rank that saves it; None on the others."""
     accelerator = trainer.accelerator
     trained: Any = accelerator.unwrap_model(trainer.model)
@@ -285,7 +283,7 @@ def _whole_model(
     else:
         weights = None
     if weights is not None and is_first():
-        trained, _ = load_policy(policy, remote_code_revision, dtype, device="cpu")
+        trained, _ = load_policy(policy, dtype, device="cpu")
         with_adapters = adapters(config)
         trained = trained if with_adapters is None else get_peft_model(trained, with_adapters)
         trained.load_state_dict(weights)

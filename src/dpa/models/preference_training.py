@@ -26,6 +26,7 @@ from trl import DPOConfig, DPOTrainer
 
 from dpa.core.config import PreferenceConfig
 from dpa.core.directions import DirectionSpace
+from dpa.core.reference import Model
 from dpa.models.listening import Listening
 from dpa.models.passes import first_plan, one_card
 from dpa.models.policy import load_policy
@@ -82,14 +83,13 @@ class _Trainer(StopsAtBadStep, DPOTrainer):
 
 
 def preference_finetune(
-    policy: str | Path,
+    policy: Model,
     rows: pa.Table,
     space: DirectionSpace,
     out: Path,
     work: Path,
     config: PreferenceConfig,
     seed: int,
-    remote_code_revision: str | None = None,
     label: str = "finetune",
     held_out: pa.Table | None = None,
 ) -> PreferenceResult:
@@ -110,10 +110,10 @@ def preference_finetune(
         return encode_pairs(rows, model, tokenizer, space, longest)
 
     def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> DPOTrainer:
-        reference = None if config.lora is not None else load_policy(policy, remote_code_revision)[0]
+        reference = None if config.lora is not None else load_policy(policy)[0]
         return build_preference_trainer(model, reference, tokenizer, pairs, work, config, seed)
 
-    done = train_policy(policy, space, out, work, config, seed, encode, build, remote_code_revision, label, held_out)
+    done = train_policy(policy, space, out, work, config, seed, encode, build, label, held_out)
     return PreferenceResult(
         training_tokens=round(done.tokens * config.epochs),
         steps=done.steps,

@@ -25,6 +25,7 @@ import torch
 from dpa.core.config import ClusterConfig, RewardConfig
 from dpa.core.errors import ConfigError, DpaError, EngineError, ModelFileError
 from dpa.core.records import Messages, Sample, Sampler, SampleRequest, Scorer
+from dpa.core.reference import ModelReference
 from dpa.models.files import folder_revision
 from dpa.models.samplers import SamplerSpec
 from dpa.models.scorers import build_scorer
@@ -50,15 +51,15 @@ class ScorerSpec:
     """What a worker needs to make a run's scorer: the arguments of `build_scorer`, paths made absolute."""
 
     config: RewardConfig
-    reward_folder: str | None = None
-    remote_code_revision: str | None = None
+    trained: ModelReference | None = None
+    code_revision: str | None = None
     threads: int | None = None
 
     def build(self) -> Scorer:
         """Raises ModelFileError, ConfigError."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        return build_scorer(self.config, self.reward_folder, self.remote_code_revision)
+        return build_scorer(self.config, self.trained, self.code_revision)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class _SameWeights:
     spec: SamplerSpec
 
     def build(self) -> Sampler:
-        found = folder_revision(self.spec.policy)
+        found = folder_revision(str(self.spec.policy))
         if found != self.spec.revision:
             raise ModelFileError(
                 f"model: {self.spec.policy} on node {os.uname().nodename} has other weights ({found}) than the run "
@@ -236,21 +237,25 @@ class RayScorer:
 @contextmanager
 def ray_samplers(spec: SamplerSpec, workers: int, cluster: ClusterConfig) -> Iterator[list[Sampler]]:
     """`workers` samplers over as many actors; they end with the block. Raises ConfigError, EngineError."""
-    here = replace(spec, policy=str(Path(spec.policy).resolve()), threads=_threads(cluster))
+    here = replace(spec, policy=_resolved(ModelReference.of(spec.policy)), threads=_threads(cluster))
     with RayPool(_SameWeights(here), workers, cluster) as pool:
         yield [RaySampler(pool, spec.revision) for _ in range(workers)]
 
 
 @contextmanager
 def ray_scorers(
-    config: RewardConfig, reward_folder: Path | None, remote_code_revision: str | None, cluster: ClusterConfig
+    config: RewardConfig, trained: ModelReference | None, code_revision: str | None, cluster: ClusterConfig
 ) -> Iterator[list[Scorer]]:
     """`cluster.scorers` scorers over as many actors; they end with the block. Raises ConfigError, EngineError."""
-    folder = None if reward_folder is None else str(reward_folder.resolve())
-    spec = ScorerSpec(_absolute(config), folder, remote_code_revision, _threads(cluster))
+    trained = None if trained is None else _resolved(trained)
+    spec = ScorerSpec(_absolute(config), trained, code_revision, _threads(cluster))
     with RayPool(spec, cluster.scorers, cluster) as pool:
         scorer = RayScorer(pool)
         yield [scorer] * cluster.scorers
+
+
+def _resolved(model: ModelReference) -> ModelReference:
+    return replace(model, name=str(Path(model.name).resolve()))
 
 
 class _Worker:

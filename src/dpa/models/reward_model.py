@@ -18,6 +18,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages
+from dpa.core.reference import Model
 from dpa.models.attention import best_way, pack_inputs, packed_attention, to_device
 from dpa.models.chat_template import render_chat
 from dpa.models.files import resolve_model
@@ -162,20 +163,18 @@ def write_spec(folder: Path, spec: RewardSpec, facts: dict[str, Any]) -> None:
     write_json(folder / RECORD, {**asdict(spec), **facts})
 
 
-def load_classifier(
-    name: str | Path, remote_code_revision: str | None, dtype: torch.dtype, **fields: Any
-) -> tuple[Any, Any, Path]:
+def load_classifier(model: Model, dtype: torch.dtype, **fields: Any) -> tuple[Any, Any, Path]:
     """A sequence classifier, its tokenizer, and the checked folder they came from. `fields` go to its configuration.
 
     A head of another width is made anew; in bf16 the head alone stays in fp32 (`exact_head`). Raises ModelFileError.
     """
-    safe = resolve_model(name, remote_code_revision)
+    safe = resolve_model(model)
     with quiet_libraries():
-        model = load_model(AutoModelForSequenceClassification, safe, dtype, "reward model", bool(fields), **fields)
+        classifier = load_model(AutoModelForSequenceClassification, safe, dtype, "reward model", bool(fields), **fields)
         tokenizer = load_tokenizer(safe, "reward model")
     if dtype != torch.float32:
-        exact_head(model)
-    return model, tokenizer, Path(safe.path)
+        exact_head(classifier)
+    return classifier, tokenizer, Path(safe.path)
 
 
 def find_head(model: torch.nn.Module, outputs: int) -> tuple[str, torch.nn.Linear] | None:

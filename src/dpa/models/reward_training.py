@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Traine
 from dpa.core.config import RewardTrainConfig, of_results
 from dpa.core.errors import DataError, ModelFileError, TrainingError
 from dpa.core.records import Messages, stable_hash
+from dpa.core.reference import ModelReference
 from dpa.models.attention import best_way, pack_inputs, packed_attention, padded_attention, to_device
 from dpa.models.checkpoints import newest_checkpoint
 from dpa.models.cutting import ANY_LENGTH, cut_prompt
@@ -127,7 +128,7 @@ def train_reward_model(
     config: RewardTrainConfig,
     out: Path,
     seed: int = 0,
-    remote_code_revision: str | None = None,
+    code_revision: str | None = None,
 ) -> dict[str, Any]:
     """Train, measure on held-out prompts and save; return `quality`, `baselines` and `training` of dpa_reward.json.
 
@@ -137,7 +138,7 @@ def train_reward_model(
     optimizer step), Interrupted (on a signal, after a checkpoint), StorageError.
     """
     torch.manual_seed(seed)
-    tokenizer, model = _load_backbone(config, attributes, remote_code_revision)
+    tokenizer, model = _load_backbone(config, attributes, code_revision)
     pad = tokenizer.pad_token_id
     template = config.template or (None if tokenizer.chat_template else PLAIN_TEMPLATE)
     if template is not None:
@@ -170,7 +171,7 @@ def train_reward_model(
         **_quality(model, rows, attributes, pad),
         "training": {
             "backbone": config.backbone,
-            "remote_code_revision": remote_code_revision,
+            "remote_code_revision": code_revision,
             "method": config.method,
             "seed": seed,
             "epochs": 0 if config.method == "ridge" else config.epochs,
@@ -194,7 +195,7 @@ def train_reward_model(
         tokenizer.save_pretrained(folder)
         write_spec(folder, spec, facts)
         model.cpu()  # a card that holds one of them need not hold two
-        RewardModelScorer(folder, remote_code_revision=remote_code_revision)  # what was saved must pass its self-test
+        RewardModelScorer(ModelReference(str(folder), code_revision))  # what was saved must pass its self-test
     for leftover in checkpoints.glob("*/checkpoint-*") if config.report_to else [checkpoints]:
         shutil.rmtree(leftover, ignore_errors=True)  # what a tracker wrote beside the checkpoints stays
     return facts
@@ -295,11 +296,10 @@ class Unit:
         return weight_MH * self.std_M[:, None], bias_M * self.std_M + self.mean_M
 
 
-def _load_backbone(config: RewardTrainConfig, attributes: Sequence[str], revision: str | None) -> tuple[Any, Any]:
+def _load_backbone(config: RewardTrainConfig, attributes: Sequence[str], code_revision: str | None) -> tuple[Any, Any]:
     """The tokenizer, with a pad token of its own, and a classifier with a new head of one output per attribute."""
     model, tokenizer, _ = load_classifier(
-        config.backbone,
-        revision,
+        ModelReference(config.backbone, code_revision),
         _backbone_dtype(config),
         num_labels=len(attributes),
         problem_type="regression",

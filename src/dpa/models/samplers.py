@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +23,7 @@ from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DpaError, EngineError
 from dpa.core.records import Sample, Sampler, SampleRequest
+from dpa.core.reference import Model, ModelReference
 from dpa.models.decoding import STRIDE, Decoding, check_decodable, decode
 from dpa.models.files import SafeModel, folder_revision, load_space, resolve_model
 from dpa.models.fixed_decoding import FixedDecoder, NotFixedError
@@ -181,7 +181,7 @@ class SamplerSpec:
     `policy` is a model folder; `threads` of torch are as many as it likes where None.
     """
 
-    policy: str
+    policy: Model
     space: DirectionSpace
     max_new_tokens: int
     temperature: float = 1.0
@@ -191,7 +191,6 @@ class SamplerSpec:
     sharing: int = 1
     threads: int | None = None
     device: str | None = None
-    remote_code_revision: str | None = None
 
     def build(self) -> TransformersSampler:
         """Load the policy, in bf16 on a card that has it, else in fp32. Raises ModelFileError."""
@@ -199,7 +198,7 @@ class SamplerSpec:
             torch.set_num_threads(self.threads)
         device = self.device or default_device()
         dtype = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
-        model, tokenizer = load_policy(self.policy, self.remote_code_revision, dtype=dtype, device=device)
+        model, tokenizer = load_policy(self.policy, dtype=dtype, device=device)
         return TransformersSampler(
             model,
             tokenizer,
@@ -280,22 +279,20 @@ class ProcessSampler:
 
 
 def sampler_spec(
-    policy: str | Path,
+    policy: Model,
     config: RolloutConfig,
     space: DirectionSpace | None = None,
-    remote_code_revision: str | None = None,
 ) -> SamplerSpec:
     """How a rollout samples `policy`; `space` defaults to the one saved with it. Raises ModelFileError."""
-    path = resolve_model(policy, remote_code_revision).path
+    path = resolve_model(policy).path
     return SamplerSpec(
-        policy=path,
+        policy=replace(ModelReference.of(policy), name=path),
         space=space or load_space(path),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
         batch_size=config.batch_size,
         revision=folder_revision(path),
-        remote_code_revision=remote_code_revision,
     )
 
 
@@ -309,10 +306,9 @@ def engine_kind(config: RolloutConfig) -> str:
 
 @contextmanager
 def build_samplers(
-    policy: str | Path,
+    policy: Model,
     config: RolloutConfig,
     space: DirectionSpace | None = None,
-    remote_code_revision: str | None = None,
     vllm: VllmEngine | None = None,
 ) -> Iterator[list[Sampler]]:
     """The samplers a rollout asks for: one in this process, or `config.workers` processes that share the cores (or,
@@ -323,7 +319,7 @@ def build_samplers(
     """
     kind = engine_kind(config)
     if kind in ("http", "vllm"):
-        safe = resolve_model(policy, remote_code_revision)
+        safe = resolve_model(policy)
         space = space or load_space(safe.path)
         if kind == "http":
             with http_samplers(safe, space, config) as over_http:
@@ -336,7 +332,7 @@ def build_samplers(
                 if sampler is not None:
                     yield [sampler]
                     return
-    spec = sampler_spec(policy, config, space, remote_code_revision)
+    spec = sampler_spec(policy, config, space)
     if config.workers == 1:
         yield [spec.build()]
         return

@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from dpa.core.config import RewardConfig
 from dpa.core.errors import ConfigError, ModelFileError
 from dpa.core.records import Messages, Scorer, stable_hash
+from dpa.core.reference import Model, ModelReference
 from dpa.models.compiling import SCORED_ROWS, Choice, CompiledLayers, worth_compiling
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.http_scorer import http_scorer
@@ -59,9 +60,8 @@ class RewardModelScorer:
 
     def __init__(
         self,
-        folder: str | Path,
+        model: Model,
         spec: RewardSpec | None = None,
-        remote_code_revision: str | None = None,
         device: str | None = None,
         token_budget: int | None = None,
         dtype: torch.dtype | None = None,
@@ -72,12 +72,12 @@ class RewardModelScorer:
             bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
             dtype = torch.bfloat16 if bf16 else torch.float32
         with quiet_libraries():
-            self.model, self.tokenizer, path = load_classifier(folder, remote_code_revision, dtype)
+            self.model, self.tokenizer, path = load_classifier(model, dtype)
         self.spec = spec or read_spec(path)
         measured = self.spec.precision
         if dtype != torch.float32 and measured is not None and not measured.keeps_order:
             say_fp32(path, f"in bf16 Kendall's tau within prompts is {measured.kendall:.3f} of what it is in fp32")
-            self._stay_in_fp32(folder, remote_code_revision)
+            self._stay_in_fp32(model)
         self.model.to(device).eval()
         if spec is not None:  # a model from elsewhere may pad with EOS; its golden example says whether this is right
             ensure_pad_token(self.tokenizer)
@@ -92,7 +92,7 @@ class RewardModelScorer:
             # Where nobody measured what bf16 costs, it may be that; fp32 tells it from damage.
             if self.model.dtype == torch.float32 or measured is not None:
                 raise
-            self._stay_in_fp32(folder, remote_code_revision)
+            self._stay_in_fp32(model)
             self.model.to(device).eval()
             self_test(self.model, self.tokenizer, self.spec, path, token_budget)
             say_fp32(path, "in bf16 it is further from its golden scores than rounding should be")
@@ -131,10 +131,10 @@ class RewardModelScorer:
         except ModelFileError as error:
             compiled.give_up(error)
 
-    def _stay_in_fp32(self, folder: str | Path, remote_code_revision: str | None) -> None:
+    def _stay_in_fp32(self, model: Model) -> None:
         pad = self.model.config.get_text_config().pad_token_id
         with quiet_libraries():
-            self.model, _, _ = load_classifier(folder, remote_code_revision, torch.float32)
+            self.model, _, _ = load_classifier(model, torch.float32)
         self.model.config.get_text_config().pad_token_id = pad
 
 
@@ -192,29 +192,28 @@ class MixScorer:
         return np.concatenate([scorer.score(prompts, responses) for scorer in self._scorers], axis=1)
 
 
-def build_scorer(
-    config: RewardConfig, reward_folder: str | Path | None = None, remote_code_revision: str | None = None
-) -> Scorer:
-    """The scorer a configuration describes; `reward_folder` is where `reward.train` was saved.
+def build_scorer(config: RewardConfig, trained: Model | None = None, code_revision: str | None = None) -> Scorer:
+    """The scorer a configuration describes; `trained` is the model that `reward.train` saved, `code_revision` what the
+    other models it names may run (core/reference.py).
 
     The published reward model, named by its Hub id, is read by RELEASED_SPEC.
     """
     scorers: list[Scorer] = []
     if config.train is not None:
-        if reward_folder is None:
+        if trained is None:
             raise ValueError("reward.train needs the folder its model was saved in")
-        scorers.append(RewardModelScorer(reward_folder, compile=config.train.compile))
+        scorers.append(RewardModelScorer(trained, compile=config.train.compile))
     if config.folder is not None:
         spec = RELEASED_SPEC if config.folder == RELEASED_MODEL or config.preset == "dpa-v1" else None
-        scorers.append(RewardModelScorer(config.folder, spec, remote_code_revision))
+        scorers.append(RewardModelScorer(ModelReference(config.folder, code_revision), spec))
     if config.http is not None:
-        scorers.append(http_scorer(config.http, remote_code_revision))
+        scorers.append(http_scorer(config.http, code_revision))
     if config.functions:
         scorers.append(FunctionScorer(config.functions))
     return scorers[0] if len(scorers) == 1 else MixScorer(scorers)
 
 
-def check_scorers(config: RewardConfig, remote_code_revision: str | None = None) -> None:
+def check_scorers(config: RewardConfig, code_revision: str | None = None) -> None:
     """What can be known of finished scorers before hours are spent: functions are found, folders hold their files.
 
     Weights are compared by name and shape, not read, and no server is asked. Raises ConfigError, ModelFileError,
@@ -224,7 +223,7 @@ def check_scorers(config: RewardConfig, remote_code_revision: str | None = None)
     for folder in (config.folder, config.http.folder if config.http else None):
         if folder is None:
             continue
-        safe = resolve_model(folder, remote_code_revision)
+        safe = resolve_model(ModelReference(folder, code_revision))
         check_in_run(safe.path)
         with quiet_libraries():
             load_tokenizer(safe, "reward model")

@@ -3,11 +3,13 @@ Run its tests: pytest tests/test_baselines.py -k soups
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from dpa.core.errors import ModelFileError
 from dpa.core.records import Sample, SampleRequest, stable_hash
+from dpa.core.reference import ModelReference
 from dpa.models.files import folder_revision
 from dpa.models.policy import load_policy
 from dpa.models.samplers import SamplerSpec, TransformersSampler
@@ -53,7 +55,9 @@ class SoupSampler:
         if len(set(revisions)) < len(revisions):
             raise ModelFileError("soup: two of its models have the same weights, so no mixture of them differs.")
         self.revision = stable_hash("soup", *revisions)
-        loaded = [load_policy(folder, dtype=torch.float32, device="cpu")[0].state_dict() for folder in ingredients]
+        start = ModelReference.of(spec.policy)
+        policies = [replace(start, name=folder) for folder in ingredients]
+        loaded = [load_policy(policy, dtype=torch.float32, device="cpu")[0].state_dict() for policy in policies]
         self._ingredients: list[Weights] = [{n: t.clone() for n, t in weights.items()} for weights in loaded]
         self._mixture, self._spec = mixture, spec
         self._sampler: TransformersSampler = spec.build()

@@ -22,6 +22,7 @@ from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfi
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError, RunFolderError, StorageError
 from dpa.core.records import Ledger, Prompt, Sampler, Scorer
+from dpa.core.reference import ModelReference
 from dpa.models.files import EVALUATION_FILE, GGUF_SUFFIX
 from dpa.models.gguf import dequantise
 from dpa.models.launching import free_memory, launch, launches
@@ -123,7 +124,7 @@ class Loop:
                 "iteration has another policy; give `command`, or run the stages one by one."
             )
         if not self._folder.stage(self.first, "finetune").done:
-            check_policy(self.start_policy, self.config.remote_code_revision, self.space)
+            check_policy(self.policy(self.first - 1), self.space)
         self._check_ahead()
         if self.config.ratings:
             self.read_ratings()
@@ -263,7 +264,6 @@ class Loop:
             self.policy_folder(t),
             config,
             self.config.seed + t,
-            self.config.remote_code_revision,
             [self._folder.stage(before, "select") for before in earlier],
         )
         if is_first():
@@ -344,15 +344,15 @@ class Loop:
         """Where the policy of iteration t is saved."""
         return self.path / f"iter_{t}" / "policy"
 
-    def policy(self, t: int) -> str:
+    def policy(self, t: int) -> ModelReference:
         """The policy of iteration t; before the first one, the start policy."""
         if t < self.first:
-            return self.start_policy
+            return self.config.reference(self.start_policy)
         if not self._folder.stage(t, "finetune").done:
             raise RunFolderError(
                 f"iteration {t}: its policy is not finetuned yet, or is damaged; run `dpa finetune -t {t}` first."
             )
-        return str(self.policy_folder(t))
+        return self.config.reference(self.policy_folder(t))
 
     def drawn_from(self, t: int) -> DirectionSpace:
         """The space that the directions of iteration t are drawn from: before `selection.ends_until`, its ends."""
@@ -383,13 +383,14 @@ class Loop:
         self.__dict__.pop("scorer", None)
         free_memory()
 
-    def _scorer_parts(self) -> tuple[RewardConfig, Path | None, str | None]:
+    def _scorer_parts(self) -> tuple[RewardConfig, ModelReference | None, str | None]:
         train = self.config.reward.train
         if train and not self._folder.stage(None, "train_reward").done:
             raise RunFolderError("reward model: it is not trained yet, or is damaged; run `dpa train-reward` first.")
         if train and not train.allow_worse_than_mean:
             require_better_than_mean(read_json(self.reward_folder / RECORD), self._needed_attributes())
-        return self.config.reward, self.reward_folder if train else None, self.config.remote_code_revision
+        trained = self.config.reference(self.reward_folder) if train else None
+        return self.config.reward, trained, self.config.remote_code_revision
 
     def prompts(self, t: int) -> list[Prompt]:
         """The prompts of iteration t: drawn without repeats until all are used, then again in another order."""
@@ -432,7 +433,7 @@ class Loop:
     @contextmanager
     def _samplers(self, t: int, config: RolloutConfig) -> Iterator[list[Sampler]]:
         """The samplers of the policy of t: here, on the cluster, or what `rollout.engine` names."""
-        what = (self.policy(t), config, self.space, self.config.remote_code_revision)
+        what = (self.policy(t), config, self.space)
         if self.config.cluster.engine == "local" or config.engine.kind in ("http", "vllm"):
             if engine_kind(config) == "vllm":
                 self._let_scorer_go()  # vLLM asks for most of a card

@@ -17,6 +17,7 @@ import numpy as np
 
 from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import ConfigError, DpaError, ModelFileError
+from dpa.core.reference import ModelReference
 from dpa.models.files import load_space, resolve_model
 from dpa.serve.settings import Limits, Settings
 from dpa.serve.supervisor import EngineProcess
@@ -64,7 +65,9 @@ def serve(options: Options) -> None:
         raise ConfigError(
             f"--host: {options.host} lets others in, so a key is needed; set {KEY_VARIABLE} or give --api-key-file."
         )
-    folder = None if options.model is None else resolve_model(options.model, options.remote_code_revision).path
+    folder = None
+    if options.model is not None:
+        folder = resolve_model(ModelReference(options.model, options.remote_code_revision)).path
     for used in (folder, options.reward, options.base):
         if used is not None:
             check_in_run(used)
@@ -128,11 +131,12 @@ def _start_engines(
     common = ["--rows", str(options.rows)]
     if options.threads:
         common += ["--threads", str(options.threads)]
+    if options.remote_code_revision:
+        common += ["--remote-code-revision", options.remote_code_revision]
     reward = ["--reward", options.reward] if options.reward else []
     wanted: dict[str, list[str]] = {}
     if folder is not None:
-        code = ["--remote-code-revision", options.remote_code_revision] if options.remote_code_revision else []
-        wanted["policy"] = ["--model", folder, "--name", "policy", *code, *reward, *common]
+        wanted["policy"] = ["--model", folder, "--name", "policy", *reward, *common]
     elif reward:
         wanted["scorer"] = [*reward, *common]
     if options.base:

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpa.core.direction_text import shown
 from dpa.core.errors import DpaError, EngineError
 from dpa.core.records import Messages, Scorer
+from dpa.core.reference import ModelReference
 from dpa.models.batching import Row
 from dpa.models.chat_template import has_system_role, render_chat
 from dpa.models.files import folder_revision, resolve_model
@@ -353,18 +354,18 @@ def _load(args: argparse.Namespace) -> Engine:
     model = tokenizer = scorer = None
     revision = "none"
     if args.model:
-        safe = resolve_model(args.model, args.remote_code_revision)
+        safe = resolve_model(ModelReference(args.model, args.remote_code_revision))
         device = default_device()
         narrow = device.startswith("cuda") and torch.cuda.is_bf16_supported()
         dtype = torch.bfloat16 if narrow else torch.float32
-        model, tokenizer = load_policy(safe.path, args.remote_code_revision, dtype=dtype, device=device)
+        model, tokenizer = load_policy(ModelReference(safe.path, args.remote_code_revision), dtype=dtype, device=device)
         if tokenizer.chat_template:
             has_system_role(tokenizer.get_chat_template())  # a template that escapes or never ends is refused now
         revision = folder_revision(safe.path)
     if args.reward:
         from dpa.models.scorers import RewardModelScorer
 
-        scorer = RewardModelScorer(args.reward)
+        scorer = RewardModelScorer(ModelReference(args.reward, args.remote_code_revision))
     return Engine(args.name or args.model or "none", model, tokenizer, revision, scorer, args.rows)
 
 

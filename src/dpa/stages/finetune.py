@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from dpa.core.config import FinetuneConfig, PreferenceConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import Ledger
+from dpa.core.reference import Model
 from dpa.models.files import SPACE_FILE
 from dpa.models.finetuning import FinetuneResult, finetune
 from dpa.models.listening import PREFIX, advice, hold_out
@@ -30,12 +31,11 @@ _log = logging.getLogger(__name__)
 def finetune_policy(
     stage: StageFolder,
     select_stage: StageFolder,
-    policy: str | Path,
+    policy: Model,
     space: DirectionSpace,
     out: Path,
     config: FinetuneConfig | PreferenceConfig,
     seed: int,
-    remote_code_revision: str | None = None,
     earlier: Sequence[StageFolder] = (),
 ) -> Ledger:
     """Finetune `policy` on the rows of a finished selection, save the new policy at `out`, return what it cost.
@@ -65,14 +65,10 @@ def finetune_policy(
     extra = {"replayed": float(len(rows) - len(selected))} if config.replay else {}
     result: FinetuneResult | PreferenceResult
     if isinstance(config, PreferenceConfig):
-        result = preference_finetune(
-            policy, rows, space, out, stage.path, config, seed, remote_code_revision, stage.name, measured_on
-        )
+        result = preference_finetune(policy, rows, space, out, stage.path, config, seed, stage.name, measured_on)
         extra["reference_tokens"] = result.training_tokens
     else:
-        result = finetune(
-            policy, rows, space, out, stage.path, config, seed, remote_code_revision, stage.name, measured_on
-        )
+        result = finetune(policy, rows, space, out, stage.path, config, seed, stage.name, measured_on)
     if result.listening is not None:
         extra |= {**result.listening.to_log(), "listening_tokens": float(result.listening_tokens)}
         if not result.listening.heard and is_first():

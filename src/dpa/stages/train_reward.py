@@ -30,7 +30,7 @@ def train_reward(
     config: RewardTrainConfig,
     out: Path,
     seed: int = 0,
-    remote_code_revision: str | None = None,
+    code_revision: str | None = None,
 ) -> dict[str, Any]:
     """Train on a ratings table and save to `out`; return quality, baselines and training facts.
 
@@ -56,7 +56,7 @@ def train_reward(
         )
     ]
     own = {name: scales[name] for name in attributes}
-    return train_reward_model(examples, attributes, own, config, out, seed, remote_code_revision)
+    return train_reward_model(examples, attributes, own, config, out, seed, code_revision)
 
 
 def no_better_than_mean(facts: Mapping[str, Any]) -> dict[str, str]:

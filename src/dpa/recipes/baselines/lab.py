@@ -69,7 +69,7 @@ class Lab:
         """What gives scores: the reward model trained for this seed, and whatever else is configured."""
         if self.config.reward.train is not None:
             self._check_shared(None, "train_reward")
-        return build_scorer(self.reward)
+        return build_scorer(self.reward, code_revision=self.config.remote_code_revision)
 
     @cached_property
     def reward(self) -> RewardConfig:
@@ -136,7 +136,7 @@ class Lab:
         """How a policy is sampled: as rollout says, or as evaluation does."""
         how = self.config.rollout
         return SamplerSpec(
-            policy=str(policy),
+            policy=self.config.reference(policy),
             space=self.space,
             max_new_tokens=how.max_new_tokens,
             temperature=self.config.evaluate.temperature if measuring else how.temperature,
@@ -181,13 +181,13 @@ class Lab:
 
         Rows have the columns of a select shard; a null direction means that none is stated.
         """
-        epochs = tokens / count_tokens(policy, rows, self.space)
+        epochs = tokens / count_tokens(self.config.reference(policy), rows, self.space)
         return self._train(t, policy, rows, self.config.finetune.model_copy(update={"epochs": epochs}))
 
     def prefer(self, t: int, policy: str | Path, pairs: pa.Table, tokens: float) -> Path:
         """The same by DPO on pairs (columns `chosen` and `rejected` instead of `response`), `config.dpo` saying how."""
         sides = [pairs.append_column("response", pairs[side]) for side in ("chosen", "rejected")]
-        epochs = tokens / sum(count_tokens(policy, rows, self.space) for rows in sides)
+        epochs = tokens / sum(count_tokens(self.config.reference(policy), rows, self.space) for rows in sides)
         return self._train(t, policy, pairs, self.config.dpo.model_copy(update={"epochs": epochs}))
 
     def _train(self, t: int, policy: str | Path, rows: pa.Table, config: FinetuneConfig | PreferenceConfig) -> Path:
@@ -203,7 +203,8 @@ class Lab:
                 "lower this method's prompts or samples in `changes`."
             )
         config = config.model_copy(update={"listening_rows": 0})  # several methods state no direction, or not as ours
-        finetune_policy(self.stage(t, "finetune"), stage, policy, self.space, out, config, self.config.seed + t)
+        start = self.config.reference(policy)
+        finetune_policy(self.stage(t, "finetune"), stage, start, self.space, out, config, self.config.seed + t)
         return out
 
     # --- small things ------------------------------------------------------------------------------------------------
