@@ -14,6 +14,7 @@ from dpa.cli.ecosystem import read_space, space_of_run
 from dpa.cli.talk import answer, converse
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.errors import ConfigError, DataError, DirectionError, RunFolderError
+from dpa.core.reference import ModelReference
 from dpa.models.policy import check_policy, save_policy
 from dpa.serve.command import Options, serve
 from dpa.storage.run_folder import StageFolder
@@ -33,7 +34,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(model: Path, prompt: str = "Why?", direction: str | None = None, clamp: bool = False, **more) -> list[str]:
-    return answer(str(model), [prompt], direction, 1, 1.0, 3, 0, clamp, **more)
+    return answer(ModelReference(str(model)), [prompt], direction, 1, 1.0, 3, 0, clamp, **more)
 
 
 def test_a_misspelt_preset_is_told_the_nearest() -> None:
@@ -83,7 +84,7 @@ def test_a_conversation_goes_on_after_a_prompt_that_does_not_fit(
 ) -> None:
     typed = io.StringIO("x" * 300 + "\nWhy?\n/quit\nnot read\n")
     monkeypatch.setattr("sys.stdin", typed)
-    converse(str(policy), "terse", 1.0, 3, 0)
+    converse(ModelReference(str(policy)), "terse", 1.0, 3, 0)
     assert "shorten it" in capsys.readouterr().out and typed.read() == "not read\n"
 
 
