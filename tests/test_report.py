@@ -15,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_evaluate import CONFIG, THREE, TWO, policy_tables, replaced
 
-from dpa.core.charts import dial, nice_ticks
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import RunFolderError
-from dpa.core.page import duration, memory, number, spread
+from dpa.pages.charts import nice_ticks
+from dpa.pages.report import report_html, samples_jsonl, table_csv, write_report
+from dpa.pages.writing import duration, memory, number, spread
 from dpa.stages.evaluate import evaluate, side_by_side
-from dpa.stages.report import report_html, samples_jsonl, table_csv, write_report
 
-HOSTILE = '<script>alert("x")</script> & </style><img src=//evil.example/x onerror=alert(1)>'
+HOSTILE = '<script>alert("x")</script> & </style><img src=//evil.example/x onerror=alert(1)>" onfocus="alert(2)'
 VOID = {"meta", "br", "circle", "rect"}
 
 
@@ -180,6 +180,14 @@ def test_a_better_policy_is_drawn_higher(two):
     assert heights == sorted(heights, reverse=True)
 
 
+def test_a_policys_name_cannot_leave_its_place(two):
+    named = {**two, "policies": [{**policy, "name": f"{n} {HOSTILE}"} for n, policy in enumerate(two["policies"])]}
+    page = Page(report_html(named))
+    assert not page.count("script") and not page.count("img")
+    assert not any(name.startswith("on") for _, found in page.tags for name in found)
+    assert {found["aria-label"] for tag, found in page.tags if "aria-label" in found} >= {f"2 {HOSTILE}, true reward"}
+
+
 def test_a_policy_that_does_not_listen_is_called_out_loudly(two):
     listening = Page(report_html(two))
     assert (listening.count("p", role="status"), listening.count("p", role="alert")) == (1, 0)
@@ -232,8 +240,8 @@ def test_the_ledger_adds_up(two):
 
 def test_what_half_precision_costs_the_reward_model_is_said(two):
     measured = {"dtype": "bfloat16", "rows": 64, "largest_difference": 0.83, "kendall": 0.9913}
-    page = report_html(two | {"reward_precision": measured})
-    assert "no score is further than 0.83 from fp32" in page and "is at least 0.991" in page
+    said = " ".join(Page(report_html(two | {"reward_precision": measured})).text.split())
+    assert "no score is further than 0.83 from fp32, and Kendall’s tau within prompts is at least 0.991." in said
     assert "bfloat16" not in report_html(two | {"reward_precision": None})
 
 
@@ -269,14 +277,10 @@ def test_ticks_are_round_few_and_inside(low, width):
         assert f"{after - before:.1e}"[:3] in ("1.0", "2.0", "5.0")
 
 
-def test_the_needle_points_where_the_direction_does():
-    def tip(degrees: float) -> tuple[float, float]:
-        needle = re.search(r'class="needle" d="M26.0 26.0 L([\d.]+) ([\d.]+)"', dial(degrees, "verbosity", 45))
-        return float(needle[1]) - 26, float(needle[2]) - 26
-
-    assert tip(0) == (0, -21)
-    assert tip(90) == (21, 0)
-    assert tip(-90) == (-21, 0)
+def test_the_needle_points_where_the_direction_does(two):
+    """Drawn straight up and turned clockwise: the grid's first direction leans furthest left, its middle one up."""
+    needles = re.findall(r'class="needle" d="M26 26V5" transform="rotate\((\S+) 26 26\)"', report_html(two))
+    assert [float(angle) for angle in needles] == [-60, 0, 60] * 2
 
 
 def test_numbers_for_people():

@@ -23,11 +23,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpa.core.charts import Point, Series, line_chart
 from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import DataError, EngineError
 from dpa.core.measures import bootstrap_means, interval
 from dpa.core.records import Messages, Sampler, SampleRequest, seed_of, stable_hash
+from dpa.pages.charts import Chart, Point, Series
 from dpa.storage.progress import ProgressBar
 from dpa.storage.rows import BadRow, check_text, find_files, read_rows
 from dpa.storage.stopping import StopOnSignal
@@ -152,18 +152,15 @@ def write_curve(out: Path, space: DirectionSpace, directions: Sequence[Direction
     write_bytes(out / "curve.csv", text.getvalue().encode())
     if len(points) > 1:
         points.sort(key=lambda point: point.x)
-        chart = line_chart(
-            [Series(model, 0, tuple(points))],
+        chart = Chart(
+            [Series(model, 0, points)],
             f"{model}: length of answers",
             f"asked direction, degrees towards {arc}",
             "characters of an answer",
-            description="Mean length of the answers against the asked direction, with 95% intervals over questions.",
+            "Mean length of the answers against the asked direction, with 95% intervals over questions.",
             band=True,
         )
-        # Alone in a file it has no page to take its colours from.
-        style = "<style>.chart{font:12px sans-serif}.line{fill:none;stroke:#143f8c;stroke-width:2}.grid{stroke:#e3dfd8}"
-        style += ".band{fill:#143f8c;opacity:.16}.mark{fill:#143f8c}</style>"
-        write_bytes(out / "curve.svg", chart.replace("</desc>", f"</desc>{style}", 1).encode())
+        write_bytes(out / "curve.svg", chart.svg(alone=True).encode())
     return out / "curve.csv"
 
 

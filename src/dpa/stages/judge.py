@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +21,8 @@ import numpy as np
 from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import DataError
 from dpa.core.measures import Interval, interval
-from dpa.core.page import STYLE, number, table
+from dpa.pages.rendering import render
+from dpa.pages.writing import percent
 from dpa.storage.tables import write_bytes, write_json
 
 CHARACTERS_PER_TOKEN = 4.0
@@ -219,13 +219,13 @@ def sentence(found: Mapping[str, Any]) -> str:
     """The result in words, a biased judge said loudly."""
     a, b = found["names"]
     text = (
-        f"Told {found['preference']}, the judge prefers {a} to {b} in {_percent(found['win_rate'])} of "
-        f"{found['judged']} pairs (at equal length {_percent(found['length_controlled'])}); mean length "
+        f"Told {found['preference']}, the judge prefers {a} to {b} in {percent(found['win_rate'])} of "
+        f"{found['judged']} pairs (at equal length {percent(found['length_controlled'])}); mean length "
         f"{found['characters'][a]:.0f} and {found['characters'][b]:.0f} characters."
     )
     if found["position_biased"]:
         text += (
-            f" THE JUDGE IS POSITION-BIASED: the answer shown first wins {_percent(found['first_shown_wins'])}, and "
+            f" THE JUDGE IS POSITION-BIASED: the answer shown first wins {percent(found['first_shown_wins'])}, and "
             f"both orders agree on {found['agreement']:.0%} of the pairs only."
         )
     if found["invalid"]:
@@ -246,7 +246,9 @@ def write_verdicts(out: Path, results: Sequence[Mapping[str, Any]]) -> Path:
         for pair in found["pairs"]:
             lines.writerow([found["preference"], pair["request"], pair["first"], pair["second"], *pair["verdicts"]])
     write_bytes(out / "judge.csv", text.getvalue().encode("utf-8", "backslashreplace"))
-    write_bytes(out / "judge.html", _page(results).encode("utf-8", "backslashreplace"))
+    names, sentences = results[0]["names"], [sentence(found) for found in results]
+    page = render("judge.html", results=results, names=names, sentences=sentences, shown=SHOWN, colors=())
+    write_bytes(out / "judge.html", page.encode("utf-8", "backslashreplace"))
     return out / "judge.html"
 
 
@@ -269,62 +271,3 @@ def _biased(first: Interval) -> bool:
     if value is None or low is None or high is None:
         return False
     return abs(value - 0.5) > BIASED_BEYOND and not low <= 0.5 <= high
-
-
-def _percent(found: Mapping[str, Any]) -> str:
-    if found["low"] is None:
-        return f"{found['value']:.0%}"
-    return f"{found['value']:.0%} ({found['low']:.0%} to {found['high']:.0%})"
-
-
-def _page(results: Sequence[Mapping[str, Any]]) -> str:
-    a, b = results[0]["names"]
-    rows = [
-        (
-            found["preference"],
-            _percent(found["win_rate"]),
-            _percent(found["length_controlled"]),
-            _percent(found["first_shown_wins"]),
-            f"{found['agreement']:.0%}",
-            "-" if found["longer_wins"] is None else f"{found['longer_wins']:.0%}",
-            f"{number(found['characters'][a], 0)} / {number(found['characters'][b], 0)}",
-            str(found["judged"]),
-        )
-        for found in results
-    ]
-    heading = ("preference", f"{a} wins", "at equal length", "first shown wins", "orders agree", "longer wins",
-               "characters", "pairs")  # fmt: skip
-    body = [
-        f"<h1>{escape(a)} against {escape(b)}</h1>",
-        *(
-            f'<p class="verdict{" bad" if found["position_biased"] else ""}">{escape(sentence(found))}</p>'
-            for found in results
-        ),
-        table("Win rates of the first, ties half, with 95% bootstrap intervals over requests", heading, rows),
-        "<h2>Side by side</h2>",
-    ]
-    for found in results:
-        body.append(f'<p class="note">Preference {escape(found["preference"])}; the first {SHOWN} pairs.</p>')
-        body += [_side_by_side(pair, a, b) for pair in found["pairs"][:SHOWN]]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width,initial-scale=1"><title>{escape(a)} against {escape(b)}</title>'
-        f"<style>{STYLE}</style><main>{''.join(body)}</main></html>"
-    )
-
-
-def _side_by_side(pair: Mapping[str, Any], a: str, b: str) -> str:
-    known = [value for value in pair["verdicts"] if value is not None]
-    mean = sum(known) / len(known) if len(known) == 2 else None
-    words = (
-        "no verdict" if mean is None else {1.0: f"{a} in both orders", 0.0: f"{b} in both orders"}.get(mean, "split")
-    )
-    cards = "".join(
-        f'<article class="card"><header><div><b>{escape(name)}</b><span>{len(text)} characters</span></div></header>'
-        f'<div class="answer">{escape(text)}</div></article>'
-        for name, text in ((a, pair["first"]), (b, pair["second"]))
-    )
-    return (
-        f'<div class="question">{escape(pair["request"])}</div><p class="note">{escape(words)}</p>'
-        f'<div class="cards">{cards}</div>'
-    )

@@ -1,0 +1,73 @@
+"""Numbers and names written for people, all of it plain text.
+Run its tests: pytest tests/test_report.py
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def number(value: float | None, digits: int | None = 1) -> str:
+    """A number for people, millions as M; `digits` None: whole numbers plain, others to three places."""
+    if value is None:
+        return "–"
+    if abs(value) >= 1e6 and digits is not None:
+        return f"{value / 1e6:,.2f}M".replace("-", "−")
+    if digits is None:
+        return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def value_and_range(interval: Mapping[str, Any], digits: int = 1) -> tuple[str, str]:
+    """("51.2", "[50.1, 52.3]"), the parts of a table's cell; large values without decimals."""
+    value = interval["value"]
+    digits = 0 if value is not None and abs(value) >= 1000 else digits
+    if value is None or interval["low"] is None:
+        return number(value, digits), ""
+    return number(value, digits), f"[{number(interval['low'], digits)}, {number(interval['high'], digits)}]"
+
+
+def spread(interval: Mapping[str, Any], digits: int = 1) -> str:
+    """`51.2 [50.1, 52.3]`."""
+    return " ".join(value_and_range(interval, digits)).strip()
+
+
+def percent(interval: Mapping[str, Any]) -> str:
+    """A share as `51%`, or with its interval `51% (50% to 52%)`."""
+    if interval["low"] is None:
+        return f"{interval['value']:.0%}"
+    return f"{interval['value']:.0%} ({interval['low']:.0%} to {interval['high']:.0%})"
+
+
+def degrees(angle: float) -> str:
+    """`+15°`, `−15°`, `0°`."""
+    return f"{angle:+g}°".replace("-", "−") if angle else "0°"
+
+
+def ratio(after: float | None, before: float | None) -> str:
+    """`×1.46`."""
+    return f"×{after / before:.2f}" if after is not None and before else "–"
+
+
+def duration(seconds: float) -> str:
+    """`88.4 s`, `61 min 40 s`, `5 h 02 min`."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def memory(count: int) -> str:
+    """Bytes as `95 MiB` or `1.3 GiB`."""
+    if count < 1024**3:
+        return f"{count / 1024**2:,.0f} MiB"
+    return f"{count / 1024**3:,.1f} GiB"
+
+
+def reward_title(reward: str) -> str:
+    """`true reward` or `model reward`."""
+    return {"gold": "true reward", "model": "model reward"}.get(reward, reward)
+
+
+def listed(names: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
