@@ -10,10 +10,11 @@ import yaml
 from fakes import space_of
 from tiny_models import save_tiny_model
 
-from dpa.core.config import EvaluateConfig
+from dpa.core.config import EvaluateConfig, RewardConfig
 from dpa.core.errors import EngineError, ModelFileError
 from dpa.models.files import folder_revision
 from dpa.models.hub import push_model
+from dpa.recipes.dpa import scored_by
 from dpa.stages.card import CARD, card, write_card
 from dpa.storage.tables import write_bytes
 
@@ -159,3 +160,16 @@ def test_the_real_client_offline_says_so(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "HF_HUB_OFFLINE" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_card_names_every_source_of_scores() -> None:
+    sources = {
+        "train": ({"backbone": "owner/backbone"}, "owner/backbone"),
+        "folder": ("my/reward", "my/reward"),
+        "http": ({"servers": ["http://gpu1:8000"], "folder": "served/reward"}, "served/reward"),
+        "functions": ({"warmth": "marks.py:warmth"}, "warmth"),
+    }
+    for field, (value, named) in sources.items():
+        assert named in scored_by(RewardConfig.model_validate({field: value}))
+    everything = scored_by(RewardConfig.model_validate({field: value for field, (value, _) in sources.items()}))
+    assert all(named in everything for _, named in sources.values())

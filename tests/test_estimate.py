@@ -79,6 +79,21 @@ def test_measured_speeds_replace_arithmetic(recipe: Path) -> None:
     assert read_speeds([Path("nowhere")]).source == ""
 
 
+def test_dpo_counts_both_responses_of_a_pair_and_the_reference(recipe: Path) -> None:
+    winners = {stage.name: stage for stage in estimate(load_config(recipe))}
+    config = load_config(recipe, {"learner": "dpo", "dpo.epochs": "3"})
+    pairs = {stage.name: stage for stage in estimate(config)}
+    assert pairs["iter_0/finetune"].tokens == winners["iter_0/finetune"].tokens, "t = 0 learns from winners"
+    assert pairs["iter_1/finetune"].tokens == 2 * 20 * 3 * 200 * 3
+    assert pairs["iter_1/finetune"].memory > winners["iter_1/finetune"].memory, "the reference's weights"
+    with RunFolder(config.out).open(config) as run:
+        run.stage(0, "finetune").finish(Ledger(training_tokens=9_000, rows=45, wall_s=3.0))
+        run.stage(1, "finetune").finish(Ledger(training_tokens=36_000, rows=60, wall_s=6.0))
+    measured = {stage.name: stage for stage in estimate(config)}
+    assert measured["iter_2/finetune"].tokens == 2 * 20 * 3 * 100 * 3, "an example's length is that of a winner"
+    assert measured["iter_2/finetune"].seconds == pytest.approx(6.0)
+
+
 def test_sizes_are_read_from_headers(recipe: Path, tmp_path: Path) -> None:
     size = size_of(str(tmp_path / "model"), None, "policy", "")
     assert size.parameters == sum(parameter.numel() for parameter in tiny_model().parameters())

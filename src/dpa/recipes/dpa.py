@@ -502,17 +502,13 @@ class Loop:
         """README.md beside the policy of iteration t."""
         evaluation = evaluation or self._evaluation(t)
         config = self.config
-        train, folder = config.reward.train, config.reward.folder
-        sources = [f"a reward model trained on `{train.backbone}`"] if train else []
-        sources += [f"the reward model `{folder}`"] if folder else []
-        sources += [f"Python functions for {', '.join(config.reward.functions)}"] if config.reward.functions else []
         write_card(
             self.policy_folder(t),
             f"{config.name}, t = {t}",
             self.space,
             config.policy,
             [*(ratings.path for ratings in config.ratings), config.prompts.path],
-            f"Scores came from {' and '.join(sources)}.",
+            scored_by(config.reward),
             evaluation,
             self._ledgers(t),
         )
@@ -581,6 +577,15 @@ class Loop:
         lowest = self.first if lowest is None else lowest
         if not lowest <= t <= self.config.iterations:
             raise ConfigError(f"--iteration: {t} is outside {lowest}..{self.config.iterations}; choose one of those.")
+
+
+def scored_by(config: RewardConfig) -> str:
+    """A sentence for the model card: where scores came from."""
+    sources = [f"a reward model trained on `{config.train.backbone}`"] if config.train else []
+    sources += [f"the reward model `{config.folder}`"] if config.folder else []
+    sources += [f"the reward model `{config.http.folder}` behind servers"] if config.http else []
+    sources += [f"Python functions for {', '.join(config.functions)}"] if config.functions else []
+    return f"Scores came from {' and '.join(sources)}."
 
 
 def _known(what: str, names: Sequence[str]) -> str:

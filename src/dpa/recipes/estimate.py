@@ -4,7 +4,8 @@ Run its tests: pytest tests/test_estimate.py
 Speeds are those measured in the ledgers of runs that are given (the run's own folder by itself, if it is there). Where
 nothing was measured they are arithmetic on the device's matrix rate, measured here in about a second:
 
-    a forward pass costs 2 x parameters FLOP a token, a training step 6 x (8 x with activation checkpointing on a card)
+    a forward pass costs 2 x parameters FLOP a token, a training step 6 x (8 x with activation checkpointing on a card),
+    and DPO 2 x more for the reference, which reads both responses of a pair as the policy does
     share of the matrix rate reached: training 0.4, scoring 0.5, sampling 0.1          (our assumptions)
     an answer has half of rollout.max_new_tokens; a prompt with its direction 150 tokens; four rated rows a prompt
 """
@@ -142,7 +143,7 @@ class _Work:
     def iteration(self, t: int, sampled: int, scored: int, winners: int) -> list[StageEstimate]:
         """The stages of iteration t, its measurement included."""
         stages = [self._rollout(f"iter_{t}/rollout", sampled)] if sampled else []
-        stages += [self._score(f"iter_{t}/score", scored), self._finetune(f"iter_{t}/finetune", winners)]
+        stages += [self._score(f"iter_{t}/score", scored), self._finetune(t, winners)]
         evaluate = self.config.evaluate
         grid = len(self.config.space.build().grid(evaluate.directions))
         answers = _prompts(evaluate.prompts, "evaluate.prompts") * grid * evaluate.samples
@@ -165,18 +166,20 @@ class _Work:
         memory = self.speeds.memory.get("rows scored") or int(self.judge.parameters * (2 if self.cuda else 4))
         return StageEstimate(name, rows, 0, seconds, memory, rows * 100, measured)
 
-    def _finetune(self, name: str, rows: int) -> StageEstimate:
-        config = self.config.finetune
-        tokens = int(rows * self.example * config.epochs)
-        per_token = (8 if self.cuda else 6) * self.policy.parameters
-        seconds, measured = self._seconds("tokens trained", tokens, per_token, TRAINING_SHARE)
+    def _finetune(self, t: int, rows: int) -> StageEstimate:
+        """On winners, or from t = 1 on with DPO on pairs: two responses a row, and a reference that reads them too."""
+        pairs = _on_pairs(self.config.learner, t)
+        config = self.config.dpo if pairs else self.config.finetune
+        kind = "pair tokens trained" if pairs else "tokens trained"
+        tokens = int(rows * (2 if pairs else 1) * self.example * config.epochs)
+        per_token = ((8 if self.cuda else 6) + (2 if pairs else 0)) * self.policy.parameters
+        seconds, measured = self._seconds(kind, tokens, per_token, TRAINING_SHARE)
         seconds = seconds if measured else seconds / self.config.cluster.processes
-        per_parameter = 4 if config.lora else ADAM_BYTES
-        memory = self.speeds.memory.get("tokens trained") or int(per_parameter * self.policy.parameters)
+        per_parameter = 4 if config.lora else ADAM_BYTES + (4 if pairs else 0)
+        memory = self.speeds.memory.get(kind) or int(per_parameter * self.policy.parameters)
         checkpoints = 0 if config.lora else 3 * CHECKPOINT_BYTES  # two kept, one being written
-        return StageEstimate(
-            name, rows, tokens, seconds, memory, int((4 + checkpoints) * self.policy.parameters), measured
-        )
+        disk = int((4 + checkpoints) * self.policy.parameters)
+        return StageEstimate(f"iter_{t}/finetune", rows, tokens, seconds, memory, disk, measured)
 
     def _seconds(self, kind: str, amount: float, flop_each: float, share: float) -> tuple[float, str]:
         rate = self.speeds.rate(kind)
@@ -195,28 +198,32 @@ def read_speeds(runs: Iterable[Path]) -> Speeds:
         for done in sorted(run.glob("iter_*/**/done.json")) + sorted(run.glob("train_reward/done.json")):
             found = True
             try:
-                epochs = read_record(run / "fingerprint.json", ("config",), optional=None)["config"]["finetune"][
-                    "epochs"
-                ]
+                config = read_record(run / "fingerprint.json", ("config",), optional=None)["config"]
                 ledger = read_ledger(read_record(done, ("ledger",), optional=None)["ledger"])
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise RunFolderError(f"--from: {run} holds a damaged record ({done}); name another run.") from None
-            _count(speeds, done.parent.relative_to(run).parts, asdict(ledger), epochs)
+            _count(speeds, done.parent.relative_to(run).parts, asdict(ledger), config)
         sources += [run.name] if found else []
     speeds.source = ", ".join(sources)
     return speeds
 
 
-def _count(speeds: Speeds, place: tuple[str, ...], ledger: Mapping[str, Any], epochs: float) -> None:
+def _on_pairs(learner: str, t: int) -> bool:
+    return learner == "dpo" and t > 0
+
+
+def _count(speeds: Speeds, place: tuple[str, ...], ledger: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     seconds, memory = ledger["wall_s"], ledger["peak_memory"]
     if place[-1] == "rollout":
         speeds.add("tokens sampled", ledger["tokens_generated"], seconds, memory)
         speeds.add("answers", ledger["rows"], seconds)
     elif place[-1] == "score":
         speeds.add("rows scored", ledger["candidates_scored"], seconds, memory)
+    elif place[-1] == "finetune" and _on_pairs(config["learner"], int(place[0].removeprefix("iter_"))):
+        speeds.add("pair tokens trained", ledger["training_tokens"], seconds, memory)
     elif place[-1] == "finetune":
         speeds.add("tokens trained", ledger["training_tokens"], seconds, memory)
-        speeds.add("examples", ledger["rows"] * epochs, seconds)
+        speeds.add("examples", ledger["rows"] * config["finetune"]["epochs"], seconds)
         if place[0] == "iter_0":
             speeds.offline_winners = ledger["rows"]
     elif place[-1] == "train_reward":
