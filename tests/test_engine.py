@@ -17,7 +17,8 @@ import pytest
 import torch
 from serving import CHAT, events_of, in_thread, within
 from tiny_models import SPACE, tiny_model, tiny_tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpa.core.errors import EngineError
 from dpa.core.records import SampleRequest
@@ -89,7 +90,7 @@ def test_nan_is_not_sampled_from() -> None:
 
 def pieces_of(text: str, stops: list[str] | None = None) -> tuple[list[str], TextStream]:
     tokenizer = tiny_tokenizer()
-    stream = TextStream(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), stops or [])
+    stream = TextStream(tokenizer, stops or [])
     pieces = []
     for token in tokenizer(text)["input_ids"]:
         pieces.append(stream.push(token))
@@ -109,7 +110,7 @@ def test_pieces_joined_are_the_text_and_never_half_a_character(text: str) -> Non
 
 def test_an_unfinished_character_at_the_end_is_shown_as_such() -> None:
     tokenizer = tiny_tokenizer()
-    stream = TextStream(lambda ids: tokenizer.decode(ids), [])
+    stream = TextStream(tokenizer, [])
     for token in tokenizer("é")["input_ids"][:1]:
         assert stream.push(token) == ""
     assert stream.finish() == "\ufffd"
@@ -131,6 +132,64 @@ def test_a_stop_string_ends_the_text_before_it_and_no_piece_shows_it(
 ) -> None:
     pieces, stream = pieces_of("hello world", stops)
     assert "".join(pieces) == left == stream.text and stream.stopped is stopped
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerBase:
+    """As Llama's and Mistral's: `▁` for a space, an unknown character as its bytes, the first space left out."""
+    words = ["▁hello", "▁world", "▁", "a", "b", "é", "日"]
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((f"<0x{byte:02X}>", 0.0) for byte in range(256))]
+    inside = Tokenizer(models.Unigram([*pieces, *((word, -1.0) for word in words)], unk_id=0, byte_fallback=True))
+    inside.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inside.decoder = decoders.Sequence(steps)
+    inside.add_special_tokens(["</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=inside, eos_token="</s>")
+
+
+class Wordwise(PreTrainedTokenizer):
+    """A tokenizer written in Python: none of the tokenizers library is behind it."""
+
+    vocab_size = 300
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(97 + n): n for n in range(self.vocab_size)}
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return chr(97 + index)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return ord(token) - 97
+
+
+@pytest.mark.parametrize("make", [tiny_tokenizer, byte_fallback_tokenizer, Wordwise])
+def test_the_pieces_of_random_answers_are_their_decoding_as_a_whole(make: Any) -> None:
+    """Special tokens are skipped, a character may end within the answer's last token, ids need not make sense."""
+    tokenizer, chance, scraps = make(), random.Random(0), [" ", "a", "é", "日本", "👩‍👩‍👧", "hello", " world", "\n"]
+    broken = came = 0
+    for _ in range(300):
+        ids = [chance.randrange(len(tokenizer)) for _ in range(chance.randrange(1, 40))]
+        if make is byte_fallback_tokenizer:  # bytes that are no character change the decoding of those before them
+            ids = tokenizer("".join(chance.choices(scraps, k=9)), add_special_tokens=False)["input_ids"]
+            ids.insert(chance.randrange(len(ids)), tokenizer.eos_token_id)
+        stream = TextStream(tokenizer, [])
+        pieces = [stream.push(token) for token in ids]
+        broken += sum("\ufffd" in piece for piece in pieces)
+        pieces.append(stream.finish())
+        assert "".join(pieces) == stream.text == tokenizer.decode(ids, skip_special_tokens=True)
+        came += sum(map(bool, pieces))
+    assert came > 1500, "they come while they are written"
+    assert make is tiny_tokenizer or not broken
+
+
+def test_bytes_that_are_no_character_end_no_stream() -> None:
+    tokenizer = byte_fallback_tokenizer()
+    stream = TextStream(tokenizer, [])
+    accent, stray = tokenizer.convert_tokens_to_ids(["<0xC3>", "<0xA9>"]), tokenizer.convert_tokens_to_ids("<0xFF>")
+    said = [
+        stream.push(token) for token in [*accent, stray, *tokenizer(" hello", add_special_tokens=False)["input_ids"]]
+    ]
+    assert said[:2] == ["", "é"] and said[-1].endswith(" hello")
+    assert stream.finish() == ""
 
 
 # --- HTTP -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpa.core.errors import DpaError
 from dpa.models.batching import ContinuousBatch, Row
 from dpa.models.policy import end_token_ids, is_out_of_memory
-from dpa.serve.text_stream import TextStream
+from dpa.serve.text_stream import TextStream, decoded
 
 PREFILL_TOKENS = 8192
 """Prompt tokens, padding included, that are read between two steps: those who are being answered wait for it."""
@@ -221,7 +220,7 @@ class EngineLoop:
         for job in jobs:
             job.joined_at = len(job.row.tokens)
             if job.text is None and (job.streaming or job.stops):
-                job.text = TextStream(self._decode, job.stops)
+                job.text = TextStream(self._tokenizer, job.stops)
             self._running[id(job.row)] = job
 
     def _step_apart(self, error: Exception) -> list[Row]:
@@ -273,7 +272,7 @@ class EngineLoop:
         if reason is None:
             return Piece(text if job.streaming else "")
         if stream is None:
-            return Piece(self._decode(row.tokens), reason)
+            return Piece(decoded(self._tokenizer, row.tokens), reason)
         text += stream.finish()
         return Piece(text if job.streaming else stream.text, reason)
 
@@ -304,10 +303,6 @@ class EngineLoop:
             assert self._loop is not None
             with suppress(RuntimeError):  # the loop has ended: nobody waits any more
                 self._loop.call_soon_threadsafe(_deliver, pieces)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        text: Any = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
 
 
 def _deliver(pieces: Sequence[tuple[Job, Piece]]) -> None:

@@ -2,9 +2,19 @@
 Run its tests: pytest tests/test_engine.py
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
 
 _BROKEN = "\ufffd"  # what an unfinished character decodes to
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of a whole answer."""
+    text: Any = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
 
 
 class TextStream:
@@ -13,39 +23,42 @@ class TextStream:
     A piece is held back while it ends within a character, or in what may become one of `stops`.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
         self.stopped = False
         """Whether a stop string was met; it and what follows is not part of the text."""
         self.text = ""
         """All that is certain so far."""
-        self._decode, self._stops = decode, tuple(stops)
+        self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._longest = max(map(len, stops), default=0)
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._stream = DecodeStream(skip_special_tokens=True) if self._backend is not None else None
         self._ids: list[int] = []
-        self._from, self._read = 0, 0  # a window: text before `_read` is out, decoding starts at `_from`
+        self._decoded = 0  # characters of the decoding so far
         self._held = ""
 
     def push(self, token: int) -> str:
         """The text that is certain once this token has come."""
         self._ids.append(token)
-        text = self._decode(self._ids[self._from :])
-        if text.endswith(_BROKEN):
-            return ""
-        before = len(self._decode(self._ids[self._from : self._read]))
-        if len(text) <= before:
-            return ""
-        self._from, self._read = self._read, len(self._ids)
-        return self._certain(self._past_stops(text[before:]))
+        piece = self._next(token)
+        self._decoded += len(piece)
+        return self._certain(self._past_stops(piece)) if piece else ""
 
     def finish(self) -> str:
         """What is left when no token follows."""
         if self.stopped:
             return ""
-        text = self._decode(self._ids[self._from :])
-        before = len(self._decode(self._ids[self._from : self._read]))
-        self._read = self._from = len(self._ids)
-        piece = self._past_stops(text[before:])
+        piece = self._past_stops(decoded(self._tokenizer, self._ids)[self._decoded :])
         piece, self._held = piece + self._held, ""
         return self._certain(piece)
+
+    def _next(self, token: int) -> str:
+        if self._stream is not None:
+            try:
+                return self._stream.step(self._backend, token) or ""
+            except Exception:  # bytes that are no character changed what is before them: no stream can follow that
+                self._stream = None
+        text = decoded(self._tokenizer, self._ids)
+        return "" if text.endswith(_BROKEN) else text[self._decoded :]
 
     def _certain(self, piece: str) -> str:
         self.text += piece
