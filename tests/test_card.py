@@ -14,8 +14,8 @@ from dpa.core.config import EvaluateConfig, RewardConfig
 from dpa.core.errors import EngineError, ModelFileError
 from dpa.models.files import folder_revision
 from dpa.models.hub import push_model
+from dpa.pages.card import CARD, card, write_card
 from dpa.recipes.dpa import scored_by
-from dpa.stages.card import CARD, card, write_card
 from dpa.storage.tables import write_bytes
 
 SPACE = space_of("helpfulness", "verbosity", presets={"terse": "-40deg"})
@@ -58,7 +58,7 @@ def test_the_card_has_metadata_space_snippets_front_and_ledger() -> None:
     assert SPACE.template in body
     for words in ("helpfulness", "verbosity", "`terse`", "chat_template_kwargs", "LLM(", "OpenAI(", "45 degrees"):
         assert words in body
-    assert "| `helpfulness*71 + verbosity*-71` | 60.0 (59.0 to 61.0) | 0.0 (-1.0 to 1.0) |" in body
+    assert "| `helpfulness*71 + verbosity*-71` | 60.0 [59.0, 61.0] | 0.0 [−1.0, 1.0] |" in body
     assert "the known true reward" in body
     assert "12,000" in body
     assert "34,567" in body

@@ -2,7 +2,7 @@
 Run its tests: pytest tests/test_report.py
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -68,6 +68,6 @@ def reward_title(reward: str) -> str:
     return {"gold": "true reward", "model": "model reward"}.get(reward, reward)
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)

@@ -34,8 +34,8 @@ from dpa.models.samplers import build_samplers, engine_kind, sampler_spec
 from dpa.models.scorers import FunctionScorer, build_scorer, check_scorers
 from dpa.models.training import trackers
 from dpa.models.vllm_sampler import VllmEngine
+from dpa.pages.card import write_card
 from dpa.pages.report import write_report
-from dpa.stages.card import write_card
 from dpa.stages.evaluate import EVALUATION, evaluate, side_by_side
 from dpa.stages.finetune import finetune_policy, listening_curve
 from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts

@@ -1,0 +1,92 @@
+"""The model card of a trained policy: README.md in its folder, with Hugging Face's metadata header.
+Run its tests: pytest tests/test_card.py
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpa.core.directions import DirectionSpace
+from dpa.pages.rendering import render
+from dpa.pages.writing import duration, number, spread
+from dpa.storage.rows import has_hub_form, is_hub_id
+from dpa.storage.tables import write_bytes
+
+CARD = "README.md"
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    space: DirectionSpace,
+    base: str,
+    data: Sequence[str],
+    reward: str,
+    evaluation: Mapping[str, Any] | None = None,
+    ledgers: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Write the card beside a policy; one that says the same already is left alone.
+
+    `base`: start policy; `data`: rated data sets and prompts, as configured; `reward`: a sentence on where scores come
+    from; `evaluation`: the record of stages.evaluate; `ledgers`: stage -> ledger, of the iteration that made it.
+    """
+    text = card(name, space, base, data, reward, evaluation, ledgers).encode("utf-8", "backslashreplace")
+    file = folder / CARD
+    if not file.is_file() or file.read_bytes() != text:
+        write_bytes(file, text)
+
+
+def card(
+    name: str,
+    space: DirectionSpace,
+    base: str,
+    data: Sequence[str],
+    reward: str,
+    evaluation: Mapping[str, Any] | None = None,
+    ledgers: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """The card's text (see `write_card`)."""
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["dpa", "directional-preference-alignment", "steerable", "arxiv:2402.18571"],
+    }
+    if has_hub_form(base):  # a local path is nobody else's
+        metadata["base_model"] = base
+    hub = [source for source in data if is_hub_id(source)]
+    if hub:
+        metadata["datasets"] = list(dict.fromkeys(hub))
+    by = evaluation["listens"]["by"] if evaluation else ""
+    front = [
+        [
+            f"`{asked['direction']}`",
+            *(spread(asked["objectives"][by][name]) for name in space.names),
+            spread(asked["words"]),
+            "yes" if asked["front"][by] else "",
+        ]
+        for asked in (evaluation["directions"] if evaluation else ())
+    ]
+    counted = ("tokens_generated", "candidates_scored", "training_tokens")
+    return render(
+        "card.md",
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        name=name,
+        space=space,
+        base=base,
+        sources=[f"`{source}`" for source in data],
+        reward=reward,
+        objectives=[
+            [f"`{one.name}`", " + ".join(f"{weight:g} {name}" for name, weight in one.attributes.items())]
+            for one in space.objectives
+        ],
+        asked=json.dumps({name: round(float(w), 3) for name, w in zip(space.names, space.grid(3)[0], strict=True)}),
+        evaluation=evaluation,
+        front=front,
+        costs=[
+            [stage, *(number(spent[column], None) for column in counted), duration(spent["wall_s"])]
+            for stage, spent in (ledgers or {}).items()
+        ],
+    )
