@@ -44,7 +44,7 @@ def marks(messages, response):
 def length(messages, response):
     return min(100.0, 6.0 * len(response.split()))
 """
-WORDS = "red oak map sun ink fox sea jar owl key".split()
+WORDS = ["red", "oak", "map", "sun", "ink", "fox", "sea", "jar", "owl", "key"]
 
 # --- a run that is the same everywhere ------------------------------------------------------------------------------
 
