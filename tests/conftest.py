@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # also written into the tokenizer's files, and so part of a revision
 
 settings.register_profile("dpa", deadline=None, derandomize=True)  # a busy machine fails no test; every run is the same
 settings.load_profile("dpa")

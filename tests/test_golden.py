@@ -1,7 +1,8 @@
 """The same runs give the same rows, whatever the code around them has become.
 
     pytest tests/test_golden.py
-    python tests/test_golden.py         # writes tests/golden/*.json anew, where rows are MEANT to change: say why
+    HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python tests/test_golden.py      # writes tests/golden/*.json anew: only where
+                                                                        # rows are MEANT to change; say why
 
 `rows.json`: a whole run through the command line whose parts are the same on every machine: answers come from a
 server that hashes the question, the direction and the seed; scores from Python functions; and a learning rate of 1e-30
