@@ -21,8 +21,10 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from dpa.core.config import FinetuneConfig
-from dpa.models.finetuning import Example, build_trainer
+from dpa.core.presets import SPACES
+from dpa.models.packing import Example
 from dpa.models.quiet import quiet_libraries
+from dpa.models.sft import SFT
 
 ROW = 256
 
@@ -69,7 +71,7 @@ def padded_trainer(examples: list[Example], folder: Path) -> SFTTrainer:
 def packed_trainer(examples: list[Example], folder: Path) -> SFTTrainer:
     """One packed row a pass, 16 in a step: what `dpa` does."""
     config = FinetuneConfig(learning_rate=1e-3, max_length=ROW, packed_rows_per_step=16, save_steps=10**9)
-    return build_trainer(build_model(), build_tokenizer(), examples, folder, config, seed=0)
+    return SFT(config, SPACES["dpa-v1"], 0).trainer(build_model(), build_tokenizer(), examples, folder)
 
 
 def main() -> None:

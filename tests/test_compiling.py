@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
+from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 
 from dpa.core.config import FinetuneConfig, RewardTrainConfig, of_results
 from dpa.models.compiling import CompiledLayers, worth_compiling
-from dpa.models.finetuning import Example, build_trainer
-from dpa.models.reward_training import RatedExample, train_reward_model
+from dpa.models.packing import Example
+from dpa.models.reward_rows import RatedExample
+from dpa.models.reward_training import train_reward_model
 from dpa.models.scorers import RewardModelScorer
+from dpa.models.sft import SFT
 
 CONFIG = FinetuneConfig(max_length=64, packed_rows_per_step=2, learning_rate=1e-3, save_steps=2)
 
@@ -57,7 +59,7 @@ def train(folder: Path, backend: Any = None, **changes: Any) -> tuple[list[float
     examples = [Example(rng.integers(3, 100, 20).tolist(), 5) for _ in range(24)]
     config = CONFIG.model_copy(update={"compile": backend is not None, **changes})
     torch.manual_seed(0)
-    trainer: Any = build_trainer(tiny_model("llama"), tiny_tokenizer(), examples, folder, config, seed=0)
+    trainer: Any = SFT(config, SPACE, 0).trainer(tiny_model("llama"), tiny_tokenizer(), examples, folder)
     trainer.compile_backend = backend
     trainer.train()
     (weights,) = list(folder.glob("checkpoint-4/*model.safetensors"))

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from test_finetuning import CONFIG, NO_DROPOUT, logged, run, table_of
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 
-from dpa.core.config import FinetuneConfig, LoraConfig
+from dpa.core.config import AdapterConfig, FinetuneConfig
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.models.attention import packed_attention
 from dpa.models.contrastive import info_nce, label_log_probabilities, negative_directions
-from dpa.models.finetuning import Example, build_trainer, encode_examples
+from dpa.models.learner import RowEncoder
+from dpa.models.packing import Example
 from dpa.models.policy import make_steerable
+from dpa.models.sft import SFT, encode_examples
 
 CONTRASTIVE = CONFIG.model_copy(update={"contrastive": 0.7, "contrastive_negatives": 2, "max_length": 300})
 
@@ -110,7 +112,7 @@ def test_packed_loss_and_gradients_are_those_of_separate_segments(
     model = tiny_model(architecture, **(NO_DROPOUT if architecture == "gpt2" else {}))
     changes = {"max_length": 100, "rows_per_device": rows_per_device, "packed_rows_per_step": 99}
     config = CONTRASTIVE.model_copy(update={**changes, "save_steps": 99})
-    trainer = build_trainer(model, tiny_tokenizer(), random_examples(), tmp_path, config, seed=0)
+    trainer = SFT(config, SPACE, 0).trainer(model, tiny_tokenizer(), random_examples(), tmp_path)
     (batch,) = trainer.get_train_dataloader()
     assert len(trainer.cut(batch["rows"].rows, rows_per_device)) > 1, "in several passes"
     with packed_attention(model):
@@ -125,7 +127,7 @@ def test_accumulated_passes_have_the_same_loss_and_gradients(rows_per_device: in
     config = CONTRASTIVE.model_copy(
         update={"max_length": 100, "rows_per_device": rows_per_device, "packed_rows_per_step": 3}
     )
-    trainer = build_trainer(model, tiny_tokenizer(), random_examples(), tmp_path, config, seed=0)
+    trainer = SFT(config, SPACE, 0).trainer(model, tiny_tokenizer(), random_examples(), tmp_path)
     batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 99, torch.device("cpu"))
     assert len(batches) > 1
     loss = 0.0
@@ -142,7 +144,7 @@ def test_fault_52_memory_that_runs_out_in_a_step_counts_nothing_twice(tmp_path: 
     for forgetful in (False, True):
         model, calls = tiny_model(), 0
         config = CONTRASTIVE.model_copy(update={"max_length": 100, "rows_per_device": 2, "save_steps": 99})
-        trainer = build_trainer(model, tiny_tokenizer(), random_examples(20), tmp_path, config, seed=0)
+        trainer = SFT(config, SPACE, 0).trainer(model, tiny_tokenizer(), random_examples(20), tmp_path)
 
         def refuse(*_: object, forgetful: bool = forgetful) -> None:
             nonlocal calls
@@ -162,7 +164,7 @@ def test_fault_52_memory_that_runs_out_in_a_step_counts_nothing_twice(tmp_path: 
 def test_a_row_and_its_negatives_share_a_packed_row(tmp_path: Path) -> None:
     examples = random_examples(40)
     config = CONTRASTIVE.model_copy(update={"max_length": 100})
-    rows = build_trainer(tiny_model(), tiny_tokenizer(), examples, tmp_path, config, seed=0).train_dataset
+    rows = SFT(config, SPACE, 0).trainer(tiny_model(), tiny_tokenizer(), examples, tmp_path).train_dataset
     assert all(sum(row.lengths) == row.ids_T.numel() <= 100 for row in rows)
     assert all(sum(row.sizes) == len(row.lengths) for row in rows)
     assert sum(len(row.sizes) for row in rows) == sum(row.learned for row in rows) == 40
@@ -172,7 +174,7 @@ def test_a_row_and_its_negatives_share_a_packed_row(tmp_path: Path) -> None:
 
 def test_off_it_leaves_rows_and_trainer_as_they_are(tmp_path: Path) -> None:
     examples = [Example(example.ids, example.prompt_tokens) for example in random_examples()]
-    off = build_trainer(tiny_model(), tiny_tokenizer(), examples, tmp_path, CONFIG, seed=0)
+    off = SFT(CONFIG, SPACE, 0).trainer(tiny_model(), tiny_tokenizer(), examples, tmp_path)
     assert sum(row.ids_T.numel() for row in off.train_dataset) == sum(example.tokens for example in examples)
     assert not hasattr(off, "contrastive") and FinetuneConfig().contrastive == 0
 
@@ -230,12 +232,12 @@ def test_a_negative_is_the_same_response_behind_the_prompt_of_another_direction(
     model, tokenizer = tiny_model(), tiny_tokenizer()
     make_steerable(tokenizer, SPACE)
     others = negative_directions(rows, SPACE, 1, seed=0)
-    (first, second), _ = encode_examples(rows, model, tokenizer, SPACE, 200, others, room=400)
+    (first, second), _ = encode_examples(rows, RowEncoder(model, tokenizer, SPACE, 200), others, room=400)
     own, other = first.segments
     response = own.ids[own.prompt_tokens :]
     assert other.ids == [*second.ids[: second.prompt_tokens], *response] and other.labels[-len(response) :] == response
     assert first.tokens == len(own.ids) + len(other.ids)
-    (alone, _), _ = encode_examples(rows, model, tokenizer, SPACE, 200, others, room=first.tokens - 1)
+    (alone, _), _ = encode_examples(rows, RowEncoder(model, tokenizer, SPACE, 200), others, room=first.tokens - 1)
     assert alone.negatives == () and alone.ids == first.ids
 
 
@@ -256,13 +258,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("base"))
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"lora": LoraConfig(rank=4, alpha=8)}])
+@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"lora": AdapterConfig(rank=4, alpha=8)}])
 def test_how_a_step_is_cut_into_passes_does_not_matter(base: Path, tmp_path: Path, changes: dict) -> None:
     config = CONTRASTIVE.model_copy(update={**changes, "save_steps": 99})
     one = run(base, tmp_path / "one", config, POOLS)
     together = run(base, tmp_path / "together", config.model_copy(update={"rows_per_device": 4}), POOLS)
-    assert together.losses == pytest.approx(one.losses, rel=1e-3)
-    assert one.training_tokens == 2 * POOLS_TOKENS
+    assert together.logged("loss") == pytest.approx(one.logged("loss"), rel=1e-3)
+    assert SFT(config, SPACE, 7).cost(one).training_tokens == 2 * POOLS_TOKENS
     entries = [json.loads(line) for line in (tmp_path / "one" / "work" / "log.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if "loss" in entry]
     assert all(e["loss"] == pytest.approx(e["nll"] + 0.7 * e["contrast"], rel=1e-4) for e in steps)

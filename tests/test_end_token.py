@@ -13,10 +13,13 @@ from tiny_models import SPACE, tiny_model, tiny_tokenizer
 from dpa.core.config import FinetuneConfig, PreferenceConfig
 from dpa.core.errors import ModelFileError
 from dpa.core.records import SampleRequest
-from dpa.models.finetuning import Row, encode_examples, finetune, pass_inputs
+from dpa.models.dpo import DPO
+from dpa.models.learner import RowEncoder
+from dpa.models.packing import Row, pass_inputs
 from dpa.models.policy import check_policy, load_policy, make_steerable
-from dpa.models.preference_training import build_preference_trainer, encode_pairs
+from dpa.models.policy_training import train_policy
 from dpa.models.samplers import TransformersSampler
+from dpa.models.sft import SFT, encode_examples
 
 END = 1
 MESSAGES = [{"role": "user", "content": "Why?"}]
@@ -49,7 +52,7 @@ def labels_of(batch: dict[str, torch.Tensor]) -> list[int]:
 
 def test_winners_keep_the_label_of_their_end() -> None:
     model, tokenizer = padded_with_end()
-    examples, rejects = encode_examples(ROWS, model, tokenizer, SPACE, 256)
+    examples, rejects = encode_examples(ROWS, RowEncoder(model, tokenizer, SPACE, 256))
     assert not rejects and all(example.labels[-1] == END for example in examples)
     batch = pass_inputs([Row.of(examples[:2]), Row.of(examples[2:])])
     assert labels_of(batch).count(END) == len(examples)
@@ -57,9 +60,9 @@ def test_winners_keep_the_label_of_their_end() -> None:
 
 def test_pairs_keep_both_ends(tmp_path: Path) -> None:
     model, tokenizer = padded_with_end()
-    pairs, _ = encode_pairs(ROWS, model, tokenizer, SPACE, 256)
-    config = PreferenceConfig(pairs_per_step=3, pairs_per_device=3)
-    trainer = build_preference_trainer(model, tiny_model(), tokenizer, pairs, tmp_path, config, seed=0)
+    learner = DPO(PreferenceConfig(pairs_per_step=3, pairs_per_device=3), SPACE, 0)
+    pairs, _ = learner.encode(ROWS, RowEncoder(model, tokenizer, SPACE, 256))
+    trainer = learner.trainer(model, tokenizer, pairs, tmp_path, tiny_model)
     batch = next(iter(trainer.get_train_dataloader()))
     kept = batch["completion_mask"].bool() & (batch["input_ids"] == END)
     assert kept.any(dim=1).all() and len(kept) == 2 * len(pairs), "chosen and rejected each end, as part of the answer"
@@ -72,7 +75,7 @@ def test_trained_on_short_answers_it_ends_and_sampling_stops(tmp_path: Path) -> 
     model.save_pretrained(start)
     tokenizer.save_pretrained(start)
     config = FinetuneConfig(packed_rows_per_step=1, max_length=64, epochs=15, learning_rate=1e-2, warmup=0)
-    finetune(start, ROWS.slice(0, 1), SPACE, tmp_path / "policy", tmp_path / "work", config, 0)
+    train_policy(SFT(config, SPACE, 0), start, ROWS.slice(0, 1), tmp_path / "policy", tmp_path / "work")
     model, tokenizer = load_policy(tmp_path / "policy")
     tokenizer.pad_token = tokenizer.eos_token
     sampler = TransformersSampler(model, tokenizer, SPACE, max_new_tokens=30, temperature=0.01)

@@ -94,6 +94,20 @@ def test_dpo_counts_both_responses_of_a_pair_and_the_reference(recipe: Path) -> 
     assert measured["iter_2/finetune"].seconds == pytest.approx(6.0)
 
 
+def test_grpo_counts_the_answers_it_makes_scores_and_reads_as_its_finetuning(recipe: Path) -> None:
+    config = load_config(recipe, {"learner": "grpo", "grpo.epochs": "3"})
+    stages = {stage.name: stage for stage in estimate(config)}
+    assert [name for name in stages if name.startswith("iter_1/")] == ["iter_1/finetune", "iter_1/evaluate"]
+    assert stages["iter_1/finetune"].rows == 20 * 2, "a prompt under each of its directions"
+    assert stages["iter_1/finetune"].tokens == 20 * 2 * 4 * 200 * 3
+    winners = {stage.name: stage for stage in estimate(load_config(recipe))}
+    assert stages["iter_1/finetune"].seconds > winners["iter_1/finetune"].seconds
+    with RunFolder(config.out).open(config) as run:
+        run.stage(1, "rollout").finish(Ledger(rows=40))
+        run.stage(1, "finetune").finish(Ledger(training_tokens=96_000, rows=40, wall_s=6.0))
+    assert {stage.name: stage for stage in estimate(config)}["iter_2/finetune"].seconds == pytest.approx(6.0)
+
+
 def test_sizes_are_read_from_headers(recipe: Path, tmp_path: Path) -> None:
     size = size_of(str(tmp_path / "model"), None, "policy", "")
     assert size.parameters == sum(parameter.numel() for parameter in tiny_model().parameters())

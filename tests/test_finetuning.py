@@ -22,14 +22,17 @@ from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dpa.core.config import FinetuneConfig, LoraConfig
+from dpa.core.config import AdapterConfig, FinetuneConfig
 from dpa.core.errors import ConfigError, DataError, Interrupted, TrainingError
 from dpa.core.records import Ledger
 from dpa.models.attention import packed_attention
 from dpa.models.files import load_space
-from dpa.models.finetuning import Example, FinetuneResult, build_trainer, encode_examples, finetune, pack
+from dpa.models.learner import RowEncoder, TrainingRecord
 from dpa.models.optimizers import MuonWithAdamW
+from dpa.models.packing import Example, pack
 from dpa.models.policy import load_policy, make_steerable
+from dpa.models.policy_training import train_policy
+from dpa.models.sft import SFT, encode_examples
 from dpa.stages.finetune import finetune_policy
 from dpa.storage.run_folder import StageFolder
 
@@ -62,8 +65,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("base"))
 
 
-def run(base: Path, folder: Path, config: FinetuneConfig = CONFIG, rows: pa.Table = ROWS) -> FinetuneResult:
-    return finetune(base, rows, SPACE, folder / "policy", folder / "work", config, seed=7)
+def run(base: Path, folder: Path, config: FinetuneConfig = CONFIG, rows: pa.Table = ROWS) -> TrainingRecord:
+    return train_policy(SFT(config, SPACE, 7), base, rows, folder / "policy", folder / "work")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -77,7 +80,7 @@ def logged(folder: Path) -> list[tuple]:
 
 
 @pytest.fixture(scope="module")
-def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FinetuneResult]:
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingRecord]:
     """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run(base, folder)
@@ -89,7 +92,7 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, F
 def test_only_the_response_and_its_end_are_learned() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     make_steerable(tokenizer, SPACE)
-    (example,), rejects = encode_examples(table_of(["So."]), model, tokenizer, SPACE, 200)
+    (example,), rejects = encode_examples(table_of(["So."]), RowEncoder(model, tokenizer, SPACE, 200))
     sentence = SPACE.prompt(SPACE.direction([0.8, -0.6]))
     assert tokenizer.decode(example.ids) == f"<|system|>{sentence}<|user|>Why?<|assistant|>So.<|end|>"
     learned = [token for token in example.labels if token != -100]
@@ -101,7 +104,7 @@ def test_a_response_cut_at_a_limit_teaches_no_end() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     make_steerable(tokenizer, SPACE)
     rows = table_of(["So.", "So."]).append_column("complete", pa.array([True, False]))
-    (whole, cut), _ = encode_examples(rows, model, tokenizer, SPACE, 200)
+    (whole, cut), _ = encode_examples(rows, RowEncoder(model, tokenizer, SPACE, 200))
     assert whole.ids == [*cut.ids, tokenizer.convert_tokens_to_ids("<|end|>")]
 
 
@@ -110,7 +113,7 @@ def test_fault_26_rows_without_anything_to_learn_are_counted_with_their_reason()
     make_steerable(tokenizer, SPACE)
     long = [{"role": "user", "content": "x" * 300}]
     rows = table_of(["So.", "", "So.", "So. " * 60, "So."], [QUESTION, QUESTION, long, QUESTION, [{"role": "user"}]])
-    examples, rejects = encode_examples(rows, model, tokenizer, SPACE, 200)
+    examples, rejects = encode_examples(rows, RowEncoder(model, tokenizer, SPACE, 200))
     assert len(examples) == 1
     assert [(reject.id, reject.reason) for reject in rejects] == [
         ("c1", "the response is empty"),
@@ -148,7 +151,7 @@ def test_packed_loss_and_gradients_are_those_of_padded_examples(
     examples = [Example(rng.integers(5, 261, int(length)).tolist(), 6) for length in rng.integers(10, 40, 12)]
     model = tiny_model(architecture, **changes)
     config = CONFIG.model_copy(update={"max_length": 100, "rows_per_device": rows_per_device})
-    trainer = build_trainer(model, tiny_tokenizer(), examples, tmp_path, config, seed=0)
+    trainer = SFT(config, SPACE, 0).trainer(model, tiny_tokenizer(), examples, tmp_path)
     batches = list(trainer.get_train_dataloader())
     counted = sum(batch["count"] for batch in batches)
     with packed_attention(model):
@@ -191,8 +194,8 @@ def test_how_a_step_is_cut_into_passes_does_not_matter(base: Path, whole: tuple,
     """Tokens are weighed over the whole step: four rows one by one, or all at once."""
     _, result = whole
     at_once = run(base, tmp_path, CONFIG.model_copy(update={"rows_per_device": 4}))
-    assert at_once.losses == pytest.approx(result.losses, rel=1e-3)
-    assert at_once.padding_share == result.padding_share
+    assert at_once.logged("loss") == pytest.approx(result.logged("loss"), rel=1e-3)
+    assert at_once.steps == result.steps
 
 
 def test_the_length_distribution_of_the_data_survives(base: Path, tmp_path: Path) -> None:
@@ -207,7 +210,7 @@ def test_the_length_distribution_of_the_data_survives(base: Path, tmp_path: Path
     )
     run(base, tmp_path, config, rows)
     model, tokenizer = load_policy(tmp_path / "policy")
-    (example,), _ = encode_examples(table_of(["." * 8]), model, tokenizer, SPACE, 512)
+    (example,), _ = encode_examples(table_of(["." * 8]), RowEncoder(model, tokenizer, SPACE, 512))
     with torch.no_grad():
         probability = model(torch.tensor([example.ids])).logits[0].softmax(-1)
     start = example.prompt_tokens  # the first full stop
@@ -239,7 +242,7 @@ def one_thread():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_fault_23_killed_and_resumed_equals_undisturbed(
-    base: Path, whole: tuple[Path, FinetuneResult], tmp_path: Path, optimizer: str
+    base: Path, whole: tuple[Path, TrainingRecord], tmp_path: Path, optimizer: str
 ) -> None:
     """kill -9 once a checkpoint stands; then (fault 22) the newest checkpoint is made to look half-saved."""
     reference, config = whole[0], CONFIG.model_copy(update={"optimizer": optimizer})
@@ -320,7 +323,7 @@ def test_fault_24_a_bad_gradient_stops_before_the_step(bad: float, tmp_path: Pat
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model.model.norm.weight.register_hook(lambda gradient: gradient * bad)
     examples = [Example(list(range(5, 25)), 6)] * 8
-    trainer = build_trainer(model, tiny_tokenizer(), examples, tmp_path, CONFIG, seed=0)
+    trainer = SFT(CONFIG, SPACE, 0).trainer(model, tiny_tokenizer(), examples, tmp_path)
     with pytest.raises(TrainingError, match=rf"gradient norm is (nan|{bad}) at step 1"):
         trainer.train()
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
@@ -330,8 +333,8 @@ def test_fault_24_a_bad_gradient_stops_before_the_step(bad: float, tmp_path: Pat
 
 
 def test_adapters_are_merged_into_a_plain_policy(base: Path, tmp_path: Path) -> None:
-    result = run(base, tmp_path, CONFIG.model_copy(update={"lora": LoraConfig(rank=4, alpha=8), "epochs": 2}))
-    assert result.losses[-1] < result.losses[0]
+    result = run(base, tmp_path, CONFIG.model_copy(update={"lora": AdapterConfig(rank=4, alpha=8), "epochs": 2}))
+    assert result.logged("loss")[-1] < result.logged("loss")[0]
     before, after = (
         AutoModelForCausalLM.from_pretrained(base),
         AutoModelForCausalLM.from_pretrained(tmp_path / "policy"),
@@ -385,18 +388,18 @@ def test_the_stage_finetunes_once_and_keeps_no_checkpoints(base: Path, tmp_path:
     selection.write_shard(0, rows, Ledger())
     selection.finish()
     out = tmp_path / "policy"
-    ledger = finetune_policy(stage, selection, base, SPACE, out, CONFIG, seed=7)
+    ledger = finetune_policy(stage, selection, base, SFT(CONFIG, SPACE, 7), out)
     assert stage.done and load_space(out) == SPACE
     assert (ledger.rows, ledger.rejects) == (64, 1)
     assert ledger.training_tokens == sum(len(row.ids) for row in _examples(rows))
     assert not list(stage.path.glob("checkpoint-*"))
     assert "the response is empty" in (stage.path / "rejects.jsonl").read_text()
     written = (out / "model.safetensors").stat().st_mtime_ns
-    assert finetune_policy(stage, selection, base, SPACE, out, CONFIG, seed=7) == ledger
+    assert finetune_policy(stage, selection, base, SFT(CONFIG, SPACE, 7), out) == ledger
     assert (out / "model.safetensors").stat().st_mtime_ns == written
 
 
 def _examples(rows: pa.Table) -> list[Example]:
     tokenizer = tiny_tokenizer()
     make_steerable(tokenizer, SPACE)
-    return encode_examples(rows, tiny_model(), tokenizer, SPACE, CONFIG.max_length)[0]
+    return encode_examples(rows, RowEncoder(tiny_model(), tokenizer, SPACE, CONFIG.max_length))[0]

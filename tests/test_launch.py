@@ -22,8 +22,8 @@ from tiny_models import save_tiny_model
 
 from dpa.core.config import ClusterConfig, load_config
 from dpa.core.errors import ConfigError
-from dpa.models.finetuning import Example, _packed
 from dpa.models.launching import launch
+from dpa.models.packing import Example, packed_rows
 from dpa.recipes.dpa import Loop
 
 ROOT = Path(__file__).parents[1]
@@ -242,12 +242,12 @@ def three_ranks() -> Iterator[None]:
     del os.environ["WORLD_SIZE"]
 
 
-def test_ranks_share_rows_out_evenly_without_training_on_one_twice(selected: Path, three_ranks: None) -> None:
+def test_ranks_share_rows_out_evenly_without_training_on_one_twice(three_ranks: None) -> None:
     """What lacks is filled with rows that have nothing to learn."""
     examples = [Example(list(range(5, 15)), 4) for _ in range(7)]
-    rows = _packed(examples, load_config(selected).finetune.model_copy(update={"max_length": 16}))
+    rows = packed_rows(examples, 16, together=1)
     assert len(rows) == 9
-    assert sum(label != -100 for row in rows for example in row for label in example.labels) == 7 * 6
+    assert sum(int((row.labels_T != -100).sum()) for row in rows) == 7 * 6
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.name)

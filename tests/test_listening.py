@@ -19,9 +19,11 @@ from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from dpa.core.config import FinetuneConfig, PreferenceConfig, of_results
 from dpa.core.errors import TrainingError
 from dpa.core.records import Ledger
+from dpa.models.dpo import DPO
+from dpa.models.learner import RowEncoder
 from dpa.models.listening import Listening, held_out_rows, hold_out, listening
 from dpa.models.policy import make_steerable
-from dpa.models.policy_training import RowEncoder
+from dpa.models.sft import SFT
 from dpa.stages.finetune import finetune_policy, listening_curve
 from dpa.storage.run_folder import StageFolder
 
@@ -41,7 +43,8 @@ def finetuned(
     if not selection.done:
         selection.write_shard(0, rows, Ledger())
         selection.finish()
-    return stage, finetune_policy(stage, selection, base, SPACE, folder / "policy", config, seed=7)
+    learn = DPO if isinstance(config, PreferenceConfig) else SFT
+    return stage, finetune_policy(stage, selection, base, learn(config, SPACE, 7), folder / "policy")
 
 
 # --- the figures --------------------------------------------------------------------------------------------------

@@ -267,8 +267,8 @@ def test_no_pair_at_all_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_random_winners_have_no_losers(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="random is a control of learner sft"):
-        run_config(tmp_path, learner="dpo", selection={"method": "random"})
+    with pytest.raises(ConfigError, match="random is a control of learners of winners"):
+        Loop(run_config(tmp_path, learner="dpo", selection={"method": "random"}))
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------

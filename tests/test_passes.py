@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import SPACE, tiny_model, tiny_tokenizer
 
 from dpa.core.config import FinetuneConfig
 from dpa.core.errors import TrainingError
-from dpa.models.finetuning import Example, build_trainer
+from dpa.models.packing import Example
+from dpa.models.sft import SFT
 
 CONFIG = FinetuneConfig(learning_rate=1e-3, max_length=64, packed_rows_per_step=4, rows_per_device=4, save_steps=10**6)
 
@@ -21,7 +22,7 @@ def train(folder: Path, tokens_that_fit: int | None, config: FinetuneConfig = CO
     rng = np.random.default_rng(0)
     examples = [Example(rng.integers(5, 261, int(length)).tolist(), 6) for length in rng.integers(10, 40, 30)]
     model = tiny_model()
-    trainer = build_trainer(model, tiny_tokenizer(), examples, folder, config, seed=0)
+    trainer = SFT(config, SPACE, 0).trainer(model, tiny_tokenizer(), examples, folder)
 
     def refuse(module: torch.nn.Module, inputs: tuple) -> None:
         recomputed = model.model.gradient_checkpointing
@@ -54,7 +55,7 @@ def test_fault_52_what_cannot_fit_names_the_field(tmp_path: Path) -> None:
 
 
 def test_another_error_is_not_taken_for_memory(tmp_path: Path) -> None:
-    trainer = build_trainer(tiny_model(), tiny_tokenizer(), [Example(list(range(5, 25)), 6)], tmp_path, CONFIG, seed=0)
+    trainer = SFT(CONFIG, SPACE, 0).trainer(tiny_model(), tiny_tokenizer(), [Example(list(range(5, 25)), 6)], tmp_path)
     trainer.pass_loss = lambda *_: (_ for _ in ()).throw(RuntimeError("a shape is wrong"))
     with pytest.raises(RuntimeError, match="a shape is wrong"):
         trainer.train()

@@ -14,19 +14,16 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from dpa.core.config import LoraConfig, PreferenceConfig
+from dpa.core.config import AdapterConfig, PreferenceConfig
 from dpa.core.errors import ConfigError, DataError, TrainingError
+from dpa.models.dpo import DPO, EncodedPair
 from dpa.models.files import load_space
+from dpa.models.learner import RowEncoder, TrainingRecord
 from dpa.models.policy import make_steerable
-from dpa.models.preference_training import (
-    Pair,
-    PreferenceResult,
-    build_preference_trainer,
-    encode_pairs,
-    preference_finetune,
-)
+from dpa.models.policy_training import train_policy
+from dpa.storage.run_folder import Reject
 
 QUESTION = json.dumps([{"role": "user", "content": "Why?"}])
 CONFIG = PreferenceConfig(
@@ -69,8 +66,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("base"))
 
 
-def run(base: Path, folder: Path, config: PreferenceConfig = CONFIG, rows: pa.Table = ROWS) -> PreferenceResult:
-    return preference_finetune(base, rows, SPACE, folder / "policy", folder / "work", config, seed=7)
+def run(base: Path, folder: Path, config: PreferenceConfig = CONFIG, rows: pa.Table = ROWS) -> TrainingRecord:
+    return train_policy(DPO(config, SPACE, 7), base, rows, folder / "policy", folder / "work")
+
+
+def encoded(rows: pa.Table, tokenizer: PreTrainedTokenizerBase) -> tuple[list[EncodedPair], list[Reject]]:
+    return DPO(CONFIG, SPACE, 0).encode(rows, RowEncoder(tiny_model(), tokenizer, SPACE, 200))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -85,7 +86,7 @@ def logged(folder: Path) -> list[tuple]:
 
 
 @pytest.fixture(scope="module")
-def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreferenceResult]:
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingRecord]:
     """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run(base, folder)
@@ -98,7 +99,7 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
 def test_both_responses_follow_the_prompt_that_the_sampler_shows(direction: list[float] | None) -> None:
     tokenizer = tiny_tokenizer()
     make_steerable(tokenizer, SPACE)
-    (pair,), rejects = encode_pairs(pairs_of(["So."], ["No!"], direction), tiny_model(), tokenizer, SPACE, 200)
+    (pair,), rejects = encoded(pairs_of(["So."], ["No!"], direction), tokenizer)
     sentence = f"<|system|>{SPACE.prompt(SPACE.direction(direction))}" if direction else ""
     assert tokenizer.decode(pair.prompt) == f"{sentence}<|user|>Why?<|assistant|>"
     assert tokenizer.decode(pair.chosen) == "So.<|end|>"
@@ -111,7 +112,7 @@ def test_of_a_pair_only_what_is_complete_has_an_end() -> None:
     tokenizer = tiny_tokenizer()
     make_steerable(tokenizer, SPACE)
     rows = pairs_of(["So."], ["So."], None).append_column("rejected_complete", pa.array([False]))
-    (pair,), _ = encode_pairs(rows, tiny_model(), tokenizer, SPACE, 200)
+    (pair,), _ = encoded(rows, tokenizer)
     assert pair.chosen == [*pair.rejected, tokenizer.convert_tokens_to_ids("<|end|>")]
 
 
@@ -143,15 +144,15 @@ def _log_probability(model: nn.Module, prompt: list[int], response: list[int]) -
 @pytest.mark.parametrize("sft_weight", [0.0, 0.7])
 def test_the_loss_and_its_gradient_are_those_written_by_hand(sft_weight: float, tmp_path: Path) -> None:
     pairs = [
-        Pair([2, 7, 9, 4], [11, 12, 13, 1], [30, 1]),
-        Pair([2, 5, 4], [40, 1], [21, 22, 23, 24, 25, 1]),
-        Pair([2, 8, 8, 8, 8, 4], [50, 51, 1], [60, 61, 1]),
+        EncodedPair([2, 7, 9, 4], [11, 12, 13, 1], [30, 1]),
+        EncodedPair([2, 5, 4], [40, 1], [21, 22, 23, 24, 25, 1]),
+        EncodedPair([2, 8, 8, 8, 8, 4], [50, 51, 1], [60, 61, 1]),
     ]
     config = CONFIG.model_copy(
         update={"beta": 0.3, "sft_weight": sft_weight, "pairs_per_step": 3, "pairs_per_device": 3}
     )
     model, reference = tiny_model(seed=0), tiny_model(seed=1)
-    trainer = build_preference_trainer(model, reference, tiny_tokenizer(), pairs, tmp_path, config, seed=0)
+    trainer = DPO(config, SPACE, 0).trainer(model, tiny_tokenizer(), pairs, tmp_path, lambda: reference)
     (batch,) = trainer.get_train_dataloader()
     loss = trainer.compute_loss(model, batch)
     loss.backward()
@@ -176,20 +177,20 @@ def test_the_loss_and_its_gradient_are_those_written_by_hand(sft_weight: float, 
         torch.testing.assert_close(parameter.grad, hand.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_the_margin_grows_from_nothing(whole: tuple[Path, PreferenceResult]) -> None:
+def test_the_margin_grows_from_nothing(whole: tuple[Path, TrainingRecord]) -> None:
     folder, result = whole
     assert result.steps == 6
-    assert result.margins[0] == 0.0
-    assert result.losses[0] == pytest.approx(0.6931, abs=1e-4)
-    assert result.margins[-1] > 0.5
-    assert result.accuracies[-1] == 1.0
+    assert result.logged("rewards/margins")[0] == 0.0
+    assert result.logged("loss")[0] == pytest.approx(0.6931, abs=1e-4)
+    assert result.logged("rewards/margins")[-1] > 0.5
+    assert result.logged("rewards/accuracies")[-1] == 1.0
     assert load_space(folder / "policy") == SPACE
 
 
-def test_the_new_policy_prefers_what_was_chosen(base: Path, whole: tuple[Path, PreferenceResult]) -> None:
+def test_the_new_policy_prefers_what_was_chosen(base: Path, whole: tuple[Path, TrainingRecord]) -> None:
     tokenizer = tiny_tokenizer()
     make_steerable(tokenizer, SPACE)
-    (pair,), _ = encode_pairs(ROWS.slice(0, 1), tiny_model(), tokenizer, SPACE, 200)
+    (pair,), _ = encoded(ROWS.slice(0, 1), tokenizer)
     gain = {}
     with torch.no_grad():
         before = AutoModelForCausalLM.from_pretrained(base)
@@ -203,14 +204,14 @@ def test_the_new_policy_prefers_what_was_chosen(base: Path, whole: tuple[Path, P
 
 def test_how_a_step_is_cut_into_passes_does_not_matter(base: Path, whole: tuple, tmp_path: Path) -> None:
     one_by_one = run(base, tmp_path, CONFIG.model_copy(update={"pairs_per_device": 1}))
-    assert one_by_one.losses == pytest.approx(whole[1].losses, rel=1e-3)
+    assert one_by_one.logged("loss") == pytest.approx(whole[1].logged("loss"), rel=1e-3)
 
 
 def test_a_stronger_pull_stays_closer_to_the_start(base: Path, whole: tuple, tmp_path: Path) -> None:
     """The margin, beta taken out, is how far the policy moved."""
     held = run(base, tmp_path, CONFIG.model_copy(update={"beta": 2.0, "epochs": 3}))
     loose = run(base, tmp_path / "loose", CONFIG.model_copy(update={"beta": 0.05, "epochs": 3}))
-    assert held.margins[-1] / 2.0 < loose.margins[-1] / 0.05
+    assert held.logged("rewards/margins")[-1] / 2.0 < loose.logged("rewards/margins")[-1] / 0.05
 
 
 # --- interruptions, bad steps, adapters -----------------------------------------------------------------------------
@@ -250,10 +251,10 @@ def test_fault_24_a_nan_stops_before_the_step_and_is_in_the_log(base: Path, tmp_
 
 def test_adapters_are_merged_into_a_plain_policy(base: Path, tmp_path: Path) -> None:
     """The reference is the policy with its adapters off, so the first margin is 0."""
-    config = CONFIG.model_copy(update={"lora": LoraConfig(rank=4, alpha=8), "epochs": 2, "learning_rate": 1e-2})
+    config = CONFIG.model_copy(update={"lora": AdapterConfig(rank=4, alpha=8), "epochs": 2, "learning_rate": 1e-2})
     result = run(base, tmp_path, config)
-    assert result.margins[0] == 0.0
-    assert result.margins[-1] > 0.05
+    assert result.logged("rewards/margins")[0] == 0.0
+    assert result.logged("rewards/margins")[-1] > 0.05
     before, after = load_file(base / "model.safetensors"), weights(tmp_path)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("proj" in name for name in changed), "only the linear layers inside"

@@ -14,10 +14,11 @@ from dpa.core.config import FinetuneConfig
 from dpa.core.errors import ModelFileError
 from dpa.core.reference import ModelReference
 from dpa.models.files import SPACE_FILE
-from dpa.models.finetuning import finetune
 from dpa.models.policy import load_policy
+from dpa.models.policy_training import train_policy
 from dpa.models.samplers import SamplerSpec
 from dpa.models.scorers import RewardModelScorer
+from dpa.models.sft import SFT
 from dpa.recipes.baselines.lab import Lab
 from dpa.recipes.dpa import Loop
 
@@ -80,7 +81,7 @@ def test_its_code_does_not_run_without_an_opt_in(coded: Path, tmp_path: Path) ->
 def test_opted_in_it_trains_and_the_pinned_commit_is_recorded(coded: Path, tmp_path: Path) -> None:
     config = FinetuneConfig(max_length=64, packed_rows_per_step=2)
     out = tmp_path / "policy"
-    finetune(ModelReference(str(coded), REVISION), rows(), SPACE, out, tmp_path / "work", config, seed=0)
+    train_policy(SFT(config, SPACE, 0), ModelReference(str(coded), REVISION), rows(), out, tmp_path / "work")
     assert (tmp_path / "canary").exists()
     provenance = json.loads((out / SPACE_FILE).read_text())["provenance"]
     assert provenance["remote_code_revision"] == REVISION
@@ -94,7 +95,7 @@ def test_opted_in_it_trains_and_the_pinned_commit_is_recorded(coded: Path, tmp_p
 def test_a_model_without_code_records_that_there_was_no_opt_in(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "plain")
     config = FinetuneConfig(max_length=64, packed_rows_per_step=2)
-    finetune(folder, rows(), SPACE, tmp_path / "policy", tmp_path / "work", config, seed=0)
+    train_policy(SFT(config, SPACE, 0), folder, rows(), tmp_path / "policy", tmp_path / "work")
     provenance = json.loads((tmp_path / "policy" / SPACE_FILE).read_text())["provenance"]
     assert provenance["remote_code_revision"] is None
 

@@ -33,11 +33,13 @@ from trl import SFTConfig, SFTTrainer
 from card_phases.common import Card, Steps, parameters_of, steps_of, timed
 from dpa.core.config import FinetuneConfig
 from dpa.core.errors import DpaError
+from dpa.core.presets import SPACES
 from dpa.models.decoding import Decoding, decode
-from dpa.models.finetuning import Example, build_trainer
+from dpa.models.packing import Example
 from dpa.models.policy import default_device
 from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import forward
+from dpa.models.sft import SFT
 
 PAD, END = 0, 1
 ATTRIBUTES = 10
@@ -111,7 +113,8 @@ def tokenizer_of(size: int) -> PreTrainedTokenizerFast:
 def packed(bench: Bench, model: Any, examples: list[Example], folder: Path) -> SFTTrainer:
     """What `dpa` does: packed rows."""
     settings = FinetuneConfig(max_length=bench.row, packed_rows_per_step=8, rows_per_device=1, save_steps=10**9)
-    return build_trainer(model, tokenizer_of(bench.shape["vocab_size"]), examples, folder, settings, seed=0)
+    learner = SFT(settings, SPACES["dpa-v1"], 0)
+    return learner.trainer(model, tokenizer_of(bench.shape["vocab_size"]), examples, folder)
 
 
 def plain(bench: Bench, model: Any, examples: list[Example], folder: Path) -> SFTTrainer:

@@ -86,9 +86,9 @@ def reward_rows(card: Card, rows: list[Any], longest: int) -> tuple[list[dict[st
 
 def our_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig, work: Path, pad: int) -> Any:
     """What `train_reward_model` trains with."""
-    from dpa.models import reward_training
+    from dpa.models import reward_trainer
 
-    return reward_training.build_trainer(model, data, config, pad, work, 0)
+    return reward_trainer.build_trainer(model, data, config, pad, work, 0)
 
 
 def plain_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig, work: Path, pad: int) -> Any:
@@ -154,7 +154,7 @@ def scoring(card: Card) -> None:
 
 def finetune(card: Card) -> None:
     """Tokens/s of training, prompts included, padding not: packed rows against TRL's SFTTrainer on the same rows."""
-    from dpa.models.finetuning import Example
+    from dpa.models.packing import Example
 
     _, tokenizer = load_policy(card.inputs.policy, device="cpu")
     space, longest = card.space(), 256 if card.tiny else 2048
@@ -185,10 +185,11 @@ def packed_trainer(
     model: Any, tokenizer: Any, examples: list[Any], work: Path, longest: int, compiled: bool = False
 ) -> Any:
     """What `dpa` does: packed rows."""
-    from dpa.models.finetuning import build_trainer
+    from dpa.core.presets import SPACES
+    from dpa.models.sft import SFT
 
     config = FinetuneConfig(max_length=longest, packed_rows_per_step=8, save_steps=10**9, compile=compiled)
-    return build_trainer(model, tokenizer, examples, work, config, seed=0)
+    return SFT(config, SPACES["dpa-v1"], 0).trainer(model, tokenizer, examples, work)
 
 
 def trl_trainer(model: Any, tokenizer: Any, examples: list[Any], work: Path, longest: int) -> Any:

@@ -161,7 +161,7 @@ def select(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = 
 
 @app.command()
 def finetune(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = None) -> None:
-    """Finetune the policy of the iteration before on the winners; also as a rank of `accelerate launch`."""
+    """Finetune the policy of the iteration before, as `learner` says; also as a rank of `accelerate launch`."""
     from dpa.cli.launch import finetune as finetune_as_rank
 
     finetune_as_rank(_load(config, overrides), iteration)

@@ -197,7 +197,7 @@ class RatingsConfig(_Section):
         return self
 
 
-class LoraConfig(_Section):
+class AdapterConfig(_Section):
     """Low-rank adapters (PEFT) instead of all weights."""
 
     rank: int = Field(16, ge=1, description="Rank r.")
@@ -251,7 +251,7 @@ class RewardTrainConfig(_Section):
     )
     bf16: bool = Field(False, description="Mixed bf16 (on by itself where a GPU supports it).")
     report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard, wandb, trackio.")
-    lora: LoraConfig = Field(LoraConfig(), description="Adapters, for `method: lora`.")  # type: ignore[call-arg]
+    lora: AdapterConfig = Field(AdapterConfig(), description="Adapters, for `method: lora`.")  # type: ignore[call-arg]
 
 
 class HttpRewardConfig(_Section):
@@ -454,7 +454,7 @@ class SelectionConfig(_Section):
     )
 
 
-class _TrainingConfig(_Section):
+class TrainingConfig(_Section):
     """What every training of a policy has."""
 
     learning_rate: float = Field(1e-5, gt=0, description="Peak step size.")
@@ -468,7 +468,7 @@ class _TrainingConfig(_Section):
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: orthogonalised momentum on the 2-D weights, AdamW on the rest."
     )
-    lora: LoraConfig | None = Field(None, description="Train adapters and merge them after every iteration.")
+    lora: AdapterConfig | None = Field(None, description="Train adapters and merge them after every iteration.")
     save_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints.")
     replay: float = Field(
         0.0,
@@ -481,6 +481,11 @@ class _TrainingConfig(_Section):
         None, description="Compute activations twice to save memory. Default: where memory asks for it."
     )
     report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard, wandb, trackio.")
+
+
+class _SelectedRowsConfig(TrainingConfig):
+    """What every training on selected rows has."""
+
     listening_rows: int | None = Field(
         None,
         ge=0,
@@ -500,7 +505,7 @@ class _TrainingConfig(_Section):
     )
 
 
-class FinetuneConfig(_TrainingConfig):
+class FinetuneConfig(_SelectedRowsConfig):
     """Finetuning on (direction, prompt, winner), completion-only loss, through TRL (`learner: sft`)."""
 
     max_length: int = Field(2048, ge=16, description="Packed row length in tokens; longer examples are rejected.")
@@ -527,7 +532,7 @@ class FinetuneConfig(_TrainingConfig):
     )
 
 
-class PreferenceConfig(_TrainingConfig):
+class PreferenceConfig(_SelectedRowsConfig):
     """Finetuning on (direction, prompt, chosen, rejected): DPO through TRL (`learner: dpo`)."""
 
     learning_rate: float = Field(1e-6, gt=0, description="Peak step size (TRL's; a tenth of what SFT takes, or less).")
@@ -541,6 +546,24 @@ class PreferenceConfig(_TrainingConfig):
     pairs_per_device: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="Pairs in one forward pass; the rest accumulates. auto: as many as fit on a card, 4 on a CPU.",
+    )
+
+
+class GrpoConfig(TrainingConfig):
+    """Learning from the policy's own answers, rewarded by v.r: GRPO through TRL (`learner: grpo`). How it samples is
+    said in `rollout`: directions for each prompt, samples (a group), temperature, top_p, max_new_tokens."""
+
+    learning_rate: float = Field(1e-6, gt=0, description="Peak step size (TRL's; a tenth of what SFT takes, or less).")
+    beta: float = Field(
+        0.0, ge=0, description="Weight of the KL divergence from the policy that training starts from (TRL's: none)."
+    )
+    prompts_per_step: int = Field(
+        8,
+        ge=1,
+        description="Prompts, each under one direction, in one optimizer step; what is left of a pass is not used.",
+    )
+    answers_per_device: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="Answers in one forward pass; the rest accumulates. auto: as many as fit."
     )
 
 
@@ -589,10 +612,11 @@ class RunConfig(_Section):
     out: PathText = Field(description="Run folder. The same command resumes it.")
     seed: int = Field(0, ge=0, description="Every random choice derives from it.")
     iterations: int = Field(3, ge=0, description="T: online iterations after t = 0.")
-    learner: Literal["sft", "dpo"] = Field(
+    learner: str = Field(
         "sft",
         description="What online iterations learn from: sft, the winner of each direction (the paper); dpo, the winner "
-        "against a loser of the same pool (arXiv 2503.00295). t = 0 is always sft: a direction must first be read.",
+        "against a loser of the same pool (arXiv 2503.00295); grpo, its own answers while it learns, rewarded by v.r "
+        "(arXiv 2402.03300). t = 0 is always sft: a direction must first be read.",
     )
     policy: PathText = Field(
         description="Start policy: a model folder, a Hub id, or a GGUF file (`dpa[gguf]`), which is "
@@ -611,6 +635,7 @@ class RunConfig(_Section):
     selection: SelectionConfig = SelectionConfig()  # type: ignore[call-arg]
     finetune: FinetuneConfig = FinetuneConfig()  # type: ignore[call-arg]
     dpo: PreferenceConfig = PreferenceConfig()  # type: ignore[call-arg]
+    grpo: GrpoConfig = GrpoConfig()  # type: ignore[call-arg]
     evaluate: EvaluateConfig
     cluster: ClusterConfig = ClusterConfig()  # type: ignore[call-arg]
 
@@ -619,21 +644,25 @@ class RunConfig(_Section):
         return ModelReference(str(model), self.remote_code_revision)
 
     @model_validator(mode="after")
-    def _pairs_have_an_order(self) -> "RunConfig":
-        if self.learner == "dpo" and self.selection.method == "random":
-            raise ValueError("selection.method random is a control of learner sft; take pooled or per_direction")
+    def _winners_of_one_pool(self) -> "RunConfig":
         if self.selection.rejected == "other_direction" and self.selection.method == "per_direction":
             raise ValueError("selection.rejected other_direction takes winners of one pool; take method pooled")
         return self
 
 
 _TRAINING_PACE = (
-    *("report_to", "gradient_checkpointing", "save_steps", "rows_per_device", "pairs_per_device", "compile"),
+    *("report_to", "gradient_checkpointing", "save_steps", "rows_per_device", "pairs_per_device", "answers_per_device"),
+    "compile",
     *("listening_steps", "min_listening", "max_left_out", "allow_worse_than_mean"),
 )
 """Fields of a training section that alter no result: what is told, kept, computed at once or put up with."""
 
-_TRAININGS = {"finetune": FinetuneConfig, "dpo": PreferenceConfig, "reward.train": RewardTrainConfig}
+_TRAININGS: dict[str, type[BaseModel]] = {
+    "finetune": FinetuneConfig,
+    "dpo": PreferenceConfig,
+    "grpo": GrpoConfig,
+    "reward.train": RewardTrainConfig,
+}
 
 _PACE = {
     *("name", "out", "iterations", "rollout.workers", "rollout.batch_size", "rollout.max_reject_rate"),
@@ -642,11 +671,7 @@ _PACE = {
     *(f"reward.http.{field}" for field in HttpRewardConfig.model_fields if field != "folder"),
     *(
         f"{name}.{field}"
-        for name, section in (
-            ("finetune", FinetuneConfig),
-            ("dpo", PreferenceConfig),
-            ("reward.train", RewardTrainConfig),
-        )
+        for name, section in _TRAININGS.items()
         for field in _TRAINING_PACE
         if field in section.model_fields
     ),

@@ -44,11 +44,13 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Sample:
-    """One response. `tokens` counts generated tokens, the end token included."""
+    """One response. `tokens` counts generated tokens, the end token included; `ids` are these tokens, where the sampler
+    keeps them (TransformersSampler does)."""
 
     text: str
     tokens: int
     finish_reason: Literal["stop", "length"] = "stop"
+    ids: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
 
 class Sampler(Protocol):

@@ -194,12 +194,12 @@ class MeasureListening(TrainerCallback):
         return Listening(**figures | {"rows": int(figures["rows"])})
 
 
-def advice(found: Listening, section: str) -> str:
-    """What to change where a policy does not listen, for the configuration's `section`."""
-    more = "raise finetune.contrastive, " if section == "finetune" else "lower dpo.beta, raise dpo.sft_weight, "
+def advice(found: Listening, section: str, more: str) -> str:
+    """What to change where a policy does not listen: `more`, a learner's own, and fields of its section."""
     return (
-        f"the policy hardly reads its direction: {found}. To change it: {more}train on more questions with fewer "
-        f"directions each (prompts.count, selection.directions), or raise {section}.learning_rate or {section}.epochs."
+        f"the policy hardly reads its direction: {found}. To change it: {more}{', ' if more else ''}train on more "
+        "questions with fewer directions each (prompts.count, selection.directions), or raise "
+        f"{section}.learning_rate or {section}.epochs."
     )
 
 

@@ -1,158 +1,111 @@
-"""What trainings of a policy share, learn they from winners (finetuning.py) or from pairs (preference_training.py).
+"""What the trainings of a policy share, whatever the learner: checkpoints, log, listening, what is saved.
 Run its tests: pytest tests/test_finetuning.py tests/test_preference_training.py
 """
 
-import json
 import logging
-import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any
 
 import pyarrow as pa
 import torch
 from accelerate import DistributedType
-from datasets import Dataset
-from jinja2 import TemplateError
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, Trainer
 
-from dpa.core.config import FinetuneConfig, PreferenceConfig, of_results
-from dpa.core.directions import DirectionSpace
-from dpa.core.errors import ConfigError, DataError, DpaError, TrainingError
+from dpa.core.config import TrainingConfig, of_results
+from dpa.core.errors import DataError, DpaError, TrainingError
 from dpa.core.records import stable_hash
 from dpa.core.reference import Model, ModelReference
 from dpa.models.checkpoints import newest_checkpoint
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.files import folder_revision, resolve_model
+from dpa.models.learner import E, Learner, RowEncoder, TrainingRecord
 from dpa.models.listening import PREFIX, HeldOut, Listening, MeasureListening, advice, held_out_rows
-from dpa.models.optimizers import MuonWithAdamW
-from dpa.models.policy import context_length, encode_prompt, load_policy, make_steerable, save_policy, turn_end_id
+from dpa.models.policy import context_length, load_policy, make_steerable, save_policy
 from dpa.models.quiet import quiet_libraries
-from dpa.models.ranks import is_first, ranks, wait_for_all
-from dpa.models.training import ShowProgress, StopWhenAsked, WriteLog, merge_adapters, trackers
+from dpa.models.ranks import is_first, wait_for_all
+from dpa.models.trainer_arguments import adapters
+from dpa.models.training import ShowProgress, StopWhenAsked, WriteLog, computes_in_bf16, merge_adapters
 from dpa.storage.run_folder import Reject, count_reasons
 from dpa.storage.stopping import StopOnSignal
 from dpa.storage.tables import read_json, write_json
-
-TrainingConfig = FinetuneConfig | PreferenceConfig
 
 _INPUTS_FILE = "inputs.json"
 
 _log = logging.getLogger(__name__)
 
 
-class Encoded(Protocol):
-    """A training example as token ids. Its `repr` tells it from any other."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens the policy reads when it trains on it."""
-        ...
-
-
-E = TypeVar("E", bound=Encoded)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training did: `tokens` of one pass over `examples` of them, `rows` of the Trainer's data set, `log` its
-    log history. `listening` was measured after the last step; all measurements read `listening_tokens`, forward only.
-    """
-
-    tokens: int
-    examples: int
-    rows: int
-    steps: int
-    log: tuple[dict[str, Any], ...]
-    rejects: tuple[Reject, ...]
-    listening: Listening | None = None
-    listening_tokens: int = 0
-
-    def logged(self, name: str) -> tuple[float, ...]:
-        """The values of one number, one per optimizer step."""
-        return tuple(entry[name] for entry in self.log if name in entry)
-
-
 def train_policy(
+    learner: Learner[E],
     policy: Model,
-    space: DirectionSpace,
+    rows: pa.Table,
     out: Path,
     work: Path,
-    config: TrainingConfig,
-    seed: int,
-    encode: Callable[[PreTrainedModel, PreTrainedTokenizerBase, int], tuple[list[E], list[Reject]]],
-    build: Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[E]], Trainer],
     label: str = "finetune",
     held_out: pa.Table | None = None,
-) -> Trained:
-    """Train `policy` and save the new one at `out`, whole or not at all.
+) -> TrainingRecord:
+    """Train `policy` on the rows that the learner reads and save the new one at `out`, whole or not at all.
 
-    `encode(model, tokenizer, longest)` makes the examples, `build(model, tokenizer, examples)` the Trainer over them,
-    with checkpoints in `work`. `work` keeps `log.jsonl` too; the same call resumes from the newest complete checkpoint
-    and ends where an uninterrupted one would. `label` names the work in messages. In a launched training every rank
-    calls this, and the first one writes. `held_out`: selected rows to measure listening on (models/listening.py).
+    `work` keeps checkpoints and `log.jsonl`; the same call resumes from the newest complete checkpoint and ends where
+    an uninterrupted one would. `label` names the work in messages. In a launched training every rank calls this, and
+    the first one writes. `held_out`: selected rows to measure listening on (models/listening.py).
 
     Raises DataError (no example left), ConfigError, TrainingError (NaN or infinite loss, or a policy that listens less
     than `config.min_listening`; earlier checkpoints are kept),
     Interrupted (on a signal, after a checkpoint), StorageError (disk full).
     """
+    config, section, space = learner.config, learner.section, learner.space
     # Frozen weights need no more than bf16, which is what lets adapters of a 7B model train on one 24 GB card.
-    dtype = torch.bfloat16 if config.lora is not None and _mixed(config) else torch.float32
+    dtype = torch.bfloat16 if config.lora is not None and computes_in_bf16(config.bf16) else torch.float32
     with quiet_libraries():
         model, tokenizer = load_policy(policy, dtype)
         make_steerable(tokenizer, space)
-        examples, rejects = encode(model, tokenizer, min(config.max_length, context_length(model)))
-        section = "dpo" if isinstance(config, PreferenceConfig) else "finetune"
+        encoder = RowEncoder(model, tokenizer, space, min(config.max_length, context_length(model)))
+        examples, rejects = learner.encode(rows, encoder)
         if not examples:
             raise DataError(f"{label}: none of {len(rejects)} rows can be trained on ({count_reasons(rejects)}).")
         if rejects and is_first():
             _log.warning("%s", _left_out(label, rejects, len(examples) + len(rejects), section, config.max_length))
         tokens = sum(example.tokens for example in examples)
-        longest = min(config.max_length, context_length(model))
-        rows = None
-        if held_out is not None:
-            rows = held_out_rows(held_out, space, seed, RowEncoder(model, tokenizer, space, longest).encode)
+        measured = None if held_out is None else held_out_rows(held_out, space, learner.seed, encoder.encode)
         with disk_refusals(work, "saving a checkpoint"):
             if is_first():
                 base = folder_revision(resolve_model(policy).path)
-                _prepare_work(work, stable_hash(examples, of_results(config), seed, base))
+                _prepare_work(work, stable_hash(examples, of_results(config), learner.seed, base, *learner.identity))
             wait_for_all()
             with StopOnSignal() as stop:
-                trainer = build(model, tokenizer, examples)
-                found = _train(trainer, work, label, tokens, stop, rows, config)
+                trainer = learner.trainer(model, tokenizer, examples, work, lambda: load_policy(policy)[0])
+                found = _train(trainer, work, label, tokens, stop, measured, config)
                 if trainer.state.global_step < trainer.state.max_steps:
                     raise stop.interrupted(label, trainer.state.global_step, trainer.state.max_steps, "steps")
         if found is not None and found.share < (config.min_listening or 0):
             raise TrainingError(
-                f"{_section(config)}.min_listening: {config.min_listening:g}, but {advice(found, _section(config))}"
+                f"{section}.min_listening: {config.min_listening:g}, but {advice(found, section, learner.advice)}"
             )
         trained = _whole_model(trainer, policy, config, dtype)
         provenance = {
             "from": str(policy),
             "remote_code_revision": ModelReference.of(policy).code_revision,
             "rows": len(examples),
-            "seed": seed,
-            _section(config): config.model_dump(),
+            "seed": learner.seed,
+            section: config.model_dump(),
         }
         if trained is not None:
             save_policy(trained, tokenizer, out, space, provenance)
         wait_for_all()
-    return Trained(
+    log = tuple(trainer.state.log_history)
+    return TrainingRecord(
         tokens=tokens,
         examples=len(examples),
-        rows=len(cast(Dataset, trainer.train_dataset)),
         steps=trainer.state.global_step,
-        log=tuple(trainer.state.log_history),
+        log=log,
         rejects=tuple(rejects),
         listening=found,
-        listening_tokens=0
-        if rows is None
-        else rows.tokens * sum(f"{PREFIX}share" in entry for entry in trainer.state.log_history),
+        listening_tokens=0 if measured is None else measured.tokens * sum(f"{PREFIX}share" in entry for entry in log),
     )
 
 
@@ -170,102 +123,6 @@ def remove_checkpoints(work: Path) -> None:
     """Free what only an interrupted training needs: three times the model's size, or more."""
     for checkpoint in work.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-
-
-class RowEncoder:
-    """Turns rows into token ids: the prompt as the sampler shows it, then a response as its own tokens, then the token
-    that ends a turn, unless the response was cut at a limit."""
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, space: DirectionSpace, longest: int
-    ) -> None:
-        self._tokenizer, self._space, self._longest = tokenizer, space, longest
-        self._end = turn_end_id(model, tokenizer)
-
-    def encode(
-        self, messages: str, direction: Sequence[float] | None, responses: Sequence[str], complete: Sequence[bool]
-    ) -> tuple[list[int], list[list[int]]] | str:
-        """Ids of the prompt (`messages`: JSON text) and of each response, or the reason why there are none.
-
-        A response that is not `complete` gets no end token: it would teach the policy to stop in mid-sentence.
-        """
-        try:
-            prompt = encode_prompt(self._tokenizer, self._space, json.loads(messages), direction)
-            texts = [
-                self._tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
-                for response in responses
-            ]
-        except (TemplateError, KeyError, TypeError, ValueError) as error:
-            return f"cannot be written as tokens ({type(error).__name__})"
-        if not all(texts):
-            return "the response is empty"
-        if len(prompt) + 1 >= self._longest:
-            return f"the prompt fills the {self._longest} tokens of an example"
-        if len(prompt) + max(map(len, texts)) + 1 > self._longest:
-            return f"prompt and response exceed the {self._longest} tokens of an example"
-        return prompt, [[*text, self._end] if whole else text for text, whole in zip(texts, complete, strict=True)]
-
-
-def shared_arguments(config: TrainingConfig, work: Path, seed: int) -> dict[str, Any]:
-    """The arguments that SFTConfig and DPOConfig have in common."""
-    cuda = torch.cuda.is_available()
-    return {
-        "output_dir": str(work),
-        "learning_rate": config.learning_rate,
-        "num_train_epochs": config.epochs,
-        "lr_scheduler_type": config.schedule,
-        "warmup_steps": config.warmup,
-        "weight_decay": config.weight_decay,
-        "bf16": _mixed(config),
-        "use_cpu": not cuda,
-        # Undecided: what is trained in one process decides by what memory there is; a launch plays safe.
-        "gradient_checkpointing": cuda and ranks() > 1
-        if config.gradient_checkpointing is None
-        else config.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # else, frozen inputs would stop gradients
-        "dataloader_pin_memory": cuda,
-        "ddp_find_unused_parameters": False,  # all are used; looking for others costs a pass over the graph
-        "save_strategy": "steps",
-        "save_steps": config.save_steps,
-        "save_total_limit": 2,  # the older one is deleted once the newer is written
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # the default replaces a NaN by the average of earlier losses
-        "disable_tqdm": True,
-        "report_to": trackers(config.report_to, _section(config)),
-        "seed": seed,
-    }
-
-
-def optimizer_class(config: TrainingConfig) -> tuple[Any, dict[str, Any]] | None:
-    """A Trainer's `optimizer_cls_and_kwargs`; None for its own AdamW."""
-    if config.optimizer == "adamw":
-        return None
-    # A Trainer calls the factory for a function of (model, **kwargs), once adapters are in place.
-    return _muon_factory, {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-
-
-def adapters(config: TrainingConfig) -> LoraConfig | None:
-    """The adapters to train, where the configuration asks for them."""
-    if config.lora is None:
-        return None
-    return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules="all-linear",
-    )
-
-
-def accumulation(field: str, per_step: int, per_device_field: str, per_device: int) -> int:
-    """Forward passes of one device in an optimizer step. Raises ConfigError."""
-    together = per_device * ranks()
-    if per_step % together:
-        raise ConfigError(
-            f"{field}: {per_step} is no multiple of {per_device_field} times devices ({together}); "
-            f"take {together * math.ceil(per_step / together)}."
-        )
-    return per_step // together
 
 
 def _whole_model(trainer: Trainer, policy: Model, config: TrainingConfig, dtype: torch.dtype) -> PreTrainedModel | None:
@@ -299,7 +156,7 @@ def _train(
     tokens: int,
     stop: StopOnSignal,
     rows: HeldOut | None,
-    config: TrainingConfig,
+    config: Any,
 ) -> Listening | None:
     """Train to the end, or to a signal; what is measured on the held-out rows at the end."""
     progress = ShowProgress(label, tokens)
@@ -317,19 +174,6 @@ def _train(
         return measuring.last()
     finally:
         progress.close()
-
-
-def _section(config: TrainingConfig) -> str:
-    return "dpo" if isinstance(config, PreferenceConfig) else "finetune"
-
-
-def _mixed(config: TrainingConfig) -> bool:
-    """Whether products are computed in bf16."""
-    return config.bf16 or (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
-
-
-def _muon_factory() -> type[MuonWithAdamW]:
-    return MuonWithAdamW
 
 
 def _prepare_work(work: Path, identity: str) -> None:

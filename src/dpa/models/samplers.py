@@ -133,7 +133,7 @@ class TransformersSampler:
             return self._sample_batch(prompts[:half], seeds[:half]) + self._sample_batch(prompts[half:], seeds[half:])
         texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [
-            Sample(text, len(row), "stop" if row[-1] in self._how.end_ids else "length")
+            Sample(text, len(row), "stop" if row[-1] in self._how.end_ids else "length", tuple(row))
             for text, row in zip(texts, rows, strict=True)
         ]
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 
+from dpa.core.config import AdapterConfig
 from dpa.core.errors import ConfigError, TrainingError
 from dpa.models.ranks import any_of
 from dpa.storage.progress import ProgressBar
@@ -113,15 +115,17 @@ class ShowProgress(TrainerCallback):
     ) -> None:
         """Open the bar at the step training starts from."""
         self._tokens_per_step = self._tokens_per_epoch * args.num_train_epochs / state.max_steps
+        self._seen = state.num_input_tokens_seen
         self._bar = ProgressBar(
             self._label, total=state.max_steps, unit="steps", amount_unit="tokens", done=state.global_step
         )
         self._bar.__enter__()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count one step."""
+        """Count one step; its tokens are known to a Trainer that samples them."""
         assert self._bar is not None
-        self._bar.advance(1, amount=self._tokens_per_step)
+        seen, self._seen = state.num_input_tokens_seen - self._seen, state.num_input_tokens_seen
+        self._bar.advance(1, amount=seen or self._tokens_per_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show whether the policy reads its direction, once that is measured."""
@@ -134,6 +138,23 @@ class ShowProgress(TrainerCallback):
         """Leave the terminal as it was, however training ended."""
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
+
+
+def computes_in_bf16(asked: bool) -> bool:
+    """Whether products are computed in bf16: where it is asked for, and on a card that supports it."""
+    return asked or (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
+def lora_adapters(config: AdapterConfig, task: str, **more: Any) -> LoraConfig:
+    """Adapters of every linear layer, as the configuration says."""
+    return LoraConfig(
+        task_type=task,
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules="all-linear",
+        **more,
+    )
 
 
 def bad_step(what: str, value: float, state: TrainerState, args: TrainingArguments) -> TrainingError:

@@ -26,13 +26,14 @@ from dpa.core.reference import ModelReference
 from dpa.models.files import EVALUATION_FILE, GGUF_SUFFIX
 from dpa.models.gguf import dequantise
 from dpa.models.launching import free_memory, launch, launches
+from dpa.models.learner import Learner
+from dpa.models.learners import learner_of
 from dpa.models.policy import check_policy
 from dpa.models.ranks import is_first, ranks
 from dpa.models.ray_workers import ray_samplers, ray_scorers
 from dpa.models.reward_model import RECORD
 from dpa.models.samplers import build_samplers, engine_kind, sampler_spec
 from dpa.models.scorers import FunctionScorer, build_scorer, check_scorers
-from dpa.models.training import trackers
 from dpa.models.vllm_sampler import VllmEngine
 from dpa.pages.card import write_card
 from dpa.pages.report import write_report
@@ -40,7 +41,7 @@ from dpa.stages.evaluate import EVALUATION, evaluate, side_by_side
 from dpa.stages.finetune import finetune_policy, listening_curve
 from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
 from dpa.stages.ratings import declared_scales, leave_out, load_ratings, print_summary, read_ratings, save_ratings
-from dpa.stages.rollout import rollout
+from dpa.stages.rollout import ask, rollout
 from dpa.stages.score import score, score_rows
 from dpa.stages.select import select_rated, select_winners
 from dpa.stages.train_reward import print_quality, require_better_than_mean, train_reward
@@ -131,14 +132,19 @@ class Loop:
         if self.config.reward.train:
             self.train_reward()
         for t in range(self.first, self.config.iterations + 1):
-            if t > 0:
-                self.rollout(t)
-            self.score(t)
-            self.select(t)
-            self.finetune(t)
+            self.learn(t)
             self.evaluate(t)
             self.report()
         return self.report()
+
+    def learn(self, t: int) -> None:
+        """Iteration t up to its policy. A learner of prompts samples and scores while it learns."""
+        if t > 0:
+            self.rollout(t)
+        if self.learner(t).reads != "prompts":
+            self.score(t)
+            self.select(t)
+        self.finetune(t)
 
     @property
     def first(self) -> int:
@@ -217,15 +223,21 @@ class Loop:
 
     @_shown
     def rollout(self, t: int) -> Ledger:
-        """Ask this iteration's prompts under directions drawn from the space, of the policy of t - 1."""
+        """Ask this iteration's prompts under directions drawn from the space, of the policy of t - 1.
+
+        Where the learner samples for itself, only draw the directions.
+        """
         self._check_iteration(t, lowest=1)
         stage, drawn_from = self._folder.stage(t, "rollout"), self.drawn_from(t)
+        if self.learner(t).reads == "prompts":
+            return ask(stage, self.prompts(t), drawn_from, self.config.rollout, self.config.seed)
         return self._sample(stage, t - 1, self.prompts(t), self.config.rollout, drawn_from)
 
     @_shown
     def score(self, t: int) -> Ledger:
         """Give every candidate of the iteration its vector; at t = 0 the rated responses are the candidates."""
         self._check_iteration(t)
+        self._check_candidates(t)
         stage = self._folder.stage(t, "score")
         with self._scorers() as scorers:
             if t == 0:
@@ -234,37 +246,37 @@ class Loop:
 
     @_shown
     def select(self, t: int) -> Ledger:
-        """Keep the winner of each direction, for `learner: dpo` with a loser beside it."""
+        """Keep the winner of each direction, with a loser beside it where the learner reads pairs."""
         self._check_iteration(t)
+        self._check_candidates(t)
         stage, scores = self._folder.stage(t, "select"), self._folder.stage(t, "score")
         config, seed, space = self.config.selection, self.config.seed, self.drawn_from(t)
         if t == 0:
             return select_rated(stage, self.read_ratings(), scores, space, config, seed)
-        candidates, pairs = self._folder.stage(t, "rollout"), self.config.learner == "dpo"
+        candidates, pairs = self._folder.stage(t, "rollout"), self.learner(t).reads == "pairs"
         return select_winners(stage, candidates, scores, self.prompts(t), space, config, seed, pairs)
 
     @_shown
     def finetune(self, t: int) -> Ledger:
-        """Finetune from the policy of t - 1 on (direction, prompt, winner), or with a loser beside the winner."""
+        """Finetune from the policy of t - 1 on the rows that this iteration's learner reads."""
         self._check_iteration(t)
-        stage = self._folder.stage(t, "finetune")
-        self._let_scorer_go()
-        if launches(self.config.cluster) and not stage.done:
+        stage, learn = self._folder.stage(t, "finetune"), self.learner(t)
+        scorer = self.scorer if learn.reads == "prompts" else None
+        if scorer is None:
+            self._let_scorer_go()
+        if scorer is None and launches(self.config.cluster) and not stage.done:
             with self._folder.lent():  # the first rank takes the lock
                 launch(["finetune", str(self.path / "config.yaml"), "-t", str(t)], self.config.cluster, stage.name)
             return self._folder.stage(t, "finetune").ledger
-        pairs = self.config.learner == "dpo" and t > 0
-        config = self.config.dpo if pairs else self.config.finetune
-        earlier = range(1 if pairs else self.first, t if config.replay else 0)
+        config = getattr(self.config, learn.section)
+        same = [before for before in range(self.first, t) if self.learner(before).reads == learn.reads]
         ledger = finetune_policy(
             stage,
-            self._folder.stage(t, "select"),
+            self._learned_from(t),
             self.policy(t - 1),
-            self.space,
+            learn(config, self.space, self.config.seed + t, self.config.rollout, scorer),
             self.policy_folder(t),
-            config,
-            self.config.seed + t,
-            [self._folder.stage(before, "select") for before in earlier],
+            [self._learned_from(before) for before in same] if config.replay else [],
         )
         if is_first():
             self._write_card(t)
@@ -353,6 +365,14 @@ class Loop:
                 f"iteration {t}: its policy is not finetuned yet, or is damaged; run `dpa finetune -t {t}` first."
             )
         return self.config.reference(self.policy_folder(t))
+
+    def learner(self, t: int) -> type[Learner[Any]]:
+        """What iteration t learns by."""
+        return learner_of(self.config, t)
+
+    def _learned_from(self, t: int) -> StageFolder:
+        """The stage whose rows the learner of iteration t reads."""
+        return self._folder.stage(t, "rollout" if self.learner(t).reads == "prompts" else "select")
 
     def drawn_from(self, t: int) -> DirectionSpace:
         """The space that the directions of iteration t are drawn from: before `selection.ends_until`, its ends."""
@@ -532,7 +552,8 @@ class Loop:
                 f"evaluate.gold: its names must be the objectives {', '.join(self.space.names)}; "
                 f"{'missing' if missing else 'unknown'}: {', '.join(missing or unknown)}."
             )
-        trackers([*self.config.finetune.report_to, *self.config.dpo.report_to], "finetune")
+        for t in (self.first, self.first + 1):
+            self.learner(t).check(self.config)
         if self.config.reward.train and not self.config.ratings:
             raise ConfigError("reward.train: there are no ratings to train on; add a `ratings` section.")
         self._check_scored()
@@ -572,6 +593,13 @@ class Loop:
                     raise ConfigError(
                         f"space.objectives.{objective.name}: nothing scores {name!r}; {_known('scored', attributes)}."
                     )
+
+    def _check_candidates(self, t: int) -> None:
+        if self.learner(t).reads == "prompts":
+            raise ConfigError(
+                f"learner: {self.config.learner} scores its own answers while it learns, so iteration {t} has nothing "
+                f"to score or select; run `dpa finetune -t {t}`."
+            )
 
     def _check_iteration(self, t: int, lowest: int | None = None) -> None:
         lowest = self.first if lowest is None else lowest

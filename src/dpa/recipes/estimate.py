@@ -24,6 +24,8 @@ from safetensors import safe_open
 
 from dpa.core.config import PromptsConfig, RunConfig
 from dpa.core.errors import ConfigError, RunFolderError
+from dpa.models.learner import Learner
+from dpa.models.learners import learner_named, learner_of
 from dpa.models.policy import default_device
 from dpa.models.samplers import PROCESSOR_ROWS
 from dpa.storage.run_folder import read_ledger
@@ -114,7 +116,10 @@ def estimate(config: RunConfig, runs: Sequence[Path] = (), parameters: float | N
     kept = directions if config.selection.method == "per_direction" else config.selection.directions
     for t in range(1, config.iterations + 1):
         candidates = prompts * directions * config.rollout.samples
-        stages += work.iteration(t, candidates, candidates, prompts * kept)
+        if learner_of(config, t).reads == "prompts":  # it makes and scores its candidates itself
+            stages += work.iteration(t, 0, 0, prompts * directions)
+        else:
+            stages += work.iteration(t, candidates, candidates, prompts * kept)
     return stages
 
 
@@ -143,7 +148,8 @@ class _Work:
     def iteration(self, t: int, sampled: int, scored: int, winners: int) -> list[StageEstimate]:
         """The stages of iteration t, its measurement included."""
         stages = [self._rollout(f"iter_{t}/rollout", sampled)] if sampled else []
-        stages += [self._score(f"iter_{t}/score", scored), self._finetune(t, winners)]
+        stages += [self._score(f"iter_{t}/score", scored)] if scored else []
+        stages += [self._finetune(t, winners)]
         evaluate = self.config.evaluate
         grid = len(self.config.space.build().grid(evaluate.directions))
         answers = _prompts(evaluate.prompts, "evaluate.prompts") * grid * evaluate.samples
@@ -167,15 +173,21 @@ class _Work:
         return StageEstimate(name, rows, 0, seconds, memory, rows * 100, measured)
 
     def _finetune(self, t: int, rows: int) -> StageEstimate:
-        """On winners, or from t = 1 on with DPO on pairs: two responses a row, and a reference that reads them too."""
-        pairs = _on_pairs(self.config.learner, t)
-        config = self.config.dpo if pairs else self.config.finetune
-        kind = "pair tokens trained" if pairs else "tokens trained"
-        tokens = int(rows * (2 if pairs else 1) * self.example * config.epochs)
-        per_token = ((8 if self.cuda else 6) + (2 if pairs else 0)) * self.policy.parameters
+        """What the learner reads: one response a row, both of a pair, or a prompt's own answers, which it also samples
+        and scores; and a reference that reads them too, where there is one."""
+        learn = learner_of(self.config, t)
+        config, kind = getattr(self.config, learn.section), _trained(learn)
+        reference = bool(getattr(config, "beta", 0))
+        responses = {"winners": 1, "pairs": 2, "prompts": self.config.rollout.samples}[learn.reads]
+        tokens = int(rows * responses * self.example * config.epochs)
+        per_token = ((8 if self.cuda else 6) + (2 if reference else 0)) * self.policy.parameters
         seconds, measured = self._seconds(kind, tokens, per_token, TRAINING_SHARE)
-        seconds = seconds if measured else seconds / self.config.cluster.processes
-        per_parameter = 4 if config.lora else ADAM_BYTES + (4 if pairs else 0)
+        if learn.reads == "prompts" and not measured:
+            answers = int(rows * responses * config.epochs)
+            seconds += self._rollout("", answers).seconds + self._score("", answers).seconds
+        elif not measured:
+            seconds /= self.config.cluster.processes
+        per_parameter = 4 if config.lora else ADAM_BYTES + (4 if reference else 0)
         memory = self.speeds.memory.get(kind) or int(per_parameter * self.policy.parameters)
         checkpoints = 0 if config.lora else 3 * CHECKPOINT_BYTES  # two kept, one being written
         disk = int((4 + checkpoints) * self.policy.parameters)
@@ -208,8 +220,9 @@ def read_speeds(runs: Iterable[Path]) -> Speeds:
     return speeds
 
 
-def _on_pairs(learner: str, t: int) -> bool:
-    return learner == "dpo" and t > 0
+def _trained(learn: type[Learner[Any]]) -> str:
+    """The kind of work that a finetuning is."""
+    return "tokens trained" if learn.reads == "winners" else f"tokens trained on {learn.reads}"
 
 
 def _count(speeds: Speeds, place: tuple[str, ...], ledger: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -219,11 +232,11 @@ def _count(speeds: Speeds, place: tuple[str, ...], ledger: Mapping[str, Any], co
         speeds.add("answers", ledger["rows"], seconds)
     elif place[-1] == "score":
         speeds.add("rows scored", ledger["candidates_scored"], seconds, memory)
-    elif place[-1] == "finetune" and _on_pairs(config["learner"], int(place[0].removeprefix("iter_"))):
-        speeds.add("pair tokens trained", ledger["training_tokens"], seconds, memory)
     elif place[-1] == "finetune":
-        speeds.add("tokens trained", ledger["training_tokens"], seconds, memory)
-        speeds.add("examples", ledger["rows"] * config["finetune"]["epochs"], seconds)
+        learn = learner_named("sft" if place[0] == "iter_0" else config["learner"])
+        speeds.add(_trained(learn), ledger["training_tokens"], seconds, memory)
+        if learn.reads == "winners":
+            speeds.add("examples", ledger["rows"] * config[learn.section]["epochs"], seconds)
         if place[0] == "iter_0":
             speeds.offline_winners = ledger["rows"]
     elif place[-1] == "train_reward":

@@ -1,4 +1,4 @@
-"""Finetune: the policy learns to give each direction its winner, or to prefer it to a loser.
+"""Finetune: the policy learns, as its learner does, from the rows of a finished stage.
 Run its tests: pytest tests/test_finetuning.py tests/test_loop_options.py
 """
 
@@ -6,21 +6,20 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpa.core.config import FinetuneConfig, PreferenceConfig
-from dpa.core.directions import DirectionSpace
 from dpa.core.records import Ledger
 from dpa.core.reference import Model
 from dpa.models.files import SPACE_FILE
-from dpa.models.finetuning import FinetuneResult, finetune
+from dpa.models.learner import Learner
 from dpa.models.listening import PREFIX, advice, hold_out
-from dpa.models.policy_training import remove_checkpoints
-from dpa.models.preference_training import PreferenceResult, preference_finetune
+from dpa.models.policy_training import remove_checkpoints, train_policy
 from dpa.models.ranks import is_first
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
@@ -30,60 +29,55 @@ _log = logging.getLogger(__name__)
 
 def finetune_policy(
     stage: StageFolder,
-    select_stage: StageFolder,
+    rows_stage: StageFolder,
     policy: Model,
-    space: DirectionSpace,
+    learner: Learner[Any],
     out: Path,
-    config: FinetuneConfig | PreferenceConfig,
-    seed: int,
     earlier: Sequence[StageFolder] = (),
 ) -> Ledger:
-    """Finetune `policy` on the rows of a finished selection, save the new policy at `out`, return what it cost.
+    """Finetune `policy` on the rows of a finished stage, save the new policy at `out`, return what it cost.
 
-    The class of `config` says what the rows are: winners, or pairs. `config.replay` adds rows of the `earlier`
-    selections (see `with_replay`). A finished stage whose policy is as it was sealed is left alone, and a damaged
-    policy is made again; an interrupted training goes on from its newest checkpoint. `log.jsonl` in the stage's folder
-    has the loss of every step; rows that cannot be trained on go to rejects. A few rows are held out to measure
-    listening (models/listening.py); a policy that hardly reads its direction is warned of. The ledger's `extra` has
-    what was measured, counts optimizer steps, replayed rows and, for pairs, the tokens that the reference read too. In
-    a launched training every rank calls this, and the first one writes.
+    The rows are what the learner reads. `replay` of its section adds rows of `earlier` stages (see `with_replay`). A
+    finished stage whose policy is as it was sealed is left alone, and a damaged policy is made again; an interrupted
+    training goes on from its newest checkpoint. `log.jsonl` in the stage's folder has the loss of every step; rows that
+    cannot be trained on go to rejects. A few selected rows are held out to measure listening (models/listening.py); a
+    policy that hardly reads its direction is warned of. The ledger's `extra` has what was measured, counts optimizer
+    steps, replayed rows and what the learner counts. In a launched training every rank calls this, and the first one
+    writes.
 
-    Raises what `models.policy_training.train_policy` raises, and RunFolderError when a selection is not finished.
+    Raises what `models.policy_training.train_policy` raises, and RunFolderError when a stage is not finished.
     """
     if stage.done and (stage.seals or (out / SPACE_FILE).is_file()):
         return stage.ledger
-    begun = time.monotonic()
-    selected, held_out = hold_out(pa.concat_tables(_pools(select_stage)), config.listening_rows)
+    begun, config = time.monotonic(), learner.config
+    held = 0 if learner.reads == "prompts" else config.listening_rows
+    selected, held_out = hold_out(pa.concat_tables(_pools(rows_stage)), held)
     known = pc.unique(held_out["prompt_id"])
     replayed = [
         table.filter(pc.invert(pc.is_in(table["prompt_id"], value_set=known)))
-        for stage in earlier
-        for table in _pools(stage)
+        for before in earlier
+        for table in _pools(before)
     ]
-    rows = with_replay(selected, replayed, config.replay, seed)
+    rows = with_replay(selected, replayed, config.replay, learner.seed)
     measured_on = held_out if len(held_out) else None
+    done = train_policy(learner, policy, rows, out, stage.path, stage.name, measured_on)
+    ledger = learner.cost(done)
     extra = {"replayed": float(len(rows) - len(selected))} if config.replay else {}
-    result: FinetuneResult | PreferenceResult
-    if isinstance(config, PreferenceConfig):
-        result = preference_finetune(policy, rows, space, out, stage.path, config, seed, stage.name, measured_on)
-        extra["reference_tokens"] = result.training_tokens
-    else:
-        result = finetune(policy, rows, space, out, stage.path, config, seed, stage.name, measured_on)
-    if result.listening is not None:
-        extra |= {**result.listening.to_log(), "listening_tokens": float(result.listening_tokens)}
-        if not result.listening.heard and is_first():
-            section = "dpo" if isinstance(config, PreferenceConfig) else "finetune"
-            _log.warning("%s: %s", stage.name, advice(result.listening, section))
-    ledger = Ledger(
-        training_tokens=result.training_tokens,
-        rows=len(rows) - len(result.rejects),
-        rejects=len(result.rejects),
+    extra |= ledger.extra
+    if done.listening is not None:
+        extra |= {**done.listening.to_log(), "listening_tokens": float(done.listening_tokens)}
+        if not done.listening.heard and is_first():
+            _log.warning("%s: %s", stage.name, advice(done.listening, learner.section, learner.advice))
+    ledger = replace(
+        ledger,
+        rows=len(rows) - len(done.rejects),
+        rejects=len(done.rejects),
         wall_s=time.monotonic() - begun,
         peak_memory=peak_memory(),
-        extra={"steps": result.steps, **extra},
+        extra={"steps": done.steps, **extra},
     )
     if is_first():
-        stage.write_rejects(result.rejects)
+        stage.write_rejects(done.rejects)
         stage.finish(ledger, sealed=[out])
         remove_checkpoints(stage.path)
     return ledger

@@ -2,6 +2,7 @@
 Run its tests: pytest tests/test_rollout.py tests/test_faults_rollout.py
 """
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from dpa.core.records import Ledger, Prompt, Sample, Sampler, SampleRequest, can
 from dpa.storage.memory import peak_memory
 from dpa.storage.progress import ProgressBar
 from dpa.storage.run_folder import Reject, StageFolder, count_reasons
-from dpa.storage.schemas import CANDIDATES
+from dpa.storage.schemas import ASKED, CANDIDATES
 from dpa.storage.stopping import StopOnSignal
 
 
@@ -88,8 +89,7 @@ def rollout(
     def directions_of(prompt: Prompt) -> np.ndarray:
         if directions_DK is not None:
             return directions_DK
-        key = stable_hash("directions", seed, stage.name, prompt.prompt_id)
-        return space.sample(config.directions, np.random.default_rng(int(key, 16)))
+        return _drawn(stage, prompt, space, config, seed)
 
     check_rejects()
     started = time.monotonic()
@@ -120,6 +120,29 @@ def rollout(
         if stop.requested:
             raise stop.interrupted(stage.name, len(finished), len(own), "shards")
     return stage.ledger if whole else stage.ledger_of(own)
+
+
+def ask(
+    stage: StageFolder, prompts: Sequence[Prompt], space: DirectionSpace, config: RolloutConfig, seed: int
+) -> Ledger:
+    """Write the prompts and directions that `rollout` would sample (columns ASKED), for a learner that samples."""
+    made_from = stable_hash(seed, space.to_dict(), config.directions, *(prompt.prompt_id for prompt in prompts))
+    for number in stage.missing([made_from]):
+        rows = [
+            {"prompt_id": prompt.prompt_id, "messages": json.dumps(prompt.messages, ensure_ascii=False), "direction": v}
+            for prompt in prompts
+            for v in _drawn(stage, prompt, space, config, seed).tolist()
+        ]
+        stage.write_shard(number, pa.Table.from_pylist(rows, ASKED), Ledger(rows=len(rows)), made_from=made_from)
+    if not stage.done and stage.may_finish([made_from]):
+        stage.finish(shards=1)
+    return stage.ledger
+
+
+def _drawn(stage: StageFolder, prompt: Prompt, space: DirectionSpace, config: RolloutConfig, seed: int) -> np.ndarray:
+    """directions_DK of a prompt."""
+    key = stable_hash("directions", seed, stage.name, prompt.prompt_id)
+    return space.sample(config.directions, np.random.default_rng(int(key, 16)))
 
 
 def _sample_prompts(

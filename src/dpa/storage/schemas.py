@@ -13,6 +13,9 @@ _TEXT, _NUMBER, _FLAG, _DIRECTION = pa.string(), pa.float64(), pa.bool_(), pa.li
 
 PROMPTS = pa.schema({"prompt_id": _TEXT, "messages": _TEXT})
 
+ASKED = pa.schema({"prompt_id": _TEXT, "messages": _TEXT, "direction": _DIRECTION})
+"""Of the rollout of a learner that samples for itself: what it asks."""
+
 RATINGS = pa.schema({"row_id": _TEXT, "prompt_id": _TEXT, "messages": _TEXT, "response": _TEXT, "source": _TEXT})
 """Followed by one float column per attribute: its mark, null where not rated."""
 

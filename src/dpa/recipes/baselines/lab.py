@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from dpa.core.config import FinetuneConfig, PreferenceConfig, RewardConfig, RolloutConfig, RunConfig, SelectionConfig
+from dpa.core.config import RewardConfig, RolloutConfig, RunConfig, SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import RunFolderError, TrainingError
 from dpa.core.records import Ledger, Prompt, Sampler, Scorer, stable_hash
 from dpa.models.files import folder_revision
+from dpa.models.learners import learner_named
 from dpa.models.policy import count_tokens
 from dpa.models.samplers import SamplerSpec
 from dpa.models.scorers import build_scorer
@@ -182,29 +183,31 @@ class Lab:
         Rows have the columns of a select shard; a null direction means that none is stated.
         """
         epochs = tokens / count_tokens(self.config.reference(policy), rows, self.space)
-        return self._train(t, policy, rows, self.config.finetune.model_copy(update={"epochs": epochs}))
+        return self._train(t, policy, rows, "sft", epochs)
 
     def prefer(self, t: int, policy: str | Path, pairs: pa.Table, tokens: float) -> Path:
         """The same by DPO on pairs (columns `chosen` and `rejected` instead of `response`), `config.dpo` saying how."""
         sides = [pairs.append_column("response", pairs[side]) for side in ("chosen", "rejected")]
         epochs = tokens / sum(count_tokens(self.config.reference(policy), rows, self.space) for rows in sides)
-        return self._train(t, policy, pairs, self.config.dpo.model_copy(update={"epochs": epochs}))
+        return self._train(t, policy, pairs, "dpo", epochs)
 
-    def _train(self, t: int, policy: str | Path, rows: pa.Table, config: FinetuneConfig | PreferenceConfig) -> Path:
+    def _train(self, t: int, policy: str | Path, rows: pa.Table, name: str, epochs: float) -> Path:
         stage, out = self.stage(t, "rows"), self.folder / f"iter_{t}" / "policy"
         made_from = stable_hash(*(text for name in ("messages", "prompt_id") for text in rows[name].to_pylist()))
         if stage.shard_digest(0, made_from) is None:
             stage.write_shard(0, rows, Ledger(rows=len(rows)), made_from=made_from)
         if not stage.done:
             stage.finish(shards=1)
-        if config.epochs <= 0:
+        if epochs <= 0:
             raise TrainingError(
                 f"iter_{t}: nothing of the budget of {self.budget:,} tokens is left to train on; raise `budget`, or "
                 "lower this method's prompts or samples in `changes`."
             )
-        config = config.model_copy(update={"listening_rows": 0})  # several methods state no direction, or not as ours
-        start = self.config.reference(policy)
-        finetune_policy(self.stage(t, "finetune"), stage, start, self.space, out, config, self.config.seed + t)
+        learn = learner_named(name)
+        changes = {"epochs": epochs, "listening_rows": 0}  # several methods state no direction, or not as ours
+        config = getattr(self.config, learn.section).model_copy(update=changes)
+        learner = learn(config, self.space, self.config.seed + t)
+        finetune_policy(self.stage(t, "finetune"), stage, self.config.reference(policy), learner, out)
         return out
 
     # --- small things ------------------------------------------------------------------------------------------------

@@ -12,10 +12,7 @@ def run_loop(lab: Lab) -> list[Trained]:
     start = lab.take_over_t0()
     with Loop(_from_t0(lab, start)) as loop:
         for t in range(1, lab.config.iterations + 1):
-            loop.rollout(t)
-            loop.score(t)
-            loop.select(t)
-            loop.finetune(t)
+            loop.learn(t)
         folders = {t: str(loop.policy_folder(t)) for t in range(1, lab.config.iterations + 1)}
     return [_trained(lab, f"t = {t}", folder) for t, folder in folders.items()]
 

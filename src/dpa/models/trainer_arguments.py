@@ -1,0 +1,74 @@
+"""What the Trainers of every learner are told alike: arguments, optimizer, adapters, how a step is shared out.
+Run its tests: pytest tests/test_finetuning.py tests/test_preference_training.py
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from dpa.core.config import TrainingConfig
+from dpa.core.errors import ConfigError
+from dpa.models.optimizers import MuonWithAdamW
+from dpa.models.ranks import ranks
+from dpa.models.training import computes_in_bf16, lora_adapters, trackers
+
+
+def shared_arguments(config: TrainingConfig, section: str, work: Path, seed: int) -> dict[str, Any]:
+    """The arguments that SFTConfig, DPOConfig and GRPOConfig have in common."""
+    cuda = torch.cuda.is_available()
+    return {
+        "output_dir": str(work),
+        "learning_rate": config.learning_rate,
+        "num_train_epochs": config.epochs,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": config.warmup,
+        "weight_decay": config.weight_decay,
+        "bf16": computes_in_bf16(config.bf16),
+        "use_cpu": not cuda,
+        # Undecided: what is trained in one process decides by what memory there is; a launch plays safe.
+        "gradient_checkpointing": cuda and ranks() > 1
+        if config.gradient_checkpointing is None
+        else config.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # else, frozen inputs would stop gradients
+        "dataloader_pin_memory": cuda,
+        "ddp_find_unused_parameters": False,  # all are used; looking for others costs a pass over the graph
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,  # the older one is deleted once the newer is written
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # the default replaces a NaN by the average of earlier losses
+        "disable_tqdm": True,
+        "report_to": trackers(config.report_to, section),
+        "seed": seed,
+    }
+
+
+def optimizer_class(config: TrainingConfig) -> tuple[Any, dict[str, Any]] | None:
+    """A Trainer's `optimizer_cls_and_kwargs`; None for its own AdamW."""
+    if config.optimizer == "adamw":
+        return None
+    # A Trainer calls the factory for a function of (model, **kwargs), once adapters are in place.
+    return _muon_factory, {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+
+
+def adapters(config: TrainingConfig) -> LoraConfig | None:
+    """The adapters to train, where the configuration asks for them."""
+    return None if config.lora is None else lora_adapters(config.lora, "CAUSAL_LM")
+
+
+def accumulation(field: str, per_step: int, per_device_field: str, per_device: int) -> int:
+    """Forward passes of one device in an optimizer step. Raises ConfigError."""
+    together = per_device * ranks()
+    if per_step % together:
+        raise ConfigError(
+            f"{field}: {per_step} is no multiple of {per_device_field} times devices ({together}); "
+            f"take {together * math.ceil(per_step / together)}."
+        )
+    return per_step // together
+
+
+def _muon_factory() -> type[MuonWithAdamW]:
+    return MuonWithAdamW
