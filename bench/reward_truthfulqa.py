@@ -28,7 +28,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
 from dpa.core.config import RatingsConfig, RewardTrainConfig
-from dpa.models.reward_training import split_by_prompt
+from dpa.models.reward_rows import split_by_prompt
 from dpa.models.scorers import RewardModelScorer
 from dpa.stages.ratings import read_ratings
 from dpa.stages.train_reward import train_reward

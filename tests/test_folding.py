@@ -19,7 +19,8 @@ from dpa.models.files import load_space, resolve_model
 from dpa.models.folding import attribute_space, bake_direction, chat_template_of, fold_reward, reward_spec
 from dpa.models.policy import save_policy
 from dpa.models.reward_model import PUBLISHED_TEMPLATE, RELEASED_SPEC, encode, read_spec
-from dpa.models.reward_training import RatedExample, train_reward_model
+from dpa.models.reward_rows import RatedExample
+from dpa.models.reward_training import train_reward_model
 from dpa.models.samplers import SamplerSpec
 from dpa.models.scorers import RewardModelScorer, build_scorer
 

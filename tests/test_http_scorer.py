@@ -17,7 +17,8 @@ from dpa.core.config import HttpRewardConfig, RewardConfig, RewardTrainConfig
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Messages
 from dpa.models.reward_model import forward
-from dpa.models.reward_training import RatedExample, train_reward_model
+from dpa.models.reward_rows import RatedExample
+from dpa.models.reward_training import train_reward_model
 from dpa.models.scorers import RewardModelScorer, build_scorer
 
 ASKED: Messages = [{"role": "user", "content": "Why?"}]

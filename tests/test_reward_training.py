@@ -23,17 +23,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from dpa.core.config import RewardTrainConfig
 from dpa.core.errors import ConfigError, DataError, TrainingError
 from dpa.models.checkpoints import newest_checkpoint
+from dpa.models.reward_head import Head, Unit
 from dpa.models.reward_model import encode, forward, read_spec
 from dpa.models.reward_quality import measure_quality
-from dpa.models.reward_training import (
-    MISSING,
-    Head,
-    RatedExample,
-    Unit,
-    masked_mse,
-    split_by_prompt,
-    train_reward_model,
-)
+from dpa.models.reward_rows import RatedExample, split_by_prompt
+from dpa.models.reward_trainer import UNMARKED, masked_mse
+from dpa.models.reward_training import train_reward_model
 from dpa.models.ridge import fit_ridge
 from dpa.stages.train_reward import print_quality, train_reward
 
@@ -89,7 +84,7 @@ def test_a_row_with_one_mark_trains_one_output() -> None:
     """The gradient of a masked row equals that of the same row in a model that has only that output."""
     torch.manual_seed(0)
     head, features_BH = torch.nn.Linear(8, 3), torch.randn(4, 8)
-    labels_BM = torch.full((4, 3), MISSING)
+    labels_BM = torch.full((4, 3), UNMARKED)
     labels_BM[:, 1] = torch.randn(4)
     masked_mse(head(features_BH), labels_BM, None).backward()
     alone = torch.nn.Linear(8, 1)
@@ -107,7 +102,7 @@ def test_masked_loss_is_the_mean_over_marks_and_does_not_depend_on_accumulation(
     logits, labels = random.normal(size=(2, 6, 3)).astype(np.float32)
     present = random.random((6, 3)) < 0.5
     present[0, 0] = True
-    marked = torch.from_numpy(np.where(present, labels, MISSING).astype(np.float32))
+    marked = torch.from_numpy(np.where(present, labels, UNMARKED).astype(np.float32))
     expected = ((logits - labels)[present] ** 2).mean()
     assert masked_mse(torch.from_numpy(logits), marked, None).item() == pytest.approx(expected, rel=1e-5)
     count = torch.tensor(present.sum())
@@ -116,7 +111,7 @@ def test_masked_loss_is_the_mean_over_marks_and_does_not_depend_on_accumulation(
 
 
 def test_a_batch_without_any_mark_costs_nothing() -> None:
-    assert masked_mse(torch.ones(2, 2), torch.full((2, 2), MISSING), None).item() == 0
+    assert masked_mse(torch.ones(2, 2), torch.full((2, 2), UNMARKED), None).item() == 0
 
 
 # Ridge
@@ -314,12 +309,12 @@ def test_accumulation_gives_the_same_step() -> None:
     torch.manual_seed(0)
     head, features_BH = torch.nn.Linear(8, 2), torch.randn(8, 8)
     labels_BM = torch.randn(8, 2)
-    labels_BM[:5, 1] = MISSING
+    labels_BM[:5, 1] = UNMARKED
     masked_mse(head(features_BH), labels_BM, None).backward()
     whole = head.weight.grad.clone()
     head.weight.grad = None
     for part in (slice(0, 4), slice(4, 8)):
-        masked_mse(head(features_BH[part]), labels_BM[part], (labels_BM != MISSING).sum()).backward()
+        masked_mse(head(features_BH[part]), labels_BM[part], (labels_BM != UNMARKED).sum()).backward()
     assert torch.allclose(head.weight.grad, whole, atol=1e-6)
 
 

@@ -17,7 +17,8 @@ from dpa.core.config import RewardConfig, RewardTrainConfig
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages, Scorer
 from dpa.models.reward_model import PUBLISHED_TEMPLATE, RELEASED_SPEC, conversation_text, encode, forward
-from dpa.models.reward_training import RatedExample, train_reward_model
+from dpa.models.reward_rows import RatedExample
+from dpa.models.reward_training import train_reward_model
 from dpa.models.scorers import FunctionScorer, MixScorer, RewardModelScorer, build_scorer
 
 ASKED: Messages = [{"role": "user", "content": "Why?"}]

@@ -104,7 +104,7 @@ class Card:
         import numpy as np
 
         from dpa.core.config import RatingsConfig
-        from dpa.models.reward_training import RatedExample
+        from dpa.models.reward_rows import RatedExample
         from dpa.stages.ratings import read_ratings
 
         scales = {ATTRIBUTE: (0.0, 100.0)}

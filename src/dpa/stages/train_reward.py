@@ -15,7 +15,8 @@ from rich.table import Table
 from dpa.core.config import RewardTrainConfig
 from dpa.core.errors import ConfigError, TrainingError
 from dpa.models.reward_model import RECORD
-from dpa.models.reward_training import RatedExample, train_reward_model
+from dpa.models.reward_rows import RatedExample
+from dpa.models.reward_training import train_reward_model
 from dpa.storage.console import print_table
 from dpa.storage.schemas import number_matrix
 from dpa.storage.tables import read_json
