@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from tune_baselines import Trial, development_config
 
+from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.compare import Job, work_through
 from dpa.storage.tables import read_json
 
@@ -53,7 +54,7 @@ def measured(trial: Trial) -> dict[str, Any]:
 
 def table(config: Any, seeds: list[int], names: list[str]) -> str:
     """Markdown: means over seeds, and for the utility the difference from the unchanged loop in each seed."""
-    trials = {name: [Trial(config, "pooled", seed, VARIANTS[name]) for seed in seeds] for name in names}
+    trials = {name: [Trial(config, METHODS["pooled"], seed, VARIANTS[name]) for seed in seeds] for name in names}
     done = {name: list(map(measured, each)) for name, each in trials.items() if all(trial.done for trial in each)}
     if UNCHANGED not in done:
         return "the unchanged loop is not done yet"
@@ -84,7 +85,7 @@ def main() -> None:
     wanted = [part.strip() for part in args.only.split(",")]
     names = [name for name in VARIANTS if name == UNCHANGED or any(part in name for part in wanted)]
     config = development_config(args.out, seeds, dict(flag.split("=", 1) for flag in args.flags))
-    trials = [Trial(config, "pooled", seed, VARIANTS[name]) for name in names for seed in seeds]
+    trials = [Trial(config, METHODS["pooled"], seed, VARIANTS[name]) for name in names for seed in seeds]
     if not args.table:
         failed = work_through([*(Job(config, None, seed) for seed in seeds), *trials], args.workers, Console())
         print("\n".join(failed))

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from dpa.core.compare_config import CompareConfig, load_comparison
 from dpa.core.config import RunConfig, parse_config, resolved, set_dotted
+from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.compare import Job, work_through
-from dpa.stages.compare import POINTS
 from dpa.storage.tables import read_json
 from dpa.world.comparison import write_recipe, write_worlds
 
@@ -37,9 +37,8 @@ COMMON = [common("4.0e-3", rows="4"), common("4.0e-3"), common("2.0e-3"), common
 # under one, of as many more prompts as the rows not trained on pay for.
 ONE = {"rollout.directions": "1", "rollout.samples": "9", "finetune.epochs": "1", "prompts.count": "445"}
 TRIALS: dict[str, list[dict[str, str]]] = {
-    "pooled": COMMON,
+    **dict.fromkeys(METHODS, COMMON),
     "per_direction": [common("4.0e-3") | ONE, *COMMON[1:]],
-    "scalar_rsf": COMMON,
     "sft": COMMON[:3],
     "dpo": [
         common(before) | {"dpo.learning_rate": rate}
@@ -49,11 +48,10 @@ TRIALS: dict[str, list[dict[str, str]]] = {
         common("2.0e-3", temperature=temperature) | {"dpo.learning_rate": rate}
         for temperature, rate in (("1.0", "5.0e-5"), ("1.0", "1.5e-4"), ("1.0", "5.0e-4"), ("0.8", "5.0e-5"))
     ],
-    "steerlm": COMMON,
-    "ric": COMMON,
-    "soups": COMMON,
 }
 """Method -> its trials, each a few fields of the run; the others are those of world/assets/compare.yaml."""
+AS_POOLED = ("pooled_third", "random_candidate")
+"""They run with what is best for `pooled`."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Trial(Job):
     @property
     def folder(self) -> Path:
         """Beside the other trials of its method."""
-        return Path(self.config.out) / f"seed_{self.seed}" / f"{self.method} {self.label}"
+        return Path(self.config.out) / f"seed_{self.seed}" / f"{self.place} {self.label}"
 
     @property
     def settings(self) -> RunConfig:
@@ -83,7 +81,7 @@ class Trial(Job):
     @property
     def name(self) -> str:
         """For people."""
-        return f"seed {self.seed}, {self.method} {self.label}"
+        return f"seed {self.seed}, {self.place} {self.label}"
 
 
 def row(trial: Trial) -> dict[str, Any]:
@@ -114,12 +112,12 @@ def table(trials: list[Trial]) -> str:
         "| method | trial | seeds | expected utility | helpfulness, center | hypervolume / 1000 | tau | tokens | s |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
-    for method in dict.fromkeys(trial.method for trial, _ in done):
+    for method in dict.fromkeys(trial.method.name for trial, _ in done if trial.method):
         by_label: dict[str, list[dict[str, Any]]] = {}
         for trial, found in done:
-            if trial.method == method:
+            if trial.method == METHODS[method]:
                 by_label.setdefault(trial.label, []).append(found)
-        key = "center" if method in POINTS else "utility"
+        key = "center" if METHODS[method].point else "utility"
         means = {label: sum(f[key] for f in found) / len(found) for label, found in by_label.items()}
         for label, found in by_label.items():
             cells = [sum(f[name] for f in found) / len(found) for name in ("utility", "center", "volume")]
@@ -142,9 +140,10 @@ def development_config(out: Path, seeds: list[int], flags: dict[str, str]) -> Co
 
 def main() -> None:
     """Run the trials that are not done, print the table."""
+    tuned = [name for name, method in METHODS.items() if method.by_default and name not in AS_POOLED]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/tune"))
-    parser.add_argument("--methods", default=",".join(TRIALS))
+    parser.add_argument("--methods", default=",".join(tuned))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--set", action="append", default=[], dest="flags")
     parser.add_argument("--trials", help="comma-separated places in each method's list of trials")
@@ -154,9 +153,9 @@ def main() -> None:
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     config = development_config(args.out, seeds, dict(flag.split("=", 1) for flag in args.flags))
-    places = [int(place) for place in args.trials.split(",")] if args.trials else range(max(map(len, TRIALS.values())))
+    places = [int(place) for place in args.trials.split(",")] if args.trials else range(len(COMMON))
     trials = [
-        Trial(config, method, seed, TRIALS[method][place])
+        Trial(config, METHODS[method], seed, TRIALS[method][place])
         for place in places
         for method in args.methods.split(",")
         if place < len(TRIALS[method])

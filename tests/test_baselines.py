@@ -26,6 +26,7 @@ from dpa.recipes.baselines import demonstrations, dpo, prompted, soups, steerlm
 from dpa.recipes.baselines.asking import TranslatingSampler, with_system, without_direction
 from dpa.recipes.baselines.lab import Lab, spent, unstated
 from dpa.recipes.baselines.labels import asking, labelled, targets, weight_range
+from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.baselines.ric import near_front
 from dpa.recipes.compare import Job
 from dpa.world.answers import answer_of_size
@@ -46,7 +47,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     config = load_comparison(recipe, flags)
     write_worlds(folder / "world", folder / "run", [0], quick=True)
     Job(config, None, 0).run()
-    return Job(config, "sft", 0).lab
+    return Job(config, METHODS["sft"], 0).lab
 
 
 def in_folder(lab: Lab, folder: Path) -> Lab:

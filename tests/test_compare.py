@@ -13,14 +13,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dpa.core.compare_config import ASKED_FOR, METHODS, CompareConfig, load_comparison
+from dpa.core.compare_config import load_comparison
 from dpa.core.errors import ConfigError
+from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.compare import Comparison
 from dpa.world.comparison import QUICK, RECIPE, write_recipe
 
 COMMAND = [sys.executable, "-m", "dpa", "compare", "--quick", "--out"]
 
-BY_DEFAULT = [method for method in METHODS if method not in ASKED_FOR]
+BY_DEFAULT = [name for name, method in METHODS.items() if method.by_default]
 """What a comparison compares unless its file names others."""
 
 
@@ -117,7 +118,7 @@ def test_a_finished_comparison_does_no_work_and_one_with_other_settings_is_refus
 
 def test_the_demos_comparison_loads_with_every_methods_settings(tmp_path: Path) -> None:
     config = load_comparison(write_recipe(tmp_path, tmp_path / "out"))
-    assert config.methods == BY_DEFAULT
+    assert list(Comparison(config).methods) == BY_DEFAULT
     assert len(config.seeds) >= 3
     for method in BY_DEFAULT:
         settings = config.run_config(1, tmp_path / method, method)
@@ -132,21 +133,21 @@ def test_the_demos_comparison_loads_with_every_methods_settings(tmp_path: Path) 
     ("change", "message"),
     [
         ({"budjet": "5"}, r"budjet: unknown key; did you mean `budget`"),
-        ({"methods": "[stearlm]"}, r"methods\.0: 'stearlm' is not accepted"),
+        ({"methods": "[stearlm]"}, r"methods: 'stearlm' is not known; did you mean `steerlm`"),
         ({"seeds": "[1, 1]"}, r"seeds: .* is not accepted; give different seeds"),
         ({"run.rollout.sampels": "5"}, r"run\.rollout\.sampels: unknown key; did you mean `samples`"),
         ({"changes.sft": "{finetune.rate: 1}"}, r"run\.finetune\.rate: unknown key"),
+        ({"changes.stf": "{finetune.epochs: 1}"}, r"changes: 'stf' is not known; did you mean `sft`"),
         ({"run.seed": "5"}, r"run\.seed: the comparison sets it"),
         ({"run.ratings": "[]"}, r"run\.ratings: a comparison needs rated data"),
     ],
 )
 def test_a_wrong_field_is_named_before_any_work(tmp_path: Path, change: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_comparison(write_recipe(tmp_path, tmp_path / "out"), change)
+        Comparison(load_comparison(write_recipe(tmp_path, tmp_path / "out"), change))
 
 
 def test_a_comparison_of_ones_own_needs_a_configuration(tmp_path: Path) -> None:
-    assert CompareConfig.model_fields["methods"].default == BY_DEFAULT
     wrong = [sys.executable, "-m", "dpa", "compare", str(tmp_path / "none.yaml")]
     done = subprocess.run(wrong, capture_output=True, text=True)
     assert done.returncode == 2

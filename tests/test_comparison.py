@@ -10,6 +10,7 @@ from fakes import space_of
 from dpa.core.compare_config import CompareConfig
 from dpa.core.comparison import Front, height_at, heights, lead, over_seeds
 from dpa.core.config import EvaluateConfig
+from dpa.recipes.baselines.methods import METHODS
 from dpa.stages.compare import summarise
 
 SEEDS, DRAWS = 3, 200
@@ -124,7 +125,7 @@ def summary(leads_by: float) -> dict:
         ("steerlm", "last"): scores(80),
         ("sft", "last"): scores(70, moves=False),
     }
-    return summarise(found, data, space, settings, config)  # type: ignore[arg-type]
+    return summarise(METHODS, found, data, space, settings, config)  # type: ignore[arg-type]
 
 
 def test_the_report_says_which_claims_hold() -> None:

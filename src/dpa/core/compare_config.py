@@ -8,37 +8,13 @@ Run its tests: pytest tests/test_compare.py
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dpa.core.config import PathText, RunConfig, parse_config, read_yaml, set_dotted
 from dpa.core.errors import ConfigError
-
-Method = Literal[
-    "pooled",
-    "pooled_third",
-    "per_direction",
-    "online_dpo",
-    "random_candidate",
-    "scalar_rsf",
-    "sft",
-    "dpo",
-    "steerlm",
-    "ric",
-    "soups",
-    "demonstrations",
-    "prompted",
-    "best_of_start",
-]
-METHODS: tuple[Method, ...] = get_args(Method)
-"""In the order of reports: the method, its variants, its controls, and what it is compared with."""
-
-UNTRAINED: tuple[Method, ...] = ("prompted", "best_of_start")
-"""The start policy as it came: they spend nothing of the budget."""
-ASKED_FOR: tuple[Method, ...] = (*UNTRAINED, "demonstrations")
-"""Compared only where `methods` names them: they need an instruct model, or people's own answers."""
 
 SEED = "{seed}"
 
@@ -51,8 +27,10 @@ class CompareConfig(BaseModel):
     name: str = Field("comparison", description="Title of the report.")
     out: PathText = Field(description="Results folder. The same command resumes it.")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="Each seed is a world, or a run, of its own.")
-    methods: list[Method] = Field(
-        [method for method in METHODS if method not in ASKED_FOR], min_length=1, description="What is compared."
+    methods: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description="What is compared (docs/comparison.md names them); null: all but those that need an instruct model "
+        "or people's own answers.",
     )
     workers: int = Field(2, ge=1, description="Processes that work side by side, one torch thread each.")
     budget: int = Field(
@@ -66,7 +44,7 @@ class CompareConfig(BaseModel):
         description="The loop every method shares: the fields of docs/configuration.md but `name`, `out` and `seed`. "
         "`{seed}` in any text stands for the seed."
     )
-    changes: dict[Method, dict[str, Any]] = Field(
+    changes: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="Method -> dotted field of `run` -> its value for that method.",
     )
@@ -82,7 +60,7 @@ class CompareConfig(BaseModel):
         """What a results folder belongs to: more seeds, methods or workers extend it, or pace it."""
         return self.model_copy(update={"seeds": [], "methods": [], "workers": 1, "resamples": 1, "tolerance": 1})
 
-    def run_config(self, seed: int, out: Path, method: Method | None = None) -> RunConfig:
+    def run_config(self, seed: int, out: Path, method: str | None = None) -> RunConfig:
         """The configuration of the loop for one seed (and method), in the folder `out`. Raises ConfigError."""
         for field in ("name", "out", "seed"):
             if field in self.run:
@@ -101,7 +79,7 @@ def load_comparison(path: str | Path, overrides: Mapping[str, str] | None = None
     config = parse_config(read_yaml(path, overrides), CompareConfig)
     if not config.run.get("ratings"):
         raise ConfigError("run.ratings: a comparison needs rated data; most of its methods begin with it.")
-    for method in config.methods:
+    for method in (None, *config.changes):
         config.run_config(config.seeds[0], Path(config.out), method)
     return config
 

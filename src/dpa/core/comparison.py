@@ -5,7 +5,8 @@ Letters: S seeds, R bootstrap draws, D directions along an arc in the order they
 is held equal. A front is the path through the D mean points (x, y), here (verbosity, helpfulness).
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,32 @@ from dpa.core.measures import Interval, interval
 
 PLACES = 21
 """Evenly spaced places of the shared range at which two fronts are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What a method says of itself to a comparison and its report.
+
+    name         how a configuration and a results folder call it
+    title        how people do
+    color        on light and on dark pages
+    kind         subject: what the others are compared with; variant: a variant of it, or a control; other: not ours
+    point        it knows no direction: one point instead of a front
+    bar          points by which the subject's front is to be above it wherever both are; 0: simply above; None: no bar
+    saves_on     the method of whose generated tokens it is to need at most a third for the same hypervolume
+    spends_less  it may spend less than the budget
+    by_default   compared where a configuration names no methods
+    """
+
+    name: str
+    title: str
+    color: tuple[str, str]
+    kind: Literal["subject", "variant", "other"] = "other"
+    point: bool = False
+    bar: float | None = None
+    saves_on: str | None = None
+    spends_less: bool = False
+    by_default: bool = True
 
 
 class Front(NamedTuple):

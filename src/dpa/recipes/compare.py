@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
@@ -28,27 +28,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from dpa.core.compare_config import METHODS, CompareConfig, Method
+from dpa.core.compare_config import CompareConfig
 from dpa.core.config import RunConfig, resolved
 from dpa.core.errors import DpaError, EngineError, Interrupted, RunFolderError
 from dpa.models.samplers import die_with_parent
 from dpa.models.scorers import FunctionScorer
-from dpa.recipes.baselines import (
-    best_of_start,
-    demonstrations,
-    dpo,
-    online_dpo,
-    per_direction,
-    pooled,
-    prompted,
-    random_candidate,
-    ric,
-    scalar_rsf,
-    sft,
-    soups,
-    steerlm,
-)
-from dpa.recipes.baselines.lab import MEASURING, Lab, Trained, spent
+from dpa.recipes.baselines.lab import MEASURING, Lab, Method, Trained, spent
+from dpa.recipes.baselines.methods import compared
 from dpa.recipes.dpa import Loop
 from dpa.stages.compare import summarise
 from dpa.stages.compare_report import write_comparison
@@ -60,24 +46,9 @@ from dpa.storage.stopping import StopOnSignal, end_on_signal
 from dpa.storage.tables import read_json, read_record, write_record
 from dpa.version import __version__
 
-TRAIN: dict[Method, Callable[[Lab], list[Trained]]] = {
-    "pooled": pooled.train,
-    "pooled_third": pooled.train,
-    "per_direction": per_direction.train,
-    "online_dpo": online_dpo.train,
-    "random_candidate": random_candidate.train,
-    "scalar_rsf": scalar_rsf.train,
-    "sft": sft.train,
-    "dpo": dpo.train,
-    "steerlm": steerlm.train,
-    "ric": ric.train,
-    "soups": soups.train,
-    "demonstrations": demonstrations.train,
-    "prompted": prompted.train,
-    "best_of_start": best_of_start.train,
-}
-
 SHARED = "shared"
+T0 = "t = 0"
+"""Name of the policy that the subject of a comparison starts from."""
 _log = logging.getLogger(__name__)
 _POLL_S = 0.2
 
@@ -93,7 +64,12 @@ class Job:
     @property
     def folder(self) -> Path:
         """Where it works."""
-        return Path(self.config.out) / f"seed_{self.seed}" / (self.method or SHARED)
+        return Path(self.config.out) / f"seed_{self.seed}" / self.place
+
+    @property
+    def place(self) -> str:
+        """Its folder's name: its method's."""
+        return self.method.name if self.method else SHARED
 
     @property
     def shared(self) -> "Job":
@@ -103,7 +79,7 @@ class Job:
     @property
     def settings(self) -> RunConfig:
         """The configuration of the loop for it."""
-        return self.config.run_config(self.seed, self.folder, self.method)
+        return self.config.run_config(self.seed, self.folder, self.method and self.method.name)
 
     @property
     def ready(self) -> bool:
@@ -118,7 +94,8 @@ class Job:
     @property
     def name(self) -> str:
         """For people."""
-        return f"seed {self.seed}, {(self.method or 'what its methods share').replace('_', ' ')}"
+        what = self.method.name.replace("_", " ") if self.method else "what its methods share"
+        return f"seed {self.seed}, {what}"
 
     @property
     def done(self) -> bool:
@@ -151,7 +128,7 @@ class Job:
             return
         with RunFolder(self.folder).open(self.settings):
             lab = self.lab
-            policies = [(trained.name, measure(lab, trained)) for trained in TRAIN[self.method](lab)]
+            policies = [(trained.name, measure(lab, trained)) for trained in self.method.train(lab)]
             cost = spent(self.folder)
             write_record(
                 self.folder / "job.json",
@@ -184,11 +161,11 @@ class Comparison:
     """All jobs of a comparison, and the report over those that are done."""
 
     def __init__(self, config: CompareConfig) -> None:
-        self.config = config
+        self.methods = compared(config)
+        self.config = config = config.model_copy(update={"methods": list(self.methods)})
         self.console = Console(stderr=True)
         self.shared = [Job(config, None, seed) for seed in config.seeds]
-        methods = [method for method in METHODS if method in config.methods]
-        self.jobs = [Job(config, method, seed) for seed in config.seeds for method in methods]
+        self.jobs = [Job(config, method, seed) for seed in config.seeds for method in self.methods.values()]
 
     def run(self) -> Path:
         """Do every job that is not done, write the report, return its path. Raises DpaError, Interrupted."""
@@ -211,13 +188,14 @@ class Comparison:
         if not done:
             raise EngineError("no job is done, so there is nothing to report; look at the log.txt of each.")
         seeds = [seed for seed in self.config.seeds if any(job.seed == seed for job in done)]
-        methods = [method for method in METHODS if seeds == [job.seed for job in done if job.method == method]]
+        jobs = {name: [job for job in done if job.method == method] for name, method in self.methods.items()}
+        jobs = {name: own for name, own in jobs.items() if seeds == [job.seed for job in own]}
         example = self.config.run_config(seeds[0], Path(self.config.out))
-        found = {method: [self._found(Job(self.config, method, seed)) for seed in seeds] for method in methods}
+        found = {name: [self._found(job) for job in own] for name, own in jobs.items()}
         scores = {
-            (method, policy["name"]): [self._scores(Job(self.config, method, seed), policy["name"]) for seed in seeds]
-            for method in methods
-            for policy in found[method][0]["policies"]
+            (name, policy["name"]): [self._scores(job, policy["name"]) for job in own]
+            for name, own in jobs.items()
+            for policy in found[name][0]["policies"]
         }
         results = {
             "name": self.config.name,
@@ -227,15 +205,15 @@ class Comparison:
             "space": example.space.build().to_dict(),
             "config": resolved(self.config),
             "shared": [job.record for job in self.shared if job.seed in seeds],
-            **summarise(found, scores, example.space.build(), example.evaluate, self.config),
+            **summarise(self.methods, found, scores, example.space.build(), example.evaluate, self.config),
         }
         return write_comparison(Path(self.config.out), results)
 
     def _found(self, job: Job) -> dict[str, Any]:
-        """A job's record; the loop's own starts with t = 0, which was measured once for all."""
+        """A job's record; the subject's starts with t = 0, which was measured once for all."""
         found = job.record
-        assert found is not None, "only jobs that are done are reported"
-        if job.method == "pooled":
+        assert found is not None and job.method is not None, "only jobs that are done are reported"
+        if job.method.kind == "subject":
             file = job.shared.folder / "iter_0" / "evaluate" / "evaluation.json"
             try:
                 t0 = read_record(file, EVALUATION, optional=None)
@@ -244,13 +222,13 @@ class Comparison:
                     f"compare: {str(error).split('; ')[0]}; delete {job.shared.folder / 'job.json'} and run the same "
                     "command again."
                 ) from None
-            found = {**found, "policies": [{"name": "t = 0", "evaluation": t0}, *found["policies"]]}
+            found = {**found, "policies": [{"name": T0, "evaluation": t0}, *found["policies"]]}
         return found
 
     def _scores(self, job: Job, policy: str) -> dict[str, np.ndarray]:
         """reward -> scores_DPK of one policy on its seed's held-out prompts."""
         lab, settings = job.lab, job.settings
-        if job.method == "pooled" and policy == "t = 0":
+        if policy == T0:
             folder = lab.shared / "iter_0" / "evaluate"
             stages = {name: StageFolder(folder / name, f"evaluate/{name}") for name in ("rollout", "score", "gold")}
         else:

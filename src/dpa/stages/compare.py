@@ -3,61 +3,25 @@ Run its tests: pytest tests/test_comparison.py
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from dpa.core.compare_config import UNTRAINED, CompareConfig, Method
-from dpa.core.comparison import Front, height_at, lead, over_seeds
+from dpa.core.compare_config import CompareConfig
+from dpa.core.comparison import Entry, Front, height_at, lead, over_seeds
 from dpa.core.config import EvaluateConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.measures import all_measures, bootstrap_means, mean_over_prompts
 
-SUBJECT: Method = "pooled"
-"""The method the others are compared with."""
-
-TITLES: dict[Method, str] = {
-    "pooled": "DPA, pooled",
-    "pooled_third": "DPA, pooled, a third of the samples",
-    "per_direction": "DPA, literal",
-    "online_dpo": "online DPO by direction",
-    "random_candidate": "random candidate",
-    "scalar_rsf": "scalar RSF",
-    "sft": "SFT",
-    "dpo": "DPO",
-    "steerlm": "SteerLM",
-    "ric": "Rewards-in-Context",
-    "soups": "Rewarded Soups",
-    "demonstrations": "SFT on demonstrations",
-    "prompted": "start policy, told a length",
-    "best_of_start": "start policy, best of n",
-}
-POINTS: tuple[Method, ...] = ("sft", "dpo", "scalar_rsf", "demonstrations")
-"""Methods that know no direction: one point instead of a front."""
-
-BARS: dict[Method, float] = {
-    "steerlm": 2.0,
-    "ric": 2.0,
-    "sft": 2.0,
-    "dpo": 2.0,
-    "scalar_rsf": 2.0,
-    "soups": 0.0,
-    "demonstrations": 0.0,
-    "prompted": 0.0,
-    "best_of_start": 0.0,
-}
-"""Points by which the subject's front is to be above a method's, wherever both are; 0: simply above."""
-
-SMALL_BUDGET: tuple[Method, ...] = ("pooled_third",)
-"""Saves on generation, and may spend less for it."""
-
-Scores = Mapping[tuple[Method, str], Sequence[Mapping[str, np.ndarray]]]
+Scores = Mapping[tuple[str, str], Sequence[Mapping[str, np.ndarray]]]
 """(method, policy) -> for each seed, reward -> scores_DPK."""
 
 
 def summarise(
-    found: Mapping[Method, Sequence[Mapping[str, Any]]],
+    methods: Mapping[str, Entry],
+    found: Mapping[str, Sequence[Mapping[str, Any]]],
     scores: Scores,
     space: DirectionSpace,
     settings: EvaluateConfig,
@@ -65,6 +29,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The numbers of the report, all of it JSON; every interval is over seeds and prompts.
 
+    methods        what each method says of itself
     upward, arcs   the objective that fronts are compared in, and those held equal
     policies       one per (method, policy): method, title, name, last, point, words,
                    fronts {reward: {arc: [{angle, direction, x, y}]}}, measures {name: interval, or {objective: ..}},
@@ -72,7 +37,7 @@ def summarise(
     equal          {arc: {"at": [x], "rows": {title: [interval or null]}}}, by the best reward
     leads          {arc: [{method, title, bar, least, least_at, mean, low, high, share, holds, sentence}]}
     rises          [{from, to, arc, least, mean, hypervolume}] of the subject's iterations
-    thrift         the pooled loop at a third of the samples against the literal one; null where one is missing
+    thrift         a method that is to save generated tokens against the one it saves on; null where one is missing
     costs          [{method, title, generated, training, total, of_budget, scored, wall_s, equal}]
     claims         [{holds, sentence}], the first thing to read
     """
@@ -80,31 +45,25 @@ def summarise(
     reward = "gold" if settings.gold else "model"
     upward = space.names[int(abs(space.center_K).argmax())]
     arcs = [arc for arc in space.arc_names if arc != upward]
-    data = {
-        key: _Policy(by_seed, space, grid_DK, config.resamples, settings.reference, reward)
-        for key, by_seed in scores.items()
-    }
-    last = {method: (method, [p for m, p in scores if m == method][-1]) for method in found}
-    policies = [data[key].record(key, last[key[0]] == key, found[key[0]], upward, arcs) for key in scores]
-    fronts = {
-        (key, arc): data[key].front(arc, upward, reward, point=key[0] in POINTS) for key in scores for arc in arcs
-    }
+    data = [
+        _Policy(methods[method], name, by_seed, space, grid_DK, config.resamples, settings.reference, reward, upward)
+        for (method, name), by_seed in scores.items()
+    ]
+    last = {policy.method.name: policy for policy in data}
+    policies = [policy.record(policy is last[policy.method.name], found[policy.method.name], arcs) for policy in data]
     leads, rises, equal = {}, [], {}
-    if SUBJECT in last:
+    subject = next((policy for policy in last.values() if policy.method.kind == "subject"), None)
+    if subject:
         for arc in arcs:
-            ours = fronts[last[SUBJECT], arc]
-            leads[arc] = [
-                _lead(method, ours, fronts[last[method], arc], arc, upward) for method in last if method != SUBJECT
-            ]
-            equal[arc] = _equal(ours, {TITLES[m]: fronts[last[m], arc] for m in last if m not in POINTS})
-        names = [policy for method, policy in scores if method == SUBJECT]
-        rises = [
-            _rise(before, after, data[SUBJECT, before], data[SUBJECT, after], arcs[0], upward, reward)
-            for before, after in pairwise(names)
-        ]
-    costs = [_cost(method, found[method], config) for method in found]
-    thrift = _thrift(data, last, found)
+            leads[arc] = [_lead(subject, other, arc) for other in last.values() if other is not subject]
+            steered = [policy for policy in last.values() if not policy.method.point]
+            equal[arc] = _equal(subject.front(arc), {policy.method.title: policy.front(arc) for policy in steered})
+        own = [policy for policy in data if policy.method is subject.method]
+        rises = [_rise(before, after, arcs[0]) for before, after in pairwise(own)]
+    costs = [_cost(methods[name], found[name], config) for name in found]
+    thrift, said = _thrift(last, found), fields(Entry)
     return {
+        "methods": {name: {field.name: getattr(methods[name], field.name) for field in said} for name in found},
         "upward": upward,
         "arcs": arcs,
         "reward": reward,
@@ -114,7 +73,7 @@ def summarise(
         "rises": rises,
         "thrift": thrift,
         "costs": costs,
-        "claims": _claims(leads, rises, thrift, costs, arcs, upward, config),
+        "claims": _claims(methods, leads, rises, thrift, costs, arcs, upward, config),
     }
 
 
@@ -123,14 +82,18 @@ class _Policy:
 
     def __init__(
         self,
+        method: Entry,
+        name: str,
         by_seed: Sequence[Mapping[str, np.ndarray]],
         space: DirectionSpace,
         grid_DK: np.ndarray,
         resamples: int,
         reference: float,
         reward: str,
+        upward: str,
     ) -> None:
-        self.space, self.grid_DK = space, grid_DK
+        self.method, self.name, self.space, self.grid_DK = method, name, space, grid_DK
+        self.reward, self.upward = reward, upward
         self.means = {name: np.stack([mean_over_prompts(one[name]) for one in by_seed]) for name in by_seed[0]}
         self.draws = {
             name: np.stack([bootstrap_means(one[name], resamples, seed) for seed, one in enumerate(by_seed)])
@@ -144,28 +107,20 @@ class _Policy:
         ]
         self.drawn = {key: np.array([[one[key] for one in seed] for seed in drawn]) for key in each[0]}
 
-    def front(self, arc: str, upward: str, reward: str, point: bool = False) -> Front:
-        """The path of the arc's directions, in the order they are asked."""
-        rows = self._rows(arc)
-        x, y = self.space.names.index(arc), self.space.names.index(upward)
+    def front(self, arc: str, reward: str | None = None) -> Front:
+        """The path of the arc's directions, in the order they are asked; by the best reward unless one is named."""
+        rows, reward = self._rows(arc), reward or self.reward
+        x, y = self.space.names.index(arc), self.space.names.index(self.upward)
         means_SDK, draws_SRDK = self.means[reward][:, rows], self.draws[reward][:, :, rows]
         front = Front(means_SDK[..., x], means_SDK[..., y], draws_SRDK[..., x], draws_SRDK[..., y])
-        return front.as_point() if point else front
+        return front.as_point() if self.method.point else front
 
     def measure(self, key: tuple[str, str | None]) -> tuple[np.ndarray, np.ndarray]:
         """(values_S, draws_SR) of a measure."""
         return self.values[key], self.drawn[key]
 
-    def record(
-        self,
-        key: tuple[Method, str],
-        is_last: bool,
-        found: Sequence[Mapping[str, Any]],
-        upward: str,
-        arcs: Sequence[str],
-    ) -> dict[str, Any]:
+    def record(self, is_last: bool, found: Sequence[Mapping[str, Any]], arcs: Sequence[str]) -> dict[str, Any]:
         """What the report shows of it."""
-        method, name = key
         measures: dict[str, Any] = {}
         for (measure, objective), value_S in self.values.items():
             interval = over_seeds(value_S, self.drawn[measure, objective])
@@ -173,19 +128,16 @@ class _Policy:
                 measures[measure] = interval
             else:
                 measures.setdefault(measure, {})[objective] = interval
-        evaluations = [next(p["evaluation"] for p in one["policies"] if p["name"] == name) for one in found]
+        evaluations = [next(p["evaluation"] for p in one["policies"] if p["name"] == self.name) for one in found]
         words_SD = np.array([[d["words"]["value"] for d in evaluation["directions"]] for evaluation in evaluations])
         return {
-            "method": method,
-            "title": TITLES[method],
-            "name": name,
+            "method": self.method.name,
+            "title": self.method.title,
+            "name": self.name,
             "last": is_last,
-            "point": method in POINTS,
+            "point": self.method.point,
             "words": [float(words_SD.mean(axis=0).min()), float(words_SD.mean(axis=0).max())],
-            "fronts": {
-                reward: {arc: self._points(arc, upward, reward, method in POINTS) for arc in arcs}
-                for reward in self.means
-            },
+            "fronts": {reward: {arc: self._points(arc, reward) for arc in arcs} for reward in self.means},
             "measures": measures,
             "utility": {
                 reward: over_seeds(self._utility(self.means[reward]), self._utility(self.draws[reward]))
@@ -193,8 +145,8 @@ class _Policy:
             },
         }
 
-    def _points(self, arc: str, upward: str, reward: str, point: bool) -> list[dict[str, Any]]:
-        front, rows = self.front(arc, upward, reward, point), self._rows(arc)
+    def _points(self, arc: str, reward: str) -> list[dict[str, Any]]:
+        front, rows, point = self.front(arc, reward), self._rows(arc), self.method.point
         angles = self.space.asked_angle(self.grid_DK[rows], arc)
         return [
             {
@@ -214,10 +166,11 @@ class _Policy:
         return np.einsum("...dk,dk->...d", means, self.grid_DK).mean(axis=-1)
 
 
-def _lead(method: Method, ours: Front, theirs: Front, arc: str, upward: str) -> dict[str, Any]:
-    found, bar = lead(ours, theirs), BARS.get(method)
-    title, us = TITLES[method], TITLES[SUBJECT]
-    about: dict[str, Any] = {"method": method, "title": title, "bar": bar, "holds": None}
+def _lead(subject: _Policy, other: _Policy, arc: str) -> dict[str, Any]:
+    theirs, upward, bar = other.front(arc), subject.upward, other.method.bar
+    found = lead(subject.front(arc), theirs)
+    title, us = other.method.title, subject.method.title
+    about: dict[str, Any] = {"method": other.method.name, "title": title, "bar": bar, "holds": None}
     point = theirs.x_SD.shape[1] == 1
     if found.least is None or found.mean is None:
         where = f"its {arc} ({theirs.x_SD.mean():.0f})" if point else f"any {arc} in every seed"
@@ -263,15 +216,15 @@ def _equal(ours: Front, fronts: Mapping[str, Front]) -> dict[str, Any]:
     return {"at": at, "rows": {title: [height_at(front, x) for x in at] for title, front in fronts.items()}}
 
 
-def _rise(before: str, after: str, old: _Policy, new: _Policy, arc: str, upward: str, reward: str) -> dict[str, Any]:
-    found = lead(new.front(arc, upward, reward), old.front(arc, upward, reward))
+def _rise(old: _Policy, new: _Policy, arc: str) -> dict[str, Any]:
+    found = lead(new.front(arc), old.front(arc))
     volumes = (each.measure(("hypervolume", None)) for each in (new, old))
     (value_S, draws_SR), (was_S, was_SR) = volumes
     cones = (each.measure(("cone_hypervolume", None)) for each in (new, old))
     (cone_S, cone_SR), (cone_was_S, cone_was_SR) = cones
     return {
-        "from": before,
-        "to": after,
+        "from": old.name,
+        "to": new.name,
         "arc": arc,
         "least": found.least,
         "mean": found.mean,
@@ -280,29 +233,30 @@ def _rise(before: str, after: str, old: _Policy, new: _Policy, arc: str, upward:
     }
 
 
-def _thrift(
-    data: Mapping[tuple[Method, str], _Policy],
-    last: Mapping[Method, tuple[Method, str]],
-    found: Mapping[Method, Sequence[Mapping[str, Any]]],
-) -> dict[str, Any] | None:
-    if "pooled_third" not in last or "per_direction" not in last:
+def _thrift(last: Mapping[str, _Policy], found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:
+    cheap = next((policy for policy in last.values() if policy.method.saves_on in last), None)
+    if cheap is None:
         return None
-    cheap, literal = data[last["pooled_third"]], data[last["per_direction"]]
-    tokens = [np.mean([one["cost"]["tokens_generated"] for one in found[m]]) for m in ("pooled_third", "per_direction")]
-    result: dict[str, Any] = {"tokens": [float(each) for each in tokens], "share": float(tokens[0] / tokens[1])}
+    full = last[str(cheap.method.saves_on)]
+    tokens = [np.mean([one["cost"]["tokens_generated"] for one in found[p.method.name]]) for p in (cheap, full)]
+    result: dict[str, Any] = {
+        "titles": [cheap.method.title, full.method.title],
+        "tokens": [float(each) for each in tokens],
+        "share": float(tokens[0] / tokens[1]),
+    }
     for name in ("hypervolume", "cone_hypervolume"):
-        (a_S, a_SR), (b_S, b_SR) = (each.measure((name, None)) for each in (cheap, literal))
+        (a_S, a_SR), (b_S, b_SR) = (each.measure((name, None)) for each in (cheap, full))
         result[name] = over_seeds(100 * (a_S / b_S - 1), 100 * (a_SR / b_SR - 1))
     return result
 
 
-def _cost(method: Method, found: Sequence[Mapping[str, Any]], config: CompareConfig) -> dict[str, Any]:
+def _cost(method: Entry, found: Sequence[Mapping[str, Any]], config: CompareConfig) -> dict[str, Any]:
     ledgers = [one["cost"] for one in found]
     total_S = np.array([ledger["tokens_generated"] + ledger["training_tokens"] for ledger in ledgers])
     of_budget_S = total_S / config.budget
     return {
-        "method": method,
-        "title": TITLES[method],
+        "method": method.name,
+        "title": method.title,
         "generated": float(np.mean([ledger["tokens_generated"] for ledger in ledgers])),
         "training": float(np.mean([ledger["training_tokens"] for ledger in ledgers])),
         "total": float(total_S.mean()),
@@ -314,6 +268,7 @@ def _cost(method: Method, found: Sequence[Mapping[str, Any]], config: CompareCon
 
 
 def _claims(
+    methods: Mapping[str, Entry],
     leads: Mapping[str, Sequence[Mapping[str, Any]]],
     rises: Sequence[Mapping[str, Any]],
     thrift: Mapping[str, Any] | None,
@@ -329,6 +284,7 @@ def _claims(
         if row["bar"] is not None
     ]
     if rises:
+        title = next(method.title for method in methods.values() if method.kind == "subject")
         up = [rise for rise in rises if rise["mean"] and rise["mean"]["value"] > 0]
         steps = ", ".join(
             f"{r['to']} {_said(r['mean'])}" if r["mean"] else f"{r['to']} nowhere to compare" for r in rises
@@ -338,24 +294,23 @@ def _claims(
         claims.append(
             {
                 "holds": holds,
-                "sentence": f"The front of {TITLES[SUBJECT]} {text}: {upward} at equal {arcs[0]} changes on average by "
+                "sentence": f"The front of {title} {text}: {upward} at equal {arcs[0]} changes on average by "
                 f"(against the iteration before) {steps}.",
             }
         )
     if thrift:
-        volume = thrift["hypervolume"]
+        volume, (cheap, full) = thrift["hypervolume"], thrift["titles"]
         holds = thrift["share"] <= 1 / 3 and volume["value"] >= 0
         reach = "reaches" if volume["value"] >= 0 else "does NOT reach"
         claims.append(
             {
                 "holds": holds,
-                "sentence": f"Pooled selection with {100 * thrift['share']:.0f}% of the generated tokens {reach} the "
-                f"literal loop's last hypervolume: {_said(volume)} % of difference (cone hypervolume "
+                "sentence": f"{cheap}, with {100 * thrift['share']:.0f}% of the tokens that {full} generates, {reach} "
+                f"its last hypervolume: {_said(volume)} % of difference (cone hypervolume "
                 f"{_said(thrift['cone_hypervolume'])} %).",
             }
         )
-    free = (*SMALL_BUDGET, *UNTRAINED)
-    off = [row["title"] for row in costs if not row["equal"] and row["method"] not in free]
+    off = [row["title"] for row in costs if not row["equal"] and not methods[row["method"]].spends_less]
     within = f"within {100 * config.tolerance:.0f}% of {config.budget:,} tokens generated and trained on"
     claims.append(
         {

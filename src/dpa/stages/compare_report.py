@@ -16,39 +16,7 @@ from dpa.storage.tables import write_bytes, write_json
 
 REWARD_TITLES = {"gold": "true reward", "model": "model reward"}
 
-COLORS = {
-    "pooled": ("#143f8c", "#6fc3ff"),
-    "pooled_third": ("#5b86d6", "#9fb8ff"),
-    "per_direction": ("#0f8a7d", "#5fe0cf"),
-    "online_dpo": ("#7a4fb5", "#c59bff"),
-    "random_candidate": ("#8a8378", "#a9a297"),
-    "scalar_rsf": ("#3d3a36", "#d9d4cb"),
-    "sft": ("#a3671f", "#e0b070"),
-    "dpo": ("#b3261e", "#ff8a80"),
-    "steerlm": ("#d17a00", "#f0a93a"),
-    "ric": ("#c22f5b", "#ff768e"),
-    "soups": ("#3f8f2f", "#8fd97a"),
-    "demonstrations": ("#6b5b2a", "#d8c27a"),
-    "prompted": ("#4d6a79", "#9fc3d6"),
-    "best_of_start": ("#8c4a6b", "#e6a3c4"),
-}
-"""Method -> its colour on light and on dark pages: the same everywhere on the page."""
-
 MARKS = ("●", "■", "◆", "▲")  # as charts draws them
-
-STEERED = (
-    "pooled",
-    "steerlm",
-    "ric",
-    "soups",
-    "scalar_rsf",
-    "sft",
-    "dpo",
-    "demonstrations",
-    "prompted",
-    "best_of_start",
-)
-VARIANTS = ("pooled", "per_direction", "pooled_third", "online_dpo", "random_candidate")
 
 GLOSSARY = {
     "hypervolume": "what the front dominates above the reference point, every objective maximised.",
@@ -113,7 +81,7 @@ def comparison_html(results: Record) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f'<meta name="color-scheme" content="light dark"><title>{name} · comparison</title>'
-        f"<style>{STYLE}{_STYLE}{_colors()}</style></head><body><main>"
+        f"<style>{STYLE}{_STYLE}{_colors(results)}</style></head><body><main>"
         f"<header><p class='kicker'>Directional preference alignment · dpa {escape(str(results['version']))} · "
         f"seeds {escape(seeds)}</p><h1>{name}</h1>{_headline(results)}</header>{body}"
         "</main></body></html>\n"
@@ -125,7 +93,7 @@ def comparison_html(results: Record) -> str:
 
 def _headline(results: Record) -> str:
     holding = sum(claim["holds"] for claim in results["claims"])
-    subject = next((p for p in results["policies"] if p["method"] == "pooled" and p["last"]), None)
+    subject = next((p for p in _of_kind(results, "subject") if p["last"]), None)
     tiles = [tile(f"{holding} of {len(results['claims'])}", "claims hold (below)")]
     if subject:
         measures = subject["measures"]
@@ -165,13 +133,9 @@ def _claims(results: Record) -> str:
 def _fronts(results: Record) -> str:
     figures, upward, reward = [], results["upward"], results["reward"]
     for arc in results["arcs"]:
-        for caption, chosen in (("what it is compared with", STEERED), ("its variants and its control", VARIANTS)):
-            series = [
-                _series(policy, reward, arc, upward)
-                for method in chosen
-                for policy in results["policies"]
-                if policy["method"] == method and policy["last"]
-            ]
+        for caption, kind in (("what it is compared with", "other"), ("its variants and its control", "variant")):
+            shown = [policy for policy in _of_kind(results, "subject", kind) if policy["last"]]
+            series = [_series(results, policy, arc) for policy in shown]
             title = f"{upward} against {arc}: DPA and {caption}"
             if series:
                 figures.append(_chart(series, title, arc, upward))
@@ -203,14 +167,14 @@ def _equal(results: Record) -> str:
             least = (f"{number(row['least']['value'])} at {row['least_at']:.0f}", value_and_range(row["least"])[1])
             bar = "no bar" if row["bar"] is None else f"{'yes' if row['holds'] else 'NO'} (bar {row['bar']:g})"
             rows.append([row["title"], reach, least, value_and_range(row["mean"]), bar])
-        caption = f"Lead of DPA, pooled, in {results['upward']} at equal {arc}"
+        caption = f"Lead of {_of_kind(results, 'subject')[0]['title']}, in {results['upward']} at equal {arc}"
         tables.append(table(caption, ["against", f"shared {arc}", "least lead", "mean lead", "holds"], rows))
     note = "Linear interpolation along each front, per seed; a method that is one point is compared where it stands."
     return f'<p class="note">{note}</p>{"".join(tables)}' if tables else ""
 
 
 def _iterations(results: Record) -> str:
-    policies = [policy for policy in results["policies"] if policy["method"] == "pooled"]
+    policies = _of_kind(results, "subject")
     if len(policies) < 2:
         return ""
     reward, arc, upward = results["reward"], results["arcs"][0], results["upward"]
@@ -218,7 +182,7 @@ def _iterations(results: Record) -> str:
         Series(policy["name"], 100 + place, _points(policy, reward, arc, upward))
         for place, policy in enumerate(policies)
     ]
-    title = f"DPA, pooled, over its iterations: {upward} against {arc}"
+    title = f"{policies[0]['title']}, over its iterations: {upward} against {arc}"
     legend = "".join(
         f'<li class="s{100 + place}"><i aria-hidden="true">{MARKS[(100 + place) % 4]}</i>{escape(policy["name"])}</li>'
         for place, policy in enumerate(policies)
@@ -330,8 +294,13 @@ def _configuration(results: Record) -> str:
 # --- pieces --------------------------------------------------------------------------------------------------------
 
 
-def _series(policy: Record, reward: str, arc: str, upward: str) -> Series:
-    return Series(policy["title"], _color(policy["method"]), _points(policy, reward, arc, upward))
+def _of_kind(results: Record, *kinds: str) -> list[Record]:
+    return [policy for policy in results["policies"] if results["methods"][policy["method"]]["kind"] in kinds]
+
+
+def _series(results: Record, policy: Record, arc: str) -> Series:
+    points = _points(policy, results["reward"], arc, results["upward"])
+    return Series(policy["title"], _place(results, policy), points)
 
 
 def _points(policy: Record, reward: str, arc: str, upward: str) -> tuple[Point, ...]:
@@ -360,27 +329,26 @@ def _range(interval: Record) -> tuple[float, float] | None:
     return None if interval["low"] is None else (interval["low"], interval["high"])
 
 
-def _color(method: str) -> int:
-    return list(COLORS).index(method)
+def _place(results: Record, policy: Record) -> int:
+    """Of its method among those compared: its mark and its colour are the same everywhere on the page."""
+    return list(results["methods"]).index(policy["method"])
 
 
 def _legend(results: Record) -> str:
-    shown = [policy for policy in results["policies"] if policy["last"]]
     items = "".join(
-        f'<li class="s{_color(policy["method"])}"><i aria-hidden="true">{MARKS[_color(policy["method"]) % 4]}</i>'
-        f"{escape(policy['title'])}</li>"
-        for policy in shown
+        f'<li class="s{place}"><i aria-hidden="true">{MARKS[place % 4]}</i>{escape(method["title"])}</li>'
+        for place, method in enumerate(results["methods"].values())
     )
     return f'<ul class="legend">{items}</ul>'
 
 
-def _colors() -> str:
+def _colors(results: Record) -> str:
     """CSS classes of the series: a colour for each method, and s100, s101, ... for the iterations, early to late."""
     early_to_late = (("#9a8f7f", "#8f8980"), ("#d17a00", "#f0a93a"), ("#c22f5b", "#ff768e"), ("#6a2c91", "#c593ff"))
-    iterations = {
-        100 + place: early_to_late[place] if place < len(early_to_late) else COLORS["pooled"] for place in range(20)
-    }
-    colors = dict(enumerate(COLORS.values())) | iterations
+    methods = results["methods"].values()
+    lasting = next((method["color"] for method in methods if method["kind"] == "subject"), early_to_late[-1])
+    iterations = {100 + place: early_to_late[place] if place < len(early_to_late) else lasting for place in range(20)}
+    colors = dict(enumerate(method["color"] for method in methods)) | iterations
     light = "".join(f".s{place}{{--c:{pair[0]}}}" for place, pair in colors.items())
     dark = "".join(f".s{place}{{--c:{pair[1]}}}" for place, pair in colors.items())
     return f"{light}@media(prefers-color-scheme:dark){{{dark}}}"

@@ -68,5 +68,6 @@ def compare_demo(
     world = out.with_name(f"{out.name}-world")
     recipe = write_recipe(world, out)
     config = load_comparison(recipe, flags)
+    comparison = Comparison(config)
     write_worlds(world, out, config.seeds, development, quick)
-    return Comparison(config).run()
+    return comparison.run()

@@ -8,7 +8,7 @@ Published: best-of-n (WebGPT 2112.09332). Ours: n.
 
 from dpa.models.best_of import BestOfSampler
 from dpa.recipes.baselines.asking import TranslatingSampler, without_direction
-from dpa.recipes.baselines.lab import Lab, Trained
+from dpa.recipes.baselines.lab import Lab, Method, Trained
 
 CANDIDATES = 4
 
@@ -21,3 +21,14 @@ def train(lab: Lab) -> list[Trained]:
         return BestOfSampler(told_nothing, lab.scorer, lab.space, CANDIDATES)
 
     return [Trained(f"best of {CANDIDATES}", build)]
+
+
+METHOD = Method(
+    name="best_of_start",
+    title="start policy, best of n",
+    color=("#8c4a6b", "#e6a3c4"),
+    bar=0.0,
+    spends_less=True,
+    by_default=False,
+    train=train,
+)

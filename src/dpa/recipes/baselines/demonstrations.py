@@ -8,7 +8,7 @@ Published: finetuning on demonstrations (InstructGPT's first step, 2203.02155). 
 import pyarrow.compute as pc
 
 from dpa.core.errors import DataError
-from dpa.recipes.baselines.lab import Lab, Trained, as_candidates, unstated
+from dpa.recipes.baselines.lab import Lab, Method, Trained, as_candidates, unstated
 from dpa.stages.ratings import read_ratings
 
 SOURCE = "expert"
@@ -21,3 +21,14 @@ def train(lab: Lab) -> list[Trained]:
     if not len(rows):
         raise DataError(f"demonstrations: no rated row has the source `{SOURCE}`; leave this method out.")
     return [lab.as_point("SFT on demonstrations", lab.finetune(0, lab.config.policy, unstated(rows), lab.budget))]
+
+
+METHOD = Method(
+    name="demonstrations",
+    title="SFT on demonstrations",
+    color=("#6b5b2a", "#d8c27a"),
+    point=True,
+    bar=0.0,
+    by_default=False,
+    train=train,
+)

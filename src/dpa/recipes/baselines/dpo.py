@@ -11,7 +11,7 @@ the learning rate are guesses until they are tuned (bench/tune_baselines.py).
 import numpy as np
 import pyarrow as pa
 
-from dpa.recipes.baselines.lab import Lab, Trained, unstated
+from dpa.recipes.baselines.lab import Lab, Method, Trained, unstated
 from dpa.storage.schemas import PAIRS
 
 SFT_SHARE = 0.5
@@ -53,3 +53,13 @@ def rated_pairs(lab: Lab, best: pa.Table) -> pa.Table:
         [field for field in PAIRS if field.name not in ("chosen_id", "rejected_id")]
     )  # rated rows: no ids
     return pa.Table.from_pylist([pairs[place] for place in order], schema)
+
+
+METHOD = Method(
+    name="dpo",
+    title="DPO",
+    color=("#b3261e", "#ff8a80"),
+    point=True,
+    bar=2.0,
+    train=train,
+)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from dpa.core.comparison import Entry
 from dpa.core.config import RewardConfig, RolloutConfig, RunConfig, SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import RunFolderError, TrainingError
@@ -47,6 +48,13 @@ class Trained(NamedTuple):
 
     name: str
     open: Callable[[], Sampler]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Entry):
+    """A method as its file states it: what a report must know of it, and how it trains. Line it up in methods.py."""
+
+    train: Callable[["Lab"], list[Trained]]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,11 @@ def run_loop(lab: Lab) -> list[Trained]:
     return [_trained(lab, f"t = {t}", folder) for t, folder in folders.items()]
 
 
+def last_of_loop(lab: Lab) -> list[Trained]:
+    """The policy of t = T alone."""
+    return run_loop(lab)[-1:]
+
+
 def _from_t0(lab: Lab, start: str) -> RunConfig:
     """The method's configuration without t = 0: from the policy and the reward model that are there."""
     own = {"out": str(lab.folder / "loop"), "policy": start, "ratings": [], "reward": resolved(lab.reward)}

@@ -8,10 +8,13 @@ Published: preference-conditioned online DPO on pairs made under sampled weights
 beta and the learning rate, and half as many pairs as the pooled loop trains rows, since a pair is two responses.
 """
 
-from dpa.recipes.baselines.lab import Lab, Trained
-from dpa.recipes.baselines.loops import run_loop
+from dpa.recipes.baselines.lab import Method
+from dpa.recipes.baselines.loops import last_of_loop
 
-
-def train(lab: Lab) -> list[Trained]:
-    """The last policy."""
-    return run_loop(lab)[-1:]
+METHOD = Method(
+    name="online_dpo",
+    title="online DPO by direction",
+    color=("#7a4fb5", "#c59bff"),
+    kind="variant",
+    train=last_of_loop,
+)

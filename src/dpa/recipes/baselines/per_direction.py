@@ -7,10 +7,13 @@ Published: the step, one direction for a prompt. Ours: the numbers, which the pa
 directions of three samples did better than one of nine over more prompts (docs/findings.md).
 """
 
-from dpa.recipes.baselines.lab import Lab, Trained
-from dpa.recipes.baselines.loops import run_loop
+from dpa.recipes.baselines.lab import Method
+from dpa.recipes.baselines.loops import last_of_loop
 
-
-def train(lab: Lab) -> list[Trained]:
-    """The policies of t = 1..T."""
-    return run_loop(lab)[-1:]
+METHOD = Method(
+    name="per_direction",
+    title="DPA, literal",
+    color=("#0f8a7d", "#5fe0cf"),
+    kind="variant",
+    train=last_of_loop,
+)

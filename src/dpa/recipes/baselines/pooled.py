@@ -7,10 +7,7 @@ Published: the loop, the prompt, the reward model. Ours: the pool serves first t
 best-of-(D x N) costs no more generation than best-of-N did; the numbers of prompts, directions, samples and iterations.
 """
 
-from dpa.recipes.baselines.lab import Lab, Trained
+from dpa.recipes.baselines.lab import Method
 from dpa.recipes.baselines.loops import run_loop
 
-
-def train(lab: Lab) -> list[Trained]:
-    """The policies of t = 1..T."""
-    return run_loop(lab)
+METHOD = Method(name="pooled", title="DPA, pooled", color=("#143f8c", "#6fc3ff"), kind="subject", train=run_loop)

@@ -14,7 +14,7 @@ import numpy as np
 from dpa.core.errors import ConfigError
 from dpa.core.records import Message, Messages, SampleRequest
 from dpa.recipes.baselines.asking import TranslatingSampler
-from dpa.recipes.baselines.lab import Lab, Trained
+from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.labels import targets
 
 LENGTH = "verbosity"
@@ -47,3 +47,14 @@ def asked_for(messages: Messages, words: int) -> Messages:
     wish = f"Answer in about {words} word{'s' if words > 1 else ''}."
     last: Message = {"role": messages[-1]["role"], "content": f"{messages[-1]['content']}\n\n{wish}"}
     return [{"role": "system", "content": wish}, *(m for m in messages[:-1] if m["role"] != "system"), last]
+
+
+METHOD = Method(
+    name="prompted",
+    title="start policy, told a length",
+    color=("#4d6a79", "#9fc3d6"),
+    bar=0.0,
+    spends_less=True,
+    by_default=False,
+    train=train,
+)

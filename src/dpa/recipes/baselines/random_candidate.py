@@ -6,10 +6,13 @@ configuration sets `selection.method: random`. It starts from the policy of t = 
 Published: nothing; a control of ours.
 """
 
-from dpa.recipes.baselines.lab import Lab, Trained
-from dpa.recipes.baselines.loops import run_loop
+from dpa.recipes.baselines.lab import Method
+from dpa.recipes.baselines.loops import last_of_loop
 
-
-def train(lab: Lab) -> list[Trained]:
-    """The last policy."""
-    return run_loop(lab)[-1:]
+METHOD = Method(
+    name="random_candidate",
+    title="random candidate",
+    color=("#8a8378", "#a9a297"),
+    kind="variant",
+    train=last_of_loop,
+)

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.measures import edge_directions, pareto_front
-from dpa.recipes.baselines.lab import Lab, Trained
+from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.labels import asking, labelled
 from dpa.storage.schemas import ANSWERS
 
@@ -58,3 +58,12 @@ def near_front(prompt_ids: list[str], scores_RK: np.ndarray, space: DirectionSpa
         rows.setdefault(prompt_id, []).append(place)
     kept = [np.array(own)[pareto_front(utility_RE[own])] for own in rows.values()]
     return np.sort(np.concatenate(kept)) if kept else np.empty(0, dtype=int)
+
+
+METHOD = Method(
+    name="ric",
+    title="Rewards-in-Context",
+    color=("#c22f5b", "#ff768e"),
+    bar=2.0,
+    train=train,
+)

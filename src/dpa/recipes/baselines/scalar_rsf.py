@@ -8,7 +8,7 @@ of the budget for t = 0, the rest in equal parts; the numbers of prompts and sam
 """
 
 from dpa.recipes.baselines.asking import without_direction
-from dpa.recipes.baselines.lab import Lab, Trained, unstated
+from dpa.recipes.baselines.lab import Lab, Method, Trained, unstated
 
 OFFLINE = 0.3
 """Share of the budget for t = 0."""
@@ -23,3 +23,13 @@ def train(lab: Lab) -> list[Trained]:
         lab.rollout(t, lab.sampler(policy, translate=without_direction), center_K[None])
         policy = lab.finetune(t, policy, unstated(lab.best_sampled(center_K, t)), lab.left - goal)
     return [lab.as_point(f"t = {T}", policy)]
+
+
+METHOD = Method(
+    name="scalar_rsf",
+    title="scalar RSF",
+    color=("#3d3a36", "#d9d4cb"),
+    point=True,
+    bar=2.0,
+    train=train,
+)

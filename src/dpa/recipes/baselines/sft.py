@@ -7,10 +7,20 @@ Published: finetuning on demonstrations. Ours: the demonstrations are each promp
 budget allows.
 """
 
-from dpa.recipes.baselines.lab import Lab, Trained, unstated
+from dpa.recipes.baselines.lab import Lab, Method, Trained, unstated
 
 
 def train(lab: Lab) -> list[Trained]:
     """One policy, one point."""
     rows = unstated(lab.best_rated(lab.space.center_K))
     return [lab.as_point("SFT", lab.finetune(0, lab.config.policy, rows, lab.budget))]
+
+
+METHOD = Method(
+    name="sft",
+    title="SFT",
+    color=("#a3671f", "#e0b070"),
+    point=True,
+    bar=2.0,
+    train=train,
+)

@@ -16,7 +16,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.measures import edge_directions
 from dpa.models.soups import SoupSampler
 from dpa.recipes.baselines.asking import without_direction
-from dpa.recipes.baselines.lab import Lab, Trained, unstated
+from dpa.recipes.baselines.lab import Lab, Method, Trained, unstated
 
 SFT_SHARE, OFFLINE = 0.2, 0.4
 """Share of the budget for SFT, and of a specialist's part for the rated responses."""
@@ -56,3 +56,12 @@ def mixture(direction: tuple[float, ...], space: DirectionSpace) -> list[float]:
     if rho < 1e-9 or lean_E.sum() < 1e-9:
         return [1.0, *np.zeros(len(ends_EK))]
     return [1.0 - rho, *(rho * lean_E / lean_E.sum()).tolist()]
+
+
+METHOD = Method(
+    name="soups",
+    title="Rewarded Soups",
+    color=("#3f8f2f", "#8fd97a"),
+    bar=0.0,
+    train=train,
+)

@@ -16,7 +16,7 @@ import numpy as np
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import SCALE
-from dpa.recipes.baselines.lab import Lab, Trained
+from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.labels import asking, labelled
 
 OFFLINE = 0.67
@@ -41,3 +41,12 @@ def write_label(space: DirectionSpace, scores_K: np.ndarray) -> str:
     """`helpfulness:9,verbosity:3,warmth:0`: scores on 0-100 as whole numbers 0 to 9."""
     values_K = np.clip(np.round(scores_K / SCALE[1] * STEPS), 0, STEPS).astype(int)
     return ",".join(f"{name}:{value}" for name, value in zip(space.names, values_K, strict=True))
+
+
+METHOD = Method(
+    name="steerlm",
+    title="SteerLM",
+    color=("#d17a00", "#f0a93a"),
+    bar=2.0,
+    train=train,
+)

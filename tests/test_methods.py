@@ -1,0 +1,74 @@
+"""A new method is one file (toy_method.py) and one line; the comparison trains, measures, judges and draws it.
+
+pytest tests/test_methods.py
+"""
+
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import toy_method
+import yaml
+from toy_run import toy_config
+
+from dpa.core.compare_config import load_comparison
+from dpa.core.config import resolved
+from dpa.core.errors import ConfigError
+from dpa.recipes.baselines.methods import METHODS, compared
+from dpa.recipes.compare import Comparison
+
+
+def toy_comparison(folder: Path, **fields: object) -> Path:
+    """A comparison's file over toy_run.py's world, with rated rows; returns its path."""
+    rows = [
+        {"prompt": f"Who? {n}", "response": word, "helpfulness": len(word), "verbosity": n % 5}
+        for n in range(6)
+        for word in ("I", "you and I")
+    ]
+    (folder / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scales = {"helpfulness": [0, 10], "verbosity": [0, 10]}
+    run = resolved(toy_config(folder, folder, ratings=[{"path": str(folder / "rated.jsonl"), "scales": scales}]))
+    run = {name: value for name, value in run.items() if name not in ("name", "out", "seed")}
+    whole = {"out": str(folder / "out"), "seeds": [0], "budget": 3000, "resamples": 20, "run": run, **fields}
+    file = folder / "compare.yaml"
+    file.write_text(yaml.safe_dump(whole))
+    return file
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """The one line."""
+    METHODS["toy"] = toy_method.METHOD
+    yield
+    del METHODS["toy"]
+
+
+def test_a_method_that_is_a_file_and_a_line_is_trained_measured_and_reported(tmp_path: Path, registered: None) -> None:
+    comparison = Comparison(load_comparison(toy_comparison(tmp_path, methods=["toy", "pooled"])))
+    for job in (*comparison.shared, *comparison.jobs):
+        pickle.loads(pickle.dumps(job)).run()  # as it comes to a process of its own
+    page = comparison.report()
+    results = json.loads(page.with_name("results.json").read_text())
+    assert [policy["method"] for policy in results["policies"]] == ["pooled", "pooled", "toy"]
+    assert results["policies"][-1]["point"] and len(results["policies"][-1]["fronts"]["model"]["verbosity"]) == 1
+    (lead,) = results["leads"]["verbosity"]
+    assert (lead["method"], lead["title"], lead["bar"]) == ("toy", "a toy", 50.0)
+    (cost,) = [row for row in results["costs"] if row["method"] == "toy"]
+    assert cost["total"] == pytest.approx(3000, rel=0.1)
+    assert "a toy" in page.read_text() and "#123456" in page.read_text() and "#abcdef" in page.read_text()
+    assert (tmp_path / "out" / "seed_0" / "toy" / "job.json").is_file()
+
+
+def test_only_names_that_are_registered_are_compared(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="methods: 'toy' is not known"):
+        compared(load_comparison(toy_comparison(tmp_path, methods=["toy"])))
+
+
+def test_methods_are_named_apart_and_one_of_them_is_the_subject() -> None:
+    assert all(name == method.name for name, method in METHODS.items())
+    assert len({method.title for method in METHODS.values()}) == len(METHODS)
+    assert len({method.color for method in METHODS.values()}) == len(METHODS)
+    assert [name for name, method in METHODS.items() if method.kind == "subject"] == ["pooled"]
+    assert all(method.saves_on in METHODS for method in METHODS.values() if method.saves_on)
