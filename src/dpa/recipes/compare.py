@@ -79,7 +79,7 @@ class Job:
     @property
     def settings(self) -> RunConfig:
         """The configuration of the loop for it."""
-        return self.config.run_config(self.seed, self.folder, self.method and self.method.name)
+        return self.config.run_config(self.seed, self.folder, self.method.name if self.method else None)
 
     @property
     def ready(self) -> bool:
