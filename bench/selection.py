@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from dpa.core.selection import hull_arcs, select
+from dpa.core.selection import select
 
 
 def plain(scores_PNK: np.ndarray, directions_DK: np.ndarray) -> np.ndarray:
@@ -25,7 +25,7 @@ def peak_mb() -> float:
 
 
 def main() -> None:
-    """Time both, and the hull of every pool for K = 2."""
+    """Time both."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--candidates", type=int, default=1_000_000)
     parser.add_argument("--pool", type=int, default=16)
@@ -46,9 +46,6 @@ def main() -> None:
         winners[name] = run(scores_PNK, directions_DK)
         print(f"{name:12s} {time.perf_counter() - begun:6.2f} s   peak memory {peak_mb():6.0f} MB")
     assert (winners["select"] == winners["plain"]).all()
-    begun = time.perf_counter()
-    arcs = sum(len(hull_arcs(pool_NK)) for pool_NK in scores_PNK[: prompts // 10, :, :2])
-    print(f"hull arcs    {time.perf_counter() - begun:6.2f} s   for {prompts // 10:,} pools ({arcs:,} arcs)")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dpa.models.chat_template import steerable_template
 from dpa.models.files import load_space, resolve_model
 from dpa.models.folding import attribute_space, bake_direction, chat_template_of, fold_reward, reward_spec
 from dpa.models.policy import save_policy
-from dpa.models.reward_model import PUBLISHED_TEMPLATE, RELEASED_SPEC, encode, read_spec
+from dpa.models.reward_model import PUBLISHED_CONVERSATION, RELEASED_SPEC, encode, read_spec
 from dpa.models.reward_rows import RatedExample
 from dpa.models.reward_training import train_reward_model
 from dpa.models.samplers import SamplerSpec
@@ -144,11 +144,11 @@ def test_a_changed_reward_model_is_not_folded(reward_folder: Path, tmp_path: Pat
 
 
 def test_the_published_template_as_a_chat_template() -> None:
-    tokenizer = tiny_tokenizer(chat_template_of(PUBLISHED_TEMPLATE))
+    tokenizer = tiny_tokenizer(chat_template_of(PUBLISHED_CONVERSATION))
     golden = RELEASED_SPEC.golden
     talk = [*golden.messages, {"role": "assistant", "content": golden.response}]
     text = tokenizer.apply_chat_template(talk, tokenize=False)
-    assert text == PUBLISHED_TEMPLATE.format(prompt=golden.messages[0]["content"], response=golden.response)
+    assert text == PUBLISHED_CONVERSATION.format(prompt=golden.messages[0]["content"], response=golden.response)
 
 
 def test_a_copy_of_the_released_reward_model_is_read_by_its_preset(tmp_path: Path) -> None:

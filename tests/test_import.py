@@ -10,7 +10,6 @@ import pytest
 import dpa
 
 PUBLIC = [
-    "Arc",
     "Direction",
     "DirectionSpace",
     "DpaError",
@@ -24,7 +23,6 @@ PUBLIC = [
     "UserError",
     "__version__",
     "cone_hypervolume",
-    "hull_arcs",
     "hypervolume",
     "load_config",
     "measure",
@@ -60,7 +58,7 @@ def test_import_loads_nothing_heavy():
 
 
 def test_directions_and_selection_need_no_torch():
-    code = "import sys, dpa; dpa.DirectionSpace; dpa.select; dpa.hull_arcs; dpa.measure; print(*sys.modules)"
+    code = "import sys, dpa; dpa.DirectionSpace; dpa.select; dpa.measure; print(*sys.modules)"
     loaded = run_python(code).stdout.split()
     assert not {"torch", "transformers", "pydantic"} & set(loaded)
 

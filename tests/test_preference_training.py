@@ -23,7 +23,7 @@ from dpa.models.files import load_space
 from dpa.models.learner import RowEncoder, TrainingRecord
 from dpa.models.policy import make_steerable
 from dpa.models.policy_training import train_policy
-from dpa.storage.run_folder import Reject
+from dpa.storage.stage_records import Reject
 
 QUESTION = json.dumps([{"role": "user", "content": "Why?"}])
 CONFIG = PreferenceConfig(

@@ -26,7 +26,7 @@ from dpa.stages.ratings import (
     summarise,
     to_hundred,
 )
-from dpa.storage.run_folder import Reject
+from dpa.storage.stage_records import Reject
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 needs_helpsteer = pytest.mark.skipif(not (SHARED / "helpsteer2-100").is_dir(), reason="no ../shared/data")

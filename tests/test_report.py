@@ -235,7 +235,7 @@ def test_the_ledger_adds_up(two):
     page = Page(report_html(two))
     assert "What each stage cost" in page.text
     total = page.text[page.text.index("total", page.text.index("What each stage cost")) :]
-    assert total.startswith("total" + "180" + "0" + "0" + "3,000" + "0" + "5,000" + "68.5 s" + "3.0 GiB")
+    assert total.startswith("total" + "180" + "0" + "3,000" + "0" + "5,000" + "68.5 s" + "3.0 GiB")
 
 
 def test_what_half_precision_costs_the_reward_model_is_said(two):

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from dpa.core.errors import ConfigError, DataError, TrainingError
 from dpa.core.records import Messages, stable_hash
 from dpa.models.cutting import cut_prompt
-from dpa.models.reward_model import PLAIN_TEMPLATE, encode
+from dpa.models.reward_model import PLAIN_CONVERSATION, encode
 from dpa.models.reward_rows import RatedExample
 from dpa.models.reward_training import train_reward_model
 from dpa.models.ridge import FOLDS, PENALTIES_PER_ROW, choose_constant, choose_penalties, fit_ridge
@@ -213,7 +213,7 @@ def test_cut_by_choice_all_rows_train_and_the_saved_model_still_passes_its_self_
     AutoTokenizer.from_pretrained(tmp_path / "reward")
 
 
-@pytest.mark.parametrize("template", [None, PLAIN_TEMPLATE])
+@pytest.mark.parametrize("template", [None, PLAIN_CONVERSATION])
 def test_what_is_cut_is_the_start_of_the_prompt(template: str | None) -> None:
     tokenizer = tiny_tokenizer()
     turns: Messages = [

@@ -18,7 +18,8 @@ from dpa.core.records import Ledger
 from dpa.storage.identity import content_digest
 from dpa.storage.memory import free_memory_of_machine, peak_memory
 from dpa.storage.progress import AtWork, ProgressBar
-from dpa.storage.run_folder import Reject, RunFolder, StageFolder, count_reasons
+from dpa.storage.run_folder import RunFolder, StageFolder
+from dpa.storage.stage_records import Reject, count_reasons, read_ledger
 
 
 def table(*values: int) -> pa.Table:
@@ -202,3 +203,9 @@ def test_free_memory_obeys_the_limit_of_a_container(tmp_path: Path) -> None:
     (first / "memory.usage_in_bytes").write_text("2500\n")
     (first / "memory.stat").write_text("total_inactive_file 100\n")
     assert free_memory_of_machine(tmp_path, own) == 0
+
+
+def test_a_ledger_with_the_column_that_is_gone_is_still_read() -> None:
+    assert read_ledger({"tokens_generated": 3, "prompt_tokens": 0, "extra": {"x": 1.0}}) == Ledger(3, extra={"x": 1.0})
+    with pytest.raises(TypeError):
+        read_ledger({"prompts": 3})

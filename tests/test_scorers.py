@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from dpa.core.config import RewardConfig, RewardTrainConfig
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages, Scorer
-from dpa.models.reward_model import PUBLISHED_TEMPLATE, RELEASED_SPEC, conversation_text, encode, forward
+from dpa.models.reward_model import PUBLISHED_CONVERSATION, RELEASED_SPEC, conversation_text, encode, forward
 from dpa.models.reward_rows import RatedExample
 from dpa.models.reward_training import train_reward_model
 from dpa.models.scorers import FunctionScorer, MixScorer, RewardModelScorer, build_scorer
@@ -204,7 +204,7 @@ def test_other_errors_of_a_model_are_not_swallowed() -> None:
 def test_published_template_letter_for_letter(trained: Path) -> None:
     golden = RELEASED_SPEC.golden
     tokenizer = AutoTokenizer.from_pretrained(trained)
-    (ids,) = encode(tokenizer, PUBLISHED_TEMPLATE, 4096, [golden.messages], [golden.response])
+    (ids,) = encode(tokenizer, PUBLISHED_CONVERSATION, 4096, [golden.messages], [golden.response])
     assert ids is not None
     assert tokenizer.decode(ids) == (
         "[INST] You must read the following conversation carefully and rate the assistant's response from score 0-100 "

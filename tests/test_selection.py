@@ -1,16 +1,14 @@
-"""Selection against brute force, ties, rows that may not win, and the arcs of the hull.
+"""Selection against brute force, ties, and rows that may not win.
 Run: pytest tests/test_selection.py
 """
 
-import itertools
-
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dpa.core.selection import Arc, hull_arcs, select, select_per_direction, select_random
+from dpa.core.selection import select, select_per_direction, select_random
 
 SCORES = st.one_of(st.floats(0, 100), st.sampled_from([0.0, 50.0, 100.0]), st.sampled_from([np.nan, np.inf, -np.inf]))
 WEIGHTS = st.floats(-1, 1)
@@ -103,55 +101,3 @@ def test_a_random_candidate_is_valid_and_uniform():
     assert np.bincount(winners[0], minlength=4) / 6_000 == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3], abs=0.03)
     assert set(winners[1]) == {-1}
     assert select_random(np.zeros((2, 0), dtype=bool), 3, np.random.default_rng(0)).tolist() == [[-1] * 3] * 2
-
-
-# --- arcs ----------------------------------------------------------------------------------------------------------
-
-POINTS = hnp.arrays(
-    np.float64,
-    st.tuples(st.integers(1, 12), st.just(2)),
-    elements=st.one_of(st.integers(0, 4).map(float), st.floats(0, 100), st.just(np.nan)),
-)
-
-
-@given(POINTS, st.sampled_from([(-180.0, 180.0), (-45.0, 45.0), (0.0, 360.0), (100.0, 250.0)]))
-@example(np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0], [1.0, 1.0]]), (-180.0, 180.0))
-@settings(max_examples=300)
-def test_arcs_are_what_select_chooses(scores, limits):
-    arcs = hull_arcs(scores, *limits)
-    if np.isnan(scores).any(axis=1).all():
-        assert arcs == ()
-        return
-    # The arcs tile the range in order ...
-    assert arcs[0].low == pytest.approx(limits[0], abs=1e-9)
-    assert arcs[-1].high == pytest.approx(limits[1], abs=1e-9)
-    for arc, following in itertools.pairwise(arcs):
-        assert arc.high == pytest.approx(following.low, abs=1e-9)
-    # ... and in any direction the owner is as good as brute force to rounding, and its first copy.
-    for arc in arcs:
-        angles = np.radians(np.linspace(arc.low, arc.high, 7)[1:-1])
-        directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        utilities = directions @ scores.T
-        assert np.all(utilities[:, arc.winner] >= np.nanmax(utilities, axis=1) - 1e-9)
-        assert arc.winner == np.flatnonzero((scores == scores[arc.winner]).all(axis=1))[0]
-
-
-@given(hnp.arrays(np.float64, st.tuples(st.integers(1, 12), st.just(2)), elements=st.integers(-3, 3).map(float)))
-@settings(max_examples=200)
-def test_arcs_name_the_very_winner_of_select_on_a_lattice(scores):
-    """Corners of a small lattice are well apart, so no rounding blurs who wins strictly inside an arc."""
-    for arc in hull_arcs(scores):
-        middle = np.radians((arc.low + arc.high) / 2)
-        assert select(scores[None], np.array([[np.cos(middle), np.sin(middle)]]))[0, 0] == arc.winner
-
-
-def test_arcs_of_a_square_and_of_one_point():
-    square = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [0.5, 0.5], [1.0, 0.5]])
-    assert hull_arcs(square) == (Arc(0, -180.0, -90.0), Arc(3, -90.0, 0.0), Arc(2, 0.0, 90.0), Arc(1, 90.0, 180.0))
-    assert hull_arcs(np.array([[np.nan, 1.0], [3.0, 3.0]]), -45, 45) == (Arc(1, -45, 45),)
-    assert hull_arcs(np.full((3, 2), np.nan)) == ()
-
-
-def test_an_impossible_range_is_refused():
-    with pytest.raises(ValueError, match="range"):
-        hull_arcs(np.zeros((1, 2)), 45, -45)

@@ -3,7 +3,6 @@ Run its tests: pytest tests/test_directions.py -k preset
 """
 
 from dpa.core.directions import DirectionSpace, Objective
-from dpa.core.errors import DirectionError
 
 DPA_V1 = DirectionSpace(
     objectives=(
@@ -21,10 +20,3 @@ Not published: which attributes make the two objectives. Outputs 0 and 4 of the 
 
 SPACES = {"dpa-v1": DPA_V1}
 """Published spaces by the name a configuration (`space: dpa-v1`) or `--space` gives."""
-
-
-def named_space(name: str) -> DirectionSpace:
-    """A published space. Raises DirectionError."""
-    if name not in SPACES:
-        raise DirectionError(f"space: {name!r} is not published; known: {', '.join(SPACES)}.")
-    return SPACES[name]

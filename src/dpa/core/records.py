@@ -92,7 +92,6 @@ class Ledger:
     """What a stage cost. Times in seconds, memory in bytes."""
 
     tokens_generated: int = 0
-    prompt_tokens: int = 0
     candidates_scored: int = 0
     training_tokens: int = 0
     rows: int = 0
@@ -103,7 +102,7 @@ class Ledger:
 
     def add(self, other: "Ledger") -> None:
         """Accumulate: counts and times add, peak memory is a maximum."""
-        for name in ("tokens_generated", "prompt_tokens", "candidates_scored", "training_tokens", "rows", "rejects"):
+        for name in ("tokens_generated", "candidates_scored", "training_tokens", "rows", "rejects"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.wall_s += other.wall_s
         self.peak_memory = max(self.peak_memory, other.peak_memory)

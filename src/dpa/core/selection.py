@@ -1,9 +1,9 @@
-"""Which candidate a direction keeps: argmax of v . r over a prompt's pool, and in two objectives the arc each one owns.
+"""Which candidate a direction keeps: argmax of v . r over a prompt's pool.
 Run its tests: pytest tests/test_selection.py
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -150,67 +150,3 @@ def spread(scores_NK: np.ndarray) -> np.ndarray:
         return np.ones(scores_NK.shape[1])
     scale_K = known_NK.std(axis=0)
     return np.where((np.ptp(known_NK, axis=0) > 0) & (scale_K > 0), scale_K, 1.0)
-
-
-class Arc(NamedTuple):
-    """The directions, from `low` to `high` degrees, under which candidate `winner` wins."""
-
-    winner: int
-    low: float
-    high: float
-
-
-def hull_arcs(scores_NK2: np.ndarray, low: float = -180.0, high: float = 180.0) -> tuple[Arc, ...]:
-    """The exact arc of directions that each winner of a pool owns (K = 2), in the order of the angle.
-
-    A direction's angle is atan2(w2, w1) in degrees, 0 = the first objective. The winners are the corners of the
-    convex hull, each from the normal of one edge to the normal of the next. Inside its arc a winner is what `select`
-    returns: of identical rows the lowest index; points inside an edge win in a single direction and own no arc; rows
-    with NaN or infinite scores own nothing. An owner whose arc crosses `low` + 360 appears at both ends.
-    """
-    if not 0 < high - low <= 360:
-        raise ValueError(f"a range of directions from {low} to {high} degrees")
-    first_index: dict[tuple[float, float], int] = {}
-    for index, (x, y) in enumerate(np.asarray(scores_NK2, dtype=np.float64).tolist()):
-        if np.isfinite(x) and np.isfinite(y):
-            first_index.setdefault((x, y), index)
-    corners = _convex_hull(sorted(first_index))
-    if len(corners) == 1:
-        return (Arc(first_index[corners[0]], low, high),)
-    owned: list[Arc] = []
-    for before, corner, after in zip(corners[-1:] + corners[:-1], corners, corners[1:] + corners[:1], strict=True):
-        start = _normal(before, corner)
-        turn = (_normal(corner, after) - start) % 360.0
-        if turn > 270.0:  # no corner turns by more than 180: a tiny turn was rounded below zero
-            turn = 0.0
-        start = low + (start - low) % 360.0
-        for begin in (start - 360.0, start):
-            arc = Arc(first_index[corner], max(begin, low), min(begin + turn, high))
-            if arc.high - arc.low > 1e-9:  # thinner slivers are the rounding of an edge that meets low or high
-                owned.append(arc)
-    return tuple(sorted(owned, key=lambda arc: arc.low))
-
-
-def _convex_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Corners, counter-clockwise, of distinct points in lexicographic order (monotone chain, Andrew 1979)."""
-    if len(points) <= 2:
-        return points
-    halves = []
-    for ordered in (points, points[::-1]):
-        half: list[tuple[float, float]] = []
-        for point in ordered:
-            while len(half) >= 2 and _cross(half[-2], half[-1], point) <= 0:
-                half.pop()
-            half.append(point)
-        halves.append(half[:-1])
-    return halves[0] + halves[1]
-
-
-def _cross(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
-    """Positive where a, b, c turn left."""
-    return (b[0] - a[0]) * (c[1] - b[1]) - (b[1] - a[1]) * (c[0] - b[0])
-
-
-def _normal(a: tuple[float, float], b: tuple[float, float]) -> float:
-    """Angle in degrees of the outward normal of the edge from a to b of a counter-clockwise hull."""
-    return float(np.degrees(np.arctan2(a[0] - b[0], b[1] - a[1])))

@@ -14,7 +14,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.records import Sample, Sampler, SampleRequest, Scorer, seed_of, stable_hash
 from dpa.core.selection import select
 
-Weights = tuple[float, ...]
+DirectionWeights = tuple[float, ...]
 
 
 class BestOfSampler:
@@ -62,7 +62,9 @@ class BestOfSampler:
     def _settings(self) -> tuple[object, ...]:
         return (self._candidates,)
 
-    def _ask(self, direction: Weights | None, seed: int) -> list[tuple[Weights | None, tuple[int, ...]]]:
+    def _ask(
+        self, direction: DirectionWeights | None, seed: int
+    ) -> list[tuple[DirectionWeights | None, tuple[int, ...]]]:
         """What is sampled for one answer: directions, and the seeds under each; `candidates` seeds together."""
         return [(direction, self._seeds(seed))]
 
@@ -112,7 +114,9 @@ class RobustSampler(BestOfSampler):
     def _settings(self) -> tuple[object, ...]:
         return (self._candidates, self._within)
 
-    def _ask(self, direction: Weights | None, seed: int) -> list[tuple[Weights | None, tuple[int, ...]]]:
+    def _ask(
+        self, direction: DirectionWeights | None, seed: int
+    ) -> list[tuple[DirectionWeights | None, tuple[int, ...]]]:
         if direction is None:
             return super()._ask(direction, seed)
         seeds = self._seeds(seed)

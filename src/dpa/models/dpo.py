@@ -32,8 +32,8 @@ from dpa.models.passes import first_plan, one_card
 from dpa.models.ranks import ranks
 from dpa.models.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments
 from dpa.models.training import StopsAtBadStep
-from dpa.storage.run_folder import Reject
 from dpa.storage.schemas import completeness
+from dpa.storage.stage_records import Reject
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from dpa.models.ranks import ranks
 from dpa.models.samplers import TransformersSampler
 from dpa.models.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments
 from dpa.models.training import StopsAtBadStep
-from dpa.storage.run_folder import Reject
+from dpa.storage.stage_records import Reject
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dpa.core.records import Ledger, Scorer
 from dpa.models.listening import Listening
 from dpa.models.policy import encode_prompt, turn_end_id
 from dpa.models.training import trackers
-from dpa.storage.run_folder import Reject
+from dpa.storage.stage_records import Reject
 
 Reads = Literal["winners", "pairs", "prompts"]
 """What a selection keeps, winners or pairs; or prompts with their directions, and the learner samples for itself."""

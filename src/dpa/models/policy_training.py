@@ -30,7 +30,7 @@ from dpa.models.quiet import quiet_libraries
 from dpa.models.ranks import is_first, wait_for_all
 from dpa.models.trainer_arguments import adapters
 from dpa.models.training import ShowProgress, StopWhenAsked, WriteLog, computes_in_bf16, merge_adapters
-from dpa.storage.run_folder import Reject, count_reasons
+from dpa.storage.stage_records import Reject, count_reasons
 from dpa.storage.stopping import StopOnSignal
 from dpa.storage.tables import read_json, write_json
 

@@ -30,14 +30,14 @@ from dpa.storage.tables import write_json
 
 RECORD = "dpa_reward.json"
 
-PUBLISHED_TEMPLATE = (
+PUBLISHED_CONVERSATION = (
     "[INST] You must read the following conversation carefully and rate the assistant's response from score 0-100 in "
     "these aspects: helpfulness, correctness, coherence, honesty, complexity, verbosity\n\n"
     "User: {prompt}\n\nAssistant: {response} [/INST]"
 )
 """Input of RLHFlow/RewardModel-Mistral-7B-for-DPA-v1 (arXiv 2402.18571), letter for letter."""
 
-PLAIN_TEMPLATE = "User: {prompt}\n\nAssistant: {response}"
+PLAIN_CONVERSATION = "User: {prompt}\n\nAssistant: {response}"
 """Used where neither a template nor a chat template is given (encoders have none); our choice."""
 
 CPU_TOKENS, GPU_TOKENS = 1024, 131_072
@@ -120,7 +120,7 @@ RELEASED_SPEC = RewardSpec(
         ),
     ),
     scales={},
-    template=PUBLISHED_TEMPLATE,
+    template=PUBLISHED_CONVERSATION,
     max_length=4096,
     golden=Golden(
         messages=[{"role": "user", "content": 'What are some synonyms for the word "beautiful"?'}],

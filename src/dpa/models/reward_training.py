@@ -30,7 +30,7 @@ from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_head import Head, Unit
 from dpa.models.reward_model import (
     BF16_TOLERANCE,
-    PLAIN_TEMPLATE,
+    PLAIN_CONVERSATION,
     Golden,
     Precision,
     RewardSpec,
@@ -76,7 +76,7 @@ def train_reward_model(
     torch.manual_seed(seed)
     tokenizer, model = _load_backbone(config, attributes, code_revision)
     pad = tokenizer.pad_token_id
-    template = config.template or (None if tokenizer.chat_template else PLAIN_TEMPLATE)
+    template = config.template or (None if tokenizer.chat_template else PLAIN_CONVERSATION)
     if template is not None:
         check_template(template)
     max_length = min(config.max_length, context_length(model))

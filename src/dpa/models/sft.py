@@ -29,8 +29,8 @@ from dpa.models.passes import StepInPasses, Uncut, first_plan, one_card, without
 from dpa.models.ranks import ranks
 from dpa.models.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments
 from dpa.models.training import StopsAtBadStep
-from dpa.storage.run_folder import Reject
 from dpa.storage.schemas import completeness
+from dpa.storage.stage_records import Reject
 
 _log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from dpa.models.files import folder_revision
 from dpa.models.policy import load_policy
 from dpa.models.samplers import SamplerSpec, TransformersSampler
 
-Weights = dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 
 
-def interpolate(ingredients: Sequence[Weights], mixture: Sequence[float]) -> Weights:
+def interpolate(ingredients: Sequence[Tensors], mixture: Sequence[float]) -> Tensors:
     """sum_i mixture_i * theta_i for every tensor, summed in double precision (arXiv 2306.04488, equation 1).
 
     The sum is of the weights themselves: of adapters, merge each first (a weighted sum of A and B apart is no weighted
@@ -29,7 +29,7 @@ def interpolate(ingredients: Sequence[Weights], mixture: Sequence[float]) -> Wei
     for other in ingredients[1:]:
         if {name: tensor.shape for name, tensor in other.items()} != {n: t.shape for n, t in first.items()}:
             raise ModelFileError("soup: its models differ in architecture; mix finetuned copies of one model.")
-    mixed: Weights = {}
+    mixed: Tensors = {}
     for name, tensor in first.items():
         if tensor.is_floating_point():
             total = sum(share * other[name].double() for share, other in zip(mixture, ingredients, strict=True))
@@ -58,7 +58,7 @@ class SoupSampler:
         start = ModelReference.of(spec.policy)
         policies = [replace(start, name=folder) for folder in ingredients]
         loaded = [load_policy(policy, dtype=torch.float32, device="cpu")[0].state_dict() for policy in policies]
-        self._ingredients: list[Weights] = [{n: t.clone() for n, t in weights.items()} for weights in loaded]
+        self._ingredients: list[Tensors] = [{n: t.clone() for n, t in weights.items()} for weights in loaded]
         self._mixture, self._spec = mixture, spec
         self._sampler: TransformersSampler = spec.build()
         self._stirred: tuple[float, ...] | None = None

@@ -30,7 +30,6 @@ from dpa.storage.tables import write_bytes, write_json
 LEDGER = (
     "rows",
     "rejects",
-    "prompt_tokens",
     "tokens_generated",
     "candidates_scored",
     "training_tokens",

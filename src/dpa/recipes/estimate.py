@@ -28,7 +28,7 @@ from dpa.models.learner import Learner
 from dpa.models.learners import learner_named, learner_of
 from dpa.models.policy import default_device
 from dpa.models.samplers import PROCESSOR_ROWS
-from dpa.storage.run_folder import read_ledger
+from dpa.storage.stage_records import read_ledger
 from dpa.storage.tables import read_record
 
 TRAINING_SHARE, SCORING_SHARE, SAMPLING_SHARE = 0.4, 0.5, 0.1

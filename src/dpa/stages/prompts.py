@@ -22,8 +22,8 @@ from dpa.storage.rows import (
     read_hub_rows,
     read_rows,
 )
-from dpa.storage.run_folder import Reject, count_reasons
 from dpa.storage.schemas import PROMPTS
+from dpa.storage.stage_records import Reject, count_reasons
 
 MAX_ID = 200
 """Characters of an id."""

@@ -8,7 +8,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,9 +33,9 @@ from dpa.storage.rows import (
     read_rows,
     shown,
 )
-from dpa.storage.run_folder import Reject, count_reasons
 from dpa.storage.schemas import RATINGS, name_taken, number_matrix, with_numbers
-from dpa.storage.tables import FileRecord, read_json, read_record, read_table, write_bytes, write_record, write_table
+from dpa.storage.stage_records import Reject, count_reasons, write_rejects
+from dpa.storage.tables import FileRecord, read_json, read_record, read_table, write_record, write_table
 
 Scale = tuple[float, float]
 WIDEST_SCALE = 1e9
@@ -152,10 +152,8 @@ def save_ratings(ratings: Ratings, folder: Path) -> dict[str, Any]:
     The summary holds the table's checksum: ratings are there when it says so.
     """
     record = write_table(folder / "ratings.parquet", ratings.table)
-    lines = [json.dumps({"id": bad.id, "stage": "ratings", "reason": bad.reason}) + "\n" for bad in ratings.rejects]
-    write_bytes(folder / "ratings_rejects.jsonl", "".join(lines).encode())
-    file = {"rows": record.rows, "sha256": record.sha256, "bytes": record.bytes}
-    summary = {**summarise(ratings), "file": file}
+    write_rejects(folder / "ratings_rejects.jsonl", "ratings", ratings.rejects)
+    summary = {**summarise(ratings), "file": asdict(record)}
     write_record(folder / "ratings_summary.json", summary)
     return read_json(folder / "ratings_summary.json")
 

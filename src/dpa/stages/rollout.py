@@ -16,8 +16,9 @@ from dpa.core.errors import DpaError, RejectRateError
 from dpa.core.records import Ledger, Prompt, Sample, Sampler, SampleRequest, candidate_id, seed_of, stable_hash
 from dpa.storage.memory import peak_memory
 from dpa.storage.progress import ProgressBar
-from dpa.storage.run_folder import Reject, StageFolder, count_reasons
+from dpa.storage.run_folder import StageFolder
 from dpa.storage.schemas import ASKED, CANDIDATES
+from dpa.storage.stage_records import Reject, count_reasons
 from dpa.storage.stopping import StopOnSignal
 
 

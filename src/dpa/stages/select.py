@@ -16,8 +16,9 @@ from dpa.core.errors import DataError, RejectRateError, StorageError
 from dpa.core.records import Ledger, Prompt, stable_hash
 from dpa.core.selection import select, select_pairs, select_per_direction, select_random, spread
 from dpa.storage.memory import peak_memory
-from dpa.storage.run_folder import Reject, StageFolder, count_reasons
+from dpa.storage.run_folder import StageFolder
 from dpa.storage.schemas import PAIRS, WINNERS, completeness, name_taken, score_matrix, with_numbers
+from dpa.storage.stage_records import Reject, count_reasons
 
 NO_SCORE = "no candidate has a valid score"
 NO_PAIR = "no candidate is better than another under any direction"
@@ -107,9 +108,8 @@ def select_rated(
     space: DirectionSpace,
     config: SelectionConfig,
     seed: int,
-    pairs: bool = False,
 ) -> Ledger:
-    """The same selection over a rated data set's own responses: t = 0, offline.
+    """The same selection of winners over a rated data set's own responses: t = 0, offline.
 
     `ratings` has the columns of ratings.parquet, `score_stage` its rows' scores (`stages.score.score_rows`). The
     responses were made under no direction, so `per_direction` selects as `pooled` here.
@@ -123,7 +123,7 @@ def select_rated(
     texts = dict(zip(ratings["prompt_id"].to_pylist(), ratings["messages"].to_pylist(), strict=True))
     candidates = ratings.select(["prompt_id", "response"]).append_column("candidate_id", ratings["row_id"])
     offline = config.model_copy(update={"method": "pooled"}) if config.method == "per_direction" else config
-    how = _How(space, offline, seed, pairs, _scale(score_stage, space, config))
+    how = _How(space, offline, seed, False, _scale(score_stage, space, config))
     digests = [score_stage.shard_digest(number) for number in range(score_stage.shards)]
     made_from = stable_hash(*digests, how.identity)
     if stage.shard_digest(0, made_from) is None:

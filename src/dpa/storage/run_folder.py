@@ -2,14 +2,12 @@
 Run its tests: pytest tests/test_run_folder.py
 """
 
-import json
 import logging
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +21,10 @@ from dpa.storage.identity import check_identity
 from dpa.storage.locks import RunLock, Share
 from dpa.storage.schemas import score_matrix
 from dpa.storage.seals import Seal, broken, seal
-from dpa.storage.tables import (
-    TEMPORARY,
-    FileRecord,
-    disk_error,
-    read_record,
-    read_table,
-    verify,
-    write_bytes,
-    write_record,
-    write_table,
-)
+from dpa.storage.stage_records import DoneRecord, Reject, ShardRecord, write_rejects
+from dpa.storage.tables import TEMPORARY, disk_error, read_table, verify, write_record, write_table
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A row that could not be used, and why."""
-
-    id: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class DoneRecord:
-    """What `done.json` says: the checksum of each shard, what the stage cost, and the folders it sealed (their place
-    as seen from the stage's)."""
-
-    shards: list[str]
-    ledger: Ledger
-    sealed: dict[str, Seal]
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """What stands beside a finished shard. `made_from` names its inputs: a shard of other inputs is made again."""
-
-    file: FileRecord
-    ledger: Ledger
-    rejects: tuple[Reject, ...]
-    made_from: str
 
 
 class RunFolder:
@@ -182,11 +143,7 @@ class StageFolder:
 
     def write_rejects(self, rejects: Sequence[Reject]) -> None:
         """Write `rejects.jsonl` (id, stage, reason); `finish` does it for rejects that came with shards."""
-        lines = [
-            json.dumps({"id": reject.id, "stage": self.name, "reason": reject.reason}, ensure_ascii=False) + "\n"
-            for reject in rejects
-        ]
-        write_bytes(self.path / "rejects.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
+        write_rejects(self.path / "rejects.jsonl", self.name, rejects)
 
     def finish(self, ledger: Ledger | None = None, shards: int | None = None, sealed: Sequence[Path] = ()) -> None:
         """Mark the stage done: its ledger is the shards' ledgers added up, plus `ledger`.
@@ -362,29 +319,13 @@ class StageFolder:
         file = self._record_file(number)
         if not file.exists():
             return None
-        try:
-            data = read_record(file, ("file", "ledger", "rejects", "made_from"))
-            return ShardRecord(
-                FileRecord(**data["file"]),
-                read_ledger(data["ledger"]),
-                tuple(Reject(**reject) for reject in data["rejects"]),
-                data["made_from"],
-            )
-        except (StorageError, TypeError, ValueError, AttributeError):
+        record = ShardRecord.read(file)
+        if record is None:
             log.warning("%s is damaged: its shard does not count and will be made again.", file)
-            return None
+        return record
 
     def _done(self) -> DoneRecord:
-        """Raises RunFolderError when the stage is not finished, StorageError when its record is damaged."""
-        file = self.path / "done.json"
-        if not file.exists():
-            raise RunFolderError(f"{self.name}: this stage is not finished in {self.path}; run it first.")
-        data = read_record(file, ("shards", "ledger"), optional=("sealed",))
-        try:
-            sealed = {str(place): dict(files) for place, files in data.get("sealed", {}).items()}
-            return DoneRecord(list(data["shards"]), read_ledger(data["ledger"]), sealed)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise StorageError(f"{file} is damaged ({error}); delete it and run the same command again.") from None
+        return DoneRecord.read(self.path / "done.json", self.name)
 
     def _compare_seals(self, now: Mapping[str, Seal]) -> None:
         """Say so when what is made again is not what it was: rows that came from the first one stand."""
@@ -418,22 +359,6 @@ class StageFolder:
             file.unlink()
         if leftovers:
             log.warning("%s: removed %d unfinished file(s) of an interrupted run.", self.name, len(leftovers))
-
-
-def read_ledger(data: Mapping[str, Any]) -> Ledger:
-    """A ledger as it was written. Raises TypeError or ValueError for what is none."""
-    ledger = Ledger(**data)
-    for value in (*data.values(), *ledger.extra.values()):
-        if value is not ledger.extra and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"{value!r} is no amount")
-    return ledger
-
-
-def count_reasons(rejects: Sequence[Reject], most: int = 5) -> str:
-    """The commonest reasons with their counts, as text: `3 x prompt is empty, 1 x id 'a' is a duplicate`."""
-    counts = Counter(reject.reason for reject in rejects).most_common()
-    text = ", ".join(f"{count} x {reason}" for reason, count in counts[:most])
-    return f"{text}, and {len(counts) - most} other reasons" if len(counts) > most else text
 
 
 def _gigabytes(count: int) -> str:

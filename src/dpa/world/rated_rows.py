@@ -17,7 +17,7 @@ MARK_NOISE = 9.0
 """Standard deviation of one mark, on the 0-100 scale."""
 LENIENCY = 4.0
 """Standard deviation of a rater's own offset."""
-MISSING = 0.1
+UNRATED_SHARE = 0.1
 """Share of marks a rater forgets."""
 
 PANELS = {
@@ -72,7 +72,7 @@ def rated_rows(questions: list[Question], panel: str, seed: int) -> Iterator[dic
             response = make_writer(random).write(question, random)
             marks = {
                 name: None
-                if random.random() < MISSING
+                if random.random() < UNRATED_SHARE
                 else _mark(truth(question.messages, response) + leniency + random.gauss(0.0, MARK_NOISE), low, high)
                 for name, (truth, low, high) in PANELS[panel].items()
             }

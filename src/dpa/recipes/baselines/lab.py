@@ -32,8 +32,9 @@ from dpa.stages.ratings import load_ratings
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
 from dpa.stages.select import select_rated, select_winners
-from dpa.storage.run_folder import StageFolder, read_ledger
+from dpa.storage.run_folder import StageFolder
 from dpa.storage.schemas import completeness
+from dpa.storage.stage_records import read_ledger
 from dpa.storage.tables import read_record
 
 NARROWEST = 1e-6
