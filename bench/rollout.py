@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from dpa.models.decoding import Decoding, decode
+from dpa.models.decoding import Decoder, Decoding, decode
 
 END, PAD, VOCABULARY = 1, 0, 600
 
@@ -74,13 +74,13 @@ def with_generate(model: EndsByChance, prompts: list[list[int]], samples: int, l
 
 def with_sampler(model: EndsByChance, prompts: list[list[int]], samples: int, longest: int, batch_size: int) -> int:
     """Tokens generated, end tokens included."""
-    how = Decoding(temperature=1.0, top_p=1.0, max_new_tokens=longest, end_ids=(END,), pad_id=PAD)
-    tokens = 0
+    how = Decoding(temperature=1.0, top_p=1.0, max_new_tokens=longest, end_ids=(END,))
+    decoder, tokens = Decoder(model), 0
     for start in range(0, len(prompts), batch_size // samples):
         batch = prompts[start : start + batch_size // samples]
         places = [place for place in range(len(batch)) for _ in range(samples)]
         seeds = [start * samples + row for row in range(len(places))]
-        tokens += sum(map(len, decode(model, batch, places, seeds, [longest] * len(places), how)))
+        tokens += sum(map(len, decode(decoder, batch, places, seeds, [longest] * len(places), how)))
     return tokens
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizer, PreTrainedTokeniz
 from dpa.core.errors import EngineError
 from dpa.core.records import SampleRequest
 from dpa.models.batching import ContinuousBatch, Row
-from dpa.models.decoding import Decoding, decode
+from dpa.models.decoding import Decoder, Decoding, decode
 from dpa.models.policy import make_steerable
 from dpa.models.samplers import TransformersSampler
 from dpa.serve.engine import Engine
@@ -43,16 +43,17 @@ def steerable(context: int = 4096) -> tuple[PreTrainedModel, PreTrainedTokenizer
 # --- the batch ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cache", ["strided", "fixed"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral", "qwen2"])
-def test_an_answer_does_not_depend_on_who_joins_and_leaves(architecture: str) -> None:
+def test_an_answer_does_not_depend_on_who_joins_and_leaves(architecture: str, cache: Any) -> None:
     changes = {"sliding_window": None} if architecture in ("mistral", "qwen2") else {}
     model = tiny_model(architecture, **changes)
     chance = random.Random(0)
     prompts = [[5 + chance.randrange(250) for _ in range(chance.randrange(1, 120))] for _ in range(6)]
     seeds = list(range(18))
-    how = Decoding(0.9, 1.0, 60, (1,), 0)
-    expected = decode(model, prompts, [seed % 6 for seed in seeds], seeds, [60] * 18, how)
-    batch = ContinuousBatch(model, (1,), 0)
+    how = Decoding(0.9, 1.0, 60, (1,))
+    expected = decode(Decoder(model, "strided"), prompts, [seed % 6 for seed in seeds], seeds, [60] * 18, how)
+    batch = ContinuousBatch(Decoder(model, cache), (1,))
     rows = [Row(prompts[seed % 6], seed, 60, 0.9, 1.0) for seed in seeds]
     noise = [Row(prompts[n % 6], 99 + n, 40, (0.0, 0.4)[n % 2], 0.7) for n in range(8)]
     waiting: list[Row] = [*rows, *noise]
@@ -69,20 +70,20 @@ def test_an_answer_does_not_depend_on_who_joins_and_leaves(architecture: str) ->
 
 
 def test_the_cache_does_not_grow_with_those_who_left() -> None:
-    model = tiny_model()
-    batch = ContinuousBatch(model, (), 0)
+    decoder = Decoder(tiny_model(), "strided")
+    batch = ContinuousBatch(decoder, ())
     for n in range(16):
         batch.join([Row([7] * 10, n, 30, 1.0, 1.0)])
         for _ in range(15):  # two at a time, each 30 tokens long: 240 columns in all, were none forgotten
             batch.step()
-    assert batch._width() < 110
+    assert decoder.width < 110
 
 
 def test_nan_is_not_sampled_from() -> None:
     model = tiny_model()
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(EngineError, match="NaN"):
-        ContinuousBatch(model, (1,), 0).join([Row([5], 0, 5, 1.0, 1.0)])
+        ContinuousBatch(Decoder(model), (1,)).join([Row([5], 0, 5, 1.0, 1.0)])
 
 
 # --- the text -------------------------------------------------------------------------------------------------------
@@ -399,7 +400,7 @@ def test_41_an_error_in_one_rows_work_fails_that_row_alone() -> None:
     with in_thread(Started(model, tokenizer)) as url, httpx.Client(base_url=url, timeout=60) as client:
         expected = [client.post("/v1/completions", json=body).json() for body in bodies]
         ends = (tokenizer.eos_token_id,)
-        written = decode(model, prompts, [0, 1, 2, 3], [0, 1, 2, 3], [40] * 4, Decoding(1.0, 1.0, 40, ends, 0))
+        written = decode(Decoder(model), prompts, [0, 1, 2, 3], [0, 1, 2, 3], [40] * 4, Decoding(1.0, 1.0, 40, ends))
         token = next(one for one in written[0][5:] if all(one not in other for other in [*written[1:], *prompts]))
         poisoned = Poisoned(model, token)
         with ThreadPoolExecutor(5) as pool:

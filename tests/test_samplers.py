@@ -25,10 +25,9 @@ from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 from dpa.core.config import RolloutConfig
 from dpa.core.errors import EngineError, ModelFileError
 from dpa.core.records import SampleRequest
-from dpa.models.decoding import Decoding
+from dpa.models.decoding import Decoder, Decoding, decode
 from dpa.models.drawing import BLOCK, draw
 from dpa.models.files import folder_revision
-from dpa.models.fixed_decoding import FixedDecoder
 from dpa.models.samplers import (
     PROCESSOR_ROWS,
     ProcessSampler,
@@ -180,9 +179,8 @@ def test_after_a_batch_that_did_not_fit_no_larger_one_is_tried(ending_model, cap
 
 def test_a_batch_is_as_large_as_the_free_memory_and_a_processor_allow(ending_model) -> None:
     """Bytes a row against the cache that decoding really holds; sixteen samplers on one device take a part each."""
-    prompts, places = [[90] * 100], [0] * 8
-    decoder = FixedDecoder(ending_model, Decoding(1.0, 1.0, 92, (-1,), 0), graphs=False)
-    decoder.decode(prompts, places, list(range(8)), [92] * 8)
+    decoder = Decoder(ending_model, "fixed")
+    decode(decoder, [[90] * 100], [0] * 8, list(range(8)), [92] * 8, Decoding(1.0, 1.0, 92, (-1,)))
     assert decoder.held_bytes <= 8 * row_bytes(ending_model, 192) <= 2.5 * decoder.held_bytes
     for sharing, most in ((1, PROCESSOR_ROWS), (10**6, PROCESSOR_ROWS), (10**12, 1)):
         assert 1 <= sampler_of(ending_model, sharing=sharing)._rows_at_once(100) <= most

@@ -18,7 +18,7 @@ from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from dpa.core.config import EngineConfig, RolloutConfig, VllmEngineConfig
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import SampleRequest
-from dpa.models.decoding import Decoding, decode
+from dpa.models.decoding import Decoder, Decoding, decode
 from dpa.models.files import SafeModel, folder_revision, resolve_model
 from dpa.models.policy import load_policy
 from dpa.models.samplers import build_samplers, engine_kind, started
@@ -99,9 +99,9 @@ class FakeEngine:
         ids = [tuple(prompt["prompt_token_ids"]) for prompt in prompts for _ in range(params[0].n)]
         distinct = list(dict.fromkeys(ids))
         first = params[0]
-        how = Decoding(first.temperature, first.top_p, 24, tuple(first.stop_token_ids), self.tokenizer.pad_token_id)
+        how = Decoding(first.temperature, first.top_p, 24, tuple(first.stop_token_ids))
         rows = decode(
-            self.model,
+            Decoder(self.model),
             distinct,
             [distinct.index(prompt) for prompt in ids],
             [one.seed + number for one in params for number in range(one.n)],

@@ -34,7 +34,7 @@ from card_phases.common import Card, Steps, parameters_of, steps_of, timed
 from dpa.core.config import FinetuneConfig
 from dpa.core.errors import DpaError
 from dpa.core.presets import SPACES
-from dpa.models.decoding import Decoding, decode
+from dpa.models.decoding import Decoder, Decoding, decode
 from dpa.models.packing import Example
 from dpa.models.policy import default_device
 from dpa.models.quiet import quiet_libraries
@@ -204,7 +204,8 @@ def rollout(card: Card, bench: Bench) -> None:
         ),
         key=len,
     )
-    how = Decoding(temperature=1.0, top_p=1.0, max_new_tokens=longest, end_ids=(END,), pad_id=PAD)
+    how = Decoding(temperature=1.0, top_p=1.0, max_new_tokens=longest, end_ids=(END,))
+    decoder = Decoder(model)
 
     def ours() -> float:
         tokens = 0
@@ -212,7 +213,7 @@ def rollout(card: Card, bench: Bench) -> None:
             asked = prompts[start : start + batch // samples]
             places = [place for place in range(len(asked)) for _ in range(samples)]
             seeds = [start * samples + row for row in range(len(places))]
-            tokens += sum(map(len, decode(model, asked, places, seeds, [longest] * len(places), how)))
+            tokens += sum(map(len, decode(decoder, asked, places, seeds, [longest] * len(places), how)))
         return tokens
 
     @torch.inference_mode()

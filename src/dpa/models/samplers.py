@@ -24,9 +24,8 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DpaError, EngineError
 from dpa.core.records import Sample, Sampler, SampleRequest
 from dpa.core.reference import Model, ModelReference
-from dpa.models.decoding import STRIDE, Decoding, check_decodable, decode
+from dpa.models.decoding import Decoder, Decoding, decode
 from dpa.models.files import SafeModel, folder_revision, load_space, resolve_model
-from dpa.models.fixed_decoding import FixedDecoder, NotFixedError
 from dpa.models.http_sampler import http_samplers
 from dpa.models.policy import (
     context_length,
@@ -37,6 +36,7 @@ from dpa.models.policy import (
     load_policy,
     make_steerable,
 )
+from dpa.models.strided_cache import STRIDE
 from dpa.models.vllm_sampler import VllmEngine, VllmSampler, vllm_is_at_hand
 from dpa.storage.memory import free_memory_of_machine
 
@@ -69,16 +69,13 @@ class TransformersSampler:
         revision: str = "unnamed",
         sharing: int = 1,
     ) -> None:
-        check_decodable(model)
+        self._decoder = Decoder(model)
         make_steerable(tokenizer, space)
         self.revision = revision
         self._model, self._tokenizer, self._space = model, tokenizer, space
         self._context, self._batch_size, self._sharing = context_length(model), batch_size, sharing
         self._most: int | None = None  # rows, once a batch did not fit
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self._how = Decoding(temperature, top_p, max_new_tokens, end_token_ids(model, tokenizer), pad)
-        on_card = model.device.type == "cuda" and FixedDecoder.fits(model)
-        self._fixed = FixedDecoder(model, self._how) if on_card else None
+        self._how = Decoding(temperature, top_p, max_new_tokens, end_token_ids(model, tokenizer))
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Replace the model's weights, all of them; whoever does it names them in `revision`."""
@@ -114,14 +111,13 @@ class TransformersSampler:
         limits = [min(self._how.max_new_tokens, self._context - len(ids)) for ids in prompts]
         rows: list[list[int]] | None
         try:
-            rows = self._decode(list(distinct), [distinct[ids] for ids in prompts], seeds, limits)
+            places = [distinct[ids] for ids in prompts]
+            rows = decode(self._decoder, list(distinct), places, seeds, limits, self._how)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             rows = None
         if rows is None:  # outside the `except`, whose traceback would keep the cache that did not fit
-            if self._fixed is not None:
-                self._fixed.release()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if len(prompts) == 1:
@@ -137,16 +133,6 @@ class TransformersSampler:
             for text, row in zip(texts, rows, strict=True)
         ]
 
-    def _decode(
-        self, prompts: list[tuple[int, ...]], prompt_of_B: list[int], seeds_B: Sequence[int], limits_B: list[int]
-    ) -> list[list[int]]:
-        if self._fixed is not None:
-            try:
-                return self._fixed.decode(prompts, prompt_of_B, seeds_B, limits_B)
-            except NotFixedError:
-                self._fixed = None
-        return decode(self._model, prompts, prompt_of_B, seeds_B, limits_B, self._how)
-
     def _rows_at_once(self, prompt_tokens: int) -> int:
         """Sequences of such prompts, and of shorter ones, to decode together."""
         most = self._most or sys.maxsize
@@ -158,7 +144,7 @@ class TransformersSampler:
             fits = int(_SHARE_OF_FREE * free_memory_of_machine() / self._sharing / each)
             return max(1, min(fits, most, PROCESSOR_ROWS))
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        held = torch.cuda.memory_allocated(device) - (self._fixed.held_bytes if self._fixed is not None else 0)
+        held = torch.cuda.memory_allocated(device) - self._decoder.held_bytes
         return max(1, min(int(_SHARE_OF_FREE * (free - held) / self._sharing / each), most))
 
 

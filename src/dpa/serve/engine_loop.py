@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpa.core.errors import DpaError
 from dpa.models.batching import ContinuousBatch, Row
+from dpa.models.decoding import Decoder
 from dpa.models.policy import end_token_ids, is_out_of_memory
 from dpa.serve.text_stream import TextStream, decoded
 
@@ -69,8 +70,7 @@ class EngineLoop:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_rows: int) -> None:
-        # Padding is masked: any token will do, and the tokenizer's own may lie beyond the embedding.
-        self._batch = ContinuousBatch(model, end_token_ids(model, tokenizer), pad_id=0)
+        self._batch = ContinuousBatch(Decoder(model), end_token_ids(model, tokenizer))
         self._device = model.device
         self._tokenizer, self._max_rows = tokenizer, max_rows
         self._room = max_rows  # less for a while where the memory was full
