@@ -25,10 +25,10 @@ from starlette.routing import Route
 
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.serve.connections import bounded
-from dpa.serve.gateway import Engines, Gateway
+from dpa.serve.gateway import Gateway
 from dpa.serve.http import Server
-from dpa.serve.settings import Limits, Settings
-from dpa.serve.upstream import Upstream
+from dpa.serve.settings import Limits, Served
+from dpa.serve.upstream import Engines, Upstream
 
 SOURCE = Path(__file__).parents[1] / "src"
 CHAT = "/v1/chat/completions"
@@ -141,7 +141,7 @@ def in_thread(app: Any, limits: Limits | None = None) -> Iterator[str]:
 
 
 @contextmanager
-def gateway_before(upstream_url: str, settings: Settings | None = None, scorer: bool = False) -> Iterator[str]:
+def gateway_before(upstream_url: str, settings: Served | None = None, scorer: bool = False) -> Iterator[str]:
     """A gateway in front of an upstream, both in this process; yields the gateway's URL."""
     settings = settings or settings_with()
     stall_s = settings.limits.stall_seconds
@@ -150,9 +150,9 @@ def gateway_before(upstream_url: str, settings: Settings | None = None, scorer: 
         yield url
 
 
-def settings_with(**changes: Any) -> Settings:
+def settings_with(**changes: Any) -> Served:
     """Settings of a model called demo."""
-    return Settings(**{"name": "demo", "upstream_model": "upstream-model", "space": SPACE, **changes})
+    return Served(**{"name": "demo", "upstream_model": "upstream-model", "space": SPACE, **changes})
 
 
 def events_of(response: httpx.Response) -> list[Any]:

@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from pydantic import BaseModel, Field
 
+from dpa.cli.options import takes_fields
 from dpa.core.compare_config import load_comparison
 from dpa.core.config import RewardTrainConfig, load_config
+from dpa.serve.settings import EngineSettings
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -70,3 +74,38 @@ def test_the_configuration_page_is_generated_from_the_classes() -> None:
     page = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment).stdout
     assert page == (ROOT / "docs" / "configuration.md").read_text()
     assert all(field in page for field in RewardTrainConfig.model_fields)
+
+
+def test_the_fields_of_a_settings_class_are_a_commands_options(capsys: pytest.CaptureFixture) -> None:
+    """Argument, letter, default, bound, help, several values, true or false: each is said under the field alone."""
+
+    class Oven(BaseModel):
+        dish: str | None = Field(default=None, description="What is baked.")
+        heat: int = Field(default=180, ge=30, le=300, description="Degrees.", json_schema_extra={"flag": "--degrees"})
+        guest: list[str] = Field(default_factory=list)
+        fan: bool = False
+
+    baked: list[Oven] = []
+    app = typer.Typer()
+    app.command()(takes_fields(Oven, argument="dish", short={"heat": "-t"})(lambda oven: baked.append(oven)))
+    app([], standalone_mode=False)
+    app(["pie", "-t", "200", "--guest", "Ivy", "--guest", "Bo", "--fan"], standalone_mode=False)
+    app(["--degrees", "30", "--no-fan"], standalone_mode=False)
+    full = Oven(dish="pie", heat=200, guest=["Ivy", "Bo"], fan=True)
+    assert baked == [Oven(), full, Oven(heat=30)]
+    with pytest.raises(SystemExit) as left:
+        app(["--degrees", "20"])
+    assert left.value.code == 2 and "30" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        app(["--help"])
+    assert "Degrees." in (shown := capsys.readouterr().out) and "180" in shown and "What is baked." in shown
+
+
+def test_an_engine_is_told_what_its_gateway_was_told() -> None:
+    asked = EngineSettings(model="~/a b", name="-", rows=7, threads=2, remote_code_revision="c" * 40, uds="/s", port=9)
+    assert EngineSettings.of(asked.arguments()) == asked
+    assert EngineSettings.of([]) == EngineSettings() and EngineSettings().arguments() == []
+    for wrong in (["--rows", "0"], ["--rows", "many"], ["--speed", "9"]):
+        with pytest.raises(SystemExit) as left:
+            EngineSettings.of(wrong)
+        assert left.value.code == 2

@@ -23,9 +23,9 @@ from dpa.models.files import EVALUATION_FILE
 from dpa.serve.command import _default_direction
 from dpa.serve.front import load_examples, load_front
 from dpa.serve.gate import Gate, JsonLines
-from dpa.serve.gateway import Engines, Gateway
+from dpa.serve.gateway import Gateway
 from dpa.serve.settings import Limits
-from dpa.serve.upstream import Upstream
+from dpa.serve.upstream import Engines, Upstream
 
 KEY = "correct-horse-battery"
 TERSE = "helpfulness*87 + verbosity*-50"
@@ -605,11 +605,11 @@ def test_47_messages_where_a_prompt_belongs_are_refused(fake: FakeUpstream, clie
 
 
 def test_a_mistake_of_ours_is_500_in_openai_shape(engine: tuple[FakeUpstream, str]) -> None:
-    class Broken(Gateway):
-        def _understand(self, *arguments: Any) -> Any:
+    class Broken(Upstream):
+        async def post(self, *arguments: Any) -> Any:
             raise ZeroDivisionError("a user's words")
 
-    broken = Broken(settings_with(), Engines(policy=Upstream(engine[1])))
+    broken = Gateway(settings_with(), Engines(policy=Broken(engine[1])))
     with in_thread(broken.gate) as url:
         answer = httpx.post(url + CHAT, json=chat())
         assert "words" not in refused(answer, 500) and answer.headers["x-request-id"]

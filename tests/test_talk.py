@@ -16,7 +16,8 @@ from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.errors import ConfigError, DataError, DirectionError, RunFolderError
 from dpa.core.reference import ModelReference
 from dpa.models.policy import check_policy, save_policy
-from dpa.serve.command import Options, serve
+from dpa.serve.command import serve
+from dpa.serve.settings import ServeSettings
 from dpa.storage.run_folder import StageFolder
 
 TERSE = DirectionSpace(
@@ -121,6 +122,6 @@ def test_a_policy_of_a_run_that_was_damaged_does_not_answer(policy: Path, tmp_pa
     with pytest.raises(RunFolderError, match=rf"{name} is damaged"):
         ask(folder)
     with pytest.raises(RunFolderError, match=rf"{name} is damaged"):
-        serve(Options(model=str(folder)))
+        serve(ServeSettings(model=str(folder)))
     with pytest.raises(RunFolderError, match=rf"{name} is damaged"):
         check_policy(folder)

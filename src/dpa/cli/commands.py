@@ -7,8 +7,9 @@ import typer
 
 from dpa.cli import ecosystem, planning
 from dpa.cli.home import Commands
-from dpa.cli.options import ConfigPath, Overrides, overridden
+from dpa.cli.options import ConfigPath, Overrides, overridden, takes_fields
 from dpa.core.errors import ConfigError
+from dpa.serve.settings import ServeSettings
 from dpa.version import __version__
 
 if TYPE_CHECKING:
@@ -240,69 +241,12 @@ def chat(
 
 
 @app.command()
-def serve(
-    model: Annotated[str | None, typer.Argument(help="Policy folder made by the loop; it starts an engine.")] = None,
-    upstream: Annotated[str | None, typer.Option(help="Or: URL of a running OpenAI-compatible server.")] = None,
-    upstream_model: Annotated[str | None, typer.Option(help="What it calls the model; default: its first.")] = None,
-    space: Annotated[Path | None, typer.Option(help="Folder with dpa_config.json; default: MODEL.")] = None,
-    name: Annotated[str | None, typer.Option(help="What clients call the model; default: after its folder.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; one others can reach needs a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
-    allow_host: Annotated[list[str] | None, typer.Option(help="Another name this gateway is reached by.")] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="Keys, one a line (or one in DPA_API_KEY).")] = None,
-    direction: Annotated[
-        str | None,
-        typer.Option("--direction", "-d", help="Of requests that state none; default: the cone's center; or none."),
-    ] = None,
-    clamp: Annotated[bool, typer.Option(help="Move directions outside the cone to its edge; default: 400.")] = False,
-    reward: Annotated[str | None, typer.Option(help="Reward model folder: scores, best_of, robust.")] = None,
-    base: Annotated[str | None, typer.Option(help="Model to compare with; default: MODEL, told no direction.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Answers the engine writes at once.")] = 32,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine; default: all cores.")] = None,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests in flight; beyond it 429.")] = 64,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of one answer.")] = 2048,
-    max_body: Annotated[int, typer.Option(min=1000, help="Bytes of one request.")] = 1_000_000,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")] = 120.0,
-    stall: Annotated[float, typer.Option(min=0.1, help="Seconds of silence within a stream.")] = 30.0,
-    drain: Annotated[float, typer.Option(min=1, help="Seconds accepted requests have after SIGTERM.")] = 30.0,
-    log_text: Annotated[bool, typer.Option(help="Log what users and the model say.")] = False,
-    remote_code_revision: RevisionText = None,
-) -> None:
+@takes_fields(ServeSettings, argument="model", short={"direction": "-d"})
+def serve(settings: ServeSettings) -> None:
     """Serve a model, or one behind a URL: OpenAI's API with a direction in every request, and a page."""
-    from dpa.serve.command import Options
     from dpa.serve.command import serve as run_server
-    from dpa.serve.settings import Limits
 
-    limits = Limits(
-        body_bytes=max_body,
-        max_tokens=max_tokens,
-        requests=max_requests,
-        seconds=timeout,
-        stall_seconds=stall,
-        drain_seconds=drain,
-    )
-    run_server(
-        Options(
-            model=model,
-            upstream=upstream,
-            upstream_model=upstream_model,
-            space=space,
-            name=name,
-            host=host,
-            port=port,
-            allow_hosts=tuple(allow_host or ()),
-            key_file=api_key_file,
-            direction=direction,
-            clamp=clamp,
-            reward=reward,
-            base=base,
-            rows=rows,
-            threads=threads,
-            remote_code_revision=remote_code_revision,
-            log_text=log_text,
-            limits=limits,
-        )
-    )
+    run_server(settings)
 
 
 def _load(path: Path, overrides: list[str] | None, flags: dict[str, str] | None = None) -> "RunConfig":

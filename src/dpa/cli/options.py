@@ -2,12 +2,20 @@
 Run its tests: pytest tests/test_cli.py
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from dpa.core.errors import ConfigError
+from dpa.serve.settings import flag_of
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration; docs/configuration.md lists every field.")]
 Overrides = Annotated[
@@ -24,3 +32,38 @@ def overridden(overrides: list[str] | None) -> dict[str, str]:
             raise ConfigError(f"--set: {item!r} is not FIELD=VALUE; write for example --set rollout.samples=8.")
         pairs[field] = value
     return pairs
+
+
+def takes_fields(
+    kind: type[Settings], argument: str, short: dict[str, str]
+) -> Callable[[Callable[[Settings], None]], Callable[..., None]]:
+    """A command whose options are the fields of a settings class, which its function takes; `argument` names the field
+    that is given by its place, `short` has the letters of those that have one.
+    """
+
+    def parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+        if name == argument:
+            info = typer.Argument(help=field.description)
+        else:
+            bounds = ((item, sign, edge) for item in field.metadata for sign, edge in _EDGES)
+            edges = {edge: getattr(item, sign) for item, sign, edge in bounds if hasattr(item, sign)}
+            flags = [] if field.annotation is bool else [flag_of(name, field)]  # typer's own: --clamp/--no-clamp
+            info = typer.Option(*flags, *filter(None, [short.get(name)]), help=field.description, **edges)
+        default = field.get_default(call_default_factory=True)
+        annotation = Annotated[field.annotation, info]  # type: ignore[name-defined]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+    def wrap(function: Callable[[Settings], None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(**given: Any) -> None:
+            function(kind(**given))
+
+        parameters = [parameter(name, field) for name, field in kind.model_fields.items()]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {one.name: one.annotation for one in parameters}
+        return command
+
+    return wrap
+
+
+_EDGES = (("ge", "min"), ("le", "max"))

@@ -126,7 +126,7 @@ class Robust(Closed):
     neighbors: Annotated[Count, Field(ge=1, le=64, description="a whole number from 1 to 64")] = 4
 
 
-class Options(Closed):
+class DpaOptions(Closed):
     """`dpa_options`."""
 
     outside: Annotated[Literal["error", "clamp"] | None, Field(description='"error", "clamp" or null')] = None
@@ -140,6 +140,16 @@ class Options(Closed):
     """Answer also without a direction, with the same seed, for comparison."""
     scores: Annotated[bool, Field(description="true or false")] = True
     """Score the answer's objectives, where a scorer is loaded."""
+
+    @property
+    def robustly(self) -> Robust | None:
+        """How a robust selection is made; None: it is none."""
+        return self.robust if isinstance(self.robust, Robust) else Robust() if self.robust else None
+
+    @property
+    def samples(self) -> int:
+        """Answers sampled to one request."""
+        return self.best_of * (1 + self.robustly.neighbors if self.robustly else 1)
 
 
 _COUNT = "a whole number from 1"
@@ -184,7 +194,7 @@ class Sampling(Open):
     dpa: Annotated[
         dict[str, Any] | Text | list[Any] | None, Field(description=f"{_DIRECTION}; null states no preference")
     ] = None
-    dpa_options: Annotated[Options | None, Field(description='a mapping such as {"best_of": 4}')] = None
+    dpa_options: Annotated[DpaOptions | None, Field(description='a mapping such as {"best_of": 4}')] = None
 
 
 class ChatBody(Sampling):
@@ -297,7 +307,8 @@ def _brief(value: Any) -> str:
         return names[value]
     if isinstance(value, list) and len(value) > 6:
         return f"a list of {len(value)}"
-    return shown(value)
+    text = shown(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _model_in(field: FieldInfo) -> type[BaseModel] | None:

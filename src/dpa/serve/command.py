@@ -8,10 +8,9 @@ import ipaddress
 import os
 import socket
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import ConfigError, DpaError, ModelFileError
 from dpa.core.reference import ModelReference
 from dpa.models.files import load_space, resolve_model
-from dpa.serve.settings import Limits, Settings
+from dpa.serve.settings import EngineSettings, Served, ServeSettings
 from dpa.serve.supervisor import EngineProcess
 from dpa.storage.seals import check_in_run
 
@@ -28,54 +27,30 @@ NO_DIRECTION = "none"
 KEY_VARIABLE, UPSTREAM_KEY_VARIABLE = "DPA_API_KEY", "DPA_UPSTREAM_KEY"
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command line of `dpa serve`; cli/commands.py documents each."""
-
-    model: str | None = None
-    upstream: str | None = None
-    upstream_model: str | None = None
-    space: Path | None = None
-    name: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
-    allow_hosts: tuple[str, ...] = ()
-    key_file: Path | None = None
-    direction: str | None = None
-    clamp: bool = False
-    reward: str | None = None
-    base: str | None = None
-    rows: int = 32
-    threads: int | None = None
-    remote_code_revision: str | None = None
-    log_text: bool = False
-    limits: Limits = field(default_factory=Limits)
-
-
-def serve(options: Options) -> None:
+def serve(settings: ServeSettings) -> None:
     """Serve until asked to stop; then finish what was accepted, and end the engines.
 
     Raises ConfigError, ModelFileError or DirectionError for what cannot be served, EngineError when an engine died for
     good.
     """
-    if (options.model is None) == (options.upstream is None):
+    if (settings.model is None) == (settings.upstream is None):
         raise ConfigError("serve: give either a MODEL folder or --upstream URL.")
-    keys = read_keys(options.key_file)
-    if not keys and not _is_local(options.host):
+    keys = read_keys(settings.api_key_file)
+    if not keys and not _is_local(settings.host):
         raise ConfigError(
-            f"--host: {options.host} lets others in, so a key is needed; set {KEY_VARIABLE} or give --api-key-file."
+            f"--host: {settings.host} lets others in, so a key is needed; set {KEY_VARIABLE} or give --api-key-file."
         )
     folder = None
-    if options.model is not None:
-        folder = resolve_model(ModelReference(options.model, options.remote_code_revision)).path
-    for used in (folder, options.reward, options.base):
+    if settings.model is not None:
+        folder = resolve_model(ModelReference(settings.model, settings.remote_code_revision)).path
+    for used in (folder, settings.reward, settings.base):
         if used is not None:
             check_in_run(used)
-    space = _space(options, folder)
-    default = _default_direction(options.direction, space)
-    if options.reward:
-        _check_attributes(options.reward, space)
-    listener = _listen(options.host, options.port)
+    space = _space(settings, folder)
+    default = _default_direction(settings.direction, space)
+    if settings.reward:
+        _check_attributes(settings.reward, space)
+    listener = _listen(settings.host, settings.port)
     failure: list[DpaError] = []
     stop: list[Callable[[], None]] = []
 
@@ -86,13 +61,13 @@ def serve(options: Options) -> None:
 
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(listener.close)
-        engines = _start_engines(options, folder, failed, cleanup)
-        gateway, server = _gateway(options, keys, folder, space, default, engines)
+        engines = _start_engines(settings, folder, failed, cleanup)
+        served, server = _server(settings, keys, folder, space, default, engines)
         stop.append(server.stop)
         if failure:  # it was quicker than we were
             raise failure[0]
-        url = f"http://{_shown(options.host)}:{listener.getsockname()[1]}"
-        threading.Thread(target=_say_ready, args=(url, gateway, engines.values()), daemon=True).start()
+        url = f"http://{_shown(settings.host)}:{listener.getsockname()[1]}"
+        threading.Thread(target=_say_ready, args=(url, served, engines.values()), daemon=True).start()
         server.run(sockets=[listener])
         if failure:
             raise failure[0]
@@ -115,9 +90,9 @@ def read_keys(file: Path | None) -> tuple[str, ...]:
     return kept
 
 
-def _space(options: Options, folder: str | None) -> DirectionSpace:
-    if options.space is not None:
-        place = options.space.parent if options.space.is_file() else options.space
+def _space(settings: ServeSettings, folder: str | None) -> DirectionSpace:
+    if settings.space is not None:
+        place = settings.space.parent if settings.space.is_file() else settings.space
         return load_space(place)
     if folder is not None:
         return load_space(folder)
@@ -125,25 +100,20 @@ def _space(options: Options, folder: str | None) -> DirectionSpace:
 
 
 def _start_engines(
-    options: Options, folder: str | None, failed: Callable[[DpaError], None], cleanup: contextlib.ExitStack
+    settings: ServeSettings, folder: str | None, failed: Callable[[DpaError], None], cleanup: contextlib.ExitStack
 ) -> dict[str, EngineProcess]:
     """The child processes: policy (which scores too), base, or a scorer alone in front of a foreign engine."""
-    common = ["--rows", str(options.rows)]
-    if options.threads:
-        common += ["--threads", str(options.threads)]
-    if options.remote_code_revision:
-        common += ["--remote-code-revision", options.remote_code_revision]
-    reward = ["--reward", options.reward] if options.reward else []
-    wanted: dict[str, list[str]] = {}
+    shared = settings.model_dump(include={"rows", "threads", "remote_code_revision"})
+    wanted: dict[str, EngineSettings] = {}
     if folder is not None:
-        wanted["policy"] = ["--model", folder, "--name", "policy", *reward, *common]
-    elif reward:
-        wanted["scorer"] = [*reward, *common]
-    if options.base:
-        wanted["base"] = ["--model", options.base, "--name", "base", *common]
+        wanted["policy"] = EngineSettings(**shared, model=folder, name="policy", reward=settings.reward)
+    elif settings.reward:
+        wanted["scorer"] = EngineSettings(**shared, reward=settings.reward)
+    if settings.base:
+        wanted["base"] = EngineSettings(**shared, model=settings.base, name="base")
     engines = {}
-    for role, arguments in wanted.items():
-        engines[role] = EngineProcess(arguments, failed)
+    for role, engine in wanted.items():
+        engines[role] = EngineProcess(engine.arguments(), failed)
         cleanup.callback(engines[role].close)
     return engines
 
@@ -158,73 +128,68 @@ def _default_direction(text: str | None, space: DirectionSpace) -> Direction | N
     return space.direction(space.center) if text is None else space.parse(text)
 
 
-def _gateway(
-    options: Options,
+def _server(
+    settings: ServeSettings,
     keys: tuple[str, ...],
     folder: str | None,
     space: DirectionSpace,
-    default: Any,
+    default: Direction | None,
     children: dict[str, EngineProcess],
-) -> tuple[Any, Any]:
+) -> tuple[Served, Any]:
     try:  # while the engine loads: these take a second
         import uvicorn
 
         from dpa.serve.connections import bounded
         from dpa.serve.front import load_examples, load_front
         from dpa.serve.gate import log_json
-        from dpa.serve.gateway import Engines, Gateway
+        from dpa.serve.gateway import Gateway
         from dpa.serve.http import Server
-        from dpa.serve.upstream import Upstream
+        from dpa.serve.upstream import Engines, Upstream
     except ModuleNotFoundError as error:
         raise ConfigError(f'serve: {error.name} is not installed; run pip install "dpa[serve]".') from None
 
-    limits = options.limits
-
     def child(role: str) -> Upstream:
-        return Upstream("http://engine", socket=children[role].socket, stall_s=limits.stall_seconds)
+        return Upstream("http://engine", socket=children[role].socket, stall_s=settings.stall_seconds)
 
-    if options.upstream is not None:
+    if settings.upstream is not None:
         key = os.environ.get(UPSTREAM_KEY_VARIABLE)
-        policy = Upstream(options.upstream, key, stall_s=limits.stall_seconds)
-        upstream_model = options.upstream_model or _first_model(options.upstream, key)
+        policy = Upstream(settings.upstream, key, stall_s=settings.stall_seconds)
+        upstream_model = settings.upstream_model or _first_model(settings.upstream, key)
     else:
         policy, upstream_model = child("policy"), "policy"
-    scorer = child("policy") if "policy" in children and options.reward else None
-    if "scorer" in children:
-        scorer = child("scorer")
     engines = Engines(
         policy=policy,
         ours="policy" in children,
         base=child("base") if "base" in children else None,
         base_model="base",
-        scorer=scorer,
+        scorer=child("policy" if "policy" in children else "scorer") if settings.reward else None,
     )
-    measured = options.space if options.space is not None and options.space.is_dir() else folder
+    measured = settings.space if settings.space is not None and settings.space.is_dir() else folder
     front, reward = load_front(Path(measured), space) if measured is not None else (None, None)
-    settings = Settings(
-        name=options.name or _name(folder, upstream_model),
+    served = Served(
+        name=settings.name or _name(folder, upstream_model),
         upstream_model=upstream_model,
         space=space,
         default=default,
-        outside=_outside(options.clamp),
+        outside="clamp" if settings.clamp else "error",
         keys=keys,
-        hosts=_hosts(options),
-        limits=limits,
-        log_text=options.log_text,
+        hosts=_hosts(settings),
+        limits=settings,
+        log_text=settings.log_text,
         front=front,
         front_reward=reward,
         examples=tuple(load_examples(Path(measured))) if measured is not None else (),
     )
-    gateway = Gateway(settings, engines, lambda: all(one.ready.is_set() for one in children.values()))
+    gateway = Gateway(served, engines, lambda: all(one.ready.is_set() for one in children.values()))
     log_json()
     config = uvicorn.Config(
         gateway.gate,
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(limits.drain_seconds),
+        timeout_graceful_shutdown=int(settings.drain_seconds),
         h11_max_incomplete_event_size=64_000,
-        http=bounded(limits),
+        http=bounded(settings),
         ws="none",
     )
 
@@ -236,15 +201,14 @@ def _gateway(
             gateway.gate.draining = True
             super()._asked_to_stop(number)
 
-    return gateway, Draining(config)
+    return served, Draining(config)
 
 
-def _say_ready(url: str, gateway: Any, engines: Any) -> None:
+def _say_ready(url: str, served: Served, engines: Iterable[EngineProcess]) -> None:
     for engine in engines:
         engine.ready.wait()
-    settings = gateway._settings
-    presets = f" ({', '.join(settings.space.presets)})" if settings.space.presets else ""
-    print(f"dpa: serving {settings.name}{presets} at {url}", flush=True)
+    presets = f" ({', '.join(served.space.presets)})" if served.space.presets else ""
+    print(f"dpa: serving {served.name}{presets} at {url}", flush=True)
 
 
 def _check_attributes(reward: str, space: DirectionSpace) -> None:
@@ -288,15 +252,11 @@ def _name(folder: str | None, upstream_model: str) -> str:
     return path.name
 
 
-def _outside(clamp: bool) -> Literal["error", "clamp"]:
-    return "clamp" if clamp else "error"
-
-
-def _hosts(options: Options) -> tuple[str, ...]:
+def _hosts(settings: ServeSettings) -> tuple[str, ...]:
     """On this machine only its own names are answered to; beyond it, those that were given, or any."""
-    if not _is_local(options.host):
-        return options.allow_hosts
-    return ("localhost", "127.0.0.1", "::1", options.host, *options.allow_hosts)
+    if not _is_local(settings.host):
+        return tuple(settings.allow_host)
+    return ("localhost", "127.0.0.1", "::1", settings.host, *settings.allow_host)
 
 
 def _is_local(host: str) -> bool:

@@ -6,7 +6,6 @@ with any tokenizer, and a row that is free again when its client leaves. It know
 chat template does. It trusts whoever can reach it: the gateway listens to strangers, this listens to the gateway.
 """
 
-import argparse
 import asyncio
 import json
 import logging
@@ -29,11 +28,11 @@ from starlette.routing import Route
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpa.core.direction_text import shown
-from dpa.core.errors import DpaError, EngineError
-from dpa.core.records import Messages, Scorer
+from dpa.core.errors import DpaError
+from dpa.core.records import Scorer
 from dpa.core.reference import ModelReference
 from dpa.models.batching import Row
-from dpa.models.chat_template import has_system_role, render_chat
+from dpa.models.chat_template import has_system_role
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.policy import context_length, default_device, load_policy
 from dpa.serve.bodies import (
@@ -43,7 +42,6 @@ from dpa.serve.bodies import (
     RefusedError,
     Sampling,
     ScoreBody,
-    are_token_ids,
     check_body,
     error_body,
     read_body,
@@ -59,9 +57,11 @@ from dpa.serve.http import (
     failed,
     http_error,
     or_gone,
-    refusal,
+    refused,
 )
+from dpa.serve.prompts import PromptReader, plain_messages
 from dpa.serve.seeds import nth_seed
+from dpa.serve.settings import EngineSettings
 
 MAX_BODY = 64_000_000  # bytes; the gateway's own limit is far below
 MAX_ANSWERS = 1024  # to one request
@@ -94,11 +94,13 @@ class Engine:
         max_rows: int,
     ) -> None:
         self._name, self._revision, self._scorer = name, revision, scorer
-        self._tokenizer = tokenizer
-        self._context = context_length(model) if model is not None else 0
-        embedding: Any = model.get_input_embeddings() if model is not None else None
-        self._known_tokens = len(embedding.weight) if embedding is not None else 0
-        self.loop = EngineLoop(model, tokenizer, max_rows) if model is not None and tokenizer is not None else None
+        self._context = 0
+        self.loop: EngineLoop | None = None
+        if model is not None and tokenizer is not None:
+            self._context = context_length(model)
+            embedding: Any = model.get_input_embeddings()
+            self._prompts = PromptReader(tokenizer, len(embedding.weight))
+            self.loop = EngineLoop(model, tokenizer, max_rows)
         self._scoring = ThreadPoolExecutor(1, "scorer")
 
     def app(self) -> Starlette:
@@ -113,7 +115,7 @@ class Engine:
             Route("/dpa/score", self._score, methods=["POST"]),
         ]
         handlers: Any = {
-            RefusedError: _refused,
+            RefusedError: refused,
             ClientGoneError: _gone,
             ClientDisconnect: _gone,
             HTTPException: http_error,
@@ -152,7 +154,7 @@ class Engine:
         if self._scorer is None:
             raise RefusedError("scores: this engine has no reward model; start it with --reward FOLDER.")
         body = check_body(ScoreBody, await _body(request))
-        messages = _messages(body.messages)
+        messages = plain_messages(body.messages)
         conversations = [messages] * len(body.responses)
         work = asyncio.get_running_loop().run_in_executor(
             self._scoring, self._scorer.score, conversations, body.responses
@@ -170,7 +172,7 @@ class Engine:
         for field, idle in _UNSUPPORTED.items():
             if raw.get(field) not in idle:
                 raise RefusedError(f"{field}: this engine does not know it; leave it out.", param=field)
-        prompts = await self._prompts(body)
+        prompts = await self._prompts.read(body)
         together = raw.get(TOGETHER)
         jobs, pieces = self._jobs(body, prompts, together if isinstance(together, str) else uuid.uuid4().hex)
         head = {
@@ -262,73 +264,16 @@ class Engine:
                 jobs.append(Job(row, stops, bool(body.stream), partial(_put, pieces, len(jobs)), request))
         return jobs, pieces
 
-    async def _prompts(self, body: Sampling) -> list[list[int]]:
-        """Token ids of what is to be continued, all of them ones the model knows. Raises RefusedError."""
-        if isinstance(body, ChatBody):
-            messages, kwargs = _messages(body.messages), body.chat_template_kwargs or {}
-            ids = await asyncio.to_thread(self._encode_chat, messages, kwargs)
-            return [self._known(ids, "messages")]
-        assert isinstance(body, CompletionBody)
-        prompt = body.prompt
-        if are_token_ids(prompt):
-            prompts: Any = [prompt]
-        elif isinstance(prompt, list) and are_token_ids(prompt[0]):
-            prompts = prompt
-        else:
-            texts: Any = [prompt] if isinstance(prompt, str) else prompt
-            prompts = await asyncio.to_thread(self._encode_texts, texts)
-        return [self._known(ids, "prompt") for ids in prompts]
-
-    def _known(self, ids: list[int], field: str) -> list[int]:
-        """The one check that every prompt passes before it reaches the model's thread."""
-        if not ids:
-            raise RefusedError(f"{field}: no token is in it; say something.", param=field)
-        if max(ids) >= self._known_tokens or min(ids) < 0:
-            strange = next(token for token in ids if not 0 <= token < self._known_tokens)
-            raise RefusedError(
-                f"{field}: token {shown(strange)} is beyond the model's {self._known_tokens:,}; leave it out.",
-                param=field,
-            )
-        return ids
-
-    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        assert self._tokenizer is not None
-        return self._tokenizer(texts, verbose=False)["input_ids"]
-
-    def _encode_chat(self, messages: Messages, template_kwargs: dict[str, Any]) -> list[int]:
-        assert self._tokenizer is not None
-        reserved = {"conversation", "chat_template", "tokenize", "return_tensors", "tools", "documents"}
-        chosen = {name: value for name, value in template_kwargs.items() if name not in reserved}
-        try:
-            text = render_chat(self._tokenizer, messages, **{"add_generation_prompt": True, **chosen})
-        except EngineError as error:  # no process to render in
-            raise RefusedError(str(error), 500) from None
-        except Exception as error:  # a template may raise anything over what a client sends
-            reason = " ".join(str(error).split())[:300]
-            raise RefusedError(
-                f"messages: the model's chat template refuses them ({reason}).", param="messages"
-            ) from None
-        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load, listen, and say `{"ready": ...}` on standard output; a user's mistake is `{"error": ...}` there."""
-    parser = argparse.ArgumentParser(prog="python -m dpa.serve.engine", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", help="model folder or Hub id")
-    parser.add_argument("--name", help="the model's name in answers; default: --model")
-    parser.add_argument("--reward", help="reward model folder, for /dpa/score")
-    parser.add_argument("--remote-code-revision", help="opt in to the model's own code, at this commit")
-    parser.add_argument("--rows", type=int, default=32, help="answers written at once")
-    parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--uds", help="listen on this Unix socket ...")
-    parser.add_argument("--port", type=int, help="... or on this port of 127.0.0.1")
-    args = parser.parse_args(arguments)
+    settings = EngineSettings.of(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     sys.setswitchinterval(0.001)  # the model's thread must not keep the event loop waiting
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     try:
-        engine = _load(args)
+        engine = _load(settings)
     except DpaError as error:
         print(json.dumps({"error": str(error), "exit_code": error.exit_code}), flush=True)
         sys.exit(error.exit_code)
@@ -336,9 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def started_up() -> None:
         if engine.loop is not None:
             engine.loop.start()
-        print(json.dumps({"ready": args.uds or args.port}), flush=True)
+        print(json.dumps({"ready": settings.uds or settings.port}), flush=True)
 
-    where = {"uds": args.uds} if args.uds else {"host": "127.0.0.1", "port": args.port or 8001}
+    where: dict[str, Any] = {"uds": settings.uds} if settings.uds else {"host": "127.0.0.1", "port": settings.port}
     config = uvicorn.Config(
         engine.app(),
         **where,
@@ -350,39 +295,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Server(config, started_up).run()
 
 
-def _load(args: argparse.Namespace) -> Engine:
+def _load(settings: EngineSettings) -> Engine:
     model = tokenizer = scorer = None
     revision = "none"
-    if args.model:
-        safe = resolve_model(ModelReference(args.model, args.remote_code_revision))
+    code = settings.remote_code_revision
+    if settings.model:
+        safe = resolve_model(ModelReference(settings.model, code))
         device = default_device()
         narrow = device.startswith("cuda") and torch.cuda.is_bf16_supported()
         dtype = torch.bfloat16 if narrow else torch.float32
-        model, tokenizer = load_policy(ModelReference(safe.path, args.remote_code_revision), dtype=dtype, device=device)
+        model, tokenizer = load_policy(ModelReference(safe.path, code), dtype=dtype, device=device)
         if tokenizer.chat_template:
             has_system_role(tokenizer.get_chat_template())  # a template that escapes or never ends is refused now
         revision = folder_revision(safe.path)
-    if args.reward:
+    if settings.reward:
         from dpa.models.scorers import RewardModelScorer
 
-        scorer = RewardModelScorer(ModelReference(args.reward, args.remote_code_revision))
-    return Engine(args.name or args.model or "none", model, tokenizer, revision, scorer, args.rows)
-
-
-def _messages(messages: Sequence[Any]) -> Messages:
-    """Messages as chat templates take them: text content, and `system` for OpenAI's `developer`."""
-    plain: list[Any] = []
-    for message in messages:
-        content = message.content or ""
-        if not isinstance(content, str):
-            if any(part.type != "text" or part.text is None for part in content):
-                raise RefusedError("messages: this engine reads text only; leave other parts out.", param="messages")
-            content = "".join(part.text for part in content)
-        role = "system" if message.role == "developer" else message.role
-        if role not in ("system", "user", "assistant"):
-            raise RefusedError(f"messages: this engine has no role {role!r}; take system, user or assistant.")
-        plain.append({"role": role, "content": content})
-    return plain
+        scorer = RewardModelScorer(ModelReference(settings.reward, code))
+    return Engine(settings.name or settings.model or "none", model, tokenizer, revision, scorer, settings.rows)
 
 
 def _put(pieces: "asyncio.Queue[tuple[int, Piece]]", index: int, piece: Piece) -> None:
@@ -406,10 +336,6 @@ def _usage(prompts: Sequence[Sequence[int]], jobs: Sequence[Job]) -> dict[str, i
 
 async def _body(request: Request) -> dict[str, Any]:
     return await read_body(request.stream(), request.headers.get("content-length"), MAX_BODY)
-
-
-async def _refused(request: Request, error: RefusedError) -> Response:
-    return refusal(error)
 
 
 async def _gone(request: Request, error: ClientGoneError) -> Response:

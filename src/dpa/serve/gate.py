@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dpa.serve.bodies import RefusedError
 from dpa.serve.http import ClientGoneError, refusal
-from dpa.serve.settings import Settings
+from dpa.serve.settings import Served
 
 OPEN_PATH = "/health"
 """The one path that needs no key."""
@@ -61,11 +61,11 @@ class Gate:
     A request is in flight once the application, which has read its body, calls `scope["dpa.enter"]`.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, routes: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, served: Served, metrics: Metrics, routes: Iterable[str]) -> None:
         self.draining = False
-        self._app, self._settings, self._metrics = app, settings, metrics
+        self._app, self._served, self._metrics = app, served, metrics
         self._routes = frozenset(routes)
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in served.keys]
         self._in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,7 +105,7 @@ class Gate:
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             try:
-                async with asyncio.timeout(self._settings.limits.stall_seconds):
+                async with asyncio.timeout(self._served.limits.stall_seconds):
                     await send(message)
             except TimeoutError:  # it reads nothing of its answer
                 raise ClientGoneError from None
@@ -162,7 +162,7 @@ class Gate:
             self._check_room()  # before the body is read, and again when it is there
 
     def _check_room(self) -> None:
-        if self._in_flight >= self._settings.limits.requests:
+        if self._in_flight >= self._served.limits.requests:
             raise RefusedError(
                 f"server: {self._in_flight} requests are in flight, as many as it takes; ask again.",
                 429,
@@ -192,7 +192,7 @@ class Gate:
     def _check_site(self, headers: dict[bytes, bytes]) -> None:
         """A page of another site, open in the user's browser, must not ask in the user's name."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
-        hosts = self._settings.hosts
+        hosts = self._served.hosts
         if hosts and _host_name(f"//{host}") not in hosts:
             raise RefusedError("host: this gateway is not known by that name; start it with --allow-host NAME.", 403)
         origin = headers.get(b"origin")

@@ -48,6 +48,12 @@ def refusal(error: RefusedError) -> Json:
     return Json(error_body(str(error), error.status, error.param, error.code), error.status, headers)
 
 
+async def refused(request: Request, error: Exception) -> Response:
+    """`refusal` as a handler."""
+    assert isinstance(error, RefusedError)
+    return refusal(error)
+
+
 async def http_error(request: Request, error: Exception) -> Json:
     """The answer where there is no such path, or where it does not take this method."""
     assert isinstance(error, HTTPException)

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from dpa.core.direction_text import read_expression, shown
 from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import DirectionError, OutsideConeError, UserError
@@ -199,12 +197,6 @@ def verbosity_levels(space: DirectionSpace) -> dict[str, Direction]:
         return {}
     narrow = DirectionSpace(space.objectives, space.center, min(space.max_angle, 45.0), space.template)
     return {level: space.direction(row) for level, row in zip(_LEVELS, narrow.arc(VERBOSITY, 3), strict=True)}
-
-
-def neighbourhood(space: DirectionSpace, direction: Direction, angle: float, count: int) -> list[Direction]:
-    """The directions a robust selection samples besides the asked one (arXiv 2510.20498)."""
-    rows_DK: np.ndarray = space.neighbours(direction, angle, count)
-    return [space.direction(row_K) for row_K in rows_DK]
 
 
 def _untagged(text: str, tags: list[str]) -> str:

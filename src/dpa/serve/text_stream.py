@@ -30,7 +30,7 @@ class TextStream:
         """All that is certain so far."""
         self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._longest = max(map(len, stops), default=0)
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         self._stream = DecodeStream(skip_special_tokens=True) if self._backend is not None else None
         self._ids: list[int] = []
         self._decoded = 0  # characters of the decoding so far

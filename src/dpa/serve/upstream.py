@@ -4,12 +4,14 @@ Run its tests: pytest tests/test_gateway.py
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 from pydantic_core import from_json
 
 from dpa.serve.bodies import RefusedError, to_json
+from dpa.serve.steering import Steering
 
 MAX_ANSWER = 64_000_000
 """Bytes of one answer, or of one event of a stream, that are read before the upstream is taken for broken."""
@@ -108,6 +110,28 @@ class Upstream:
             return await self._transport.handle_async_request(request)
         except httpx.HTTPError as error:
             raise _trouble(error) from None
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Who answers: the policy, what it is compared with (None: the policy itself, told no direction), who scores."""
+
+    policy: Upstream
+    ours: bool = False
+    """Whether the policy is behind our own engine, which tells its load."""
+    base: Upstream | None = None
+    base_model: str = ""
+    scorer: Upstream | None = None
+
+    def asked_by(self, steering: Steering) -> Upstream:
+        """Who answers a request that was steered so."""
+        return self.base if steering.base and self.base is not None else self.policy
+
+    async def aclose(self) -> None:
+        """Let all connections go."""
+        for upstream in (self.policy, self.base, self.scorer):
+            if upstream is not None:
+                await upstream.aclose()
 
 
 async def _read(response: httpx.Response) -> bytes:

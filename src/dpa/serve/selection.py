@@ -1,0 +1,78 @@
+"""Best-of-n and robust selections: what is asked of the engine for one, and which of its answers is the best.
+Run its tests: pytest tests/test_gateway.py
+"""
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpa.core.directions import Direction, DirectionSpace
+from dpa.serve.bodies import TOGETHER
+from dpa.serve.seeds import nth_seed
+from dpa.serve.shapes import named
+from dpa.serve.understanding import Asked
+from dpa.serve.upstream import UpstreamError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One answer to be sampled: the direction it is asked under, and the body that asks for it."""
+
+    direction: Direction
+    body: dict[str, Any]
+
+
+def candidates(asked: Asked, space: DirectionSpace, together: bool) -> list[Candidate]:
+    """`best_of` under the asked direction and (robust) under each of its neighbours, with seeds derived from the
+    request's. `together`: the engine is ours, and counts them as one request where turns are taken.
+    """
+    body, direction = asked.steering.body, asked.steering.direction
+    assert direction is not None
+    robust = asked.options.robustly
+    around_DK = [] if robust is None else space.neighbours(direction, robust.angle, robust.neighbors)
+    seed = asked.body.seed if asked.body.seed is not None else secrets.randbits(48)
+    shared = {**body, "stream": False, **({TOGETHER: secrets.token_hex(8)} if together else {})}
+    found: list[Candidate] = []
+    for under in (direction, *map(space.direction, around_DK)):
+        kwargs = {**body.get("chat_template_kwargs", {}), "preference": under.as_mapping()}
+        for _ in range(asked.options.best_of):
+            # OpenAI's seeds are 64-bit and signed.
+            own = nth_seed(seed, len(found)) % 2**63 if found else seed
+            found.append(Candidate(under, {**shared, "chat_template_kwargs": kwargs, "seed": own}))
+    return found
+
+
+def best_of(direction: Direction, scores_NK: np.ndarray) -> tuple[int, np.ndarray]:
+    """The number of the answer the direction values most, and what it values each at (NaN: it could not be scored).
+
+    Raises UpstreamError where none could be scored.
+    """
+    utility_N = scores_NK @ np.array(direction.weights)
+    if not np.isfinite(utility_N).any():
+        raise UpstreamError("scorer: it could score none of the answers; ask again.", 502)
+    return int(np.nanargmax(utility_N)), utility_N
+
+
+def chosen_of(answers: list[dict[str, Any]], best: int) -> dict[str, Any]:
+    """The best answer, which counts the tokens of all of them."""
+    usage = [answer.get("usage") or {} for answer in answers]
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+    total = {name: sum(one.get(name) or 0 for one in usage) for name in counts}
+    return {**answers[best], "usage": {**usage[best], **total}}
+
+
+def listing(
+    asked: list[Candidate], names: tuple[str, ...], scores_NK: np.ndarray, utility_N: np.ndarray, best: int
+) -> list[dict[str, Any]]:
+    """`dpa.candidates`: every answer's direction, scores and utility, and which was chosen."""
+    return [
+        {
+            "direction": str(one.direction),
+            "scores": named(names, row_K),
+            "utility": float(utility) if np.isfinite(utility) else None,
+            "chosen": n == best,
+        }
+        for n, (one, row_K, utility) in enumerate(zip(asked, scores_NK, utility_N, strict=True))
+    ]
