@@ -31,11 +31,13 @@ def candidates(asked: Asked, space: DirectionSpace, together: bool) -> list[Cand
     body, direction = asked.steering.body, asked.steering.direction
     assert direction is not None
     robust = asked.options.robustly
-    around_DK = [] if robust is None else space.neighbours(direction, robust.angle, robust.neighbors)
+    under_D = [direction]
+    if robust is not None:
+        under_D += map(space.direction, space.neighbours(direction, robust.angle, robust.neighbors))
     seed = asked.body.seed if asked.body.seed is not None else secrets.randbits(48)
     shared = {**body, "stream": False, **({TOGETHER: secrets.token_hex(8)} if together else {})}
     found: list[Candidate] = []
-    for under in (direction, *map(space.direction, around_DK)):
+    for under in under_D:
         kwargs = {**body.get("chat_template_kwargs", {}), "preference": under.as_mapping()}
         for _ in range(asked.options.best_of):
             # OpenAI's seeds are 64-bit and signed.

@@ -21,9 +21,9 @@ def flag_of(name: str, about: FieldInfo) -> str:
     return str(extra["flag"]) if isinstance(extra, dict) else f"--{name.replace('_', '-')}"
 
 
-def _option(default: Any, description: str, flag: str | None = None, **bounds: float) -> Any:
+def _option(default: Any, description: str, flag: str | None = None, **bounds: Any) -> Any:
     extra: Any = {"flag": flag} if flag else None
-    return Field(default=default, description=description, json_schema_extra=extra, **bounds)  # type: ignore[arg-type]
+    return Field(default=default, description=description, json_schema_extra=extra, **bounds)
 
 
 class _Settings(BaseModel):
