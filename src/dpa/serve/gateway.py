@@ -6,9 +6,10 @@ Run its tests: pytest tests/test_gateway.py
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,19 +83,13 @@ class Gateway:
             (CHAT, self._chat, ChatBody),
             (COMPLETIONS, self._completions, CompletionBody),
         ):
-            app.add_api_route(
-                path,
-                endpoint,
-                methods=["POST"],
-                response_model=None,
-                openapi_extra=request_schema(kind),
-                responses=ERRORS,
-            )
-        for name, (data, media_type) in _page_files().items():
-            page = _Page(data, media_type)
-            app.add_api_route(f"/{name}", page, response_model=None, include_in_schema=False)
-            if name == "index.html":
-                app.add_api_route("/", page, response_model=None, include_in_schema=False)
+            said: dict[str, Any] = {"openapi_extra": request_schema(kind), "responses": ERRORS}
+            app.add_api_route(path, endpoint, methods=["POST"], response_model=None, **said)
+        for file in (resources.files("dpa.serve") / "page").iterdir():
+            if kind_of_file := _PAGE_TYPES.get(Path(file.name).suffix):
+                for path in (f"/{file.name}", *(["/"] if file.name == "index.html" else [])):
+                    page = _page(file.read_bytes(), kind_of_file)
+                    app.add_api_route(path, page, response_model=None, include_in_schema=False)
         for error, handler in HANDLERS.items():
             app.add_exception_handler(error, handler)
         return app
@@ -236,26 +231,11 @@ class Gateway:
                 self.metrics.tokens.labels(kind).inc(count)
 
 
-class _Page:
-    """One file of the page."""
+def _page(data: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
+    async def page() -> Response:
+        return Response(data, media_type=kind, headers=_PAGE_HEADERS)
 
-    def __init__(self, data: bytes, kind: str) -> None:
-        self._data, self._kind = data, kind
-
-    async def __call__(self) -> Response:
-        return Response(self._data, media_type=self._kind, headers=_PAGE_HEADERS)
-
-
-def _page_files() -> dict[str, tuple[bytes, str]]:
-    folder = resources.files("dpa.serve") / "page"
-    if not folder.is_dir():
-        return {}
-    found = {}
-    for file in folder.iterdir():
-        kind = _PAGE_TYPES.get(f".{file.name.rpartition('.')[2]}")
-        if kind:
-            found[file.name] = file.read_bytes(), kind
-    return found
+    return page
 
 
 async def _next_before(deadline: float, chunks: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any] | None:

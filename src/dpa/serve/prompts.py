@@ -35,7 +35,7 @@ class PromptReader:
             prompts = prompt
         else:
             texts: Any = [prompt] if isinstance(prompt, str) else prompt
-            prompts = await asyncio.to_thread(self._encode_texts, texts)
+            prompts = (await asyncio.to_thread(self._tokenizer, texts, verbose=False))["input_ids"]
         return [self._known(ids, "prompt") for ids in prompts]
 
     def _known(self, ids: list[int], field: str) -> list[int]:
@@ -49,9 +49,6 @@ class PromptReader:
                 param=field,
             )
         return ids
-
-    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, verbose=False)["input_ids"]
 
     def _encode_chat(self, messages: Messages, template_kwargs: dict[str, Any]) -> list[int]:
         reserved = {"conversation", "chat_template", "tokenize", "return_tensors", "tools", "documents"}
