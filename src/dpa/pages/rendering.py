@@ -27,6 +27,7 @@ _FILTERS = (
     writing.duration,
     writing.memory,
     writing.reward_title,
+    writing.titled_measures,
     writing.listed,
 )
 _TEMPLATES.filters |= {written.__name__: written for written in _FILTERS}

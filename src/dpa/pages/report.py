@@ -130,9 +130,9 @@ def _questions(samples: Record | None) -> list[dict[str, Any]]:
 
 
 def _widest_spans(policies: Sequence[Record], reward: str) -> dict[str, float]:
-    """Objective -> the widest span of any policy: the published policy loses its terse end as it improves."""
+    """ "span, OBJECTIVE" -> the widest of any policy: the published policy loses its terse end as it improves."""
     spans = [policy["evaluation"]["measures"][reward]["span"] for policy in policies]
-    return {name: max(span[name]["value"] or 0.0 for span in spans) for name in spans[0]}
+    return {f"span, {name}": max(span[name]["value"] or 0.0 for span in spans) for name in spans[0]}
 
 
 def _costs(results: Record) -> list[tuple[str, str, dict[str, Any]]]:

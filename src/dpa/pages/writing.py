@@ -17,8 +17,10 @@ def number(value: float | None, digits: int | None = 1) -> str:
     return f"{value:,.{digits}f}".replace("-", "−")
 
 
-def value_and_range(interval: Mapping[str, Any], digits: int = 1) -> tuple[str, str]:
-    """("51.2", "[50.1, 52.3]"), the parts of a table's cell; large values without decimals."""
+def value_and_range(interval: Mapping[str, Any] | None, digits: int = 1) -> tuple[str, str]:
+    """("51.2", "[50.1, 52.3]"), the parts of a table's cell; large values without decimals; a dash for None."""
+    if interval is None:
+        return "–", ""
     value = interval["value"]
     digits = 0 if value is not None and abs(value) >= 1000 else digits
     if value is None or interval["low"] is None:
@@ -66,6 +68,22 @@ def memory(count: int) -> str:
 def reward_title(reward: str) -> str:
     """`true reward` or `model reward`."""
     return {"gold": "true reward", "model": "model reward"}.get(reward, reward)
+
+
+def titled_measures(measures: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], int]]:
+    """Title -> (interval, its digits), of measures as records hold them: {measure: interval, or {objective: interval}}.
+
+    "hypervolume", "span, verbosity", "kendall tau, verbosity".
+    """
+    titled = {}
+    for measure, found in measures.items():
+        title = measure.replace("_", " ")
+        if "value" in found:
+            titled[title] = (found, 1)
+        else:
+            digits = 1 if measure == "span" else 2
+            titled |= {f"{title}, {objective}": (interval, digits) for objective, interval in found.items()}
+    return titled
 
 
 def listed(names: Sequence[str]) -> str:

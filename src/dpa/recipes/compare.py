@@ -33,11 +33,11 @@ from dpa.core.config import RunConfig, resolved
 from dpa.core.errors import DpaError, EngineError, Interrupted, RunFolderError
 from dpa.models.samplers import die_with_parent
 from dpa.models.scorers import FunctionScorer
+from dpa.pages.comparison import write_comparison
 from dpa.recipes.baselines.lab import MEASURING, Lab, Method, Trained, spent
 from dpa.recipes.baselines.methods import compared
 from dpa.recipes.dpa import Loop
 from dpa.stages.compare import summarise
-from dpa.stages.compare_report import write_comparison
 from dpa.stages.evaluate import EVALUATION, evaluate, scores_by_prompt
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
