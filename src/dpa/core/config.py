@@ -563,7 +563,8 @@ class GrpoConfig(TrainingConfig):
         description="Prompts, each under one direction, in one optimizer step; what is left of a pass is not used.",
     )
     answers_per_device: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="Answers in one forward pass; the rest accumulates. auto: as many as fit."
+        "auto",
+        description="Answers in one forward pass; the rest accumulates. auto: as many as fit on a card, 4 on a CPU.",
     )
 
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig, DPOTrainer
@@ -28,9 +27,9 @@ from dpa.core.config import RunConfig
 from dpa.core.errors import ConfigError
 from dpa.core.records import Ledger
 from dpa.models.learner import Learner, RowEncoder, TrainingRecord
-from dpa.models.passes import first_plan, one_card
+from dpa.models.passes import one_card
 from dpa.models.ranks import ranks
-from dpa.models.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments
+from dpa.models.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments, units_a_pass
 from dpa.models.training import StopsAtBadStep
 from dpa.storage.schemas import completeness
 from dpa.storage.stage_records import Reject
@@ -107,18 +106,10 @@ class DPO(Learner[EncodedPair]):
         """
         config, pairs = self.config, examples
         reference = None if config.lora is not None else start()
-        shared = shared_arguments(config, self.section, work, self.seed)
-        if config.pairs_per_device == "auto":
-            longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
-            most = max(1, config.pairs_per_step // ranks())
-            recompute, lora = config.gradient_checkpointing, config.lora is not None
-            first = first_plan(model, recompute, 2 * longest, most, self.section, shared["bf16"], adapters=lora)
-            together = min(first.units, most if torch.cuda.is_available() else 4)
-            while most % together:  # passes of a step are alike
-                together -= 1
-            shared["gradient_checkpointing"] = first.recompute
-        else:
-            together = config.pairs_per_device
+        shared = shared_arguments(self, work)
+        longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
+        most = max(1, config.pairs_per_step // ranks())
+        together = units_a_pass(self, config.pairs_per_device, model, 2 * longest, most, shared)
         losses, weights = ["sigmoid"], [1.0]
         if config.sft_weight:
             losses, weights = [*losses, "sft"], [*weights, config.sft_weight]

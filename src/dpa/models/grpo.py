@@ -30,10 +30,10 @@ from dpa.core.config import RunConfig
 from dpa.core.errors import ConfigError
 from dpa.core.records import Ledger, SampleRequest, seed_of, stable_hash
 from dpa.models.learner import Learner, RowEncoder, TrainingRecord
-from dpa.models.passes import first_plan, one_card, without_adapters
+from dpa.models.passes import one_card, without_adapters
 from dpa.models.ranks import ranks
 from dpa.models.samplers import TransformersSampler
-from dpa.models.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments
+from dpa.models.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments, units_a_pass
 from dpa.models.training import StopsAtBadStep
 from dpa.storage.stage_records import Reject
 
@@ -103,27 +103,21 @@ class GRPO(Learner[Question]):
             raise ConfigError("cluster: learner grpo trains in one process; take processes 1 and no accelerate file.")
         if config.beta and config.lora is None and not hasattr(transformers, type(model).__name__):
             raise ConfigError("grpo.beta: TRL loads the reference and runs no model's own code; take 0, or grpo.lora.")
-        shared = shared_arguments(config, self.section, work, self.seed)
-        group, prompts = rollout.samples, min(config.prompts_per_step, len(examples))
-        if config.answers_per_device == "auto":
-            longest, most = max(len(question.ids) for question in examples) + rollout.max_new_tokens, prompts * group
-            recompute, lora = config.gradient_checkpointing, config.lora is not None
-            first = first_plan(model, recompute, longest, most, self.section, shared["bf16"], adapters=lora)
-            together = next(size for size in range(min(first.units, most), 0, -1) if most % size == 0)
-            shared["gradient_checkpointing"] = first.recompute
-        else:
-            together = config.answers_per_device
+        shared = shared_arguments(self, work)
+        longest = max(len(question.ids) for question in examples) + rollout.max_new_tokens
+        answers = min(config.prompts_per_step, len(examples)) * rollout.samples
+        together = units_a_pass(self, config.answers_per_device, model, longest, answers, shared)
         arguments = GRPOConfig(
             **shared,
             beta=config.beta,
-            num_generations=group,
+            num_generations=rollout.samples,
             max_completion_length=rollout.max_new_tokens,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             shuffle_dataset=False,  # the questions are in the order of training
             per_device_train_batch_size=together,
             gradient_accumulation_steps=accumulation(
-                "grpo.prompts_per_step times rollout.samples", prompts * group, "answers_per_device", together
+                "grpo.prompts_per_step times rollout.samples", answers, "answers_per_device", together
             ),
         )
         one_card(arguments)

@@ -121,7 +121,7 @@ class SFT(Learner[Example]):
             "finetune.packed_rows_per_step", config.packed_rows_per_step, "rows_per_device", together
         )
         arguments = SFTConfig(
-            **shared_arguments(config, self.section, work, self.seed),
+            **shared_arguments(self, work),
             max_length=None,  # the rows are packed below
             per_device_train_batch_size=config.packed_rows_per_step if in_passes else together,
             gradient_accumulation_steps=1 if in_passes else accumulated,

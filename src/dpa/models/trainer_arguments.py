@@ -11,14 +11,16 @@ from peft import LoraConfig
 
 from dpa.core.config import TrainingConfig
 from dpa.core.errors import ConfigError
+from dpa.models.learner import Learner
 from dpa.models.optimizers import MuonWithAdamW
+from dpa.models.passes import first_plan
 from dpa.models.ranks import ranks
 from dpa.models.training import computes_in_bf16, lora_adapters, trackers
 
 
-def shared_arguments(config: TrainingConfig, section: str, work: Path, seed: int) -> dict[str, Any]:
+def shared_arguments(learner: Learner[Any], work: Path) -> dict[str, Any]:
     """The arguments that SFTConfig, DPOConfig and GRPOConfig have in common."""
-    cuda = torch.cuda.is_available()
+    config, cuda = learner.config, torch.cuda.is_available()
     return {
         "output_dir": str(work),
         "learning_rate": config.learning_rate,
@@ -41,8 +43,8 @@ def shared_arguments(config: TrainingConfig, section: str, work: Path, seed: int
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # the default replaces a NaN by the average of earlier losses
         "disable_tqdm": True,
-        "report_to": trackers(config.report_to, section),
-        "seed": seed,
+        "report_to": trackers(config.report_to, learner.section),
+        "seed": learner.seed,
     }
 
 
@@ -57,6 +59,20 @@ def optimizer_class(config: TrainingConfig) -> tuple[Any, dict[str, Any]] | None
 def adapters(config: TrainingConfig) -> LoraConfig | None:
     """The adapters to train, where the configuration asks for them."""
     return None if config.lora is None else lora_adapters(config.lora, "CAUSAL_LM")
+
+
+def units_a_pass(
+    learner: Learner[Any], asked: int | str, model: Any, longest: int, most: int, shared: dict[str, Any]
+) -> int:
+    """Units (pairs, answers) of `longest` tokens in a pass: what is asked, or for `auto` what fits, 4 on a CPU, so that
+    the passes of a step of `most` are alike. `shared` is told whether activations are computed twice for it."""
+    if asked != "auto":
+        return int(asked)
+    recompute, lora = learner.config.gradient_checkpointing, learner.config.lora is not None
+    first = first_plan(model, recompute, longest, most, learner.section, shared["bf16"], adapters=lora)
+    shared["gradient_checkpointing"] = first.recompute
+    fits = min(first.units, most if torch.cuda.is_available() else 4)
+    return next(units for units in range(fits, 0, -1) if most % units == 0)
 
 
 def accumulation(field: str, per_step: int, per_device_field: str, per_device: int) -> int:
