@@ -11,9 +11,11 @@ import pytest
 import torch
 from fakes import all_rows
 from safetensors.torch import load_file
+from test_methods import toy_comparison
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from toy_run import toy_config
 
+from dpa.core.compare_config import load_comparison
 from dpa.core.config import GrpoConfig, RolloutConfig
 from dpa.core.errors import ConfigError, DataError
 from dpa.core.records import SampleRequest
@@ -22,6 +24,8 @@ from dpa.models.learner import RowEncoder, TrainingRecord
 from dpa.models.policy import load_policy, make_steerable
 from dpa.models.policy_training import train_policy
 from dpa.models.samplers import TransformersSampler
+from dpa.recipes.baselines.lab import spent
+from dpa.recipes.compare import Comparison
 from dpa.recipes.dpa import Loop
 from dpa.storage.run_folder import StageFolder
 
@@ -178,6 +182,17 @@ def test_the_loop_learns_from_prompts(tmp_path: Path) -> None:
     assert (first["rows"], first["extra"]["steps"], first["candidates_scored"]) == (8, 2, 16)
     assert first["tokens_generated"] > 0 and first["training_tokens"] > first["tokens_generated"]
     assert second["extra"]["replayed"] == 4 and second["rows"] == 12
+
+
+def test_a_comparison_trains_it_as_a_method_and_counts_what_it_sampled(tmp_path: Path) -> None:
+    file = toy_comparison(tmp_path, methods=["online_grpo"], changes={"online_grpo": {"grpo.prompts_per_step": 4}})
+    comparison = Comparison(load_comparison(file))
+    for job in (*comparison.shared, *comparison.jobs):
+        job.run()
+    loop = tmp_path / "out" / "seed_0" / "online_grpo" / "loop"
+    ledger = StageFolder(loop / "iter_1" / "finetune").ledger
+    assert ledger.extra["steps"] == 2 and ledger.tokens_generated > 0
+    assert spent(loop.parent).tokens_generated == ledger.tokens_generated
 
 
 def test_what_it_cannot_learn_from_is_refused_when_the_run_opens(tmp_path: Path) -> None:

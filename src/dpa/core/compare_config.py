@@ -30,7 +30,7 @@ class CompareConfig(BaseModel):
     methods: Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
         description="What is compared (docs/comparison.md names them); null: all but those that need an instruct model "
-        "or people's own answers.",
+        "or people's own answers, or were not tuned.",
     )
     workers: int = Field(2, ge=1, description="Processes that work side by side, one torch thread each.")
     budget: int = Field(

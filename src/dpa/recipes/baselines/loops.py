@@ -2,30 +2,32 @@
 Run its tests: pytest tests/test_compare.py
 """
 
+from typing import Any
+
 from dpa.core.config import RunConfig, parse_config, resolved
 from dpa.recipes.baselines.lab import Lab, Trained
 from dpa.recipes.dpa import Loop
 
 
-def run_loop(lab: Lab) -> list[Trained]:
-    """The loop's iterations t = 1..T; the configuration says what makes this method. Its folder is `<folder>/loop`."""
+def run_loop(lab: Lab, **fields: Any) -> list[Trained]:
+    """The loop's iterations t = 1..T in `<folder>/loop`; the configuration, or `fields` of it, make this method."""
     start = lab.take_over_t0()
-    with Loop(_from_t0(lab, start)) as loop:
+    with Loop(_from_t0(lab, start, fields)) as loop:
         for t in range(1, lab.config.iterations + 1):
             loop.learn(t)
         folders = {t: str(loop.policy_folder(t)) for t in range(1, lab.config.iterations + 1)}
     return [_trained(lab, f"t = {t}", folder) for t, folder in folders.items()]
 
 
-def last_of_loop(lab: Lab) -> list[Trained]:
+def last_of_loop(lab: Lab, **fields: Any) -> list[Trained]:
     """The policy of t = T alone."""
-    return run_loop(lab)[-1:]
+    return run_loop(lab, **fields)[-1:]
 
 
-def _from_t0(lab: Lab, start: str) -> RunConfig:
+def _from_t0(lab: Lab, start: str, fields: dict[str, Any]) -> RunConfig:
     """The method's configuration without t = 0: from the policy and the reward model that are there."""
     own = {"out": str(lab.folder / "loop"), "policy": start, "ratings": [], "reward": resolved(lab.reward)}
-    return parse_config({**resolved(lab.config), **own})
+    return parse_config({**resolved(lab.config), **own, **fields})
 
 
 def _trained(lab: Lab, name: str, policy: str) -> Trained:
