@@ -91,7 +91,15 @@ def test_hostile_yaml_is_one_sentence_within_a_second(text: str, said: str) -> N
 # The home folder
 
 NO_PATHS = {
-    *("name", "remote_code_revision", "space.template", "ratings.split", "reward.train.template"),
+    *(
+        "learner",
+        "grpo.report_to",
+        "name",
+        "remote_code_revision",
+        "space.template",
+        "ratings.split",
+        "reward.train.template",
+    ),
     *("ratings.columns", "reward.http.model", "reward.http.api_key_env", "rollout.engine.http.model"),
     *("rollout.engine.http.api_key_env", "prompts.split", "prompts.column", "evaluate.prompts.split"),
     *(
