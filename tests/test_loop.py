@@ -14,6 +14,7 @@ from toy_run import toy_config
 from dpa.cli.talk import answer
 from dpa.core.config import load_config
 from dpa.core.errors import ConfigError, RunFolderError, UserError
+from dpa.core.reference import ModelReference
 from dpa.recipes.dpa import Loop
 from dpa.world.demo import write_world
 
@@ -109,7 +110,7 @@ def test_a_model_of_the_loop_answers_on_the_command_line(finished: tuple[Path, P
 
 
 def test_the_best_of_several_is_judged_by_the_reward_model_of_the_run(finished: tuple[Path, Path]) -> None:
-    policy, question = str(finished[1] / "iter_1" / "policy"), "What is the home of Ivy?"
+    policy, question = ModelReference(str(finished[1] / "iter_1" / "policy")), "What is the home of Ivy?"
     plain = answer(policy, [question], "terse", 6, 1.0, 30, 0, clamp=False)
     for robust in (False, True):
         first, again = (answer(policy, [question], "terse", 6, 1.0, 30, 0, False, 6, robust) for _ in range(2))
