@@ -119,6 +119,7 @@ NO_PATHS = {
         "reward.http.servers",
     ),
     "rollout.engine.http.servers",
+    *(f"reward.judge.{name}" for name in ("attributes", "model", "servers", "template", "arguments", "api_key_env")),
 }
 """Text fields that hold no path. A new text field is either PathText or named here."""
 

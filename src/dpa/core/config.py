@@ -278,12 +278,58 @@ class HttpRewardConfig(_Section):
         return self
 
 
+class JudgeConfig(_Section):
+    """A language model behind servers of OpenAI's chat API that rates responses by a rubric each; docs/engines.md."""
+
+    attributes: dict[str, str] = Field(
+        min_length=1, description="Attribute -> rubric: what it is, what 0 and 100 mean. One request asks for all."
+    )
+    model: str = Field(description="Name the servers know it by.")
+    servers: list[str] = Field(
+        default_factory=list,
+        description="Base addresses, such as http://gpu1:8000/v1. Default: only the cache answers.",
+    )
+    template: str | None = Field(
+        None,
+        description="What it is asked, with {rubrics}, {prompt} and {response}; the last two are put between marks, "
+        "and the form of the reply follows. Default: that of models/judge_scorer.py.",
+    )
+    max_tokens: int = Field(256, ge=1, description="Longest reply; a model that reasons first needs thousands.")
+    ask_again: int = Field(
+        2, ge=0, description="Times a reply that cannot be read is asked for again before the response goes unscored."
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further fields of each request, beside `temperature: 0`, such as `reasoning_effort: low`; null "
+        "leaves one out.",
+    )
+    cache: PathText | None = Field(
+        None, description="File of every reply, so that none is paid for twice. Default: judge.jsonl in the run folder."
+    )
+    in_flight: int = Field(8, ge=1, description="Requests in flight at each server.")
+    request_s: float = Field(120.0, gt=0, description="Seconds one request may take.")
+    attempts: int = Field(6, ge=1, description="Tries of one request, with back-off between them.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the servers' key.")
+
+    @model_validator(mode="after")
+    def _can_ask(self) -> "JudgeConfig":
+        _check_addresses(self.servers)
+        for name, rubric in self.attributes.items():
+            if not name.strip() or not rubric.strip():
+                raise ValueError(f"attributes: {name!r} needs a name and a rubric; say what 0 and 100 mean")
+        for part in ("{rubrics}", "{prompt}", "{response}"):
+            if self.template is not None and part not in self.template:
+                raise ValueError(f"template: it lacks {part}; add it where that text belongs")
+        return self
+
+
 class RewardConfig(_Section):
     """Where scores come from. Several sources are mixed: their attributes stand side by side."""
 
     train: RewardTrainConfig | None = Field(None, description="Train a reward model on the ratings, then use it.")
     folder: PathText | None = Field(None, description="A trained reward model folder (or Hub id).")
     http: HttpRewardConfig | None = Field(None, description="A finished reward model behind servers.")
+    judge: JudgeConfig | None = Field(None, description="A language model that rates by rubrics.")
     preset: Literal["dpa-v1"] | None = Field(
         None,
         description="`folder` is a copy of the published reward model, which has no dpa_reward.json: its order, "
@@ -296,9 +342,15 @@ class RewardConfig(_Section):
 
     @model_validator(mode="after")
     def _some_source(self) -> "RewardConfig":
-        if self.train is None and self.folder is None and self.http is None and not self.functions:
-            raise ValueError("give at least one of train, folder, http, functions")
+        if not any((self.train, self.folder, self.http, self.judge, self.functions)):
+            raise ValueError("give at least one of train, folder, http, judge, functions")
         return self
+
+    def within(self, run: Path) -> "RewardConfig":
+        """The same, what is kept being kept in the run's folder where no other place is named."""
+        if self.judge is None or self.judge.cache is not None:
+            return self
+        return self.model_copy(update={"judge": self.judge.model_copy(update={"cache": str(run / "judge.jsonl")})})
 
 
 class PromptsConfig(_Section):
@@ -670,6 +722,7 @@ _PACE = {
     *("rollout.engine.kind", *(f"rollout.engine.vllm.{field}" for field in VllmEngineConfig.model_fields)),
     *(f"rollout.engine.http.{field}" for field in HttpEngineConfig.model_fields if field != "steer"),
     *(f"reward.http.{field}" for field in HttpRewardConfig.model_fields if field != "folder"),
+    *(f"reward.judge.{field}" for field in ("servers", "cache", "in_flight", "request_s", "attempts", "api_key_env")),
     *(
         f"{name}.{field}"
         for name, section in _TRAININGS.items()

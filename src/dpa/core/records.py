@@ -1,9 +1,9 @@
 """The records that travel through the loop, and the two seams (Sampler, Scorer) that heavy objects enter by."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypedDict
+from typing import Literal, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 
@@ -87,6 +87,20 @@ class Scorer(Protocol):
         ...
 
 
+class Scored(NamedTuple):
+    """Scores, with what a scorer that knows more says of them: why a row (by its place) has none, and what was paid."""
+
+    scores_NM: np.ndarray
+    reasons: Mapping[int, str] = {}
+    costs: Mapping[str, float] = {}
+
+
+def scored(scorer: Scorer, prompts: Sequence[Messages], responses: Sequence[str]) -> Scored:
+    """What a scorer gives, with reasons and costs where it has a method `scored` of its own."""
+    detailed = getattr(scorer, "scored", None)
+    return Scored(scorer.score(prompts, responses)) if detailed is None else detailed(prompts, responses)
+
+
 @dataclass
 class Ledger:
     """What a stage cost. Times in seconds, memory in bytes."""
@@ -106,8 +120,13 @@ class Ledger:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.wall_s += other.wall_s
         self.peak_memory = max(self.peak_memory, other.peak_memory)
-        for name, value in other.extra.items():
-            self.extra[name] = self.extra.get(name, 0.0) + value
+        add_costs(self.extra, other.extra)
+
+
+def add_costs(total: dict[str, float], more: Mapping[str, float]) -> None:
+    """Add figures to those of the same names."""
+    for name, value in more.items():
+        total[name] = total.get(name, 0.0) + value
 
 
 def stable_hash(*parts: object, digits: int = 16) -> str:

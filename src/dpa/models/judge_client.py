@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dpa.core.errors import ConfigError, EngineError
-from dpa.core.records import Messages, stable_hash
+from dpa.core.records import Messages, add_costs, stable_hash
 from dpa.models.http_exchange import Answer, Refusal
 from dpa.models.http_pool import BACKOFF_S, Heard, HttpPool
 from dpa.storage.replies import Replies
@@ -148,8 +148,7 @@ class ChatJudge:
                 pool.set_touchstone(_PATH, bodies[place])
             self.calls += 1
             self._kept.keep(addresses[place], self.model, self._content(answer))
-            for name, count in _spent(answer).items():
-                costs[name] = costs.get(name, 0.0) + count
+            add_costs(costs, _spent(answer))
             progress(1)
 
         return heard

@@ -24,7 +24,7 @@ import torch
 
 from dpa.core.config import ClusterConfig, RewardConfig
 from dpa.core.errors import ConfigError, DpaError, EngineError, ModelFileError
-from dpa.core.records import Messages, Sample, Sampler, SampleRequest, Scorer
+from dpa.core.records import Messages, Sample, Sampler, SampleRequest, Scored, Scorer, scored
 from dpa.core.reference import ModelReference
 from dpa.models.files import folder_revision
 from dpa.models.samplers import SamplerSpec
@@ -231,7 +231,11 @@ class RayScorer:
 
     def score(self, prompts: Sequence[Messages], responses: Sequence[str]) -> np.ndarray:
         """scores_NM, as the scorer in the worker. Raises EngineError."""
-        return self._pool.call("score", list(prompts), list(responses))
+        return self.scored(prompts, responses).scores_NM
+
+    def scored(self, prompts: Sequence[Messages], responses: Sequence[str]) -> Scored:
+        """The same, with reasons and costs. Raises EngineError."""
+        return self._pool.call("scored", list(prompts), list(responses))
 
 
 @contextmanager
@@ -274,7 +278,9 @@ class _Worker:
         return self._try(lambda built: (built.revision, *getattr(built, "attributes", ())))
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        """The method's answer, or its error."""
+        """The method's answer, or its error; `scored` is asked of any scorer."""
+        if method == "scored":
+            return self._try(lambda built: scored(built, *arguments))
         return self._try(lambda built: getattr(built, method)(*arguments))
 
     def _try(self, ask: Any) -> Any:

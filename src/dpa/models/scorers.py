@@ -19,11 +19,12 @@ from transformers import AutoModelForSequenceClassification
 
 from dpa.core.config import RewardConfig
 from dpa.core.errors import ConfigError, ModelFileError
-from dpa.core.records import Messages, Scorer, stable_hash
+from dpa.core.records import Messages, Scored, Scorer, add_costs, scored, stable_hash
 from dpa.core.reference import Model, ModelReference
 from dpa.models.compiling import SCORED_ROWS, Choice, CompiledLayers, worth_compiling
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.http_scorer import http_scorer
+from dpa.models.judge_scorer import judge_scorer
 from dpa.models.loading import check_weights, load_tokenizer
 from dpa.models.policy import default_device, ensure_pad_token
 from dpa.models.precision import say_fp32, self_test
@@ -189,7 +190,16 @@ class MixScorer:
 
     def score(self, prompts: Sequence[Messages], responses: Sequence[str]) -> np.ndarray:
         """Return scores_NM: the columns of each scorer after the other's."""
-        return np.concatenate([scorer.score(prompts, responses) for scorer in self._scorers], axis=1)
+        return self.scored(prompts, responses).scores_NM
+
+    def scored(self, prompts: Sequence[Messages], responses: Sequence[str]) -> Scored:
+        """The same, with the reasons and costs of all."""
+        given = [scored(scorer, prompts, responses) for scorer in self._scorers]
+        reasons = {row: reason for one in reversed(given) for row, reason in one.reasons.items()}
+        costs: dict[str, float] = {}
+        for one in given:
+            add_costs(costs, one.costs)
+        return Scored(np.concatenate([one.scores_NM for one in given], axis=1), reasons, costs)
 
 
 def build_scorer(config: RewardConfig, trained: Model | None = None, code_revision: str | None = None) -> Scorer:
@@ -208,6 +218,8 @@ def build_scorer(config: RewardConfig, trained: Model | None = None, code_revisi
         scorers.append(RewardModelScorer(ModelReference(config.folder, code_revision), spec))
     if config.http is not None:
         scorers.append(http_scorer(config.http, code_revision))
+    if config.judge is not None:
+        scorers.append(judge_scorer(config.judge))
     if config.functions:
         scorers.append(FunctionScorer(config.functions))
     return scorers[0] if len(scorers) == 1 else MixScorer(scorers)

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from dpa.core.errors import DataError, EngineError
-from dpa.core.records import Ledger, Messages, Prompt, Scorer, stable_hash
+from dpa.core.records import Ledger, Messages, Prompt, Scored, Scorer, scored, stable_hash
 from dpa.storage.memory import peak_memory
 from dpa.storage.progress import ProgressBar
-from dpa.storage.run_folder import StageFolder
+from dpa.storage.run_folder import Reject, StageFolder
 from dpa.storage.schemas import SCORES, name_taken, score_schema
 from dpa.storage.stopping import StopOnSignal
 
@@ -37,7 +37,8 @@ def score(
 
     Shards have the rollout's numbers and rows, in the same order: candidate_id, prompt_id, one float column per
     attribute (0-100), valid. A row with NaN or an infinite score is kept as not valid, counted in the ledger's
-    `extra["invalid"]`, and never selected. Shards already scored by this scorer from these candidates are left as they
+    `extra["invalid"]`, and never selected; where the scorer says why, it is among the rejects too, and what the scorer
+    paid is in `extra`. Shards already scored by this scorer from these candidates are left as they
     are, so several scorers (a known true reward, say) score one rollout, each in a stage folder of its own.
 
     Raises RunFolderError when the rollout is not finished, Interrupted on SIGTERM or SIGINT, EngineError when the
@@ -93,22 +94,24 @@ def _score_shards(
     missing, own = stage.missing(made_from), [number for number in range(len(made_from)) if stage.mine(number)]
     finished = len(own) - len(missing)
 
-    def score_shard(scorer: Scorer, number: int) -> pa.Table:
+    def score_shard(scorer: Scorer, number: int) -> tuple[pa.Table, Scored]:
         return _score_batch(read(number), scorer)
 
     with StopOnSignal() as stop, ProgressBar(stage.name, len(own), "shards", "rows", done=finished) as progress:
         started = time.monotonic()
-        for number, table in stop.work_through(missing, scorers, score_shard):
+        for number, (table, given) in stop.work_through(missing, scorers, score_shard):
             now = time.monotonic()
             ledger = Ledger(
                 candidates_scored=table.num_rows,
                 rows=table.num_rows,
+                rejects=len(given.reasons),
                 wall_s=now - started,
                 peak_memory=peak_memory(),
-                extra={"invalid": float(np.sum(~table["valid"].to_numpy(zero_copy_only=False)))},
+                extra={"invalid": float(np.sum(~table["valid"].to_numpy(zero_copy_only=False))), **given.costs},
             )
             started = now
-            stage.write_shard(number, table, ledger, made_from=made_from[number])
+            rejects = [Reject(table["candidate_id"][row].as_py(), reason) for row, reason in given.reasons.items()]
+            stage.write_shard(number, table, ledger, rejects, made_from[number])
             finished += 1
             progress.advance(1, amount=table.num_rows)
         whole = finished == len(own) and stage.may_finish(made_from)
@@ -119,12 +122,11 @@ def _score_shards(
     return stage.ledger if whole else stage.ledger_of(own)
 
 
-def _score_batch(batch: _Batch, scorer: Scorer) -> pa.Table:
+def _score_batch(batch: _Batch, scorer: Scorer) -> tuple[pa.Table, Scored]:
     shape = (len(batch.responses), len(scorer.attributes))
-    scores_NM = np.zeros(shape)
-    if batch.responses:
-        scores_NM = np.asarray(scorer.score(batch.messages, batch.responses), dtype=np.float64)
+    given = scored(scorer, batch.messages, batch.responses) if batch.responses else Scored(np.zeros(shape))
+    scores_NM = np.asarray(given.scores_NM, dtype=np.float64)
     if scores_NM.shape != shape:
         raise EngineError(f"the scorer returned scores of shape {scores_NM.shape} for {shape}; it must score each row.")
     columns = [batch.candidate_ids, batch.prompt_ids, *scores_NM.T, np.isfinite(scores_NM).all(axis=1)]
-    return pa.table(columns, schema=score_schema(scorer.attributes))
+    return pa.table(columns, schema=score_schema(scorer.attributes)), given
