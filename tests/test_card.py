@@ -167,6 +167,7 @@ def test_the_card_names_every_source_of_scores() -> None:
         "train": ({"backbone": "owner/backbone"}, "owner/backbone"),
         "folder": ("my/reward", "my/reward"),
         "http": ({"servers": ["http://gpu1:8000"], "folder": "served/reward"}, "served/reward"),
+        "judge": ({"attributes": {"warmth": "0: cold; 100: warm"}, "model": "wise-70b"}, "wise-70b"),
         "functions": ({"warmth": "marks.py:warmth"}, "warmth"),
     }
     for field, (value, named) in sources.items():

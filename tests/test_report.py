@@ -238,6 +238,17 @@ def test_the_ledger_adds_up(two):
     assert total.startswith("total" + "180" + "0" + "3,000" + "0" + "5,000" + "68.5 s" + "3.0 GiB")
 
 
+def test_what_a_judge_was_paid_has_columns_where_there_was_one(two):
+    assert "judge" not in Page(report_html(two)).text
+    paid = copy.deepcopy(two)
+    ledger = next(iter(paid["policies"][0]["ledger"].values()))
+    ledger["extra"] = {"judge_requests": 12.0, "judge_tokens_read": 34_000.0}
+    text = Page(report_html(paid)).text
+    assert "training tokens" + "judge requests" + "judge tokens read" + "wall time" in text
+    total = text[text.index("total", text.index("What each stage cost")) :]
+    assert total.startswith("total" + "180" + "0" + "3,000" + "0" + "5,000" + "12" + "34,000" + "68.5 s")
+
+
 def test_what_half_precision_costs_the_reward_model_is_said(two):
     measured = {"dtype": "bfloat16", "rows": 64, "largest_difference": 0.83, "kendall": 0.9913}
     said = " ".join(Page(report_html(two | {"reward_precision": measured})).text.split())

@@ -36,6 +36,8 @@ LEDGER = (
     "wall_s",
     "peak_memory",
 )
+JUDGE = ("judge_requests", "judge_tokens_read", "judge_tokens_written")
+"""What a language model that rates was paid, in a ledger's `extra` (models/judge_client.py)."""
 
 Record = Mapping[str, Any]
 
@@ -138,15 +140,21 @@ def _widest_spans(policies: Sequence[Record], reward: str) -> dict[str, float]:
 def _costs(results: Record) -> list[tuple[str, str, dict[str, Any]]]:
     """(policy or "", stage, ledger) of everything that was done, and the total last."""
     of = {"": results["ledger"]} | {policy["name"]: policy["ledger"] for policy in results["policies"]}
+    done = [(name, stage, ledger) for name, stages in of.items() for stage, ledger in stages.items()]
+    paid = [column for column in JUDGE if any(column in ledger.get("extra", {}) for _, _, ledger in done)]
     costs = [
-        (name, stage, {column: ledger.get(column, 0) for column in LEDGER})
-        for name, stages in of.items()
-        for stage, ledger in stages.items()
+        (
+            name,
+            stage,
+            {column: ledger.get(column, 0) for column in LEDGER}
+            | {column: int(ledger.get("extra", {}).get(column, 0)) for column in paid},
+        )
+        for name, stage, ledger in done
     ]
     ledgers = [ledger for _, _, ledger in costs]
     total = {
         column: (max if column == "peak_memory" else sum)(ledger[column] for ledger in ledgers)
-        for column in (LEDGER if costs else ())
+        for column in ((*LEDGER, *paid) if costs else ())
     }
     return [*costs, ("total", "", total)] if costs else []
 

@@ -410,7 +410,7 @@ class Loop:
         if train and not train.allow_worse_than_mean:
             require_better_than_mean(read_json(self.reward_folder / RECORD), self._needed_attributes())
         trained = self.config.reference(self.reward_folder) if train else None
-        return self.config.reward, trained, self.config.remote_code_revision
+        return self.config.reward.within(self.path), trained, self.config.remote_code_revision
 
     def prompts(self, t: int) -> list[Prompt]:
         """The prompts of iteration t: drawn without repeats until all are used, then again in another order."""
@@ -580,7 +580,8 @@ class Loop:
                 if name not in rated:
                     raise ConfigError(f"reward.train.attributes: nobody rates {name!r}; {_known('rated', rated)}.")
         if reward.folder is None and reward.http is None:
-            self._check_attributes((*trained, *reward.functions))
+            rated_by_judge = reward.judge.attributes if reward.judge else ()
+            self._check_attributes((*trained, *rated_by_judge, *reward.functions))
 
     def _needed_attributes(self) -> set[str]:
         """Attributes the objectives are made of."""
@@ -612,6 +613,7 @@ def scored_by(config: RewardConfig) -> str:
     sources = [f"a reward model trained on `{config.train.backbone}`"] if config.train else []
     sources += [f"the reward model `{config.folder}`"] if config.folder else []
     sources += [f"the reward model `{config.http.folder}` behind servers"] if config.http else []
+    sources += [f"the language model `{config.judge.model}`, rating by rubrics"] if config.judge else []
     sources += [f"Python functions for {', '.join(config.functions)}"] if config.functions else []
     return f"Scores came from {' and '.join(sources)}."
 

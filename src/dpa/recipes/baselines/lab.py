@@ -84,7 +84,7 @@ class Lab:
     @cached_property
     def reward(self) -> RewardConfig:
         """The configuration of scores, the trained reward model being a folder by now."""
-        own = self.config.reward
+        own = self.config.reward.within(self.shared)
         trained = {"train": None, "folder": str(self.shared / "reward_model")}
         return own if own.train is None else own.model_copy(update=trained)
 
