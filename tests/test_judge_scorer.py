@@ -16,7 +16,7 @@ from fakes import FakeSampler, all_rows, prompts_of, space_of
 
 from dpa.core.config import RewardConfig, RolloutConfig
 from dpa.core.errors import ConfigError, EngineError
-from dpa.core.records import Messages, scored
+from dpa.core.records import Messages, score_in_full
 from dpa.models.judge_scorer import JudgeScorer, read_ratings
 from dpa.models.scorers import MixScorer, build_scorer
 from dpa.stages.rollout import rollout
@@ -68,7 +68,7 @@ def judge_of(server: FakeServer | None, folder: Path, **fields: Any) -> RewardCo
 
 
 def rate(config: RewardConfig, *responses: str) -> tuple[list[list[float]], dict[int, str], dict[str, float]]:
-    scores_NM, reasons, costs = scored(build_scorer(config), [ASKED] * len(responses), responses)
+    scores_NM, reasons, costs = score_in_full(build_scorer(config), [ASKED] * len(responses), responses)
     return np.nan_to_num(scores_NM, nan=-1).tolist(), dict(reasons), dict(costs)
 
 

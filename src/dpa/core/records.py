@@ -95,9 +95,9 @@ class Scored(NamedTuple):
     costs: Mapping[str, float] = {}
 
 
-def scored(scorer: Scorer, prompts: Sequence[Messages], responses: Sequence[str]) -> Scored:
-    """What a scorer gives, with reasons and costs where it has a method `scored` of its own."""
-    detailed = getattr(scorer, "scored", None)
+def score_in_full(scorer: Scorer, prompts: Sequence[Messages], responses: Sequence[str]) -> Scored:
+    """What a scorer gives, with reasons and costs where it has a method of this name."""
+    detailed = getattr(scorer, "score_in_full", None)
     return Scored(scorer.score(prompts, responses)) if detailed is None else detailed(prompts, responses)
 
 

@@ -61,9 +61,9 @@ class JudgeScorer:
 
     def score(self, prompts: Sequence[Messages], responses: Sequence[str]) -> np.ndarray:
         """Return scores_NM; NaN for a row that got no rating. Raises EngineError."""
-        return self.scored(prompts, responses).scores_NM
+        return self.score_in_full(prompts, responses).scores_NM
 
-    def scored(self, prompts: Sequence[Messages], responses: Sequence[str]) -> Scored:
+    def score_in_full(self, prompts: Sequence[Messages], responses: Sequence[str]) -> Scored:
         """The same, with why a row got none, and what was paid. Raises EngineError."""
         scores_NM = np.full((len(responses), len(self.attributes)), np.nan)
         talks_N = [self._question(*row) for row in zip(prompts, responses, strict=True)]

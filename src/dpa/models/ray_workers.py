@@ -24,7 +24,7 @@ import torch
 
 from dpa.core.config import ClusterConfig, RewardConfig
 from dpa.core.errors import ConfigError, DpaError, EngineError, ModelFileError
-from dpa.core.records import Messages, Sample, Sampler, SampleRequest, Scored, Scorer, scored
+from dpa.core.records import Messages, Sample, Sampler, SampleRequest, Scored, Scorer, score_in_full
 from dpa.core.reference import ModelReference
 from dpa.models.files import folder_revision
 from dpa.models.samplers import SamplerSpec
@@ -231,11 +231,11 @@ class RayScorer:
 
     def score(self, prompts: Sequence[Messages], responses: Sequence[str]) -> np.ndarray:
         """scores_NM, as the scorer in the worker. Raises EngineError."""
-        return self.scored(prompts, responses).scores_NM
+        return self.score_in_full(prompts, responses).scores_NM
 
-    def scored(self, prompts: Sequence[Messages], responses: Sequence[str]) -> Scored:
+    def score_in_full(self, prompts: Sequence[Messages], responses: Sequence[str]) -> Scored:
         """The same, with reasons and costs. Raises EngineError."""
-        return self._pool.call("scored", list(prompts), list(responses))
+        return self._pool.call("score_in_full", list(prompts), list(responses))
 
 
 @contextmanager
@@ -278,9 +278,9 @@ class _Worker:
         return self._try(lambda built: (built.revision, *getattr(built, "attributes", ())))
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        """The method's answer, or its error; `scored` is asked of any scorer."""
-        if method == "scored":
-            return self._try(lambda built: scored(built, *arguments))
+        """The method's answer, or its error; `score_in_full` is asked of any scorer."""
+        if method == "score_in_full":
+            return self._try(lambda built: score_in_full(built, *arguments))
         return self._try(lambda built: getattr(built, method)(*arguments))
 
     def _try(self, ask: Any) -> Any:

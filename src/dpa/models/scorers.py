@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from dpa.core.config import RewardConfig
 from dpa.core.errors import ConfigError, ModelFileError
-from dpa.core.records import Messages, Scored, Scorer, add_costs, scored, stable_hash
+from dpa.core.records import Messages, Scored, Scorer, add_costs, score_in_full, stable_hash
 from dpa.core.reference import Model, ModelReference
 from dpa.models.compiling import SCORED_ROWS, Choice, CompiledLayers, worth_compiling
 from dpa.models.files import folder_revision, resolve_model
@@ -190,11 +190,11 @@ class MixScorer:
 
     def score(self, prompts: Sequence[Messages], responses: Sequence[str]) -> np.ndarray:
         """Return scores_NM: the columns of each scorer after the other's."""
-        return self.scored(prompts, responses).scores_NM
+        return self.score_in_full(prompts, responses).scores_NM
 
-    def scored(self, prompts: Sequence[Messages], responses: Sequence[str]) -> Scored:
+    def score_in_full(self, prompts: Sequence[Messages], responses: Sequence[str]) -> Scored:
         """The same, with the reasons and costs of all."""
-        given = [scored(scorer, prompts, responses) for scorer in self._scorers]
+        given = [score_in_full(scorer, prompts, responses) for scorer in self._scorers]
         reasons = {row: reason for one in reversed(given) for row, reason in one.reasons.items()}
         costs: dict[str, float] = {}
         for one in given:

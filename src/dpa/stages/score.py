@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpa.core.errors import DataError, EngineError
-from dpa.core.records import Ledger, Messages, Prompt, Scored, Scorer, scored, stable_hash
+from dpa.core.records import Ledger, Messages, Prompt, Scored, Scorer, score_in_full, stable_hash
 from dpa.storage.memory import peak_memory
 from dpa.storage.progress import ProgressBar
 from dpa.storage.run_folder import Reject, StageFolder
@@ -124,7 +124,7 @@ def _score_shards(
 
 def _score_batch(batch: _Batch, scorer: Scorer) -> tuple[pa.Table, Scored]:
     shape = (len(batch.responses), len(scorer.attributes))
-    given = scored(scorer, batch.messages, batch.responses) if batch.responses else Scored(np.zeros(shape))
+    given = score_in_full(scorer, batch.messages, batch.responses) if batch.responses else Scored(np.zeros(shape))
     scores_NM = np.asarray(given.scores_NM, dtype=np.float64)
     if scores_NM.shape != shape:
         raise EngineError(f"the scorer returned scores of shape {scores_NM.shape} for {shape}; it must score each row.")
