@@ -29,7 +29,7 @@ from sklearn.pipeline import make_pipeline
 
 from dpa.core.config import RatingsConfig, RewardTrainConfig
 from dpa.models.reward_rows import split_by_prompt
-from dpa.models.scorers import RewardModelScorer
+from dpa.models.reward_scorer import RewardModelScorer
 from dpa.stages.ratings import read_ratings
 from dpa.stages.train_reward import train_reward
 

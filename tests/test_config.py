@@ -120,6 +120,7 @@ NO_PATHS = {
     ),
     "rollout.engine.http.servers",
     *(f"reward.judge.{name}" for name in ("attributes", "model", "servers", "template", "arguments", "api_key_env")),
+    "reward.sources",
 }
 """Text fields that hold no path. A new text field is either PathText or named here."""
 

@@ -20,9 +20,10 @@ from dpa.models.folding import attribute_space, bake_direction, chat_template_of
 from dpa.models.policy import save_policy
 from dpa.models.reward_model import PUBLISHED_CONVERSATION, RELEASED_SPEC, encode, read_spec
 from dpa.models.reward_rows import RatedExample
+from dpa.models.reward_scorer import RewardModelScorer
 from dpa.models.reward_training import train_reward_model
 from dpa.models.samplers import SamplerSpec
-from dpa.models.scorers import RewardModelScorer, build_scorer
+from dpa.models.scorers import build_scorer
 
 ATTRIBUTES = ("helpful", "wordy", "kind")
 OBJECTIVES = DirectionSpace(

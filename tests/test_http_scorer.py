@@ -18,8 +18,9 @@ from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Messages
 from dpa.models.reward_model import forward
 from dpa.models.reward_rows import RatedExample
+from dpa.models.reward_scorer import RewardModelScorer
 from dpa.models.reward_training import train_reward_model
-from dpa.models.scorers import RewardModelScorer, build_scorer
+from dpa.models.scorers import build_scorer
 
 ASKED: Messages = [{"role": "user", "content": "Why?"}]
 RESPONSES = ["", "one", "ab ab ab", "a longer answer than that", "x" * 500, "the last"]

@@ -17,8 +17,8 @@ from dpa.core.errors import ModelFileError
 from dpa.models.precision import rows_to_compare
 from dpa.models.reward_model import read_spec
 from dpa.models.reward_quality import pairwise_agreement
+from dpa.models.reward_scorer import RewardModelScorer
 from dpa.models.reward_training import train_reward_model
-from dpa.models.scorers import RewardModelScorer
 from dpa.storage.tables import read_json
 
 

@@ -16,8 +16,8 @@ from dpa.core.reference import ModelReference
 from dpa.models.files import SPACE_FILE
 from dpa.models.policy import load_policy
 from dpa.models.policy_training import train_policy
+from dpa.models.reward_scorer import RewardModelScorer
 from dpa.models.samplers import SamplerSpec
-from dpa.models.scorers import RewardModelScorer
 from dpa.models.sft import SFT
 from dpa.recipes.baselines.lab import Lab
 from dpa.recipes.dpa import Loop

@@ -3,23 +3,38 @@ pytest tests/test_scorers.py
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fakes import FakeSampler, all_rows, prompts_of, space_of
 from tiny_models import save_tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dpa.core.config import RewardConfig, RewardTrainConfig
+from dpa.core.config import RewardConfig, RewardTrainConfig, RolloutConfig
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages, Scorer
+from dpa.models.function_scorer import FunctionScorer
 from dpa.models.reward_model import PUBLISHED_CONVERSATION, RELEASED_SPEC, conversation_text, encode, forward
 from dpa.models.reward_rows import RatedExample
+from dpa.models.reward_scorer import RewardModelScorer
 from dpa.models.reward_training import train_reward_model
-from dpa.models.scorers import FunctionScorer, MixScorer, RewardModelScorer, build_scorer
+from dpa.models.scorer_source import ScorerSource
+from dpa.models.scorers import (
+    SCORER_SOURCES,
+    MixScorer,
+    build_scorer,
+    check_scorers,
+    known_attributes,
+    on_every_node,
+    scored_by,
+)
+from dpa.stages.rollout import rollout
+from dpa.stages.score import score
+from dpa.storage.run_folder import StageFolder
 
 ASKED: Messages = [{"role": "user", "content": "Why?"}]
 
@@ -315,3 +330,59 @@ def test_build_scorer(trained: Path) -> None:
     assert isinstance(build_scorer(RewardConfig(folder=str(trained))), RewardModelScorer)
     both = build_scorer(RewardConfig.model_validate({"train": train, "functions": functions}), trained)
     assert both.attributes == ("long", "short", "words")
+
+
+# A source of one's own
+
+
+class LetterSource(ScorerSource):
+    """All that a new source is, beside its line in the table."""
+
+    def attributes(self, rated: Sequence[str]) -> tuple[str, ...]:
+        return (self.given["letter"],)
+
+    def open(self) -> Scorer:
+        letter = self.given["letter"]
+        return FunctionScorer({letter: lambda messages, response: 10.0 * response.count(letter)})
+
+    def described(self) -> str:
+        return f"counting {self.given['letter']}"
+
+
+@pytest.fixture
+def letters() -> Iterator[RewardConfig]:
+    SCORER_SOURCES["letters"] = LetterSource
+    functions, sources = {"words": "dpa.world.true_reward:verbosity"}, {"letters": {"letter": "e"}}
+    yield RewardConfig.model_validate({"functions": functions, "sources": sources})
+    del SCORER_SOURCES["letters"]
+
+
+def test_a_new_source_is_a_class_and_a_line(letters: RewardConfig, tmp_path: Path) -> None:
+    candidates, scores = StageFolder(tmp_path / "rollout"), StageFolder(tmp_path / "score")
+    prompts = prompts_of(3)
+    rollout(candidates, prompts, space_of(), [FakeSampler()], RolloutConfig(directions=2, samples=1), seed=0)
+    check_scorers(letters)
+    ledger = score(scores, candidates, prompts, build_scorer(letters))
+    asked = [row["response"] for row in all_rows(candidates)]
+    assert [row["e"] for row in all_rows(scores)] == [10.0 * response.count("e") for response in asked]
+    assert ledger.candidates_scored == 6
+    assert known_attributes(letters, ()) == ("words", "e")
+    assert scored_by(letters) == "Scores came from Python functions for words and counting e."
+    assert on_every_node(letters) == letters
+
+
+def test_an_unknown_source_is_named_with_the_nearest(letters: RewardConfig) -> None:
+    for name, said in (("leters", "'leters' is not known; did you mean `letters`"), ("http", "write reward.http")):
+        with pytest.raises(ConfigError, match=f"reward.sources: .*{said}"):
+            known_attributes(RewardConfig(sources={name: {}}), ())
+
+
+def test_what_is_scored_is_known_ahead_unless_a_finished_model_scores() -> None:
+    train = {"backbone": "b", "attributes": ["a"]}
+    judge = {"attributes": {"c": "0 to 100"}, "model": "m"}
+    functions = {"words": "dpa.world.true_reward:verbosity"}
+    config = RewardConfig.model_validate({"train": train, "judge": judge, "functions": functions})
+    assert known_attributes(config, ["a", "b"]) == ("a", "c", "words")
+    with pytest.raises(ConfigError, match=r"reward\.train\.attributes: nobody rates 'a'; rated are: b\."):
+        known_attributes(config, ["b"])
+    assert known_attributes(config.model_copy(update={"folder": "finished"}), ["a"]) is None

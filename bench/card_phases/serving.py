@@ -185,7 +185,7 @@ def classify(card: Card) -> None:
 
     from dpa.core.config import HttpRewardConfig
     from dpa.models.http_scorer import http_scorer
-    from dpa.models.scorers import RewardModelScorer
+    from dpa.models.reward_scorer import RewardModelScorer
 
     rows, folder = card.rated(8 if card.tiny else 2000), card.reward_model()
     prompts, responses = [row.messages for row in rows], [row.response for row in rows]

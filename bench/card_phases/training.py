@@ -114,7 +114,7 @@ def plain_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig,
 def scoring(card: Card) -> None:
     """Rows/s of texts, tokenising included, against padded batches of 32 in the order they come."""
     from dpa.models.reward_model import encode
-    from dpa.models.scorers import RewardModelScorer
+    from dpa.models.reward_scorer import RewardModelScorer
 
     rows = card.rated(24 if card.tiny else 4000)
     prompts, responses = [row.messages for row in rows], [row.response for row in rows]

@@ -17,8 +17,8 @@ from dpa.core.reference import ModelReference
 from dpa.models.best_of import BestOfSampler, RobustSampler
 from dpa.models.files import SPACE_FILE, folder_revision, resolve_model
 from dpa.models.policy import encode_prompt, load_prompting, make_steerable
+from dpa.models.reward_scorer import RewardModelScorer
 from dpa.models.samplers import SamplerSpec
-from dpa.models.scorers import RewardModelScorer
 from dpa.storage.seals import check_in_run
 
 if TYPE_CHECKING:

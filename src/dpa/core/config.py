@@ -339,10 +339,14 @@ class RewardConfig(_Section):
         default_factory=dict,
         description="Attribute -> Python function `module:name` or `file.py:name`, called as f(messages, response).",
     )
+    sources: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Further sources, by their names in the table of models/scorers.py -> their settings.",
+    )
 
     @model_validator(mode="after")
     def _some_source(self) -> "RewardConfig":
-        if not any((self.train, self.folder, self.http, self.judge, self.functions)):
+        if not any((self.train, self.folder, self.http, self.judge, self.functions, self.sources)):
             raise ValueError("give at least one of train, folder, http, judge, functions")
         return self
 

@@ -29,7 +29,7 @@ from dpa.models.reward_model import (
     read_spec,
     write_spec,
 )
-from dpa.models.scorers import RewardModelScorer
+from dpa.models.reward_scorer import RewardModelScorer
 from dpa.storage.tables import save_folder_atomically, write_json
 
 UTILITY = "utility"

@@ -14,15 +14,18 @@ import numpy as np
 import torch
 
 from dpa.core.config import HttpRewardConfig
-from dpa.core.errors import EngineError, ModelFileError
-from dpa.core.records import Messages
+from dpa.core.errors import EngineError
+from dpa.core.records import Messages, Scorer
 from dpa.core.reference import ModelReference
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.http_exchange import Answer, Refusal, key_in
 from dpa.models.http_pool import HttpPool
 from dpa.models.loading import load_tokenizer
+from dpa.models.precision import golden_ids, worst_output
 from dpa.models.quiet import quiet_libraries
 from dpa.models.reward_model import BF16_TOLERANCE, RELEASED_MODEL, RELEASED_SPEC, RewardSpec, encode, read_spec, render
+from dpa.models.reward_scorer import check_folder
+from dpa.models.scorer_source import ScorerSource, absolute
 
 _PATHS = {"classify": "/classify", "predict": "/predict"}
 
@@ -118,14 +121,7 @@ class HttpScorer:
     def _self_test(self) -> None:
         """The golden example, alone and beside a longer row, at every server."""
         golden = self._spec.golden
-        (ids,) = encode(
-            self._tokenizer, self._spec.template, self._spec.max_length, [golden.messages], [golden.response]
-        )
-        if ids is None or (golden.token_ids is not None and tuple(ids) != golden.token_ids):
-            raise ModelFileError(
-                "reward model: its folder turns its golden example into other tokens than when it was trained; its "
-                "template, its tokenizer or a special token was changed; restore them."
-            )
+        golden_ids(self._tokenizer, self._spec, "its folder")
         inputs = self._inputs([golden.messages] * 2, [golden.response, f"{golden.response} {golden.response}"])
         tolerance = max(self._spec.tolerance(torch.bfloat16), BF16_TOLERANCE)  # a server's head may be in bf16 too
         for rows in ([inputs[0]], [item for item in inputs if item is not None]):
@@ -133,9 +129,8 @@ class HttpScorer:
                 if isinstance(answer, Refusal):
                     raise EngineError(f"a server of the reward model refuses its golden example: {answer.reason}.")
                 scores_M = self._read(answer, len(rows))[0]
-                difference_M = np.abs(scores_M - np.array(golden.scores))
-                if not (difference_M <= tolerance).all():
-                    worst = int(np.argmax(np.nan_to_num(difference_M, nan=np.inf)))
+                worst = worst_output(scores_M, golden.scores, tolerance)
+                if worst is not None:
                     raise EngineError(
                         f"a server of the reward model scores its golden example {scores_M[worst]:.2f} on "
                         f"{self.attributes[worst]} instead of {golden.scores[worst]:.2f}; it serves another model, or "
@@ -174,3 +169,22 @@ def http_scorer(config: HttpRewardConfig, code_revision: str | None = None) -> H
         raise
     weakref.finalize(scorer, pool.close)
     return scorer
+
+
+class HttpSource(ScorerSource):
+    """`reward.http`: a finished reward model behind servers."""
+
+    def check(self) -> None:
+        """Its folder holds its files; no server is asked."""
+        check_folder(self, folder=self.given.folder)
+
+    def open(self) -> Scorer:
+        return http_scorer(self.given, self.code_revision)
+
+    def described(self) -> str:
+        return f"the reward model `{self.given.folder}` behind servers"
+
+    def on_every_node(self) -> HttpRewardConfig:
+        """The servers know the model by the name given here."""
+        folder, model = absolute(self.given.folder), self.given.model or self.given.folder
+        return self.given.model_copy(update={"folder": folder, "model": model})

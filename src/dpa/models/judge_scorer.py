@@ -21,6 +21,7 @@ from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Messages, Scored, add_costs, stable_hash
 from dpa.models.http_exchange import Refusal, key_in
 from dpa.models.judge_client import ChatJudge
+from dpa.models.scorer_source import ScorerSource
 
 TEMPLATE = """You rate one response of an assistant, as one reader would, on each of these qualities from 0 to 100:
 
@@ -119,23 +120,43 @@ class JudgeScorer:
         return {"type": "json_schema", "json_schema": {"name": "ratings", "strict": True, "schema": schema}}
 
 
-def judge_scorer(config: JudgeConfig) -> JudgeScorer:
-    """The scorer a configuration describes. Raises ConfigError."""
-    if config.cache is None:
-        raise ConfigError("reward.judge.cache: there is no run folder to keep replies in; name a file.")
-    judge = ChatJudge(
-        config.servers,
-        config.model,
-        Path(config.cache),
-        key_in(config.api_key_env, "reward.judge.api_key_env") if config.servers else None,
-        config.max_tokens,
-        config.in_flight,
-        config.request_s,
-        config.attempts,
-        config.arguments,
-        fields=("reward.judge.servers", "reward.judge.api_key_env"),
-    )
-    return JudgeScorer(judge, config.attributes, config.template, config.ask_again)
+class JudgeSource(ScorerSource):
+    """`reward.judge`."""
+
+    def check(self) -> None:
+        """The key is set; no server is asked."""
+        self._key()
+
+    def attributes(self, rated: Sequence[str]) -> tuple[str, ...]:
+        return tuple(self.given.attributes)
+
+    def open(self) -> JudgeScorer:
+        config: JudgeConfig = self.given
+        if config.cache is None:
+            raise ConfigError("reward.judge.cache: there is no run folder to keep replies in; name a file.")
+        judge = ChatJudge(
+            config.servers,
+            config.model,
+            Path(config.cache),
+            self._key(),
+            config.max_tokens,
+            config.in_flight,
+            config.request_s,
+            config.attempts,
+            config.arguments,
+            fields=("reward.judge.servers", "reward.judge.api_key_env"),
+        )
+        return JudgeScorer(judge, config.attributes, config.template, config.ask_again)
+
+    def described(self) -> str:
+        return f"the language model `{self.given.model}`, rating by rubrics"
+
+    def on_every_node(self) -> JudgeConfig:
+        cache = self.given.cache
+        return self.given.model_copy(update={"cache": cache and str(Path(cache).resolve())})
+
+    def _key(self) -> str | None:
+        return key_in(self.given.api_key_env, "reward.judge.api_key_env") if self.given.servers else None
 
 
 def read_ratings(reply: str, attributes: Sequence[str]) -> list[float] | None:

@@ -91,24 +91,37 @@ def self_test(model: Any, tokenizer: Any, spec: RewardSpec, name: str | Path, to
     check_pad_token(tokenizer, model.config.get_text_config().pad_token_id, name)
     if spec.template is None and not tokenizer.chat_template:
         raise ModelFileError(f"reward model: {name} has lost its chat template; restore chat_template.jinja.")
-    longest = spec.max_length
-    (ids,) = encode(tokenizer, spec.template, longest, [golden.messages], [golden.response])
-    if ids is None or (golden.token_ids is not None and tuple(ids) != golden.token_ids):
-        raise ModelFileError(
-            f"reward model: {name} turns its golden example into other tokens than when it was trained; its "
-            "template, its tokenizer or a special token was changed; restore them."
-        )
+    longest, ids = spec.max_length, golden_ids(tokenizer, spec, str(name))
     tolerance = spec.tolerance(next(model.parameters()).dtype)
     for rows in ([ids], [ids, [*ids, *ids][: min(longest, len(ids) + 8)]]):
         scores = forward(model, rows, tokenizer.pad_token_id, token_budget)[0]
-        difference = np.abs(scores - np.array(golden.scores))
-        if not (difference <= tolerance).all():
-            worst = int(np.argmax(np.nan_to_num(difference, nan=np.inf)))
+        worst = worst_output(scores, golden.scores, tolerance)
+        if worst is not None:
             raise ModelFileError(
                 f"reward model: {name} scores its golden example {scores[worst]:.2f} on {spec.attributes[worst]} "
                 f"instead of {golden.scores[worst]:.2f}, further off than rounding is ({tolerance:.2f}); its weights, "
                 "pad or EOS token were changed; restore them."
             )
+
+
+def golden_ids(tokenizer: Any, spec: RewardSpec, name: str) -> list[int]:
+    """Token ids of a model's golden example. Raises ModelFileError where they are not those it was trained with."""
+    golden = spec.golden
+    (ids,) = encode(tokenizer, spec.template, spec.max_length, [golden.messages], [golden.response])
+    if ids is None or (golden.token_ids is not None and tuple(ids) != golden.token_ids):
+        raise ModelFileError(
+            f"reward model: {name} turns its golden example into other tokens than when it was trained; its "
+            "template, its tokenizer or a special token was changed; restore them."
+        )
+    return ids
+
+
+def worst_output(scores_M: np.ndarray, golden_M: Sequence[float], tolerance: float) -> int | None:
+    """The output furthest from the golden score, not a number being the furthest; None where all are within."""
+    difference_M = np.abs(scores_M - np.array(golden_M))
+    if (difference_M <= tolerance).all():
+        return None
+    return int(np.argmax(np.nan_to_num(difference_M, nan=np.inf)))
 
 
 def say_fp32(name: str | Path, reason: str) -> None:

@@ -28,7 +28,7 @@ from dpa.core.records import Messages, Sample, Sampler, SampleRequest, Scored, S
 from dpa.core.reference import ModelReference
 from dpa.models.files import folder_revision
 from dpa.models.samplers import SamplerSpec
-from dpa.models.scorers import build_scorer
+from dpa.models.scorers import build_scorer, on_every_node
 
 MAX_DEATHS = 3
 """Deaths in a row after which a request, or the attempt to start a worker, is given up."""
@@ -252,7 +252,7 @@ def ray_scorers(
 ) -> Iterator[list[Scorer]]:
     """`cluster.scorers` scorers over as many actors; they end with the block. Raises ConfigError, EngineError."""
     trained = None if trained is None else _resolved(trained)
-    spec = ScorerSpec(_absolute(config), trained, code_revision, _threads(cluster))
+    spec = ScorerSpec(on_every_node(config), trained, code_revision, _threads(cluster))
     with RayPool(spec, cluster.scorers, cluster) as pool:
         scorer = RayScorer(pool)
         yield [scorer] * cluster.scorers
@@ -337,21 +337,6 @@ def _no_cluster(address: str | None, error: BaseException) -> ConfigError:
 
 def _threads(cluster: ClusterConfig) -> int:
     return max(1, int(cluster.cpus_per_worker))
-
-
-def _absolute(config: RewardConfig) -> RewardConfig:
-    """Local paths as every node sees them; Hub ids and importable modules stay."""
-    folder = config.folder
-    if folder is not None and Path(folder).is_dir():
-        folder = str(Path(folder).resolve())
-    functions = {}
-    for attribute, function in config.functions.items():
-        where, _, name = function.rpartition(":")
-        functions[attribute] = f"{Path(where).resolve()}:{name}" if where.endswith(".py") else function
-    http = config.http
-    if http is not None and Path(http.folder).is_dir():  # the servers know the model by the name given here
-        http = http.model_copy(update={"folder": str(Path(http.folder).resolve()), "model": http.model or http.folder})
-    return config.model_copy(update={"folder": folder, "functions": functions, "http": http})
 
 
 def _resources(ray: Any) -> str:

@@ -41,9 +41,9 @@ from dpa.models.reward_model import (
 )
 from dpa.models.reward_quality import measure_quality
 from dpa.models.reward_rows import EncodedRows, RatedExample, encode_rated
+from dpa.models.reward_scorer import RewardModelScorer
 from dpa.models.reward_trainer import UNMARKED, run_trainer
 from dpa.models.ridge import CONSTANT_PENALTIES, choose_constant, choose_penalties, fit_ridge
-from dpa.models.scorers import RewardModelScorer
 from dpa.models.training import computes_in_bf16, lora_adapters, merge_adapters
 from dpa.storage.tables import save_folder_atomically
 

@@ -1,179 +1,31 @@
-"""Scorers: a reward model, Python functions, or several side by side; all give scores_NM on the 0-100 scale.
+"""Where scores come from: the table of sources, and the one scorer that those of a configuration make together.
 Run its tests: pytest tests/test_scorers.py
 """
 
-import hashlib
-import importlib
-import importlib.util
-import inspect
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-from transformers import AutoModelForSequenceClassification
 
 from dpa.core.config import RewardConfig
-from dpa.core.errors import ConfigError, ModelFileError
+from dpa.core.errors import ConfigError
+from dpa.core.lookup import look_up
 from dpa.core.records import Messages, Scored, Scorer, add_costs, score_in_full, stable_hash
-from dpa.core.reference import Model, ModelReference
-from dpa.models.compiling import SCORED_ROWS, Choice, CompiledLayers, worth_compiling
-from dpa.models.files import folder_revision, resolve_model
-from dpa.models.http_scorer import http_scorer
-from dpa.models.judge_scorer import judge_scorer
-from dpa.models.loading import check_weights, load_tokenizer
-from dpa.models.policy import default_device, ensure_pad_token
-from dpa.models.precision import say_fp32, self_test
-from dpa.models.quiet import quiet_libraries
-from dpa.models.reward_model import (
-    RELEASED_MODEL,
-    RELEASED_SPEC,
-    Logits,
-    RewardSpec,
-    encode,
-    load_classifier,
-    read_spec,
-)
-from dpa.storage.seals import check_in_run
+from dpa.core.reference import Model
+from dpa.models.function_scorer import FunctionSource
+from dpa.models.http_scorer import HttpSource
+from dpa.models.judge_scorer import JudgeSource
+from dpa.models.reward_scorer import FolderSource, TrainedSource
+from dpa.models.scorer_source import ScorerSource
 
-ScoreFunction = Callable[[Messages, str], float]
-
-_log = logging.getLogger(__name__)
-
-
-class RewardModelScorer:
-    """A trained reward model. On loading it must reproduce its golden example, alone and beside a longer row.
-
-    `spec` is for a model without a dpa_reward.json. `dtype`: bf16 by default on a GPU that has it, fp32 elsewhere and
-    where bf16 would change the order of scores (see models/precision.py). `compile`: the layers (models/compiling.py);
-    auto: on a card, once SCORED_ROWS are asked for, and only if they pass the self-test so.
-
-    Raises ModelFileError when the folder is unsafe, or when the self-test fails: a wrong template, pad or EOS token
-    scores plausibly and wrongly, so it must not pass quietly.
-    """
-
-    rows_ahead = 512
-    """Rows that become tokens while a card scores the ones before."""
-
-    def __init__(
-        self,
-        model: Model,
-        spec: RewardSpec | None = None,
-        device: str | None = None,
-        token_budget: int | None = None,
-        dtype: torch.dtype | None = None,
-        compile: Choice = "auto",
-    ) -> None:
-        device = device or default_device()
-        if dtype is None:
-            bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-            dtype = torch.bfloat16 if bf16 else torch.float32
-        with quiet_libraries():
-            self.model, self.tokenizer, path = load_classifier(model, dtype)
-        self.spec = spec or read_spec(path)
-        measured = self.spec.precision
-        if dtype != torch.float32 and measured is not None and not measured.keeps_order:
-            say_fp32(path, f"in bf16 Kendall's tau within prompts is {measured.kendall:.3f} of what it is in fp32")
-            self._stay_in_fp32(model)
-        self.model.to(device).eval()
-        if spec is not None:  # a model from elsewhere may pad with EOS; its golden example says whether this is right
-            ensure_pad_token(self.tokenizer)
-            self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        self.attributes = self.spec.attributes
-        self.revision = folder_revision(path)
-        self._token_budget = token_budget
-        self._path, self._compile, self._asked, self._compiled = path, compile, 0, False
-        try:
-            self_test(self.model, self.tokenizer, self.spec, path, token_budget)
-        except ModelFileError:
-            # Where nobody measured what bf16 costs, it may be that; fp32 tells it from damage.
-            if self.model.dtype == torch.float32 or measured is not None:
-                raise
-            self._stay_in_fp32(model)
-            self.model.to(device).eval()
-            self_test(self.model, self.tokenizer, self.spec, path, token_budget)
-            say_fp32(path, "in bf16 it is further from its golden scores than rounding should be")
-
-    def score(self, prompts: Sequence[Messages], responses: Sequence[str]) -> np.ndarray:
-        """Return scores_NM; NaN for a row too long for the model, refused by its template, or scored not finite."""
-        count = len(responses)
-        self._asked += count
-        if not self._compiled and worth_compiling(self._compile, self.model.device, self._asked, SCORED_ROWS):
-            self._compiled = True
-            self._compile_layers()
-        at_once = self.rows_ahead if self.model.device.type == "cuda" else max(1, count)
-        logits, usable = Logits(self.model, self.tokenizer.pad_token_id, self._token_budget), []
-
-        def tokens(first: int) -> list[list[int] | None]:
-            rows = slice(first, first + at_once)
-            return encode(self.tokenizer, self.spec.template, self.spec.max_length, prompts[rows], responses[rows])
-
-        with ThreadPoolExecutor(1) as ahead:  # a card works on one part while the next becomes tokens
-            parts = [(first, ahead.submit(tokens, first)) for first in range(0, count, at_once)]
-            for first, part in parts:
-                kept = [(first + row, ids) for row, ids in enumerate(part.result()) if ids is not None]
-                usable += [row for row, _ in kept]
-                logits.add([ids for _, ids in kept])
-        scores_NM = np.full((count, len(self.attributes)), np.nan)
-        if usable:
-            scores_NM[usable] = logits.collect()
-        scores_NM[~np.isfinite(scores_NM).all(axis=1)] = np.nan
-        return scores_NM
-
-    def _compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Compile the layers, if they still give the golden scores."""
-        compiled = CompiledLayers(self.model, False, backend)
-        try:
-            self_test(self.model, self.tokenizer, self.spec, self._path, self._token_budget)
-        except ModelFileError as error:
-            compiled.give_up(error)
-
-    def _stay_in_fp32(self, model: Model) -> None:
-        pad = self.model.config.get_text_config().pad_token_id
-        with quiet_libraries():
-            self.model, _, _ = load_classifier(model, torch.float32)
-        self.model.config.get_text_config().pad_token_id = pad
-
-
-class FunctionScorer:
-    """Attributes that are Python functions f(messages, response) -> a number on 0-100; `field` opens the refusals.
-
-    `functions`: attribute -> callable, `package.module:name` or `file.py:name`. A call that raises or returns no finite
-    number makes its row NaN; the first such error of each attribute is logged. Raises ConfigError when a function
-    cannot be found.
-    """
-
-    def __init__(self, functions: Mapping[str, str | ScoreFunction], field: str = "reward.functions") -> None:
-        loaded = {name: _load_function(f"{field}.{name}", function) for name, function in functions.items()}
-        self.attributes = tuple(loaded)
-        self.revision = stable_hash(*(f"{name}={_source_hash(function)}" for name, function in loaded.items()))
-        self._functions = tuple(loaded.values())
-        self._complained: set[str] = set()
-
-    def score(self, prompts: Sequence[Messages], responses: Sequence[str]) -> np.ndarray:
-        """Return scores_NM; NaN rows where a function failed."""
-        scores_NM = np.array(
-            [
-                [self._call(*named, messages, response) for named in zip(self.attributes, self._functions, strict=True)]
-                for messages, response in zip(prompts, responses, strict=True)
-            ],
-            dtype=np.float64,
-        ).reshape(len(responses), len(self.attributes))
-        scores_NM[~np.isfinite(scores_NM).all(axis=1)] = np.nan
-        return scores_NM
-
-    def _call(self, name: str, function: ScoreFunction, messages: Messages, response: str) -> float:
-        try:
-            return float(function(messages, response))
-        except Exception as error:  # the user's code: whatever it raises is a row that cannot be scored
-            if name not in self._complained:
-                self._complained.add(name)
-                _log.warning("scorer: %s failed on a response (%r); such rows are not scored.", name, error)
-            return float("nan")
+SCORER_SOURCES: dict[str, type[ScorerSource]] = {
+    "train": TrainedSource,
+    "folder": FolderSource,
+    "http": HttpSource,
+    "judge": JudgeSource,
+    "functions": FunctionSource,
+}
+"""Name -> source, in the order their attributes stand in. A name that is a field of `reward` reads that section; any
+other is given its settings in `reward.sources`."""
 
 
 class MixScorer:
@@ -202,82 +54,51 @@ class MixScorer:
         return Scored(np.concatenate([one.scores_NM for one in given], axis=1), reasons, costs)
 
 
+def scorer_sources(
+    config: RewardConfig, trained: Model | None = None, code_revision: str | None = None
+) -> list[ScorerSource]:
+    """The sources a configuration names, in the table's order. Raises ConfigError for an unknown one."""
+    for name in config.sources:
+        look_up(SCORER_SOURCES, name, "reward.sources")
+        if name in RewardConfig.model_fields:
+            raise ConfigError(f"reward.sources: {name!r} has a section of its own; write reward.{name}.")
+    own = {name: getattr(config, name) for name in SCORER_SOURCES if name in RewardConfig.model_fields}
+    given = {name: section for name, section in own.items() if section} | config.sources
+    return [
+        source(name, given[name], config, trained, code_revision)
+        for name, source in SCORER_SOURCES.items()
+        if name in given
+    ]
+
+
 def build_scorer(config: RewardConfig, trained: Model | None = None, code_revision: str | None = None) -> Scorer:
     """The scorer a configuration describes; `trained` is the model that `reward.train` saved, `code_revision` what the
-    other models it names may run (core/reference.py).
-
-    The published reward model, named by its Hub id, is read by RELEASED_SPEC.
-    """
-    scorers: list[Scorer] = []
-    if config.train is not None:
-        if trained is None:
-            raise ValueError("reward.train needs the folder its model was saved in")
-        scorers.append(RewardModelScorer(trained, compile=config.train.compile))
-    if config.folder is not None:
-        spec = RELEASED_SPEC if config.folder == RELEASED_MODEL or config.preset == "dpa-v1" else None
-        scorers.append(RewardModelScorer(ModelReference(config.folder, code_revision), spec))
-    if config.http is not None:
-        scorers.append(http_scorer(config.http, code_revision))
-    if config.judge is not None:
-        scorers.append(judge_scorer(config.judge))
-    if config.functions:
-        scorers.append(FunctionScorer(config.functions))
+    other models it names may run (core/reference.py)."""
+    scorers = [source.open() for source in scorer_sources(config, trained, code_revision)]
     return scorers[0] if len(scorers) == 1 else MixScorer(scorers)
 
 
 def check_scorers(config: RewardConfig, code_revision: str | None = None) -> None:
-    """What can be known of finished scorers before hours are spent: functions are found, folders hold their files.
-
-    Weights are compared by name and shape, not read, and no server is asked. Raises ConfigError, ModelFileError,
-    RunFolderError.
-    """
-    FunctionScorer(config.functions)
-    for folder in (config.folder, config.http.folder if config.http else None):
-        if folder is None:
-            continue
-        safe = resolve_model(ModelReference(folder, code_revision))
-        check_in_run(safe.path)
-        with quiet_libraries():
-            load_tokenizer(safe, "reward model")
-            if folder == config.folder:
-                check_weights(AutoModelForSequenceClassification, safe, "reward model")
-        if folder != RELEASED_MODEL and config.preset != "dpa-v1":
-            read_spec(Path(safe.path))
+    """What can be known of them before hours are spent. Raises ConfigError, ModelFileError, RunFolderError."""
+    for source in scorer_sources(config, None, code_revision):
+        source.check()
 
 
-def _load_function(field: str, function: str | ScoreFunction) -> ScoreFunction:
-    if not isinstance(function, str):
-        return function
-    where, colon, name = function.rpartition(":")
-    if not colon or not where or not name:
-        raise ConfigError(f"{field}: {function!r} is not `module:name` or `file.py:name`.")
-    try:
-        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:  # the user's module may raise anything when it is imported
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"{field}: {where} cannot be imported ({reason}); mend it.") from None
-    found: Any = getattr(module, name, None)
-    if not callable(found):
-        raise ConfigError(f"{field}: {where} has no function {name!r}; check the name.")
-    return found
+def known_attributes(config: RewardConfig, rated: Sequence[str]) -> tuple[str, ...] | None:
+    """Every attribute that will be scored, `rated` being what the rated data have; None where only an opened scorer
+    knows. Raises ConfigError."""
+    found = [source.attributes(rated) for source in scorer_sources(config)]
+    return None if None in found else tuple(name for names in found for name in names or ())
 
 
-def _load_file(file: Path) -> ModuleType:
-    """Import a file under a name of its own, so that two files of one name do not meet."""
-    location = importlib.util.spec_from_file_location(f"dpa_function_{stable_hash(file.resolve())}", file)
-    if location is None or location.loader is None:
-        raise ImportError(f"{file} is not a Python file")
-    module = importlib.util.module_from_spec(location)
-    location.loader.exec_module(module)
-    return module
+def scored_by(config: RewardConfig) -> str:
+    """A sentence on where scores come from, every source named."""
+    return f"Scores came from {' and '.join(source.described() for source in scorer_sources(config))}."
 
 
-def _source_hash(function: ScoreFunction) -> str:
-    """Hash of the whole file a function is written in (it may call its neighbours), and its name."""
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    try:
-        file = inspect.getsourcefile(inspect.unwrap(function) if inspect.isroutine(function) else type(function))
-        source = Path(file).read_bytes() if file else b""
-    except (TypeError, OSError):
-        source = b""  # a builtin: the name is all there is
-    return stable_hash(name, hashlib.sha256(source).hexdigest())
+def on_every_node(config: RewardConfig) -> RewardConfig:
+    """The configuration with local paths as every node of a cluster sees them; Hub ids and modules stay."""
+    moved = {source.name: source.on_every_node() for source in scorer_sources(config)}
+    own = {name: given for name, given in moved.items() if name in RewardConfig.model_fields}
+    others = {name: given for name, given in moved.items() if name not in own}
+    return config.model_copy(update={**own, "sources": others})

@@ -31,8 +31,8 @@ from rich.console import Console
 from dpa.core.compare_config import CompareConfig
 from dpa.core.config import RunConfig, resolved
 from dpa.core.errors import DpaError, EngineError, Interrupted, RunFolderError
+from dpa.models.function_scorer import FunctionScorer
 from dpa.models.samplers import die_with_parent
-from dpa.models.scorers import FunctionScorer
 from dpa.pages.comparison import write_comparison
 from dpa.recipes.baselines.lab import MEASURING, Lab, Method, Trained, spent
 from dpa.recipes.baselines.methods import compared

@@ -24,6 +24,7 @@ from dpa.core.errors import ConfigError, DataError, RunFolderError, StorageError
 from dpa.core.records import Ledger, Prompt, Sampler, Scorer
 from dpa.core.reference import ModelReference
 from dpa.models.files import EVALUATION_FILE, GGUF_SUFFIX
+from dpa.models.function_scorer import FunctionScorer
 from dpa.models.gguf import dequantise
 from dpa.models.launching import free_memory, launch, launches
 from dpa.models.learner import Learner
@@ -33,7 +34,7 @@ from dpa.models.ranks import is_first, ranks
 from dpa.models.ray_workers import ray_samplers, ray_scorers
 from dpa.models.reward_model import RECORD
 from dpa.models.samplers import build_samplers, engine_kind, sampler_spec
-from dpa.models.scorers import FunctionScorer, build_scorer, check_scorers
+from dpa.models.scorers import build_scorer, check_scorers, known_attributes, scored_by
 from dpa.models.vllm_sampler import VllmEngine
 from dpa.pages.card import write_card
 from dpa.pages.report import write_report
@@ -571,17 +572,10 @@ class Loop:
     def _check_scored(self) -> None:
         """Every attribute of an objective is rated and trained, or a function's. What a finished model scores is known
         once it is loaded (`_check_attributes`)."""
-        reward = self.config.reward
         rated = [name for ratings in self.config.ratings for name in declared_scales(ratings)]
-        trained: list[str] = []
-        if reward.train:
-            trained = list(dict.fromkeys(rated)) if reward.train.attributes is None else reward.train.attributes
-            for name in trained:
-                if name not in rated:
-                    raise ConfigError(f"reward.train.attributes: nobody rates {name!r}; {_known('rated', rated)}.")
-        if reward.folder is None and reward.http is None:
-            rated_by_judge = reward.judge.attributes if reward.judge else ()
-            self._check_attributes((*trained, *rated_by_judge, *reward.functions))
+        known = known_attributes(self.config.reward, rated)
+        if known is not None:
+            self._check_attributes(known)
 
     def _needed_attributes(self) -> set[str]:
         """Attributes the objectives are made of."""
@@ -606,16 +600,6 @@ class Loop:
         lowest = self.first if lowest is None else lowest
         if not lowest <= t <= self.config.iterations:
             raise ConfigError(f"--iteration: {t} is outside {lowest}..{self.config.iterations}; choose one of those.")
-
-
-def scored_by(config: RewardConfig) -> str:
-    """A sentence for the model card: where scores came from."""
-    sources = [f"a reward model trained on `{config.train.backbone}`"] if config.train else []
-    sources += [f"the reward model `{config.folder}`"] if config.folder else []
-    sources += [f"the reward model `{config.http.folder}` behind servers"] if config.http else []
-    sources += [f"the language model `{config.judge.model}`, rating by rubrics"] if config.judge else []
-    sources += [f"Python functions for {', '.join(config.functions)}"] if config.functions else []
-    return f"Scores came from {' and '.join(sources)}."
 
 
 def _known(what: str, names: Sequence[str]) -> str:

@@ -309,7 +309,7 @@ def _load(settings: EngineSettings) -> Engine:
             has_system_role(tokenizer.get_chat_template())  # a template that escapes or never ends is refused now
         revision = folder_revision(safe.path)
     if settings.reward:
-        from dpa.models.scorers import RewardModelScorer
+        from dpa.models.reward_scorer import RewardModelScorer
 
         scorer = RewardModelScorer(ModelReference(settings.reward, code))
     return Engine(settings.name or settings.model or "none", model, tokenizer, revision, scorer, settings.rows)
