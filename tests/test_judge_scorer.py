@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from fake_server import FakeServer, Reply
 from fakes import FakeSampler, all_rows, prompts_of, space_of
 
@@ -245,3 +246,14 @@ def test_a_judge_scorer_asks_nothing_for_nothing(tmp_path: Path) -> None:
     scorer = build_scorer(judge_of(None, tmp_path))
     assert isinstance(scorer, JudgeScorer)
     assert scorer.score([], []).shape == (0, 2)
+
+
+def test_the_example_of_the_docs_rates(server: RatingServer, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "engines.md").read_text()
+    example = yaml.safe_load(text.split("## A language model as judge")[1].split("```")[1].removeprefix("yaml"))
+    reward = RewardConfig.model_validate(example["reward"]).within(tmp_path)
+    assert reward.judge is not None
+    here = reward.judge.model_copy(update={"servers": [server.address]})  # without /v1, which is understood
+    server.say = lambda response: '{"helpfulness": 70, "verbosity": 5}'
+    assert rate(reward.model_copy(update={"judge": here}), "Yes.")[0] == [[70, 5]]
+    assert (tmp_path / "judge.jsonl").is_file()
