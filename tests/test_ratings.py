@@ -16,16 +16,8 @@ from rich.console import Console
 
 from dpa.core.config import RatingsConfig
 from dpa.core.errors import DataError, RejectRateError
-from dpa.stages.ratings import (
-    Ratings,
-    is_overall_score_trap,
-    load_ratings,
-    print_summary,
-    read_ratings,
-    save_ratings,
-    summarise,
-    to_hundred,
-)
+from dpa.stages.ratings import Ratings, load_ratings, print_summary, read_ratings, save_ratings, summarise
+from dpa.storage.rating_forms import is_overall_score_trap, to_hundred
 from dpa.storage.stage_records import Reject
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"

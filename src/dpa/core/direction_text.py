@@ -5,7 +5,7 @@ Run its tests: pytest tests/test_directions.py
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -75,6 +75,32 @@ def read_number(value: Any, where: str) -> float:
     if not math.isfinite(number):
         raise DirectionError(f"{where}: a weight is {number}; give a finite number.")
     return number
+
+
+def read_weights(value: Any, names: Sequence[str], where: str) -> tuple[float, ...]:
+    """K plain floats in the objectives' order, from a mapping (those left out are 0) or K numbers. Raises
+    DirectionError, which names `where`."""
+    if isinstance(value, Mapping):
+        weights = [0.0] * len(names)
+        for name, weight in value.items():
+            weights[index_of(name, names, where)] = read_number(weight, f"{where}: `{name}`")
+        return tuple(weights)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        if len(value) != len(names):
+            raise DirectionError(
+                f"{where}: {len(value)} numbers given; {len(names)} are needed, for {', '.join(names)}."
+            )
+        return tuple(read_number(weight, where) for weight in value)
+    raise DirectionError(f"{where}: {shown(value)} is no direction; write e.g. `{names[0]}*0.8 - {names[1]}*0.6`.")
+
+
+def index_of(name: Any, names: Sequence[str], where: str) -> int:
+    """Place of a name. Raises DirectionError where it is none of them."""
+    if isinstance(name, str) and name in names:
+        return names.index(name)
+    raise unknown(name, names, where)
 
 
 def is_name(value: Any) -> bool:

@@ -4,13 +4,24 @@ Run its tests: pytest tests/test_directions.py
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
-from dpa.core.direction_text import MAX_NAME, is_name, read_degrees, read_expression, read_number, shown, unknown
+from dpa.core.cone import Cone, unit
+from dpa.core.direction_text import (
+    MAX_NAME,
+    index_of,
+    is_name,
+    read_degrees,
+    read_expression,
+    read_number,
+    read_weights,
+    shown,
+    unknown,
+)
 from dpa.core.errors import DirectionError, ModelFileError, OutsideConeError
 
 PUBLISHED_TEMPLATE = (
@@ -21,10 +32,8 @@ PUBLISHED_TEMPLATE = (
 
 PLACEHOLDER = "{weighted_rating}"
 
-OUTER = 0.8
-"""Where the ends of a cone begin, as a share of its half-angle."""
-
-_EPSILON = 1e-9
+_KIND: dict[str, Any] = {"objectives": list, "center": dict, "max_angle": int | float, "template": str, "presets": dict}
+"""Of a space's fields as they travel with a model; those of training may be absent."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +141,8 @@ class DirectionSpace:
             object.__setattr__(self, name, share)
         if not isinstance(self.template, str) or self.template.count(PLACEHOLDER) != 1:
             raise DirectionError(f"template: it must contain {PLACEHOLDER} exactly once; add it where the weights go.")
-        center = (1.0,) + (0.0,) * (self.K - 1) if self.center is None else self._weights(self.center, "center")
-        _unit(center, "center")
+        center = read_weights({names[0]: 1.0} if self.center is None else self.center, names, "center")
+        unit(center, "center")
         object.__setattr__(self, "center", center)
         object.__setattr__(self, "presets", self._checked_presets())
 
@@ -152,12 +161,12 @@ class DirectionSpace:
     @cached_property
     def center_K(self) -> np.ndarray:
         """Unit axis of the cone."""
-        return np.array(_unit(self.center, "center"))  # type: ignore[arg-type]
+        return np.array(unit(self.center, "center"))  # type: ignore[arg-type]
 
     @cached_property
     def arc_names(self) -> tuple[str, ...]:
         """The objectives not parallel to the center: those an arc can lead towards."""
-        return tuple(name for name in self.names if self._towards(name) is not None)
+        return tuple(self._poles)
 
     # --- reading and printing ----------------------------------------------------------------------------------
 
@@ -181,7 +190,7 @@ class DirectionSpace:
         if angle <= self.max_angle + math.degrees(math.asin(min(1.0, 0.005 * math.sqrt(self.K)))):
             return direction
         if outside == "clamp":
-            return self._clamp(direction)
+            return self.direction(self._cone.edge(np.array(direction.weights), self.max_angle))
         raise OutsideConeError(
             f"direction {shown(value)} lies {angle:.1f} degrees from {self.direction(self.center)}; "
             f"the policy was trained {self._range()}"
@@ -189,7 +198,7 @@ class DirectionSpace:
 
     def direction(self, weights: Mapping[str, float] | Sequence[float] | np.ndarray | None) -> Direction:
         """Normalise weights (mapping, or K numbers) without asking whether they lie in the cone."""
-        return Direction(self.names, _unit(self._weights(weights, "direction"), "direction"))
+        return Direction(self.names, unit(read_weights(weights, self.names, "direction"), "direction"))
 
     def prompt(self, direction: Direction) -> str:
         """The system sentence that states this direction, as published: `... = helpfulness*97 + verbosity*-26`."""
@@ -221,26 +230,12 @@ class DirectionSpace:
         the policy has not read. And a share `training_ends` is moved out along its own great circle, to an angle
         uniform on the outer fifth.
         """
-        angle = self.training_angle
-        assert angle is not None
-        if self.K == 2:
-            degrees_D = (2.0 * _stratified(count, rng) - 1.0) * angle
-            return self._turn(self._towards_ends(degrees_D, rng), self._pole_K)
-        polar_D = _stratified(count, rng) * angle
-        if self.K == 3:
-            azimuth_D = 2.0 * np.pi * (_stratified(count, rng) + rng.random())
-            first_K, second_K = _across(self.center_K)
-            normal_DK = np.cos(azimuth_D)[:, None] * first_K + np.sin(azimuth_D)[:, None] * second_K
-        else:
-            normal_DK = rng.standard_normal((count, self.K))
-            normal_DK -= np.outer(normal_DK @ self.center_K, self.center_K)
-            normal_DK /= np.linalg.norm(normal_DK, axis=1, keepdims=True)
-        normal_DK = self._onto_arcs(normal_DK, rng)
-        return self._turn(self._towards_ends(polar_D, rng), normal_DK)
+        assert self.training_angle is not None
+        return self._cone.draw(count, rng, self.training_angle, self.training_ends, self.training_arcs)
 
     def arc(self, objective: str, count: int) -> np.ndarray:
         """directions_DK at `count` evenly spaced angles -max_angle..max_angle in the plane (center, objective)."""
-        return self._turn(np.linspace(-self.max_angle, self.max_angle, count), self._towards_or_error(objective))
+        return self._cone.arc(self._pole(objective), self.max_angle, count)
 
     def grid(self, count: int) -> np.ndarray:
         """Fixed directions_DK for evaluation, in a stable order and without duplicates.
@@ -248,21 +243,7 @@ class DirectionSpace:
         K = 2: the arc of `count`. K > 2: the arc of `count` towards each objective, then, between every two arcs,
         the diagonals at max_angle / 2 and max_angle (four signs each).
         """
-        if self.K == 2:
-            return self.arc(self.arc_names[-1], count)
-        points = [row for name in self.arc_names for row in self.arc(name, count)]
-        poles = [self._towards_or_error(name) for name in self.arc_names]
-        for i, first in enumerate(poles):
-            for second in poles[i + 1 :]:
-                for diagonal in (first + second, first - second, second - first, -first - second):
-                    length = np.linalg.norm(diagonal)
-                    if length > 1e-6:
-                        points.extend(self._turn(np.array([self.max_angle / 2, self.max_angle]), diagonal / length))
-        kept: list[np.ndarray] = []
-        for point in points:
-            if all(np.abs(point - other).max() > _EPSILON for other in kept):
-                kept.append(point)
-        return np.array(kept)
+        return self.arc(self.arc_names[-1], count) if self.K == 2 else self._cone.grid(self.max_angle, count)
 
     def neighbours(self, direction: Direction, angle: float, count: int) -> np.ndarray:
         """directions_DK: `count` directions around the asked one, each at most `angle` degrees away and in the cone.
@@ -276,20 +257,8 @@ class DirectionSpace:
         angle = read_number(angle, "angle")
         if not 0 < angle <= 90:
             raise DirectionError(f"angle: {angle:g} is not in (0, 90]; give degrees around the asked direction.")
-        axis_K = np.array(direction.weights)
-        first_K, *others = _across(axis_K)
-        if self.K == 2:
-            half = math.ceil(count / 2)
-            steps = np.arange(1, half + 1) / half
-            turns_D = np.concatenate([-steps, steps[: count - half]]) * math.radians(angle)
-            pole_K = first_K if first_K @ self._pole_K >= 0 else -first_K
-            turned_DK = np.cos(turns_D)[:, None] * axis_K + np.sin(turns_D)[:, None] * pole_K
-        else:
-            second_K = others[0]
-            around_D = 2 * math.pi * np.arange(count) / max(count, 1)
-            circle_DK = np.cos(around_D)[:, None] * first_K + np.sin(around_D)[:, None] * second_K
-            turned_DK = math.cos(math.radians(angle)) * axis_K + math.sin(math.radians(angle)) * circle_DK
-        inside = [self.parse(row_K, outside="clamp").weights for row_K in turned_DK]
+        around_DK = self._cone.around(np.array(direction.weights), angle, count)
+        inside = [self.parse(row_K, outside="clamp").weights for row_K in around_DK]
         return np.array(inside).reshape(count, self.K)
 
     def mirrored(self, weights: Sequence[float] | np.ndarray) -> Direction:
@@ -305,18 +274,16 @@ class DirectionSpace:
 
     def angle_to_center(self, directions_DK: np.ndarray) -> np.ndarray:
         """Degrees in [0, 180] between each direction and the center."""
-        along_D = directions_DK @ self.center_K
-        across_D = np.linalg.norm(directions_DK - np.outer(along_D, self.center_K), axis=1)
-        return np.degrees(np.arctan2(across_D, along_D))
+        return self._cone.angles(directions_DK)
 
     def asked_angle(self, directions_DK: np.ndarray, objective: str) -> np.ndarray:
         """Signed degrees of each direction from the center towards `objective`, within the plane of the two."""
-        pole_K = self._towards_or_error(objective)
+        pole_K = self._pole(objective)
         return np.degrees(np.arctan2(directions_DK @ pole_K, directions_DK @ self.center_K))
 
     def on_arc(self, directions_DK: np.ndarray, objective: str) -> np.ndarray:
         """Whether each direction lies on the arc of `objective`: in its plane with the center (K = 2: always)."""
-        pole_K = self._towards_or_error(objective)
+        pole_K = self._pole(objective)
         in_plane_D = np.hypot(directions_DK @ pole_K, directions_DK @ self.center_K)
         return np.abs(in_plane_D - 1.0) < 1e-6
 
@@ -337,10 +304,7 @@ class DirectionSpace:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, kept with every model (dpa_config.json); `from_dict` gives back an equal space."""
         return {
-            "objectives": [
-                {"name": o.name, "attributes": dict(o.attributes), "description": o.description}
-                for o in self.objectives
-            ],
+            "objectives": [asdict(objective) for objective in self.objectives],
             "center": dict(zip(self.names, self.center, strict=True)),  # type: ignore[arg-type]
             "max_angle": self.max_angle,
             "training_angle": self.training_angle,
@@ -353,17 +317,10 @@ class DirectionSpace:
     @classmethod
     def from_dict(cls, data: Any) -> "DirectionSpace":
         """Rebuild a space. Damaged data raise ModelFileError, or DirectionError where a value is wrong in itself."""
-        fields: dict[str, tuple[type, ...]] = {
-            "objectives": (list,),
-            "center": (dict,),
-            "max_angle": (int, float),
-            "template": (str,),
-            "presets": (dict,),
-        }
         if not isinstance(data, Mapping):
             raise ModelFileError(f"direction space: a mapping is expected, not {shown(data)}; save the model again.")
-        for name, kinds in fields.items():
-            if not isinstance(data.get(name), kinds):
+        for name, kind in _KIND.items():
+            if not isinstance(data.get(name), kind):
                 raise ModelFileError(
                     f"direction space: `{name}` is missing or of the wrong kind ({shown(data.get(name))}); "
                     "save the model again."
@@ -375,75 +332,32 @@ class DirectionSpace:
                     f"direction space: the objective {shown(item)} lacks name or attributes; save the model again."
                 )
             objectives.append(Objective(item["name"], item["attributes"], str(item.get("description", ""))))
-        return cls(
-            tuple(objectives),
-            data["center"],
-            data["max_angle"],
-            data["template"],
-            data["presets"],
-            data.get("training_angle"),  # absent before it existed
-            data.get("training_ends", 0.0),
-            data.get("training_arcs", 0.0),
-        )
+        training = data.get("training_angle"), data.get("training_ends", 0.0), data.get("training_arcs", 0.0)
+        return cls(tuple(objectives), data["center"], data["max_angle"], data["template"], data["presets"], *training)
 
     # --- inside ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _pole_K(self) -> np.ndarray:
-        """K = 2: where positive angles lead, towards the second objective (the first, where that is the center)."""
-        return self._towards_or_error(self.arc_names[-1])
+    def _cone(self) -> Cone:
+        return Cone(self.center_K, np.array(list(self._poles.values())))
 
-    def _towards(self, objective: str) -> np.ndarray | None:
-        """Unit part of the objective's axis that is orthogonal to the center; None where there is none."""
-        axis_K = np.zeros(self.K)
-        axis_K[self.names.index(objective)] = 1.0
-        across_K = axis_K - (axis_K @ self.center_K) * self.center_K
-        length = np.linalg.norm(across_K)
-        return across_K / length if length > 1e-6 else None
+    @cached_property
+    def _poles(self) -> dict[str, np.ndarray]:
+        """Objective -> unit part of its axis that is orthogonal to the center, for those that have one."""
+        poles = {}
+        for name, axis_K in zip(self.names, np.eye(self.K), strict=True):
+            across_K = axis_K - (axis_K @ self.center_K) * self.center_K
+            if (length := np.linalg.norm(across_K)) > 1e-6:
+                poles[name] = across_K / length
+        return poles
 
-    def _towards_or_error(self, objective: str) -> np.ndarray:
-        self._index(objective, "objective")
-        pole_K = self._towards(objective)
-        if pole_K is None:
+    def _pole(self, objective: str) -> np.ndarray:
+        index_of(objective, self.names, "objective")
+        if objective not in self._poles:
             raise DirectionError(
                 f"objective `{objective}` is the center itself, no arc leads there; take {' or '.join(self.arc_names)}."
             )
-        return pole_K
-
-    def _turn(self, degrees_D: np.ndarray, pole: np.ndarray) -> np.ndarray:
-        """Turn the center by each angle towards `pole` (K, or DK: one for each angle)."""
-        radians_D = np.radians(degrees_D)
-        turned_DK = np.cos(radians_D)[:, None] * self.center_K + np.sin(radians_D)[:, None] * pole
-        turned_DK[np.abs(turned_DK) < 1e-15] = 0.0  # cos(90 degrees) is 6e-17 in floats
-        return turned_DK
-
-    def _onto_arcs(self, normal_DK: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A share `training_arcs` of the normals replaced by the nearest one that leads to or from an objective."""
-        if self.training_arcs == 0:
-            return normal_DK  # and not a number more is drawn
-        poles_AK = np.array([self._towards_or_error(name) for name in self.arc_names])
-        along_DA = normal_DK @ poles_AK.T
-        nearest_D = np.abs(along_DA).argmax(axis=1)
-        sign_D = np.sign(np.take_along_axis(along_DA, nearest_D[:, None], axis=1))
-        moved_D = rng.random(len(normal_DK)) < self.training_arcs
-        return np.where(moved_D[:, None], sign_D * poles_AK[nearest_D], normal_DK)
-
-    def _towards_ends(self, degrees_D: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A share `training_ends` of the angles replaced by ones of the same sign in the outer fifth."""
-        if self.training_ends == 0:
-            return degrees_D  # and not a number more is drawn
-        assert self.training_angle is not None
-        moved_D = rng.random(len(degrees_D)) < self.training_ends
-        outer_D = rng.uniform(OUTER * self.training_angle, self.training_angle, len(degrees_D))
-        return np.where(moved_D, np.copysign(outer_D, degrees_D), degrees_D)
-
-    def _clamp(self, direction: Direction) -> Direction:
-        weights_K = np.array(direction.weights)
-        across_K = weights_K - (weights_K @ self.center_K) * self.center_K
-        length = np.linalg.norm(across_K)
-        # Straight behind the center every edge is as near; one is taken, always the same.
-        pole_K = across_K / length if length > _EPSILON else self._towards_or_error(self.arc_names[-1])
-        return self.direction(self._turn(np.array([self.max_angle]), pole_K)[0])
+        return self._poles[objective]
 
     def _range(self) -> str:
         if self.K == 2:
@@ -470,11 +384,6 @@ class DirectionSpace:
             checked[name] = value if isinstance(value, str) else dict(value)
         return checked
 
-    def _index(self, name: Any, where: str) -> int:
-        if isinstance(name, str) and name in self.names:
-            return self.names.index(name)
-        raise unknown(name, self.names, where)
-
     def _read(self, value: Any) -> Direction:
         if isinstance(value, Direction):
             value = value.as_mapping()
@@ -487,57 +396,4 @@ class DirectionSpace:
             raise DirectionError(
                 f"direction {shown(text)}: an angle says enough for two objectives only; weigh {', '.join(self.names)}."
             )
-        return self.direction(self._turn(np.array([read_degrees(text)]), self._pole_K)[0])
-
-    def _weights(self, value: Any, where: str) -> tuple[float, ...]:
-        """K plain floats, in the objectives' order."""
-        if isinstance(value, Mapping):
-            weights = [0.0] * self.K
-            for name, weight in value.items():
-                weights[self._index(name, where)] = read_number(weight, f"{where}: `{name}`")
-            return tuple(weights)
-        if isinstance(value, np.ndarray):
-            value = value.tolist()
-        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-            if len(value) != self.K:
-                raise DirectionError(
-                    f"{where}: {len(value)} numbers given; {self.K} are needed, for {', '.join(self.names)}."
-                )
-            return tuple(read_number(weight, where) for weight in value)
-        raise DirectionError(
-            f"{where}: {shown(value)} is no direction; write e.g. `{self.names[0]}*0.8 - {self.names[1]}*0.6`."
-        )
-
-
-def _stratified(count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` uniform numbers in [0, 1), one in each of `count` equal parts, in random order."""
-    return (rng.permutation(count) + rng.random(count)) / max(count, 1)
-
-
-def _across(axis_K: np.ndarray) -> list[np.ndarray]:
-    """One or two unit vectors orthogonal to the axis and to each other, the same on every machine: Gram-Schmidt on the
-    coordinate axes, those least along `axis_K` first."""
-    basis = [axis_K]
-    for k in np.argsort(np.abs(axis_K), kind="stable")[: min(2, len(axis_K) - 1)]:
-        across_K = np.eye(len(axis_K))[k]
-        for known_K in basis:
-            across_K = across_K - (across_K @ known_K) * known_K
-        basis.append(across_K / np.linalg.norm(across_K))
-    return basis[1:]
-
-
-def _unit(weights: Sequence[float], where: str) -> tuple[float, ...]:
-    """Normalise: w / (sum of w*w)**0.5.
-
-    Added up by hand in the objectives' order: a chat template repeats these float operations bit for bit, while
-    Python's own `sum` is compensated from 3.12 on.
-    """
-    squares = 0.0
-    for weight in weights:
-        squares += weight * weight
-    if all(weight == 0 for weight in weights):
-        raise DirectionError(f"{where}: all weights are zero; give at least one objective a weight.")
-    if not 1e-200 < squares < 1e200:  # beyond this, squares lose digits, vanish or overflow
-        raise DirectionError(f"{where}: the weights are too large or too small; scale them to about 1.")
-    norm = squares**0.5
-    return tuple(weight / norm for weight in weights)
+        return self.direction(self._cone.turn(np.array([read_degrees(text)]), self._cone.poles_AK[-1])[0])

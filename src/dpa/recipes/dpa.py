@@ -41,7 +41,7 @@ from dpa.pages.report import write_report
 from dpa.stages.evaluate import EVALUATION, evaluate, side_by_side
 from dpa.stages.finetune import finetune_policy, listening_curve
 from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
-from dpa.stages.ratings import declared_scales, leave_out, load_ratings, print_summary, read_ratings, save_ratings
+from dpa.stages.ratings import leave_out, load_ratings, print_summary, read_ratings, save_ratings
 from dpa.stages.rollout import ask, rollout
 from dpa.stages.score import score, score_rows
 from dpa.stages.select import select_rated, select_winners
@@ -49,6 +49,7 @@ from dpa.stages.train_reward import print_quality, require_better_than_mean, tra
 from dpa.storage.locks import Share
 from dpa.storage.memory import peak_memory
 from dpa.storage.progress import AtWork
+from dpa.storage.rating_forms import declared_scales
 from dpa.storage.run_folder import RunFolder, StageFolder
 from dpa.storage.stopping import end_on_signal
 from dpa.storage.tables import json_bytes, read_json, read_record, write_bytes, write_record
