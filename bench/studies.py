@@ -15,7 +15,8 @@ from rich.console import Console
 from tune_baselines import Trial, development_config
 
 from dpa.recipes.baselines.methods import METHODS
-from dpa.recipes.compare import Job, work_through
+from dpa.recipes.compare import ComparisonJob
+from dpa.recipes.job_processes import do_jobs
 from dpa.storage.tables import read_json
 
 UNCHANGED = "pooled, as configured"
@@ -87,7 +88,7 @@ def main() -> None:
     config = development_config(args.out, seeds, dict(flag.split("=", 1) for flag in args.flags))
     trials = [Trial(config, METHODS["pooled"], seed, VARIANTS[name]) for name in names for seed in seeds]
     if not args.table:
-        failed = work_through([*(Job(config, None, seed) for seed in seeds), *trials], args.workers, Console())
+        failed = do_jobs([*(ComparisonJob(config, None, seed) for seed in seeds), *trials], args.workers, Console())
         print("\n".join(failed))
     print(table(config, seeds, names))
 

@@ -18,7 +18,8 @@ from rich.console import Console
 from dpa.core.compare_config import CompareConfig, load_comparison
 from dpa.core.config import RunConfig, parse_config, resolved, set_dotted
 from dpa.recipes.baselines.methods import METHODS
-from dpa.recipes.compare import Job, work_through
+from dpa.recipes.compare import ComparisonJob
+from dpa.recipes.job_processes import do_jobs
 from dpa.storage.tables import read_json
 from dpa.world.comparison import write_recipe, write_worlds
 
@@ -55,7 +56,7 @@ AS_POOLED = ("pooled_third", "random_candidate")
 
 
 @dataclass(frozen=True)
-class Trial(Job):
+class Trial(ComparisonJob):
     """A job whose settings differ in a few fields."""
 
     changes: dict[str, str] = field(default_factory=dict)
@@ -162,7 +163,7 @@ def main() -> None:
         for seed in seeds
     ]
     if not args.table:
-        failed = work_through([*(Job(config, None, seed) for seed in seeds), *trials], args.workers, Console())
+        failed = do_jobs([*(ComparisonJob(config, None, seed) for seed in seeds), *trials], args.workers, Console())
         print("\n".join(failed))
     print(table(trials))
     if args.arcs:

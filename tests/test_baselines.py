@@ -28,7 +28,7 @@ from dpa.recipes.baselines.lab import Lab, spent, unstated
 from dpa.recipes.baselines.labels import asking, labelled, targets, weight_range
 from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.baselines.ric import near_front
-from dpa.recipes.compare import Job
+from dpa.recipes.compare import ComparisonJob
 from dpa.world.answers import answer_of_size
 from dpa.world.comparison import QUICK, write_recipe, write_worlds
 from dpa.world.demo import START_MODEL
@@ -46,13 +46,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     flags = {**QUICK, "budget": "60000", "run.finetune.packed_rows_per_step": "2"}
     config = load_comparison(recipe, flags)
     write_worlds(folder / "world", folder / "run", [0], quick=True)
-    Job(config, None, 0).run()
-    return Job(config, METHODS["sft"], 0).lab
+    ComparisonJob(config, None, 0).run()
+    return ComparisonJob(config, METHODS["sft"], 0).lab
 
 
 def in_folder(lab: Lab, folder: Path) -> Lab:
     """The same lab with an empty folder."""
-    return replace(lab, folder=folder)
+    return Lab(lab.config, lab.shared, folder, lab.budget)
 
 
 # --- translating -----------------------------------------------------------------------------------------------------
@@ -296,4 +296,4 @@ def test_demonstrations_are_the_rows_people_wrote_of_the_ratings_that_its_own_co
     assert trained[0]["response"].to_pylist() == ["So.", "I."]
     assert trained[0]["direction"].null_count == 2
     with pytest.raises(DataError, match="source `expert`"):
-        demonstrations.train(replace(bench, config=lab.config))
+        demonstrations.train(Bench(lab.config, lab.shared, tmp_path, lab.budget))

@@ -28,13 +28,13 @@ from dpa.models.learner import Learner
 from dpa.models.learners import learner_named, learner_of
 from dpa.models.policy import default_device
 from dpa.models.samplers import PROCESSOR_ROWS
+from dpa.recipes.checks import BYTES_PER_CANDIDATE
 from dpa.storage.stage_records import read_ledger
 from dpa.storage.tables import read_record
 
 TRAINING_SHARE, SCORING_SHARE, SAMPLING_SHARE = 0.4, 0.5, 0.1
 PROMPT_TOKENS = 150
 ROWS_PER_PROMPT = 4
-BYTES_PER_CANDIDATE = 4_000
 ADAM_BYTES = 16
 """A parameter in fp32 training: weight, gradient, two moments."""
 CHECKPOINT_BYTES = 12

@@ -1,4 +1,4 @@
-"""The bench every method works at: one method, one seed, its budget, and the stages over a folder of its own.
+"""Where every method works: a Run for one method and one seed, with a budget, over a folder of its own.
 Run its tests: pytest tests/test_baselines.py
 
 What the methods of one seed share was made once by an ordinary Loop of no iterations (`shared`): the rated table, the
@@ -16,23 +16,24 @@ import numpy as np
 import pyarrow as pa
 
 from dpa.core.comparison import Entry
-from dpa.core.config import RewardConfig, RolloutConfig, RunConfig, SelectionConfig
+from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfig, SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import RunFolderError, TrainingError
-from dpa.core.records import Ledger, Prompt, Sampler, Scorer, stable_hash
+from dpa.core.records import Ledger, Prompt, Sampler, stable_hash
+from dpa.core.reference import ModelReference
 from dpa.models.files import folder_revision
 from dpa.models.learners import learner_named
 from dpa.models.policy import count_tokens
 from dpa.models.samplers import SamplerSpec
-from dpa.models.scorers import build_scorer
 from dpa.recipes.baselines.asking import TranslatingSampler, without_direction
+from dpa.recipes.run import Run
 from dpa.stages.finetune import finetune_policy
-from dpa.stages.prompts import draw_prompts, prompts_from_table
+from dpa.stages.prompts import prompts_from_table
 from dpa.stages.ratings import load_ratings
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
 from dpa.stages.select import select_rated, select_winners
-from dpa.storage.run_folder import StageFolder
+from dpa.storage.run_folder import RunFolder, StageFolder
 from dpa.storage.schemas import completeness
 from dpa.storage.stage_records import read_ledger
 from dpa.storage.tables import read_record
@@ -58,35 +59,26 @@ class Method(Entry):
     train: Callable[["Lab"], list[Trained]]
 
 
-@dataclass(frozen=True)
-class Lab:
+class Lab(Run):
     """One (method, seed). `budget`: tokens generated and trained on that it may spend, what it takes over included."""
 
-    config: RunConfig
-    shared: Path
-    folder: Path
-    budget: int
+    def __init__(self, config: RunConfig, shared: Path, folder: Path, budget: int) -> None:
+        super().__init__(config, RunFolder(folder), made=RunFolder(shared))
+        self.shared, self.folder, self.budget = shared, folder, budget
 
     # --- what the methods of a seed share ----------------------------------------------------------------------------
-
-    @cached_property
-    def space(self) -> DirectionSpace:
-        """The direction space."""
-        return self.config.space.build()
-
-    @cached_property
-    def scorer(self) -> Scorer:
-        """What gives scores: the reward model trained for this seed, and whatever else is configured."""
-        if self.config.reward.train is not None:
-            self._check_shared(None, "train_reward")
-        return build_scorer(self.reward, code_revision=self.config.remote_code_revision)
 
     @cached_property
     def reward(self) -> RewardConfig:
         """The configuration of scores, the trained reward model being a folder by now."""
         own = self.config.reward.within(self.shared)
-        trained = {"train": None, "folder": str(self.shared / "reward_model")}
+        trained = {"train": None, "folder": str(self.reward_folder)}
         return own if own.train is None else own.model_copy(update=trained)
+
+    def _scorer_parts(self) -> tuple[RewardConfig, ModelReference | None, str | None]:
+        if self.config.reward.train is not None:
+            self._check_shared(None, "train_reward")
+        return self.reward, None, self.config.remote_code_revision
 
     @cached_property
     def ratings(self) -> pa.Table:
@@ -103,33 +95,21 @@ class Lab:
 
     def rated_scores(self) -> np.ndarray:
         """scores_RK of the rated responses by the reward model, in the ratings' order; NaN where there is none."""
-        return self.objectives(self._shared_stage(0, "score"))
+        return self.objectives(self.shared_stage(0, "score"))
 
-    def prompts(self, t: int) -> list[Prompt]:
-        """The prompts of iteration t, the same for every method that draws as many."""
-        table = self._shared_stage(None, "prompts").table(0)
-        return draw_prompts(prompts_from_table(table), t, self.config.prompts.count, self.config.seed)
-
-    @cached_property
-    def held_out(self) -> list[Prompt]:
-        """The prompts policies are measured on."""
-        table = self._shared_stage(None, "eval_prompts").table(0)
-        return prompts_from_table(table)[: self.config.evaluate.prompts.count]
+    def _read_prompts(self, name: str, config: PromptsConfig) -> list[Prompt]:
+        return prompts_from_table(self.shared_stage(None, name).table(0))
 
     def take_over_t0(self) -> str:
         """The policy of t = 0, which listens to directions already; what it cost is charged to this method."""
         self._check_shared(0, "finetune")
-        ledger = self._shared_stage(0, "finetune").ledger
+        ledger = self.shared_stage(0, "finetune").ledger
         stage = self.stage(0, "taken_over")
         if not stage.done:
             stage.finish(replace(ledger, extra={}))
         return str(self.shared / "iter_0" / "policy")
 
     # --- the stages, in a folder of this method's own ----------------------------------------------------------------
-
-    def stage(self, t: int, name: str) -> StageFolder:
-        """The folder of a stage."""
-        return StageFolder(self.folder / f"iter_{t}" / name, f"iter_{t}/{name}")
 
     def sampler(
         self, policy: str | Path, measuring: bool = False, translate: Callable[..., Any] | None = None
@@ -174,7 +154,7 @@ class Lab:
     def best_rated(self, direction_K: np.ndarray, t: int = 0, place: str = "select") -> pa.Table:
         """For each rated prompt its best response under one direction, in the columns of a select shard."""
         stage, one = self.stage(t, place), SelectionConfig(directions=1)  # type: ignore[call-arg]
-        scores, space = self._shared_stage(0, "score"), self.only(direction_K)
+        scores, space = self.shared_stage(0, "score"), self.only(direction_K)
         select_rated(stage, self.ratings, scores, space, one, self.config.seed)
         return stage.whole_table()
 
@@ -201,7 +181,7 @@ class Lab:
         return self._train(t, policy, pairs, "dpo", epochs)
 
     def _train(self, t: int, policy: str | Path, rows: pa.Table, name: str, epochs: float) -> Path:
-        stage, out = self.stage(t, "rows"), self.folder / f"iter_{t}" / "policy"
+        stage, out = self.stage(t, "rows"), self.policy_folder(t)
         made_from = stable_hash(*(text for name in ("messages", "prompt_id") for text in rows[name].to_pylist()))
         if stage.shard_digest(0, made_from) is None:
             stage.write_shard(0, rows, Ledger(rows=len(rows)), made_from=made_from)
@@ -237,21 +217,26 @@ class Lab:
         cost = spent(self.folder)
         return self.budget - cost.tokens_generated - cost.training_tokens
 
+    def measuring(self, policy: str) -> Callable[[str], StageFolder]:
+        """The folders of what a policy of that name is asked to be measured."""
+        slug = "".join(letter if letter.isalnum() else "_" for letter in policy.lower())
+        return lambda name: self.stage(None, f"{MEASURING}/{slug}/{name}")
+
     def as_point(self, name: str, policy: Path) -> Trained:
         """A policy that is told no direction."""
         return Trained(name, lambda: self.sampler(policy, measuring=True, translate=without_direction))
 
     def _check_shared(self, t: int | None, name: str) -> None:
         """Raises RunFolderError where a model that the methods share is not what it was."""
-        if not self._shared_stage(t, name).done:
+        if not self.shared_stage(t, name).done:
             raise RunFolderError(
                 f"{self.shared}: the model of {name} is damaged; delete {self.shared / 'job.json'} and run the same "
                 "command again."
             )
 
-    def _shared_stage(self, t: int | None, name: str) -> StageFolder:
-        place = name if t is None else f"iter_{t}/{name}"
-        return StageFolder(self.shared / place, place)
+    def shared_stage(self, t: int | None, name: str) -> StageFolder:
+        """The folder of a stage that the methods share, to be read."""
+        return self._made.stage(t, name)
 
 
 def as_candidates(ratings: pa.Table) -> pa.Table:

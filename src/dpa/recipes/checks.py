@@ -1,0 +1,127 @@
+"""What can be known to be wrong with a run before any work starts, and what it will need.
+Run its tests: pytest tests/test_loop_options.py
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpa.core.config import RewardConfig, RunConfig
+from dpa.core.directions import DirectionSpace
+from dpa.core.errors import ConfigError, DataError
+from dpa.models.files import GGUF_SUFFIX
+from dpa.models.learners import learner_of
+from dpa.models.scorers import known_attributes
+from dpa.storage.rating_forms import declared_scales
+
+BYTES_PER_CANDIDATE = 4_000
+"""Upper estimate of what one candidate and its scores take on disk."""
+
+
+def first_iteration(config: RunConfig) -> int:
+    """0 where rated rows give an offline iteration, else 1."""
+    return 0 if config.ratings else 1
+
+
+def check_run(config: RunConfig) -> None:
+    """What the configuration says by itself. Raises ConfigError."""
+    space, gold, first = config.space.build(), config.evaluate.gold, first_iteration(config)
+    missing = [name for name in space.names if gold and name not in gold]
+    unknown = [name for name in gold if name not in space.names]
+    if missing or unknown:
+        raise ConfigError(
+            f"evaluate.gold: its names must be the objectives {', '.join(space.names)}; "
+            f"{'missing' if missing else 'unknown'}: {', '.join(missing or unknown)}."
+        )
+    for t in (first, first + 1):
+        learner_of(config, t).check(config)
+    if config.reward.train and not config.ratings:
+        raise ConfigError("reward.train: there are no ratings to train on; add a `ratings` section.")
+    _check_scored(config, space)
+
+
+def check_servers(config: RunConfig) -> None:
+    """Servers can follow the policies of a whole run. Raises ConfigError."""
+    http = config.rollout.engine.http
+    if config.rollout.engine.kind == "http" and http.servers and http.model is not None:
+        raise ConfigError(
+            f"rollout.engine.http.model: {http.model!r} is one name at servers that stay the same, while every "
+            "iteration has another policy; give `command`, or run the stages one by one."
+        )
+
+
+def _check_scored(config: RunConfig, space: DirectionSpace) -> None:
+    """Every attribute of an objective is rated and trained, or a function's. What a finished model scores is known
+    once it is loaded (`check_attributes`)."""
+    rated = [name for ratings in config.ratings for name in declared_scales(ratings)]
+    known = known_attributes(config.reward, rated)
+    if known is not None:
+        check_attributes(space, known)
+
+
+def check_attributes(space: DirectionSpace, attributes: Sequence[str]) -> None:
+    """Every attribute of an objective is scored. Raises ConfigError."""
+    for objective in space.objectives:
+        for name in objective.attributes:
+            if name not in attributes:
+                raise ConfigError(
+                    f"space.objectives.{objective.name}: nothing scores {name!r}; {_known('scored', attributes)}."
+                )
+
+
+def check_rated(reward: RewardConfig, summary: Mapping[str, Any]) -> None:
+    """What is to be trained has a mark somewhere: a column may be there and be empty. Raises DataError."""
+    counts = {name: about["count"] for name, about in summary["attributes"].items()}
+    if reward.train is None:
+        return
+    for name in reward.train.attributes or counts:
+        if not counts[name]:
+            raise DataError(
+                f"ratings: no row has a mark on {name!r}, so nothing can be trained for it; name what is rated in "
+                f"reward.train.attributes ({', '.join(other for other in counts if counts[other])})."
+            )
+
+
+def check_iteration(config: RunConfig, t: int, lowest: int | None = None) -> None:
+    """There is such an iteration. Raises ConfigError."""
+    lowest = first_iteration(config) if lowest is None else lowest
+    if not lowest <= t <= config.iterations:
+        raise ConfigError(f"--iteration: {t} is outside {lowest}..{config.iterations}; choose one of those.")
+
+
+def check_candidates(config: RunConfig, t: int) -> None:
+    """The iteration has candidates to score. Raises ConfigError."""
+    check_iteration(config, t)
+    if learner_of(config, t).reads == "prompts":
+        raise ConfigError(
+            f"learner: {config.learner} scores its own answers while it learns, so iteration {t} has nothing "
+            f"to score or select; run `dpa finetune -t {t}`."
+        )
+
+
+def needed_attributes(space: DirectionSpace) -> set[str]:
+    """Attributes the objectives are made of."""
+    return {name for objective in space.objectives for name in objective.attributes}
+
+
+def _known(what: str, names: Sequence[str]) -> str:
+    return f"{what} are: {', '.join(dict.fromkeys(names))}" if names else f"nothing is {what}"
+
+
+def inputs_of(config: RunConfig) -> dict[str, Path]:
+    """Local files whose content the run depends on."""
+    named = {"prompts.path": config.prompts.path, "evaluate.prompts.path": config.evaluate.prompts.path}
+    if Path(config.policy).suffix == GGUF_SUFFIX:
+        named["policy"] = config.policy
+    named |= {f"ratings.{place}.path": ratings.path for place, ratings in enumerate(config.ratings)}
+    return {field: Path(path) for field, path in named.items() if Path(path).exists()}
+
+
+def needed_bytes(config: RunConfig) -> int:
+    """A rough upper estimate of what the run writes: candidates, and one policy an iteration."""
+    prompts = config.prompts.count or 0
+    candidates = prompts * config.rollout.directions * config.rollout.samples * max(config.iterations, 1)
+    policy = Path(config.policy)
+    weights = sum(file.stat().st_size for file in policy.glob("*.safetensors")) if policy.is_dir() else 0
+    # A policy is saved each iteration; a checkpoint being written holds the weights and two optimizer moments.
+    return candidates * BYTES_PER_CANDIDATE + weights * (config.iterations + 1 + 6)

@@ -1,0 +1,172 @@
+"""A run of the loop: opened, what is made once, and what an iteration stands on.
+Run its tests: pytest tests/test_loop.py
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+
+from dpa.core.config import RunConfig
+from dpa.core.directions import DirectionSpace
+from dpa.core.errors import ConfigError, RunFolderError
+from dpa.core.records import Ledger
+from dpa.core.reference import ModelReference
+from dpa.models.files import GGUF_SUFFIX
+from dpa.models.function_scorer import FunctionScorer
+from dpa.models.gguf import dequantise
+from dpa.models.learner import Learner
+from dpa.models.learners import learner_of
+from dpa.models.policy import check_policy
+from dpa.models.ranks import ranks
+from dpa.models.reward_model import RECORD
+from dpa.models.scorers import check_scorers
+from dpa.recipes.checks import check_rated, check_run, check_servers, first_iteration, inputs_of, needed_bytes
+from dpa.recipes.results import evaluation_of
+from dpa.recipes.run import Run, shown
+from dpa.stages.ratings import leave_out, load_ratings, print_summary, read_ratings, save_ratings
+from dpa.stages.train_reward import print_quality, train_reward
+from dpa.storage.locks import Share
+from dpa.storage.memory import peak_memory
+from dpa.storage.run_folder import RunFolder, StageFolder
+from dpa.storage.stopping import end_on_signal
+
+
+class LoopRun(Run):
+    """A run folder of the loop, open. Raises UserError subclasses for what the user can mend."""
+
+    def __init__(
+        self, config: RunConfig, ignore_free_space: bool = False, share: Share | None = None, join: bool = False
+    ) -> None:
+        """Open the run folder. `share`: only this share of the shards of `rollout` and `score` is made, beside other
+        processes. `join`: a rank of a launched training whose first rank has opened the folder."""
+        check_run(config)
+        folder = RunFolder(config.out)
+        folder.open(config, inputs_of(config), needed_bytes(config), ignore_free_space, share, join)
+        super().__init__(config, folder)
+        self._ratings: tuple[pa.Table, dict[str, Any]] | None = None
+        if share is not None:  # before others come in: what all of them read
+            if config.ratings:
+                self.read_ratings()
+            assert self.training_prompts is not None
+            folder.let_others_in()
+
+    def __enter__(self) -> Self:
+        if ranks() == 1:  # the ranks of a launch stop together (models/training.py)
+            self._open.enter_context(end_on_signal(self.config.name))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    # --- what is made once -------------------------------------------------------------------------------------------
+
+    @shown
+    def read_ratings(self, show: bool = False) -> pa.Table:
+        """All rated data as one table; `show` prints its summary."""
+        if not self.config.ratings:
+            raise ConfigError("ratings: none are configured; add a `ratings` section.")
+        if self._ratings is None:
+            self._ratings = load_ratings(self.path)
+        if self._ratings is None:
+            everything = read_ratings(self.config.ratings)
+            ratings = leave_out(everything, self.held_out)
+            if left_out := everything.table.num_rows - ratings.table.num_rows:
+                self.console.print(f"ratings: {left_out} rows of prompts that are measured on are left out of training")
+            self._ratings = ratings.table, save_ratings(ratings, self.path)
+            show = True
+        table, summary = self._ratings
+        if show:
+            print_summary(summary, self.console)
+        check_rated(self.config.reward, summary)
+        return table
+
+    @shown
+    def train_reward(self, show: bool = False) -> Mapping[str, Any]:
+        """Train the reward model and return its record; `show` prints its held-out quality."""
+        train = self.config.reward.train
+        if train is None:
+            raise ConfigError("reward.train: not configured; add the section, or use `reward.folder` as it is.")
+        stage = self.stage(None, "train_reward")
+        if not stage.done:  # a model that nobody sealed, or that has changed since
+            (self.reward_folder / RECORD).unlink(missing_ok=True)
+        begun = time.monotonic()
+        table = self.read_ratings()
+        assert self._ratings is not None
+        scales = {name: tuple(about["scale"]) for name, about in self._ratings[1]["attributes"].items()}
+        facts = train_reward(
+            table, scales, train, self.reward_folder, self.config.seed, self.config.remote_code_revision
+        )
+        if not stage.done:
+            done = facts["training"]
+            ledger = Ledger(
+                training_tokens=int(done["train_tokens"] * done["epochs"]),
+                rows=done["train_rows"],
+                rejects=done["rejected_rows"],
+                wall_s=time.monotonic() - begun,
+                peak_memory=peak_memory(),
+            )
+            stage.finish(ledger, sealed=[self.reward_folder])
+            show = True
+        if show:
+            print_quality(facts, self.console)
+        return facts
+
+    @cached_property
+    def start_policy(self) -> str:
+        """The configured policy; a GGUF file is dequantised into the run folder first, once."""
+        file = Path(self.config.policy)
+        if file.suffix != GGUF_SUFFIX:
+            return self.config.policy
+        stage = self.stage(None, "start_policy")
+        folder = stage.path / "policy"
+        if not stage.done:
+            self.console.print(dequantise(file, folder))
+            stage.finish(sealed=[folder])
+        return str(folder)
+
+    # --- an iteration ------------------------------------------------------------------------------------------------
+
+    @property
+    def first(self) -> int:
+        """0 where rated rows give an offline iteration, else 1."""
+        return first_iteration(self.config)
+
+    def policy(self, t: int) -> ModelReference:
+        """The policy of iteration t; before the first one, the start policy."""
+        if t < self.first:
+            return self.config.reference(self.start_policy)
+        if not self.stage(t, "finetune").done:
+            raise RunFolderError(
+                f"iteration {t}: its policy is not finetuned yet, or is damaged; run `dpa finetune -t {t}` first."
+            )
+        return self.config.reference(self.policy_folder(t))
+
+    def learner(self, t: int) -> type[Learner[Any]]:
+        """What iteration t learns by."""
+        return learner_of(self.config, t)
+
+    def drawn_from(self, t: int) -> DirectionSpace:
+        """The space that the directions of iteration t are drawn from: before `selection.ends_until`, its ends."""
+        return replace(self.space, training_ends=1.0) if t < self.config.selection.ends_until else self.space
+
+    def learned_from(self, t: int) -> StageFolder:
+        """The stage whose rows the learner of iteration t reads."""
+        return self.stage(t, "rollout" if self.learner(t).reads == "prompts" else "select")
+
+    def look_ahead(self) -> None:
+        """What later stages read is there, before earlier ones spend hours."""
+        check_servers(self.config)
+        if not self.stage(self.first, "finetune").done:
+            check_policy(self.policy(self.first - 1), self.space)
+        if evaluation_of(self, self.config.iterations) is not None:
+            return
+        check_scorers(self.config.reward, self.config.remote_code_revision)
+        FunctionScorer(self.config.evaluate.gold, "evaluate.gold")
+        assert self.held_out
+        if self.config.iterations > 0:
+            assert self.training_prompts

@@ -1,0 +1,110 @@
+"""What a run found and leaves behind: what was measured of each policy, its card, and the results of the whole.
+Run its tests: pytest tests/test_loop.py
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dpa.core.config import resolved
+from dpa.core.errors import StorageError
+from dpa.models.files import EVALUATION_FILE
+from dpa.models.reward_model import RECORD
+from dpa.models.scorers import scored_by
+from dpa.pages.card import write_card
+from dpa.recipes.checks import first_iteration
+from dpa.recipes.run import Run
+from dpa.stages.evaluate import EVALUATION, side_by_side
+from dpa.stages.finetune import listening_curve
+from dpa.storage.tables import json_bytes, read_json, read_record, write_bytes
+from dpa.version import __version__
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = 3
+"""Held-out questions that travel with a policy, for people to try."""
+STAGES = ("rollout", "score", "select", "finetune", "evaluate/rollout", "evaluate/score", "evaluate/gold")
+
+
+def evaluation_file(run: Run, t: int) -> Path:
+    """The record of what was measured of the policy of t."""
+    return run.path / f"iter_{t}" / "evaluate" / "evaluation.json"
+
+
+def evaluation_of(run: Run, t: int) -> dict[str, Any] | None:
+    """What was measured of the policy of t; None where nothing was, or its record is damaged."""
+    file = evaluation_file(run, t)
+    if not file.exists():
+        return None
+    try:
+        return read_record(file, EVALUATION, optional=None)
+    except StorageError as error:
+        log.warning("%s; t = %d does not count as measured.", str(error).split("; ")[0], t)
+        return None
+
+
+def publish(run: Run, t: int, found: Mapping[str, Any]) -> None:
+    """The front travels with the model, and with it a few questions to try it on."""
+    examples = [prompt.messages[-1]["content"] for prompt in run.held_out[:EXAMPLES]]
+    file, data = run.policy_folder(t) / EVALUATION_FILE, json_bytes({**found, "examples": examples})
+    if not file.is_file() or file.read_bytes() != data:
+        write_bytes(file, data)
+
+
+def write_policy_card(run: Run, t: int, evaluation: Mapping[str, Any] | None = None) -> None:
+    """README.md beside the policy of iteration t."""
+    config = run.config
+    write_card(
+        run.policy_folder(t),
+        f"{config.name}, t = {t}",
+        run.space,
+        config.policy,
+        [*(ratings.path for ratings in config.ratings), config.prompts.path],
+        scored_by(config.reward),
+        evaluation or evaluation_of(run, t),
+        ledgers_of(run, t),
+    )
+
+
+def ledgers_of(run: Run, t: int) -> dict[str, Any]:
+    """Stage -> what it cost, of the finished stages of iteration t."""
+    stages = {name: run.stage(t, name) for name in STAGES if (run.path / f"iter_{t}" / name).is_dir()}
+    return {name: asdict(stage.ledger) for name, stage in stages.items() if stage.done}
+
+
+def results_of(run: Run) -> dict[str, Any]:
+    """results.json: of the iterations measured so far, and of what was made once."""
+    iterations = range(first_iteration(run.config), run.config.iterations + 1)
+    found = {t: evaluation for t in iterations if (evaluation := evaluation_of(run, t)) is not None}
+    once = run.stage(None, "train_reward")
+    trained = run.config.reward.train is not None and once.done
+    about = read_json(run.reward_folder / RECORD) if trained else {}
+    return {
+        "name": run.config.name,
+        "seed": run.config.seed,
+        "version": __version__,
+        "space": run.space.to_dict(),
+        "config": resolved(run.config),
+        "policies": [
+            {
+                "name": f"t = {t}",
+                "evaluation": evaluation,
+                "ledger": ledgers_of(run, t),
+                "listening": listening_curve(run.stage(t, "finetune")),
+            }
+            for t, evaluation in found.items()
+        ],
+        "samples": _samples(run, max(found)) if found else None,
+        "ledger": {"train_reward": asdict(once.ledger)} if once.done else {},
+        "reward_model": about.get("quality"),
+        "reward_precision": about.get("precision"),
+    }
+
+
+def _samples(run: Run, t: int) -> dict[str, Any]:
+    prompts = {prompt.prompt_id: prompt.messages for prompt in run.held_out}
+    answers = run.stage(t, "evaluate/rollout").whole_table()
+    scores = run.measured(lambda name: run.stage(t, f"evaluate/{name}"))
+    return {"policy": f"t = {t}", "questions": side_by_side(answers, scores, prompts, run.space, run.config.evaluate)}

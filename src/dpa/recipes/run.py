@@ -1,0 +1,189 @@
+"""The bench of a run: its folder, configuration, prompts, samplers, scorers, ledgers and measuring.
+Run its tests: pytest tests/test_loop.py
+
+The loop of the method (dpa.py) and the methods it is compared with (baselines/lab.py) work at the same one.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property, wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from rich.console import Console
+
+from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfig
+from dpa.core.errors import RunFolderError
+from dpa.core.records import Ledger, Prompt, Sampler, Scorer
+from dpa.core.reference import ModelReference
+from dpa.models.function_scorer import FunctionScorer
+from dpa.models.launching import free_memory
+from dpa.models.ranks import is_first
+from dpa.models.ray_workers import ray_samplers, ray_scorers
+from dpa.models.reward_model import RECORD
+from dpa.models.samplers import build_samplers, engine_kind, sampler_spec
+from dpa.models.scorers import build_scorer
+from dpa.models.vllm_sampler import VllmEngine
+from dpa.recipes.checks import check_attributes, needed_attributes
+from dpa.stages.evaluate import evaluate
+from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
+from dpa.stages.rollout import rollout
+from dpa.stages.score import score
+from dpa.stages.train_reward import require_better_than_mean
+from dpa.storage.progress import AtWork
+from dpa.storage.run_folder import RunFolder, StageFolder
+from dpa.storage.tables import read_json
+
+Result = TypeVar("Result")
+
+
+def shown(stage: Callable[..., Result]) -> Callable[..., Result]:
+    """A stage that says now and then that it is at work, where there is no terminal."""
+
+    @wraps(stage)
+    def work(run: "Run", *arguments: Any, **options: Any) -> Result:
+        place = f"iter_{arguments[0]}/" if arguments and isinstance(arguments[0], int) else ""
+        with AtWork(f"{place}{stage.__name__}") if is_first() else nullcontext():
+            return stage(run, *arguments, **options)
+
+    return work
+
+
+class Run:
+    """A run folder and what the stages over it stand on.
+
+    `made`: the folder of what is made once, prompts and the reward model; the run's own unless several runs share it.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, made: RunFolder | None = None) -> None:
+        self.config = config
+        self.space = config.space.build()
+        self.console = Console()
+        self._folder, self._made = folder, made or folder
+        self._vllm = VllmEngine()  # starts when vLLM is first asked
+        self._open = ExitStack()
+        self._open.callback(folder.close)
+        self._open.callback(self._vllm.close)
+
+    # --- where things are --------------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self._folder.path
+
+    def stage(self, t: int | None, name: str) -> StageFolder:
+        """The folder of a stage of iteration t, or of one outside the iterations."""
+        return self._folder.stage(t, name)
+
+    def policy_folder(self, t: int) -> Path:
+        """Where the policy of iteration t is saved."""
+        return self.path / f"iter_{t}" / "policy"
+
+    @property
+    def reward_folder(self) -> Path:
+        """Where the trained reward model is saved."""
+        return self._made.path / "reward_model"
+
+    # --- prompts -----------------------------------------------------------------------------------------------------
+
+    def prompts(self, t: int) -> list[Prompt]:
+        """The prompts of iteration t: drawn without repeats until all are used, then again in another order."""
+        return draw_prompts(self.training_prompts, t, self.config.prompts.count, self.config.seed)
+
+    @cached_property
+    def training_prompts(self) -> list[Prompt]:
+        """Those that every iteration draws from."""
+        return self._read_prompts("prompts", self.config.prompts)
+
+    @cached_property
+    def held_out(self) -> list[Prompt]:
+        """The prompts policies are measured on."""
+        return self._read_prompts("eval_prompts", self.config.evaluate.prompts)[: self.config.evaluate.prompts.count]
+
+    def _read_prompts(self, name: str, config: PromptsConfig) -> list[Prompt]:
+        """Prompts of the file as the run folder keeps them; rejects go beside them, with their reasons."""
+        stage = self._made.stage(None, name)
+        if stage.done:
+            return prompts_from_table(stage.table(0))
+        prompts, rejects = read_prompts(config.path, config.column, self.config.rollout.max_reject_rate, config.split)
+        stage.write_shard(0, prompts_table(prompts), Ledger(rows=len(prompts), rejects=len(rejects)), rejects)
+        stage.finish()
+        return prompts
+
+    # --- samplers and scorers ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def samplers(self, policy: ModelReference, config: RolloutConfig) -> Iterator[list[Sampler]]:
+        """The samplers of a policy: here, on the cluster, or what `rollout.engine` names."""
+        if self.config.cluster.engine == "local" or config.engine.kind in ("http", "vllm"):
+            if engine_kind(config) == "vllm":
+                self.let_scorer_go()  # vLLM asks for most of a card
+            with build_samplers(policy, config, self.space, vllm=self._vllm) as samplers:
+                yield samplers
+        else:
+            spec = sampler_spec(policy, config, self.space)
+            with ray_samplers(spec, config.workers, self.config.cluster) as samplers:
+                yield samplers
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """What gives scores: the reward model trained here, and whatever else is configured."""
+        scorer = build_scorer(*self._scorer_parts())
+        check_attributes(self.space, scorer.attributes)
+        return scorer
+
+    @contextmanager
+    def scorers(self) -> Iterator[list[Scorer]]:
+        """The same here, or several on the cluster."""
+        if self.config.cluster.engine == "local":
+            yield [self.scorer]
+            return
+        with ray_scorers(*self._scorer_parts(), self.config.cluster) as scorers:
+            check_attributes(self.space, scorers[0].attributes)
+            yield scorers
+
+    def let_scorer_go(self) -> None:
+        """Its memory is needed now; it is loaded again when it is."""
+        self.__dict__.pop("scorer", None)
+        free_memory()
+
+    def _scorer_parts(self) -> tuple[RewardConfig, ModelReference | None, str | None]:
+        train = self.config.reward.train
+        if train and not self._made.stage(None, "train_reward").done:
+            raise RunFolderError("reward model: it is not trained yet, or is damaged; run `dpa train-reward` first.")
+        if train and not train.allow_worse_than_mean:
+            require_better_than_mean(read_json(self.reward_folder / RECORD), needed_attributes(self.space))
+        trained = self.config.reference(self.reward_folder) if train else None
+        return self.config.reward.within(self._made.path), trained, self.config.remote_code_revision
+
+    # --- measuring ---------------------------------------------------------------------------------------------------
+
+    def measure(
+        self,
+        stage: Callable[[str], StageFolder],
+        samplers: Callable[[RolloutConfig], AbstractContextManager[list[Sampler]]],
+    ) -> dict[str, Any]:
+        """Ask a policy the held-out prompts under every direction of the grid; the same code for every method.
+
+        `stage`: the folders of `rollout`, `score` and `gold` of this measurement; `samplers` open the policy.
+        """
+        settings, answers = self.config.evaluate, stage("rollout")
+        if not answers.done:
+            changes = {"samples": settings.samples, "temperature": settings.temperature, "top_p": 1.0}
+            how, grid_DK = self.config.rollout.model_copy(update=changes), self.space.grid(settings.directions)
+            with samplers(how) as opened:
+                rollout(answers, self.held_out, self.space, opened, how, self.config.seed, grid_DK)
+        with self.scorers() as scorers:
+            score(stage("score"), answers, self.held_out, scorers)
+        if settings.gold:
+            score(stage("gold"), answers, self.held_out, FunctionScorer(settings.gold, "evaluate.gold"))
+        return evaluate(answers.whole_table(), self.measured(stage), self.space, settings, self.config.seed)
+
+    def measured(self, stage: Callable[[str], StageFolder]) -> dict[str, pa.Table]:
+        """Scores of a finished measurement, by name of the reward."""
+        scores = {"model": stage("score").whole_table()}
+        if self.config.evaluate.gold:
+            scores["gold"] = stage("gold").whole_table()
+        return scores
