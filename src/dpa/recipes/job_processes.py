@@ -30,26 +30,21 @@ class Job(Protocol):
     @property
     def name(self) -> str:
         """For people."""
-        ...
 
     @property
     def folder(self) -> Path:
         """Where it works; its log.txt lies there."""
-        ...
 
     @property
     def ready(self) -> bool:
         """Whether what it needs is made."""
-        ...
 
     @property
     def done(self) -> bool:
         """Whether nothing is left to do."""
-        ...
 
     def run(self) -> None:
         """Do what is not done yet. Raises DpaError."""
-        ...
 
 
 def do_jobs(jobs: Sequence[Job], workers: int, console: Console) -> list[str]:
