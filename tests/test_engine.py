@@ -27,7 +27,7 @@ from dpa.models.decoding import Decoder, Decoding, decode
 from dpa.models.policy import make_steerable
 from dpa.models.samplers import TransformersSampler
 from dpa.serve.engine import Engine
-from dpa.serve.engine_loop import TURN, EngineLoop, Job
+from dpa.serve.engine_loop import TURN, Answer, EngineLoop
 from dpa.serve.text_stream import TextStream
 
 QUESTION: Any = [{"role": "user", "content": "Why?"}]
@@ -465,7 +465,7 @@ class Turns:
             return deliver
 
         rows = [Row([7, 8 + n], n, tokens, 0.0, 1.0) for n in range(answers)]
-        self.loop.submit([Job(row, (), False, done(row), name) for row in rows])
+        self.loop.submit([Answer(row, (), False, done(row), name) for row in rows])
 
     def run(self) -> None:
         while sum(self.loop.load):

@@ -46,7 +46,7 @@ from dpa.serve.bodies import (
     error_body,
     read_body,
 )
-from dpa.serve.engine_loop import EngineLoop, Job, Piece
+from dpa.serve.engine_loop import Answer, EngineLoop, Piece
 from dpa.serve.http import (
     DONE,
     ClientGoneError,
@@ -80,9 +80,12 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """Fields that would change the answer if they were honoured, and the values that mean nothing is asked."""
 
+Pieces = asyncio.Queue[tuple[int, Piece]]
+"""Of several answers, each with the number of its answer."""
+
 
 class Engine:
-    """The HTTP side: requests become jobs, pieces of text become OpenAI's chunks."""
+    """The HTTP side: requests become answers, pieces of text become OpenAI's chunks."""
 
     def __init__(
         self,
@@ -174,7 +177,7 @@ class Engine:
                 raise RefusedError(f"{field}: this engine does not know it; leave it out.", param=field)
         prompts = await self._prompts.read(body)
         together = raw.get(TOGETHER)
-        jobs, pieces = self._jobs(body, prompts, together if isinstance(together, str) else uuid.uuid4().hex)
+        answers, pieces = self._answers(body, prompts, together if isinstance(together, str) else uuid.uuid4().hex)
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if chat else "text_completion",
@@ -182,21 +185,21 @@ class Engine:
             "model": body.model or self._name,
             "system_fingerprint": self._revision,
         }
-        self.loop.submit(jobs)
+        self.loop.submit(answers)
         if body.stream:
-            return EventStream(self._stream(head, body, jobs, pieces), {})
+            return EventStream(self._stream(head, body, answers, pieces), {})
         try:
-            texts = await or_gone(request.receive, _collect(jobs, pieces))
+            texts = await or_gone(request.receive, _collect(answers, pieces))
         finally:
-            self.loop.cancel(jobs)
+            self.loop.cancel(answers)
         choices = []
         for index, (text, reason) in enumerate(texts):
             said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
             choices.append({"index": index, **said, "logprobs": None, "finish_reason": reason})
-        return Json({**head, "choices": choices, "usage": _usage(prompts, jobs)})
+        return Json({**head, "choices": choices, "usage": _usage(prompts, answers)})
 
     async def _stream(
-        self, head: dict[str, Any], body: Sampling, jobs: Sequence[Job], pieces: "asyncio.Queue[tuple[int, Piece]]"
+        self, head: dict[str, Any], body: Sampling, answers: Sequence[Answer], pieces: Pieces
     ) -> AsyncGenerator[bytes, None]:
         assert self.loop is not None
         chat = isinstance(body, ChatBody)
@@ -208,9 +211,9 @@ class Engine:
 
         try:
             if chat:
-                for index in range(len(jobs)):
+                for index in range(len(answers)):
                     yield chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
-            left = len(jobs)
+            left = len(answers)
             while left:
                 index, piece = await pieces.get()
                 if piece.failed is not None:
@@ -225,15 +228,13 @@ class Engine:
                     yield chunk(index, {"text": piece.text}, piece.finish_reason)
                 left -= piece.finish_reason is not None
             if not left and (body.stream_options or {}).get("include_usage"):
-                prompts = [job.row.prompt for job in jobs[:: body.n or 1]]
-                yield event({**head, "choices": [], "usage": _usage(prompts, jobs)})
+                prompts = [answer.row.prompt for answer in answers[:: body.n or 1]]
+                yield event({**head, "choices": [], "usage": _usage(prompts, answers)})
             yield DONE
         finally:
-            self.loop.cancel(jobs)
+            self.loop.cancel(answers)
 
-    def _jobs(
-        self, body: Sampling, prompts: Sequence[Sequence[int]], request: str
-    ) -> tuple[list[Job], "asyncio.Queue[tuple[int, Piece]]"]:
+    def _answers(self, body: Sampling, prompts: Sequence[Sequence[int]], request: str) -> tuple[list[Answer], Pieces]:
         """`n` answers to each prompt, and the queue their pieces arrive in, with the number of their answer."""
         count = len(prompts) * (body.n or 1)
         if count > MAX_ANSWERS:
@@ -243,8 +244,8 @@ class Engine:
         asked = getattr(body, "max_completion_tokens", None) or body.max_tokens
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         seed = secrets.randbits(63) if body.seed is None else body.seed
-        pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        jobs: list[Job] = []
+        pieces: Pieces = asyncio.Queue()
+        answers: list[Answer] = []
         for ids in prompts:
             room = self._context - len(ids)
             if room < 1:
@@ -256,13 +257,13 @@ class Engine:
             for _ in range(body.n or 1):
                 row = Row(
                     prompt=ids,
-                    seed=nth_seed(seed, len(jobs)),
+                    seed=nth_seed(seed, len(answers)),
                     limit=min(asked or room, room),
                     temperature=1.0 if body.temperature is None else body.temperature,
                     top_p=1.0 if body.top_p is None else body.top_p,
                 )
-                jobs.append(Job(row, stops, bool(body.stream), partial(_put, pieces, len(jobs)), request))
-        return jobs, pieces
+                answers.append(Answer(row, stops, bool(body.stream), partial(_put, pieces, len(answers)), request))
+        return answers, pieces
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -315,22 +316,22 @@ def _load(settings: EngineSettings) -> Engine:
     return Engine(settings.name or settings.model or "none", model, tokenizer, revision, scorer, settings.rows)
 
 
-def _put(pieces: "asyncio.Queue[tuple[int, Piece]]", index: int, piece: Piece) -> None:
+def _put(pieces: Pieces, index: int, piece: Piece) -> None:
     pieces.put_nowait((index, piece))
 
 
-async def _collect(jobs: Sequence[Job], pieces: "asyncio.Queue[tuple[int, Piece]]") -> list[tuple[str, str]]:
+async def _collect(answers: Sequence[Answer], pieces: Pieces) -> list[tuple[str, str]]:
     done: dict[int, tuple[str, str]] = {}
-    while len(done) < len(jobs):
+    while len(done) < len(answers):
         index, piece = await pieces.get()
         if piece.failed is not None:
             raise RefusedError(piece.failed, 500)
         done[index] = piece.text, piece.finish_reason or "stop"
-    return [done[index] for index in range(len(jobs))]
+    return [done[index] for index in range(len(answers))]
 
 
-def _usage(prompts: Sequence[Sequence[int]], jobs: Sequence[Job]) -> dict[str, int]:
-    asked, said = sum(map(len, prompts)), sum(len(job.row.tokens) for job in jobs)
+def _usage(prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> dict[str, int]:
+    asked, said = sum(map(len, prompts)), sum(len(answer.row.tokens) for answer in answers)
     return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
 

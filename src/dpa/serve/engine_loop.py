@@ -40,11 +40,11 @@ class Piece:
 
 
 @dataclass(eq=False)
-class Job:
+class Answer:
     """One answer that is asked for: `deliver` is called in the event loop's thread with each piece of it.
 
-    With `streaming` a piece comes with every token that completes one, else the whole answer comes at once. Jobs of one
-    `request` share its turns.
+    With `streaming` a piece comes with every token that completes one, else the whole answer comes at once. Answers of
+    one `request` share its turns.
     """
 
     row: Row
@@ -77,8 +77,8 @@ class EngineLoop:
         self._steps_since_full = 0
         self._served: dict[Hashable, int] = {}
         """When a request that still waits was last served, counted in answers let in."""
-        self._waiting: dict[Hashable, deque[Job]] = {}
-        self._running: dict[int, Job] = {}
+        self._waiting: dict[Hashable, deque[Answer]] = {}
+        self._running: dict[int, Answer] = {}
         self._count = 0
         self._wake = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -94,25 +94,25 @@ class EngineLoop:
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, answers: Sequence[Answer]) -> None:
         """Ask for answers; those of one call are let in together where there is room."""
         with self._wake:
-            for job in jobs:
-                job.number = self._count = self._count + 1
-                self._waiting.setdefault(job.request, deque()).append(job)
+            for answer in answers:
+                answer.number = self._count = self._count + 1
+                self._waiting.setdefault(answer.request, deque()).append(answer)
             self._wake.notify()
 
-    def cancel(self, jobs: Sequence[Job]) -> None:
+    def cancel(self, answers: Sequence[Answer]) -> None:
         """Forget answers; those that are being written stop before their next token."""
         with self._wake:
-            for job in jobs:
-                job.cancelled = True
-                queue = self._waiting.get(job.request)
-                if queue is not None and job in queue:
-                    queue.remove(job)
+            for answer in answers:
+                answer.cancelled = True
+                queue = self._waiting.get(answer.request)
+                if queue is not None and answer in queue:
+                    queue.remove(answer)
                     if not queue:
-                        del self._waiting[job.request]
-                        self._served.pop(job.request, None)
+                        del self._waiting[answer.request]
+                        self._served.pop(answer.request, None)
 
     def _run(self) -> None:
         try:
@@ -129,11 +129,11 @@ class EngineLoop:
             yielding = self._yielding()
             self._set_aside(yielding)
             entering = self._next()
-        leaving = [job.row for job in self._running.values() if job.cancelled]
+        leaving = [answer.row for answer in self._running.values() if answer.cancelled]
         for row in leaving:
             del self._running[id(row)]
         try:
-            self._batch.leave([*leaving, *(job.row for job in yielding)], None)
+            self._batch.leave([*leaving, *(answer.row for answer in yielding)], None)
         except Exception as error:
             self._survive(error)
         self._enter(entering)
@@ -147,17 +147,17 @@ class EngineLoop:
             self._room = min(2 * self._room, self._max_rows)
         self._hand_over(drew)
         inside = set(map(id, self._batch.rows))
-        lost = [job for key, job in self._running.items() if key not in inside]
+        lost = [answer for key, answer in self._running.items() if key not in inside]
         if lost:  # by an error: they go on where they were
             with self._wake:
                 self._set_aside(lost)
 
     # --- whose turn it is --------------------------------------------------------------------------------------
 
-    def _next(self) -> list[Job]:
+    def _next(self) -> list[Answer]:
         """Who enters now: as many as there is room for, and as much text as may be read at once."""
-        in_hand = Counter(job.request for job in self._running.values())
-        entering: list[Job] = []
+        in_hand = Counter(answer.request for answer in self._running.values())
+        entering: list[Answer] = []
         longest = 0
         while self._waiting and len(self._running) + len(entering) < self._room:
             request = min(self._waiting, key=lambda one: (in_hand[one], *self._place(one)))
@@ -175,53 +175,53 @@ class EngineLoop:
         """Its place in the queue: who was served longest ago, then who came first."""
         return self._served.get(request, 0), self._waiting[request][0].number
 
-    def _yielding(self) -> list[Job]:
+    def _yielding(self) -> list[Answer]:
         """The answer that gives its place to a request that has none, if one should."""
-        in_hand = Counter(job.request for job in self._running.values())
+        in_hand = Counter(answer.request for answer in self._running.values())
         if len(self._running) < self._room or all(in_hand[request] for request in self._waiting):
             return []
         request, most = in_hand.most_common(1)[0]
         if most > 1:  # its shortest: the least has to be read again
-            own = (job for job in self._running.values() if job.request == request)
-            return [min(own, key=lambda job: job.row.length)]
-        longest = max(self._running.values(), key=lambda job: len(job.row.tokens) - job.joined_at)
+            own = (answer for answer in self._running.values() if answer.request == request)
+            return [min(own, key=lambda answer: answer.row.length)]
+        longest = max(self._running.values(), key=lambda answer: len(answer.row.tokens) - answer.joined_at)
         if len(longest.row.tokens) - longest.joined_at < TURN:
             return []
         longest.number = self._count = self._count + 1
         return [longest]
 
-    def _set_aside(self, jobs: Sequence[Job]) -> None:
+    def _set_aside(self, answers: Sequence[Answer]) -> None:
         """Back to the waiting, before those of the same request that have not begun."""
-        for job in sorted(jobs, key=lambda job: job.number, reverse=True):
-            del self._running[id(job.row)]
-            if not job.cancelled:
-                self._waiting.setdefault(job.request, deque()).appendleft(job)
+        for answer in sorted(answers, key=lambda answer: answer.number, reverse=True):
+            del self._running[id(answer.row)]
+            if not answer.cancelled:
+                self._waiting.setdefault(answer.request, deque()).appendleft(answer)
 
     # --- one step ----------------------------------------------------------------------------------------------
 
-    def _enter(self, jobs: Sequence[Job]) -> None:
+    def _enter(self, answers: Sequence[Answer]) -> None:
         """Let answers in; where that fails for several each is tried alone."""
-        if not jobs:
+        if not answers:
             return
         try:
-            self._batch.join([job.row for job in jobs])
+            self._batch.join([answer.row for answer in answers])
         except Exception as error:
             self._survive(error)
-            if len(jobs) > 1:
-                for job in jobs:
-                    self._enter([job])
+            if len(answers) > 1:
+                for answer in answers:
+                    self._enter([answer])
             elif is_out_of_memory(error) and self._batch.rows:
                 self._make_room(len(self._batch.rows))
                 with self._wake:
-                    self._waiting.setdefault(jobs[0].request, deque()).appendleft(jobs[0])
+                    self._waiting.setdefault(answers[0].request, deque()).appendleft(answers[0])
             else:
-                self._deliver([(jobs[0], self._failure(jobs[0], error))])
+                self._deliver([(answers[0], self._failure(answers[0], error))])
             return
-        for job in jobs:
-            job.joined_at = len(job.row.tokens)
-            if job.text is None and (job.streaming or job.stops):
-                job.text = TextStream(self._tokenizer, job.stops)
-            self._running[id(job.row)] = job
+        for answer in answers:
+            answer.joined_at = len(answer.row.tokens)
+            if answer.text is None and (answer.streaming or answer.stops):
+                answer.text = TextStream(self._tokenizer, answer.stops)
+            self._running[id(answer.row)] = answer
 
     def _step_apart(self, error: Exception) -> list[Row]:
         """After a step that failed for all: each answer takes it alone, so that only those at fault end."""
@@ -229,52 +229,52 @@ class EngineLoop:
             self._make_room(len(self._running) // 2)
             return []
         drew: list[Row] = []
-        for job in list(self._running.values()):
+        for answer in list(self._running.values()):
             try:
-                self._batch.join([job.row])
+                self._batch.join([answer.row])
                 drew += self._batch.step()
-                self._batch.leave([job.row], None)
+                self._batch.leave([answer.row], None)
             except Exception as own:
                 self._survive(own)
-                del self._running[id(job.row)]
-                self._deliver([(job, self._failure(job, own))])
+                del self._running[id(answer.row)]
+                self._deliver([(answer, self._failure(answer, own))])
         return drew
 
     def _hand_over(self, drew: Sequence[Row]) -> None:
         """What the step's tokens say, to those who wait for it."""
-        pieces: list[tuple[Job, Piece]] = []
+        pieces: list[tuple[Answer, Piece]] = []
         stopped: list[Row] = []
         for row in drew:
-            job = self._running.get(id(row))
-            if job is None:
+            answer = self._running.get(id(row))
+            if answer is None:
                 continue
             try:
-                piece = self._piece(job)
+                piece = self._piece(answer)
             except Exception as error:  # of the tokenizer
-                piece = self._failure(job, error)
+                piece = self._failure(answer, error)
             if piece.finish_reason is not None:
                 del self._running[id(row)]
                 if row.finish_reason is None:  # at a stop string: the batch does not know of it
                     stopped.append(row)
             if piece.text or piece.finish_reason:
-                pieces.append((job, piece))
+                pieces.append((answer, piece))
         try:
             self._batch.leave(stopped, "stop")
         except Exception as error:
             self._survive(error)
         self._deliver(pieces)
 
-    def _piece(self, job: Job) -> Piece:
-        """What a job's newest token adds."""
-        row, stream = job.row, job.text
+    def _piece(self, answer: Answer) -> Piece:
+        """What an answer's newest token adds."""
+        row, stream = answer.row, answer.text
         text = "" if stream is None else stream.push(row.tokens[-1])
         reason = "stop" if stream is not None and stream.stopped else row.finish_reason
         if reason is None:
-            return Piece(text if job.streaming else "")
+            return Piece(text if answer.streaming else "")
         if stream is None:
             return Piece(decoded(self._tokenizer, row.tokens), reason)
         text += stream.finish()
-        return Piece(text if job.streaming else stream.text, reason)
+        return Piece(text if answer.streaming else stream.text, reason)
 
     # --- what goes wrong ---------------------------------------------------------------------------------------
 
@@ -290,25 +290,25 @@ class EngineLoop:
         self._room, self._steps_since_full = max(1, count), 0
         _log.warning("engine: the memory is full; it writes %d answers at once for now", self._room)
 
-    def _failure(self, job: Job, error: Exception) -> Piece:
+    def _failure(self, answer: Answer, error: Exception) -> Piece:
         """The end of one answer by an error of ours."""
         _log.error("engine: one answer failed, the others go on: %s", _where(error))
         reason = str(error) if isinstance(error, DpaError) else f"engine: it failed at this answer ({_where(error)})."
         if is_out_of_memory(error):
-            reason = f"engine: an answer to {job.row.length} tokens does not fit the memory; shorten the prompt."
+            reason = f"engine: an answer to {answer.row.length} tokens does not fit the memory; shorten the prompt."
         return Piece("", "error", reason)
 
-    def _deliver(self, pieces: Sequence[tuple[Job, Piece]]) -> None:
+    def _deliver(self, pieces: Sequence[tuple[Answer, Piece]]) -> None:
         if pieces:
             assert self._loop is not None
             with suppress(RuntimeError):  # the loop has ended: nobody waits any more
                 self._loop.call_soon_threadsafe(_deliver, pieces)
 
 
-def _deliver(pieces: Sequence[tuple[Job, Piece]]) -> None:
-    for job, piece in pieces:
-        if not job.cancelled:
-            job.deliver(piece)
+def _deliver(pieces: Sequence[tuple[Answer, Piece]]) -> None:
+    for answer, piece in pieces:
+        if not answer.cancelled:
+            answer.deliver(piece)
 
 
 def _where(error: BaseException) -> str:
