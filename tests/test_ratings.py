@@ -16,7 +16,7 @@ from rich.console import Console
 
 from dpa.core.config import RatingsConfig
 from dpa.core.errors import DataError, RejectRateError
-from dpa.stages.ratings import Ratings, load_ratings, print_summary, read_ratings, save_ratings, summarise
+from dpa.stages.ratings import Ratings, load_ratings, print_summary, read_ratings, save_ratings, summarise_ratings
 from dpa.storage.rating_forms import is_overall_score_trap, to_hundred
 from dpa.storage.stage_records import Reject
 
@@ -279,7 +279,7 @@ def test_summary_against_numpy(tmp_path: Path) -> None:
         for i, (marks, gone) in enumerate(zip(marks_NM, missing_NM, strict=True))
     ]
     ratings = read_ratings([config(write_jsonl(tmp_path / "r.jsonl", rows), scales={name: [0, 4] for name in "abc"})])
-    summary = summarise(ratings)
+    summary = summarise_ratings(ratings)
     values_NM = np.where(missing_NM, np.nan, 20 * marks_NM + 10)
     assert summary["rows"] == 200
     assert summary["prompts"] == 50
@@ -297,7 +297,7 @@ def test_summary_against_numpy(tmp_path: Path) -> None:
 
 def test_an_attribute_that_never_varies_has_no_correlation(tmp_path: Path) -> None:
     rows = [{"prompt": "Q", "response": f"A{i}", "a": 2, "b": i} for i in range(4)]
-    summary = summarise(
+    summary = summarise_ratings(
         read_ratings([config(write_jsonl(tmp_path / "r.jsonl", rows), scales={"a": [0, 4], "b": [0, 4]})])
     )
     assert summary["correlations"] == [{"a": "b", "b": "a", "n": 4, "pearson": None}]
@@ -328,7 +328,7 @@ def test_saved_ratings_come_back(tmp_path: Path) -> None:
 @needs_helpsteer
 def test_real_helpsteer2() -> None:
     ratings = read_ratings([config(SHARED / "helpsteer2-100" / "helpsteer_train.jsonl", format="helpsteer2")])
-    summary = summarise(ratings)
+    summary = summarise_ratings(ratings)
     assert (summary["rows"], summary["prompts"], summary["rejects"]) == (100, 50, 0)
     assert {tuple(facts["scale"]) for facts in summary["attributes"].values()} == {(0, 4)}
     assert set(column(ratings, "helpsteer2-verbosity")) <= {10, 30, 50, 70, 90}
@@ -349,7 +349,7 @@ def test_real_truthfulqa_judge() -> None:
     fields = {"columns": {"prompt": "question", "response": "answer"}}
     scales = {"truthful": [0, 1], "informative": [0, 1]}
     ratings = read_ratings([config(SHARED / "truthfulqa-judge" / "joined.derived.jsonl", scales=scales, **fields)])
-    summary = summarise(ratings)
+    summary = summarise_ratings(ratings)
     assert summary["rows"] == 18_244
     assert summary["correlations"][0]["n"] == 18_244
     assert summary["correlations"][0]["pearson"] == pytest.approx(-0.48, abs=0.005)

@@ -144,7 +144,7 @@ def interval(value: float, draws_R: np.ndarray) -> Interval:
     """95% percentile interval of the draws around the value."""
     known = draws_R[np.isfinite(draws_R)]
     low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (np.nan, np.nan)
-    return Interval(value=_known(value), low=_known(low), high=_known(high))
+    return Interval(value=finite_or_none(value), low=finite_or_none(low), high=finite_or_none(high))
 
 
 def measure(
@@ -197,5 +197,6 @@ def all_measures(
         yield ("end_coverage", name), end_coverage(asked_D, achieved_D)
 
 
-def _known(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
+    """The value as JSON may hold it: None where it is NaN or infinite."""
     return float(value) if np.isfinite(value) else None

@@ -1,6 +1,7 @@
 """The records that travel through the loop, and the two seams (Sampler, Scorer) that heavy objects enter by."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypedDict
@@ -19,6 +20,11 @@ class Message(TypedDict):
 
 
 Messages = list[Message]
+
+
+def messages_text(messages: Messages) -> str:
+    """The JSON text of chat messages that tables hold and ids are made of."""
+    return json.dumps(messages, ensure_ascii=False)
 
 
 @dataclass(frozen=True)

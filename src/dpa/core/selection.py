@@ -143,7 +143,7 @@ def pair_directions(
     return losers_D
 
 
-def spread(scores_NK: np.ndarray) -> np.ndarray:
+def standard_deviations(scores_NK: np.ndarray) -> np.ndarray:
     """scale_K: the standard deviation of each objective over the rows that are finite; 1 where it does not vary."""
     known_NK = scores_NK[np.isfinite(scores_NK).all(axis=1)]
     if len(known_NK) == 0:

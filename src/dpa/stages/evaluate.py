@@ -13,7 +13,7 @@ import pyarrow as pa
 from dpa.core.config import EvaluateConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError
-from dpa.core.measures import bootstrap_means, interval, mean_over_prompts, measure, pareto_front
+from dpa.core.measures import bootstrap_means, finite_or_none, interval, mean_over_prompts, measure, pareto_front
 from dpa.core.records import Messages
 from dpa.storage.schemas import score_matrix
 
@@ -160,7 +160,7 @@ def side_by_side(
             "words": len(responses[row].split()),
             "tokens": rollout["tokens"][row].as_py(),
             "objectives": {
-                reward: {name: _known(score) for name, score in zip(space.names, scores_NK[row], strict=True)}
+                reward: {name: finite_or_none(score) for name, score in zip(space.names, scores_NK[row], strict=True)}
                 for reward, scores_NK in scores_by_reward.items()
             },
         }
@@ -234,7 +234,3 @@ def _intervals(values_DPX: np.ndarray, resamples: int, seed: int) -> list[list[d
     draws_RDX = bootstrap_means(values_DPX, resamples, seed)
     D, X = means_DX.shape
     return [[dict(interval(float(means_DX[d, x]), draws_RDX[:, d, x])) for x in range(X)] for d in range(D)]
-
-
-def _known(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from dpa.core.errors import DataError, RejectRateError
-from dpa.core.records import Prompt, stable_hash
+from dpa.core.records import Prompt, messages_text, stable_hash
 from dpa.storage.rows import (
     BadRow,
     check_messages,
@@ -81,7 +81,7 @@ def draw_prompts(prompts: Sequence[Prompt], t: int, count: int | None, seed: int
 def prompts_table(prompts: Sequence[Prompt]) -> pa.Table:
     """The columns of prompts.parquet."""
     ids = [prompt.prompt_id for prompt in prompts]
-    texts = [json.dumps(prompt.messages, ensure_ascii=False) for prompt in prompts]
+    texts = [messages_text(prompt.messages) for prompt in prompts]
     return pa.table([ids, texts], schema=PROMPTS)
 
 
@@ -124,7 +124,7 @@ def _read_row(row: dict[str, Any] | BadRow, column: str, known: dict[str, Prompt
 
 def _content_id(messages: list, known: dict[str, Prompt]) -> str:
     """Hash of the messages; a repeated prompt gets the hash of its content and how often it was there before."""
-    text = json.dumps(messages, ensure_ascii=False)
+    text = messages_text(messages)
     repeats = 0
     while (prompt_id := stable_hash("prompt", text, repeats)) in known:
         repeats += 1

@@ -3,7 +3,6 @@ Run its tests: pytest tests/test_ratings.py
 """
 
 import difflib
-import json
 import logging
 import re
 from collections import Counter
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from dpa.core.config import RatingsConfig
 from dpa.core.errors import DataError, DpaError, RejectRateError
-from dpa.core.records import Prompt, stable_hash
+from dpa.core.records import Prompt, messages_text, stable_hash
 from dpa.storage.console import print_table
 from dpa.storage.rating_forms import RatedRow, Scale, declared_scales, named_columns, read_row, to_hundred
 from dpa.storage.rows import (
@@ -91,7 +90,7 @@ def read_ratings(configs: Sequence[RatingsConfig]) -> Ratings:
 
 def leave_out(ratings: Ratings, prompts: Sequence[Prompt]) -> Ratings:
     """The ratings without the rows of these prompts, so that what is measured on was never trained on."""
-    held_out = {stable_hash(json.dumps(prompt.messages, ensure_ascii=False)) for prompt in prompts}
+    held_out = {stable_hash(messages_text(prompt.messages)) for prompt in prompts}
     kept = [prompt_id not in held_out for prompt_id in ratings.table["prompt_id"].to_pylist()]
     if not any(kept):
         raise DataError("ratings: every rated row belongs to a prompt of evaluate.prompts; measure on other prompts.")
@@ -105,7 +104,7 @@ def save_ratings(ratings: Ratings, folder: Path) -> dict[str, Any]:
     """
     record = write_table(folder / "ratings.parquet", ratings.table)
     write_rejects(folder / "ratings_rejects.jsonl", "ratings", ratings.rejects)
-    summary = {**summarise(ratings), "file": asdict(record)}
+    summary = {**summarise_ratings(ratings), "file": asdict(record)}
     write_record(folder / "ratings_summary.json", summary)
     return read_json(folder / "ratings_summary.json")
 
@@ -124,7 +123,7 @@ def load_ratings(folder: Path) -> tuple[pa.Table, dict[str, Any]] | None:
         return None
 
 
-def summarise(ratings: Ratings) -> dict[str, Any]:
+def summarise_ratings(ratings: Ratings) -> dict[str, Any]:
     """Counts, and for every attribute on 0-100: count, mean, standard deviation, range; Pearson of every pair.
 
     Correlations are over the rows that have both marks (`n` says how many), null where one does not vary.
@@ -160,7 +159,7 @@ def summarise(ratings: Ratings) -> dict[str, Any]:
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what `summarise` found: a table of attributes, then their correlations."""
+    """Print what `summarise_ratings` found: a table of attributes, then their correlations."""
     console = console or Console()
     title = f"{summary['rows']:,} rated rows of {summary['prompts']:,} prompts, {summary['rejects']:,} rejected"
     table = Table(title=title)
@@ -233,7 +232,7 @@ def _check_range(row: RatedRow, scales: Mapping[str, Scale]) -> None:
 
 
 def _table(rows: list[RatedRow], scales: Mapping[str, Scale]) -> pa.Table:
-    messages = [json.dumps(row.messages, ensure_ascii=False) for row in rows]
+    messages = [messages_text(row.messages) for row in rows]
     prompt_ids = [stable_hash(text) for text in messages]
     occurrences: Counter[tuple[str, str, str]] = Counter()
     row_ids = []

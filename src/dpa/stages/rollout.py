@@ -2,7 +2,6 @@
 Run its tests: pytest tests/test_rollout.py tests/test_faults_rollout.py
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,7 +12,17 @@ import pyarrow as pa
 from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DpaError, RejectRateError
-from dpa.core.records import Ledger, Prompt, Sample, Sampler, SampleRequest, candidate_id, seed_of, stable_hash
+from dpa.core.records import (
+    Ledger,
+    Prompt,
+    Sample,
+    Sampler,
+    SampleRequest,
+    candidate_id,
+    messages_text,
+    seed_of,
+    stable_hash,
+)
 from dpa.storage.memory import peak_memory
 from dpa.storage.progress import ProgressBar
 from dpa.storage.run_folder import StageFolder
@@ -130,7 +139,7 @@ def ask(
     made_from = stable_hash(seed, space.to_dict(), config.directions, *(prompt.prompt_id for prompt in prompts))
     for number in stage.missing([made_from]):
         rows = [
-            {"prompt_id": prompt.prompt_id, "messages": json.dumps(prompt.messages, ensure_ascii=False), "direction": v}
+            {"prompt_id": prompt.prompt_id, "messages": messages_text(prompt.messages), "direction": v}
             for prompt in prompts
             for v in _drawn(stage, prompt, space, config, seed).tolist()
         ]

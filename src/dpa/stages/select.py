@@ -2,7 +2,6 @@
 Run its tests: pytest tests/test_score_select.py
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,8 +12,8 @@ import pyarrow as pa
 from dpa.core.config import SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, RejectRateError, StorageError
-from dpa.core.records import Ledger, Prompt, stable_hash
-from dpa.core.selection import select, select_pairs, select_per_direction, select_random, spread
+from dpa.core.records import Ledger, Prompt, messages_text, stable_hash
+from dpa.core.selection import select, select_pairs, select_per_direction, select_random, standard_deviations
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
 from dpa.storage.schemas import PAIRS, WINNERS, completeness, name_taken, score_matrix, with_numbers
@@ -84,7 +83,7 @@ def select_winners(
 
     Raises RejectRateError when no prompt has one, RunFolderError when rollout or score is not finished.
     """
-    texts = {prompt.prompt_id: json.dumps(prompt.messages, ensure_ascii=False) for prompt in prompts}
+    texts = {prompt.prompt_id: messages_text(prompt.messages) for prompt in prompts}
     how = _How(space, config, seed, pairs, _scale(score_stage, space, config))
     for number in range(rollout_stage.shards):
         digests = rollout_stage.shard_digest(number), score_stage.shard_digest(number)
@@ -148,7 +147,7 @@ def _scale(score_stage: StageFolder, space: DirectionSpace, config: SelectionCon
     if not config.standardise:
         return np.ones(space.K)
     scores_RK = space.combine(*score_stage.scores())
-    return spread(scores_RK[np.isfinite(scores_RK).all(axis=1)])
+    return standard_deviations(scores_RK[np.isfinite(scores_RK).all(axis=1)])
 
 
 def _write_winners(

@@ -15,7 +15,7 @@ from dpa.core.config import differences, fingerprint, resolved
 from dpa.core.errors import RunFolderError, StorageError
 from dpa.storage.tables import CHECKSUM, disk_error, file_digest, is_whole, read_json, write_bytes, write_record
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _WORK = ("done.json", "shard-*.json", "ratings_summary.json")
 """Files that say that something was finished."""
@@ -89,7 +89,7 @@ def _saved(file: Path, copy: Path) -> tuple[dict[str, Any], bool] | None:
             f"out: {file.parent} holds work, but fingerprint.json is gone and config.yaml with it (or damaged), so "
             f"nobody can say what it belongs to; delete {file.parent}, or choose another folder."
         )
-    log.warning("%s is gone and is made again from config.yaml; whether data files changed is not known.", file)
+    _log.warning("%s is gone and is made again from config.yaml; whether data files changed is not known.", file)
     return {"config": saved, "inputs": {}}, True
 
 

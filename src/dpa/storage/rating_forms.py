@@ -13,7 +13,7 @@ import numpy as np
 from dpa.core.config import RatingsConfig
 from dpa.core.errors import DataError
 from dpa.core.records import SCALE, Messages
-from dpa.storage.rows import BadRow, check_messages, check_text, given_messages, shown
+from dpa.storage.rows import BadRow, check_messages, check_text, given_messages, quoted
 from dpa.storage.schemas import RATINGS, name_taken
 
 Scale = tuple[float, float]
@@ -285,7 +285,7 @@ def _mark(value: Any, field: str) -> float | None:
         return None
     number = _number(value)
     if number is None:
-        raise BadRow(f"{field} is {shown(value)}, not a finite number")
+        raise BadRow(f"{field} is {quoted(value)}, not a finite number")
     return number
 
 

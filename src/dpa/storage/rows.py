@@ -135,7 +135,7 @@ def check_text(value: Any, field: str, may_be_empty: bool = False) -> str:
     return value
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A value as it may stand in a reason: quoted, escaped and short."""
     try:
         return repr(value if isinstance(value, str) else str(value))[:42]
@@ -165,7 +165,7 @@ def check_messages(value: Any, field: str = "messages") -> Messages:
         if not isinstance(item, dict):
             raise BadRow(f"{where} is {type(item).__name__}, not a message")
         if item.get("role") not in _ROLES:
-            raise BadRow(f"{where}.role is {shown(item.get('role'))}, not one of {', '.join(_ROLES)}")
+            raise BadRow(f"{where}.role is {quoted(item.get('role'))}, not one of {', '.join(_ROLES)}")
         messages.append({"role": item["role"], "content": check_text(item.get("content"), f"{where}.content")})
     turns = [message["role"] for message in messages if message["role"] != "system"]
     if any(message["role"] == "system" for message in messages[1:]):
@@ -219,7 +219,7 @@ def _read_csv(
     _check_twice(header, columns)
     for name in header:
         if "\ufffd" in name:
-            raise ValueError(f"its header is not UTF-8: {shown(name)}")
+            raise ValueError(f"its header is not UTF-8: {quoted(name)}")
     table = pyarrow.csv.read_csv(
         file,
         read_options=pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK),
@@ -241,7 +241,7 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise BadRow(f"{shown(twice)} is given twice")
+        raise BadRow(f"{quoted(twice)} is given twice")
     return found
 
 
@@ -249,7 +249,7 @@ def _check_twice(names: Sequence[str], columns: Collection[str] | None) -> None:
     """No column that is read stands twice in a file: one of the two would be taken in silence. Raises ValueError."""
     for name, count in Counter(names).items():
         if count > 1 and (columns is None or name in columns):
-            raise ValueError(f"it has {count} columns named {shown(name)}; keep one of them")
+            raise ValueError(f"it has {count} columns named {quoted(name)}; keep one of them")
 
 
 def _rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadRow]:

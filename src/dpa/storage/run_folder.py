@@ -24,7 +24,7 @@ from dpa.storage.seals import Seal, broken, seal
 from dpa.storage.stage_records import DoneRecord, Reject, ShardRecord, write_rejects
 from dpa.storage.tables import TEMPORARY, disk_error, read_table, verify, write_record, write_table
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -203,7 +203,7 @@ class StageFolder:
         try:
             record = self._done()
         except StorageError as error:
-            log.warning("%s: its done-record does not count: %s", self.name, str(error).split("; ")[0])
+            _log.warning("%s: its done-record does not count: %s", self.name, str(error).split("; ")[0])
             return False
         whole = [self.shard_digest(number) for number in range(len(record.shards))]
         if whole != record.shards:
@@ -211,7 +211,7 @@ class StageFolder:
         for place, sealed in record.sealed.items():
             trouble = broken(Path(os.path.normpath(self.path / place)), sealed)
             if trouble is not None:
-                log.warning("%s: %s; it is never used, and is made again.", self.name, trouble)
+                _log.warning("%s: %s; it is never used, and is made again.", self.name, trouble)
                 return False
         return True
 
@@ -321,7 +321,7 @@ class StageFolder:
             return None
         record = ShardRecord.read(file)
         if record is None:
-            log.warning("%s is damaged: its shard does not count and will be made again.", file)
+            _log.warning("%s is damaged: its shard does not count and will be made again.", file)
         return record
 
     def _done(self) -> DoneRecord:
@@ -335,7 +335,7 @@ class StageFolder:
             return
         changed = [place for place in now if place in before and now[place] != before[place]]
         if changed:
-            log.warning(
+            _log.warning(
                 "%s: %s was made again and is not, bit for bit, what it was (another device, thread count or version); "
                 "what was sampled or scored with the first one stands.",
                 self.name,
@@ -348,7 +348,7 @@ class StageFolder:
         file = self._data_file(number)
         file.replace(file.with_name(f"{file.name}.damaged"))
         self._record_file(number).unlink()
-        log.warning("%s Set aside as %s.damaged; it will be made again.", error, file.name)
+        _log.warning("%s Set aside as %s.damaged; it will be made again.", error, file.name)
 
     def _sweep(self) -> None:
         """Remove what an interrupted write left behind: temporary files, and data whose record never came."""
@@ -358,7 +358,7 @@ class StageFolder:
         for file in leftovers:
             file.unlink()
         if leftovers:
-            log.warning("%s: removed %d unfinished file(s) of an interrupted run.", self.name, len(leftovers))
+            _log.warning("%s: removed %d unfinished file(s) of an interrupted run.", self.name, len(leftovers))
 
 
 def _gigabytes(count: int) -> str:

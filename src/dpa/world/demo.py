@@ -23,7 +23,7 @@ from dpa.world.rated_rows import PANELS, rated_rows
 
 RATED_QUESTIONS = 400
 """Questions each panel rates, eight answers each."""
-PROMPTS = 2400
+PROMPT_COUNT = 2400
 """Questions without ratings, for the online iterations."""
 HELD_OUT_QUESTIONS = 100
 
@@ -37,7 +37,7 @@ def write_world(
     seed: int = 0,
     development: bool = False,
     rated_questions: int = RATED_QUESTIONS,
-    prompts: int = PROMPTS,
+    prompts: int = PROMPT_COUNT,
 ) -> Path:
     """Write the demo's files into `folder` and return the path of its configuration.
 

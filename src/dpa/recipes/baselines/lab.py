@@ -5,7 +5,6 @@ What the methods of one seed share was made once by an ordinary Loop of no itera
 reward model and its scores of the rated responses, the selection and the policy of t = 0. It is only read here.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +18,7 @@ from dpa.core.comparison import Entry
 from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfig, SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import RunFolderError, TrainingError
-from dpa.core.records import Ledger, Prompt, Sampler, stable_hash
+from dpa.core.records import Ledger, Prompt, Sampler, messages_text, stable_hash
 from dpa.core.reference import ModelReference
 from dpa.models.files import folder_revision
 from dpa.models.learners import learner_named
@@ -146,7 +145,7 @@ class Lab(Run):
     def candidates(self, t: int) -> tuple[pa.Table, np.ndarray]:
         """The candidates of iteration t with `messages` (JSON text) and `complete` (stages/select.py), scores_RK."""
         table = self.stage(t, "rollout").whole_table()
-        texts = {prompt.prompt_id: json.dumps(prompt.messages, ensure_ascii=False) for prompt in self.prompts(t)}
+        texts = {prompt.prompt_id: messages_text(prompt.messages) for prompt in self.prompts(t)}
         messages = pa.array([texts[prompt_id] for prompt_id in table["prompt_id"].to_pylist()], pa.string())
         table = table.append_column("messages", messages).append_column("complete", pa.array(completeness(table)))
         return table, self.objectives(self.stage(t, "score"))

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpa.core.directions import DirectionSpace
-from dpa.core.records import SampleRequest
+from dpa.core.records import SampleRequest, messages_text
 from dpa.recipes.baselines.asking import with_system
 from dpa.storage.schemas import ANSWERS, WINNERS
 
@@ -29,7 +29,7 @@ def labelled(rows: pa.Table, scores_RK: np.ndarray, write: Write) -> pa.Table:
     known = np.flatnonzero(np.isfinite(scores_RK).all(axis=1))
     kept = rows.select(ANSWERS.names).take(pa.array(known))
     messages = [
-        json.dumps(with_system(json.loads(text), write(scores_K)), ensure_ascii=False)
+        messages_text(with_system(json.loads(text), write(scores_K)))
         for text, scores_K in zip(kept["messages"].to_pylist(), scores_RK[known], strict=True)
     ]
     place, field = ANSWERS.get_field_index("messages"), WINNERS.field("direction")
