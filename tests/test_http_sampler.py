@@ -22,9 +22,9 @@ from transformers import AutoTokenizer
 from dpa.core.config import EngineConfig, HttpEngineConfig, RolloutConfig, parse_config
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Sample, SampleRequest
+from dpa.models.engines import build_samplers
 from dpa.models.files import folder_revision
 from dpa.models.policy import encode_prompt, load_policy, make_steerable, save_policy
-from dpa.models.samplers import build_samplers
 from dpa.models.server_process import ServerProcess
 from dpa.stages.rollout import rollout
 from dpa.storage.run_folder import StageFolder
@@ -308,7 +308,6 @@ def test_the_key_comes_from_the_environment(policy: Path, serve: Callable, monke
         ({"kind": "http", "http": {"servers": ["gpu1:8000"]}}, "no http:// or https:// address"),
         ({"kind": "http", "http": {"command": "serve {policy}"}}, "{policy} and {port}"),
         ({"kind": "http", "http": {"command": "{policy} {port}", "servers": ["http://a"]}}, "not both"),
-        ({"kind": "tgi"}, "rollout.engine.kind: 'tgi' is not accepted"),
         ({"http": {"in_fligt": 3}}, "did you mean `in_flight`"),
     ],
 )

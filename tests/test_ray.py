@@ -18,8 +18,9 @@ from tiny_models import SPACE, save_tiny_model
 from dpa.core.config import ClusterConfig, RewardConfig, RolloutConfig
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Sample, SampleRequest
+from dpa.models.engines import build_samplers
 from dpa.models.ray_workers import RayPool, RaySampler, ray_samplers, ray_scorers
-from dpa.models.samplers import build_samplers, sampler_spec
+from dpa.models.samplers import sampler_spec
 from dpa.models.scorers import build_scorer
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score

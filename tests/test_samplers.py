@@ -27,13 +27,13 @@ from dpa.core.errors import EngineError, ModelFileError
 from dpa.core.records import SampleRequest
 from dpa.models.decoding import Decoder, Decoding, decode
 from dpa.models.drawing import BLOCK, draw
+from dpa.models.engines import build_samplers
 from dpa.models.files import folder_revision
+from dpa.models.process_sampler import ProcessSampler
 from dpa.models.samplers import (
     PROCESSOR_ROWS,
-    ProcessSampler,
     SamplerSpec,
     TransformersSampler,
-    build_samplers,
     row_bytes,
 )
 
@@ -63,7 +63,7 @@ def test_cold_samples_are_what_generate_says(architecture: str, changes: dict) -
         preference = {"helpfulness": 0.8, "verbosity": -0.6}
         ids = torch.tensor(
             [
-                sampler._tokenizer.apply_chat_template(
+                sampler.prompting.tokenizer.apply_chat_template(
                     request.messages, preference=preference, add_generation_prompt=True, return_dict=False
                 )
             ]
@@ -318,7 +318,8 @@ def test_fault_11_no_orphans_after_kill_9_of_the_parent(folder: Path) -> None:
         "import sys; sys.path.insert(0, 'tests')\n"
         "from tiny_models import SPACE\n"
         "from dpa.core.records import SampleRequest\n"
-        "from dpa.models.samplers import ProcessSampler, SamplerSpec\n"
+        "from dpa.models.process_sampler import ProcessSampler\n"
+        "from dpa.models.samplers import SamplerSpec\n"
         "if __name__ == '__main__':\n"
         f"    worker = ProcessSampler(SamplerSpec({str(folder)!r}, SPACE, max_new_tokens=200, threads=1))\n"
         "    print(worker.pid, flush=True)\n"

@@ -6,7 +6,6 @@ of this package, so that the answers must be those of TransformersSampler: promp
 """
 
 import importlib.util
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +17,11 @@ from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from dpa.core.config import EngineConfig, RolloutConfig, VllmEngineConfig
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import SampleRequest
+from dpa.models.auto_engine import AutoEngine
 from dpa.models.decoding import Decoder, Decoding, decode
+from dpa.models.engines import build_samplers
 from dpa.models.files import SafeModel, folder_revision, resolve_model
 from dpa.models.policy import load_policy
-from dpa.models.samplers import build_samplers, engine_kind, started
 from dpa.models.vllm_sampler import VllmEngine
 from dpa.stages.rollout import rollout
 from dpa.storage.run_folder import StageFolder
@@ -132,7 +132,7 @@ def requests(seeds: tuple[int, ...] = (5, 6, 7)) -> list[SampleRequest]:
 def test_answers_are_those_of_the_transformers_sampler_under_the_first_seed_and_its_successors(
     policy: SafeModel,
 ) -> None:
-    with VllmEngine(FakeVllm()) as engine, engine.sampler(policy, SPACE, CONFIG) as sampler:
+    with VllmEngine(FakeVllm()) as engine, engine.samplers(policy.path, SPACE, CONFIG) as (sampler,):
         answers = sampler.sample(requests())
         assert sampler.revision == folder_revision(policy.path)
         assert sampler.sample(requests((5, 600, 2**62))) == answers, "the other seeds are names only"
@@ -144,7 +144,7 @@ def test_answers_are_those_of_the_transformers_sampler_under_the_first_seed_and_
 def test_what_vllm_is_given(policy: SafeModel) -> None:
     vllm = FakeVllm()
     with VllmEngine(vllm) as engine:
-        with engine.sampler(policy, SPACE, CONFIG) as sampler:
+        with engine.samplers(policy.path, SPACE, CONFIG) as (sampler,):
             sampler.sample(requests((2**62 + 3, 2, 1)))
             assert sampler.sample(requests()[1:2]) == [[]]
         assert vllm.shut_down == 0 and vllm.engines[0].awake == set()
@@ -181,7 +181,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> list[SafeModel]:
 
 
 def answers_of(engine: VllmEngine, policy: SafeModel, config: RolloutConfig = CONFIG) -> list:
-    with build_samplers(policy.path, config, SPACE, vllm=engine) as (sampler,):
+    with build_samplers(policy.path, config, SPACE, engine) as (sampler,):
         return sampler.sample(requests())
 
 
@@ -231,13 +231,17 @@ def test_auto_is_transformers_without_a_card_and_where_vllm_does_not_start(
     auto = CONFIG.model_copy(update={"engine": EngineConfig()})
     assert auto.engine.kind == "auto"
     if not torch.cuda.is_available():
-        assert engine_kind(auto) == "transformers"
-    engine = VllmEngine(FakeVllm("does not start"))
-    with ExitStack() as stack:
-        assert started(engine, stack, policies[0], SPACE, auto) is None
-    assert engine.failed and "vLLM does not start (RuntimeError: no kernel image" in caplog.text
-    with pytest.raises(RuntimeError, match="no kernel image"), ExitStack() as stack:
-        started(engine, stack, policies[0], SPACE, CONFIG)
+        assert not AutoEngine().wants_card
+    vllm = FakeVllm("does not start")
+    with AutoEngine(VllmEngine(vllm)) as engine:
+        assert engine.wants_card
+        for policy in policies[:2]:
+            with build_samplers(policy.path, auto, SPACE, engine) as (sampler,):
+                assert sampler.sample(requests()) == expected_of(policy)
+        assert not engine.wants_card
+    assert caplog.text.count("vLLM does not start (RuntimeError: no kernel image") == 1
+    with VllmEngine(vllm) as engine, pytest.raises(RuntimeError, match="no kernel image"):
+        answers_of(engine, policies[0])
 
 
 def test_fault_11_a_dead_engine_is_a_clear_error_and_still_shut_down(policy: SafeModel) -> None:
@@ -245,7 +249,7 @@ def test_fault_11_a_dead_engine_is_a_clear_error_and_still_shut_down(policy: Saf
     with (
         VllmEngine(vllm) as engine,
         pytest.raises(EngineError, match=r"vLLM's engine died .* run the same command"),
-        engine.sampler(policy, SPACE, CONFIG) as sampler,
+        engine.samplers(policy.path, SPACE, CONFIG) as (sampler,),
     ):
         sampler.sample(requests())
     assert vllm.shut_down == 1
@@ -258,7 +262,7 @@ def test_fault_13_missing_samples_are_detected(policy: SafeModel, tmp_path: Path
     for name in ("", trouble):
         vllm.trouble = name
         stage = StageFolder(tmp_path / f"_{name}", "iter_1/rollout")
-        with VllmEngine(vllm) as engine, engine.sampler(policy, SPACE, CONFIG) as sampler:
+        with VllmEngine(vllm) as engine, engine.samplers(policy.path, SPACE, CONFIG) as (sampler,):
             rollout(stage, prompts_of(3), SPACE, [sampler], CONFIG.model_copy(update={"max_reject_rate": 1.0}), 0)
             rows.append((all_rows(stage), stage.ledger.rejects))
         assert vllm.calls

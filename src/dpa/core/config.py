@@ -443,10 +443,10 @@ class VllmEngineConfig(_Section):
 class EngineConfig(_Section):
     """What samples from the policy."""
 
-    kind: Literal["auto", "transformers", "vllm", "http"] = Field(
+    kind: str = Field(
         "auto",
-        description="transformers: in this process or `workers` of its own; vllm; http: servers. auto: vllm where it "
-        "is installed and there is a CUDA card, else transformers (on a Ray cluster too).",
+        description="An engine: transformers, in this process or `workers` of its own; vllm; http, servers. auto: vllm "
+        "where it is installed and there is a CUDA card, else transformers (on a Ray cluster too).",
     )
     http: HttpEngineConfig = HttpEngineConfig()  # type: ignore[call-arg]
     vllm: VllmEngineConfig = VllmEngineConfig()  # type: ignore[call-arg]

@@ -9,25 +9,23 @@ answer's `usage.prompt_tokens` must be what the policy's own tokenizer makes of 
 """
 
 import json
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-
-from dpa.core.config import HttpEngineConfig, RolloutConfig
+from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, EngineError
-from dpa.core.records import Messages, Sample, SampleRequest
+from dpa.core.records import Messages, Sample, Sampler, SampleRequest
+from dpa.core.reference import Model
 from dpa.models.chat_template import has_system_role
-from dpa.models.files import SafeModel, folder_revision
+from dpa.models.engine import SamplingEngine
+from dpa.models.files import folder_revision, resolve_model
 from dpa.models.http_exchange import Answer, Refusal, key_in
 from dpa.models.http_pool import HttpPool
-from dpa.models.policy import encode_prompt, load_prompting, make_steerable
+from dpa.models.prompting import Prompting
 from dpa.models.server_process import ServerProcess
 
 SHARDS_IN_FLIGHT = 2
@@ -44,37 +42,20 @@ class HttpSampler:
     """A policy behind a pool of servers; `sample` may be called from several threads.
 
     The servers are got to know when it is made: which fields they take, under what name they serve the policy, whether
-    they read the direction and a seed. `tokenizer` is the policy's own, `context` its length in tokens, `end_ids` what
-    ends its answers. Raises EngineError when a server cannot be trusted with the policy.
+    they read the direction and a seed. `policy` is its folder. Raises EngineError when a server cannot be trusted with
+    it.
     """
 
-    def __init__(
-        self,
-        pool: HttpPool,
-        tokenizer: PreTrainedTokenizerBase,
-        space: DirectionSpace,
-        policy: str,
-        context: int,
-        config: HttpEngineConfig,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        revision: str = "unnamed",
-        end_ids: Sequence[int] = (),
-    ) -> None:
-        make_steerable(tokenizer, space)
+    def __init__(self, pool: HttpPool, prompting: Prompting, policy: str, config: RolloutConfig, revision: str) -> None:
         self.revision = revision
-        self._pool, self._tokenizer, self._space, self._config = pool, tokenizer, space, config
-        self._has_system_role = has_system_role(tokenizer.get_chat_template())
-        self._temperature, self._top_p, self._max_new_tokens = temperature, top_p, max_new_tokens
-        self._end_ids = tuple(end_ids)
-        self._encoding = threading.Lock()  # a fast tokenizer borrows itself
+        self._pool, self._prompting, self._rollout, self._config = pool, prompting, config, config.engine.http
+        self._has_system_role = has_system_role(prompting.tokenizer.get_chat_template())
         self._refused: dict[tuple[int, str], str] = {}
         """Why a sample was refused, by its seed and prompt: it is not asked of a server again."""
         self._many = False
         """Whether a request may be of several samples; _probe finds out."""
         self._kind, self._model, longest = self._meet(policy)
-        self._context = min(context, longest) if longest else context
+        self._prompting = replace(prompting, context=min(prompting.context, longest or prompting.context))
         self._probe()
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
@@ -83,9 +64,9 @@ class HttpSampler:
         A request any of whose samples is refused gets none; asked for alone, it raises RuntimeError with the reason.
         Raises EngineError.
         """
-        prompts = [self._prompt(request) for request in requests]
+        prompts, config = [self._prompt(request) for request in requests], self._rollout
         asks = [
-            (i, j, count, self._body(prompt, request.seeds[j], self._temperature, self._max_new_tokens, count))
+            (i, j, count, self._body(prompt, request.seeds[j], config.temperature, config.max_new_tokens, count))
             for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
             if prompt is not None
             for j, count in self._shares(len(request.seeds))
@@ -129,21 +110,17 @@ class HttpSampler:
 
     def _prompt(self, request: SampleRequest) -> "_Prompt | None":
         """What is sent, and how long the policy's own template makes it; None where that fails or fills the context."""
+        ids = self._prompting.encode(request.messages, request.direction)
+        if not ids:
+            return None
         chat = [{"role": message["role"], "content": message["content"]} for message in request.messages]
-        try:
-            with self._encoding:
-                ids = encode_prompt(self._tokenizer, self._space, request.messages, request.direction)
-            key = json.dumps([chat, request.direction])
-            key.encode()
-        except (TemplateError, KeyError, TypeError, UnicodeError):
-            return None
-        if len(ids) >= self._context:
-            return None
+        key = json.dumps([chat, request.direction])
         if request.direction is None:
             return _Prompt(chat, None, len(ids), request.messages, key)
-        preference = dict(zip(self._space.names, map(float, request.direction), strict=True))
+        space = self._prompting.space
+        preference = dict(zip(space.names, map(float, request.direction), strict=True))
         if self._config.steer == "system":
-            sentence = self._space.prompt(self._space.direction(preference))
+            sentence = space.prompt(space.direction(preference))
             return _Prompt(self._told(chat, sentence), None, len(ids), request.messages, key)
         return _Prompt(chat, preference, len(ids), request.messages, key)
 
@@ -161,12 +138,12 @@ class HttpSampler:
     def _body(
         self, prompt: "_Prompt", seed: int, temperature: float, max_new_tokens: int, count: int = 1
     ) -> dict[str, Any]:
-        longest = min(max_new_tokens, self._context - prompt.tokens)
+        longest = self._prompting.room(prompt.tokens, max_new_tokens)
         body: dict[str, Any] = {
             "model": self._model,
             "messages": prompt.messages,
             "temperature": temperature,
-            "top_p": self._top_p,
+            "top_p": self._rollout.top_p,
             "max_tokens": longest,
             "seed": seed % _SEEDS,
         }
@@ -185,11 +162,11 @@ class HttpSampler:
                 config = {
                     "do_sample": True,
                     "temperature": temperature,
-                    "top_p": self._top_p,
+                    "top_p": self._rollout.top_p,
                     "top_k": 0,
                     "max_new_tokens": longest,
-                    "eos_token_id": list(self._end_ids),
-                    "pad_token_id": self._tokenizer.pad_token_id,
+                    "eos_token_id": list(self._prompting.end_ids),
+                    "pad_token_id": self._prompting.tokenizer.pad_token_id,
                 }
                 body["generation_config"] = json.dumps(config)
         return body
@@ -228,8 +205,7 @@ class HttpSampler:
         """Tokens of an answer: as the server counts them, else as the policy's tokenizer writes it."""
         if isinstance(said, int) and not isinstance(said, bool) and said >= 0:
             return said
-        with self._encoding:
-            return len(self._tokenizer(text, add_special_tokens=False)["input_ids"]) + (finish == "stop")
+        return self._prompting.count(text) + (finish == "stop")
 
     def _complaint(self, prompt: "_Prompt", said: Any) -> str:
         if not isinstance(said, int):
@@ -237,12 +213,7 @@ class HttpSampler:
                 "the server reports no usage.prompt_tokens, so that nobody can see whether it reads the direction; "
                 "take another server, or set rollout.engine.http.verify to false."
             )
-        try:
-            with self._encoding:
-                unsteered = len(encode_prompt(self._tokenizer, self._space, prompt.plain, None))
-        except TemplateError:  # it takes no system message of its own
-            unsteered = None
-        if said == unsteered:
+        if said == len(self._prompting.encode(prompt.plain, None)):
             return (
                 f"the server's chat template ignores `preference`: a prompt of {prompt.tokens} tokens came out as the "
                 f"{said} it has without a direction; serve the policy's own folder, or set rollout.engine.http.steer "
@@ -306,16 +277,16 @@ class HttpSampler:
     def _probe(self) -> None:
         """Refuse servers that ignore the direction, or answer the same whatever the seed."""
         question: Messages = [{"role": "user", "content": _PROBE_TEXT}]
-        edges = [tuple(self._space.arc(name, 2)[-1].tolist()) for name in self._space.arc_names]
+        edges = [tuple(self._prompting.space.arc(name, 2)[-1].tolist()) for name in self._prompting.space.arc_names]
         for direction in [*edges, None]:
             prompt = self._prompt(SampleRequest(question, direction, ()))
             if prompt is None:
                 raise EngineError("the policy's context does not hold a direction and a short question; take another.")
-            for read in self._ask_each(prompt, self._body(prompt, 0, self._temperature, 1)):
+            for read in self._ask_each(prompt, self._body(prompt, 0, self._rollout.temperature, 1)):
                 if isinstance(read, Refusal):
                     raise EngineError(f"a server refuses a plain question: {read.reason}.")
         assert prompt is not None
-        self._pool.set_touchstone(_CHAT, self._body(prompt, 0, self._temperature, 1))
+        self._pool.set_touchstone(_CHAT, self._body(prompt, 0, self._rollout.temperature, 1))
         bodies = [self._body(prompt, seed, _PROBE_TEMPERATURE, _PROBE_TOKENS) for seed in range(_PROBE_SEEDS)]
         for of_one_server in zip(*(self._ask_each(prompt, body) for body in bodies), strict=True):
             if len({read[0].text for read in of_one_server if not isinstance(read, Refusal)}) == 1:
@@ -335,42 +306,39 @@ class HttpSampler:
         return [self._read(prompt, answer, count) for answer in self._pool.ask_every_server(_CHAT, body)]
 
 
-@contextmanager
-def http_samplers(policy: SafeModel, space: DirectionSpace, config: RolloutConfig) -> Iterator[list[HttpSampler]]:
-    """Samplers for one rollout: one, named twice, so that two shards are in flight (SHARDS_IN_FLIGHT).
+class HttpEngine(SamplingEngine):
+    """Servers that run already, or are started for each policy and ended after its rollout.
 
-    The servers of `config.engine.http.command` are started for the policy and ended at the end of the block. The
-    policy's folder is read here for its tokenizer, its context and its revision; its weights are not loaded.
-    Raises ModelFileError, ConfigError, EngineError.
+    The policy's folder is read here for its tokenizer, its context and its revision; its weights are not loaded.
     """
-    http = config.engine.http
-    tokenizer, context, end_ids = load_prompting(policy)
-    folder = str(Path(policy.path).resolve())
-    processes: list[ServerProcess] = []
-    if http.command is not None:
-        processes = [ServerProcess(http.command, folder, index, http.start_s) for index in range(http.replicas)]
-    with HttpPool(
-        [server.rstrip("/").removesuffix("/v1") for server in http.servers],
-        processes,
-        in_flight=http.in_flight,
-        request_s=http.request_s,
-        attempts=http.attempts,
-        key=key_in(http.api_key_env, "rollout.engine.http.api_key_env"),
-    ) as pool:
-        sampler = HttpSampler(
-            pool,
-            tokenizer,
-            space,
-            folder,
-            context,
-            http,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            revision=folder_revision(policy.path),
-            end_ids=end_ids,
-        )
-        yield [sampler] * SHARDS_IN_FLIGHT
+
+    def check(self, config: RolloutConfig) -> None:
+        http = config.engine.http
+        if http.servers and http.model is not None:
+            raise ConfigError(
+                f"rollout.engine.http.model: {http.model!r} is one name at servers that stay the same, while every "
+                "iteration has another policy; give `command`, or run the stages one by one."
+            )
+
+    @contextmanager
+    def samplers(self, policy: Model, space: DirectionSpace, config: RolloutConfig) -> Iterator[list[Sampler]]:
+        """One, named twice, so that two shards are in flight (SHARDS_IN_FLIGHT)."""
+        http, safe = config.engine.http, resolve_model(policy)
+        prompting = Prompting.of(safe, space)
+        folder = str(Path(safe.path).resolve())
+        processes: list[ServerProcess] = []
+        if http.command is not None:
+            processes = [ServerProcess(http.command, folder, index, http.start_s) for index in range(http.replicas)]
+        with HttpPool(
+            [server.rstrip("/").removesuffix("/v1") for server in http.servers],
+            processes,
+            in_flight=http.in_flight,
+            request_s=http.request_s,
+            attempts=http.attempts,
+            key=key_in(http.api_key_env, "rollout.engine.http.api_key_env"),
+        ) as pool:
+            sampler = HttpSampler(pool, prompting, folder, config, folder_revision(safe.path))
+            yield [sampler] * SHARDS_IN_FLIGHT
 
 
 @dataclass(frozen=True)

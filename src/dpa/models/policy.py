@@ -185,8 +185,13 @@ def encode_prompt(
     text.
     """
     preference = None if direction is None else dict(zip(space.names, map(float, direction), strict=True))
-    chat = [{"role": message["role"], "content": message["content"]} for message in messages]
-    text = render_chat(tokenizer, chat, preference=preference, add_generation_prompt=True)
+    chat: Any = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return encode_chat(tokenizer, chat, preference=preference)
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, **variables: Any) -> list[int]:
+    """Token ids of messages that await an answer, the chat template given `variables`. Raises like `render_chat`."""
+    text = render_chat(tokenizer, messages, **{"add_generation_prompt": True, **variables})
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 

@@ -9,24 +9,24 @@ that cannot be it is ended and started again.
 
 import gc
 import importlib
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, EngineError
-from dpa.core.records import Sample, SampleRequest
-from dpa.models.files import SafeModel, folder_revision
-from dpa.models.policy import encode_prompt, load_prompting, make_steerable
+from dpa.core.records import Sample, Sampler, SampleRequest
+from dpa.core.reference import Model
+from dpa.models.engine import SamplingEngine
+from dpa.models.files import SafeModel, folder_revision, resolve_model
+from dpa.models.prompting import Prompting
 
 _DEAD = ("EngineDeadError", "EngineGenerateError")  # vllm.v1.engine.exceptions
 _SEEDS = 2**62  # vLLM adds a sample's number to its request's seed: both are 64 bits, signed
@@ -36,46 +36,26 @@ _SAME_ENGINE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype",
 _log = logging.getLogger(__name__)
 
 
-def vllm_is_at_hand() -> bool:
-    """Whether `rollout.engine.kind: auto` takes vLLM: it is installed, and there is a CUDA card."""
-    return torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None
-
-
 class VllmSampler:
-    """A policy that vLLM holds. `llm` is a `vllm.LLM`, `vllm` that module; see TransformersSampler for the rest.
+    """A policy that vLLM holds. `llm` is a `vllm.LLM`, `vllm` that module.
 
     The prompts are token ids of the policy's own template and the answers are written by its own tokenizer, so that
     vLLM sees and says what the other samplers do. A request is one of `n` samples with the first one's seed.
     """
 
-    def __init__(
-        self,
-        vllm: Any,
-        llm: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        space: DirectionSpace,
-        context: int,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        revision: str = "unnamed",
-        end_ids: Sequence[int] = (),
-    ) -> None:
-        make_steerable(tokenizer, space)
+    def __init__(self, vllm: Any, llm: Any, prompting: Prompting, config: RolloutConfig, revision: str) -> None:
         self.revision = revision
-        self._vllm, self._llm, self._tokenizer, self._space = vllm, llm, tokenizer, space
-        self._context, self._max_new_tokens, self._end_ids = context, max_new_tokens, list(end_ids)
-        self._temperature, self._top_p = temperature, top_p
+        self._vllm, self._llm, self._prompting, self._config = vllm, llm, prompting, config
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
         """One Sample per seed of each request (core.records.Sampler). Raises EngineError when the engine died."""
-        prompts = [self._encode(request) for request in requests]
+        prompts = [self._prompting.encode(request.messages, request.direction) for request in requests]
         asked = [i for i, request in enumerate(requests) if prompts[i] and request.seeds]
         if not asked:
             return [[] for _ in requests]
         try:
             outputs = self._llm.generate(
-                [{"prompt_token_ids": prompts[i]} for i in asked],
+                [{"prompt_token_ids": list(prompts[i])} for i in asked],
                 [self._how(len(prompts[i]), requests[i].seeds) for i in asked],
                 use_tqdm=False,
             )
@@ -93,39 +73,31 @@ class VllmSampler:
             # Any other end (an abort) leaves the request short of a sample, which the rollout sees and asks again.
             whole = [one for one in output.outputs if one.finish_reason in ("stop", "length")]
             rows = [list(one.token_ids) for one in sorted(whole, key=lambda one: one.index)]
-            texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
+            texts = self._prompting.tokenizer.batch_decode(rows, skip_special_tokens=True)
             samples[i] = [
-                Sample(text, len(row), "stop" if row and row[-1] in self._end_ids else "length")
+                Sample(text, len(row), "stop" if row and row[-1] in self._prompting.end_ids else "length")
                 for text, row in zip(texts, rows, strict=True)
             ]
         return samples
 
-    def _encode(self, request: SampleRequest) -> list[int]:
-        """Token ids of the prompt; none where it cannot be written or leaves no room for an answer."""
-        try:
-            ids = encode_prompt(self._tokenizer, self._space, request.messages, request.direction)
-        except (TemplateError, KeyError, TypeError, UnicodeError):
-            return []
-        return ids if len(ids) < self._context else []
-
     def _how(self, prompt_tokens: int, seeds: Sequence[int]) -> Any:
         return self._vllm.SamplingParams(
             n=len(seeds),
-            temperature=self._temperature,
-            top_p=self._top_p,
+            temperature=self._config.temperature,
+            top_p=self._config.top_p,
             top_k=-1,
             min_p=0.0,
             seed=seeds[0] % _SEEDS,
-            max_tokens=min(self._max_new_tokens, self._context - prompt_tokens),
-            stop_token_ids=self._end_ids,
+            max_tokens=self._prompting.room(prompt_tokens, self._config.max_new_tokens),
+            stop_token_ids=list(self._prompting.end_ids),
             detokenize=False,
         )
 
 
-class VllmEngine:
+class VllmEngine(SamplingEngine):
     """One `vllm.LLM` for the policies of a run, one after another. `vllm` is the module (default: the installed one).
 
-    `close` (or leaving the `with` block) shuts it down. Not for several threads.
+    After the block of `samplers` it sleeps and the cards are free. Not for several threads.
     """
 
     def __init__(self, vllm: Any = None) -> None:
@@ -133,31 +105,21 @@ class VllmEngine:
         self._llm: Any = None
         self._made_of: Any = None
         self.starts = 0
-        self.failed = False
-        """Set by whoever goes on without an engine that did not start."""
+
+    @property
+    def wants_card(self) -> bool:
+        return True
 
     @contextmanager
-    def sampler(self, policy: SafeModel, space: DirectionSpace, config: RolloutConfig) -> Iterator[VllmSampler]:
-        """A VllmSampler on the policy's folder; after the block the engine sleeps and the cards are free.
-
-        Raises ModelFileError, ConfigError.
-        """
-        tokenizer, context, end_ids = load_prompting(policy)
-        arguments = _arguments(policy, context, config)
-        self._take(policy, arguments)
+    def samplers(self, policy: Model, space: DirectionSpace, config: RolloutConfig) -> Iterator[list[Sampler]]:
+        safe = resolve_model(policy)
+        prompting = Prompting.of(safe, space)
+        arguments = _arguments(safe, prompting.context, config)
+        self._take(safe, arguments)
+        longest = arguments["max_model_len"] or prompting.context
+        prompting = replace(prompting, context=min(prompting.context, longest))
         try:
-            yield VllmSampler(
-                self._vllm,
-                self._llm,
-                tokenizer,
-                space,
-                min(context, arguments["max_model_len"] or context),
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                revision=folder_revision(policy.path),
-                end_ids=end_ids,
-            )
+            yield [VllmSampler(self._vllm, self._llm, prompting, config, folder_revision(safe.path))]
         except BaseException:
             self.close()
             raise
@@ -170,12 +132,6 @@ class VllmEngine:
             engine.shutdown()
         self._llm = self._made_of = engine = None
         _free()
-
-    def __enter__(self) -> "VllmEngine":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _take(self, policy: SafeModel, arguments: dict[str, Any]) -> None:
         """Let the engine hold the policy: by its weights alone where the engine is asleep and made like it."""

@@ -9,6 +9,7 @@ from typing import Any
 from dpa.core.config import RewardConfig, RunConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError
+from dpa.models.engines import engine_of
 from dpa.models.files import GGUF_SUFFIX
 from dpa.models.learners import learner_of
 from dpa.models.scorers import known_attributes
@@ -33,21 +34,12 @@ def check_run(config: RunConfig) -> None:
             f"evaluate.gold: its names must be the objectives {', '.join(space.names)}; "
             f"{'missing' if missing else 'unknown'}: {', '.join(missing or unknown)}."
         )
+    engine_of(config.rollout)  # a name that is not known is refused
     for t in (first, first + 1):
         learner_of(config, t).check(config)
     if config.reward.train and not config.ratings:
         raise ConfigError("reward.train: there are no ratings to train on; add a `ratings` section.")
     _check_scored(config, space)
-
-
-def check_servers(config: RunConfig) -> None:
-    """Servers can follow the policies of a whole run. Raises ConfigError."""
-    http = config.rollout.engine.http
-    if config.rollout.engine.kind == "http" and http.servers and http.model is not None:
-        raise ConfigError(
-            f"rollout.engine.http.model: {http.model!r} is one name at servers that stay the same, while every "
-            "iteration has another policy; give `command`, or run the stages one by one."
-        )
 
 
 def _check_scored(config: RunConfig, space: DirectionSpace) -> None:

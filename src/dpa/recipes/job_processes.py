@@ -18,7 +18,7 @@ from typing import Protocol
 from rich.console import Console
 
 from dpa.core.errors import DpaError, Interrupted
-from dpa.models.samplers import die_with_parent
+from dpa.models.process_sampler import die_with_parent
 from dpa.storage.stopping import StopOnSignal, end_on_signal
 
 _POLL_S = 0.2

@@ -25,7 +25,7 @@ from dpa.models.policy import check_policy
 from dpa.models.ranks import ranks
 from dpa.models.reward_model import RECORD
 from dpa.models.scorers import check_scorers
-from dpa.recipes.checks import check_rated, check_run, check_servers, first_iteration, inputs_of, needed_bytes
+from dpa.recipes.checks import check_rated, check_run, first_iteration, inputs_of, needed_bytes
 from dpa.recipes.results import evaluation_of
 from dpa.recipes.run import Run, shown
 from dpa.stages.ratings import leave_out, load_ratings, print_summary, read_ratings, save_ratings
@@ -160,7 +160,7 @@ class LoopRun(Run):
 
     def look_ahead(self) -> None:
         """What later stages read is there, before earlier ones spend hours."""
-        check_servers(self.config)
+        self._engine.check(self.config.rollout)
         if not self.stage(self.first, "finetune").done:
             check_policy(self.policy(self.first - 1), self.space)
         if evaluation_of(self, self.config.iterations) is not None:

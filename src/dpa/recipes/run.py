@@ -17,14 +17,13 @@ from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfi
 from dpa.core.errors import RunFolderError
 from dpa.core.records import Ledger, Prompt, Sampler, Scorer
 from dpa.core.reference import ModelReference
+from dpa.models.engines import build_samplers, engine_of
 from dpa.models.function_scorer import FunctionScorer
 from dpa.models.launching import free_memory
 from dpa.models.ranks import is_first
 from dpa.models.ray_workers import ray_samplers, ray_scorers
 from dpa.models.reward_model import RECORD
-from dpa.models.samplers import build_samplers, engine_kind, sampler_spec
 from dpa.models.scorers import build_scorer
-from dpa.models.vllm_sampler import VllmEngine
 from dpa.recipes.checks import check_attributes, needed_attributes
 from dpa.stages.evaluate import evaluate
 from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
@@ -61,10 +60,10 @@ class Run:
         self.space = config.space.build()
         self.console = Console()
         self._folder, self._made = folder, made or folder
-        self._vllm = VllmEngine()  # starts when vLLM is first asked
+        self._engine = engine_of(config.rollout)  # starts when it is first asked
         self._open = ExitStack()
         self._open.callback(folder.close)
-        self._open.callback(self._vllm.close)
+        self._open.callback(self._engine.close)
 
     # --- where things are --------------------------------------------------------------------------------------------
 
@@ -116,16 +115,17 @@ class Run:
 
     @contextmanager
     def samplers(self, policy: ModelReference, config: RolloutConfig) -> Iterator[list[Sampler]]:
-        """The samplers of a policy: here, on the cluster, or what `rollout.engine` names."""
-        if self.config.cluster.engine == "local" or config.engine.kind in ("http", "vllm"):
-            if engine_kind(config) == "vllm":
-                self.let_scorer_go()  # vLLM asks for most of a card
-            with build_samplers(policy, config, self.space, vllm=self._vllm) as samplers:
+        """The samplers of a policy: on the cluster where its engine can be spread, else as that opens them."""
+        cluster = self.config.cluster
+        spec = self._engine.spec(policy, self.space, config) if cluster.engine == "ray" else None
+        if spec is not None:
+            with ray_samplers(spec, config.workers, cluster) as samplers:
                 yield samplers
-        else:
-            spec = sampler_spec(policy, config, self.space)
-            with ray_samplers(spec, config.workers, self.config.cluster) as samplers:
-                yield samplers
+            return
+        if self._engine.wants_card:
+            self.let_scorer_go()
+        with build_samplers(policy, config, self.space, self._engine) as samplers:
+            yield samplers
 
     @cached_property
     def scorer(self) -> Scorer:
