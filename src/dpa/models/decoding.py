@@ -43,7 +43,7 @@ class Decoder:
     `cache` is `fixed` where the model lies on a CUDA card and its attention can be fixed, else `strided`; a fixed one
     gives way to a strided one at the first step it cannot take. Up to the rounding of the model's own arithmetic a
     row's logits depend neither on the other rows nor on the cache. After an error in `enter`, `step` or `keep` the
-    cache may be half changed: `release` it. Raises ModelFileError for a model whose memory is not plain attention.
+    cache may be half changed: `begin` again, or `release` it. Raises ModelFileError for a model whose memory is not plain attention.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Literal["strided", "fixed"] | None = None) -> None:
@@ -143,23 +143,6 @@ def decode(
     Every draw of row b comes from `seeds_B[b]` alone. Returns token ids, the end token included where one was drawn.
     Whoever was in the decoder's hands is forgotten. Raises EngineError when the model's output is NaN.
     """
-    try:
-        rows = _decode(decoder, prompts, prompt_of_B, seeds_B, limits_B, how)
-        decoder.begin()
-    except BaseException:
-        decoder.release()
-        raise
-    return [until_end(row, limit, how.end_ids) for row, limit in zip(rows, limits_B, strict=True)]
-
-
-def _decode(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    prompt_of_B: Sequence[int],
-    seeds_B: Sequence[int],
-    limits_B: Sequence[int],
-    how: Decoding,
-) -> list[list[int]]:
     device, steps, longest = decoder.model.device, max(limits_B), max(map(len, prompts))
     decoder.begin(len(seeds_B), longest + steps)
     order = sorted(range(len(seeds_B)), key=prompt_of_B.__getitem__)  # as the prompts are read, some at a time
@@ -191,7 +174,8 @@ def _decode(
                 alive_B, ended_B = alive_B[staying], ended_B[staying]
         if step + 1 < steps:
             logits_BV = decoder.step(token_B)
-    return tokens_BT.tolist()
+    decoder.begin()
+    return [until_end(row, limit, how.end_ids) for row, limit in zip(tokens_BT.tolist(), limits_B, strict=True)]
 
 
 def until_end(tokens: list[int], limit: int, end_ids: tuple[int, ...]) -> list[int]:

@@ -101,14 +101,13 @@ class FixedCache:
 
     def enter(self, read: Read, place_B: torch.Tensor, longest: int) -> None:
         width, rows = width_of(read.cache), self._count + len(place_B)
-        coming_rows, coming_length = self._coming
-        self._make_room(max(rung(rows) if self._count else rows, coming_rows), max(longest, width, coming_length), read)
-        row_B = torch.arange(self._count, rows, device=place_B.device)
+        room = rung(rows) if self._count and rows > self._rows else rows
+        self._make_room(max(room, self._coming[0]), max(longest, width, self._coming[1]), read)
         left_B = width - read.length_P[place_B]
         for ours, theirs in zip(self._layers, layers_of(read.cache), strict=True):
             for buffer, states in ((ours.key_buffer, theirs.keys), (ours.value_buffer, theirs.values)):
-                buffer.index_fill_(0, row_B, 0)  # a NaN of who was there would spread
-                buffer[:, :, :width].index_copy_(0, row_B, _shifted(states.index_select(0, place_B), left_B))
+                buffer[self._count : rows] = 0  # a NaN of who was there would spread
+                buffer[self._count : rows, :, :width] = _shifted(states.index_select(0, place_B), left_B)
         self._count = rows
 
     def step(self, forward: Forward, token_B: torch.Tensor, length_B: torch.Tensor, longest: int) -> torch.Tensor:
@@ -156,6 +155,7 @@ class FixedCache:
             rows, length = wider, longer
         length += -length % STRIDE
         self._forget_graphs()
+        self._rows = self.width = 0  # should the memory run out
         device = self._place_R.device if read is None else read.length_P.device
         self._token_R, self._place_R = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
         vocabulary = self._logits_RV.shape[1] if read is None else read.logits_PV.shape[1]
