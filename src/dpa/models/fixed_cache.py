@@ -139,8 +139,11 @@ class FixedCache:
         """The same rows in a cache for any attention model."""
         cache = Cache(layer_class_to_replicate=StridedLayer)
         for number, layer in enumerate(self._layers):
-            states = (buffer[: self._count, :, :longest] for buffer in (layer.key_buffer, layer.value_buffer))
-            cache.update(*(_shifted(one, length_B - longest) for one in states), number)
+            keys, values = (
+                _shifted(buffer[: self._count, :, :longest], length_B - longest)
+                for buffer in (layer.key_buffer, layer.value_buffer)
+            )
+            cache.update(keys, values, number)
         other = StridedCache()
         every = torch.arange(self._count, device=length_B.device)
         other.enter(Read(cache, self._logits_RV, length_B, padded=True), every, longest)
@@ -156,10 +159,10 @@ class FixedCache:
         length += -length % STRIDE
         self._forget_graphs()
         self._rows = self.width = 0  # should the memory run out
-        device = self._place_R.device if read is None else read.length_P.device
-        self._token_R, self._place_R = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
-        vocabulary = self._logits_RV.shape[1] if read is None else read.logits_PV.shape[1]
-        self._logits_RV = torch.zeros(rows, vocabulary, device=device)
+        like = self._logits_RV if read is None else read.logits_PV
+        self._logits_RV = like.new_zeros(rows, like.shape[1])
+        self._token_R = torch.zeros(rows, dtype=torch.long, device=self._logits_RV.device)
+        self._place_R = torch.zeros_like(self._token_R)
         if self._count:
             for layer in self._layers:
                 layer.grow(rows, length, self._place_R, self._count)
