@@ -2,6 +2,7 @@
 pytest tests/test_decoding.py
 """
 
+import weakref
 from contextlib import nullcontext
 
 import numpy as np
@@ -40,8 +41,9 @@ def test_a_fixed_cache_says_what_a_strided_one_says(architecture: str) -> None:
         assert len(set(map(len, expected))) > 5, "rows end at many lengths"
         assert decode(fixed, *asked, HOW) == expected
     assert isinstance(fixed._cache, FixedCache) and fixed.held_bytes > 0
+    buffer = weakref.ref(fixed._cache._layers[0].key_buffer)
     fixed.release()
-    assert fixed.held_bytes == 0
+    assert fixed.held_bytes == 0 and buffer() is None
 
 
 @pytest.mark.parametrize("cache", ["strided", "fixed"])

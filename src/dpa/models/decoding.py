@@ -43,7 +43,8 @@ class Decoder:
     `cache` is `fixed` where the model lies on a CUDA card and its attention can be fixed, else `strided`; a fixed one
     gives way to a strided one at the first step it cannot take. Up to the rounding of the model's own arithmetic a
     row's logits depend neither on the other rows nor on the cache. After an error in `enter`, `step` or `keep` the
-    cache may be half changed: `begin` again, or `release` it. Raises ModelFileError for a model whose memory is not plain attention.
+    cache may be half changed: `begin` again, or `release` it. Raises ModelFileError for a model whose memory is not
+    plain attention.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Literal["strided", "fixed"] | None = None) -> None:

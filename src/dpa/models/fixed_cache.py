@@ -170,7 +170,6 @@ class FixedCache:
             assert read is not None
             self._layers = []  # the memory first
             self._layers = [FixedLayer(layer, rows, length, self._place_R) for layer in layers_of(read.cache)]
-            self._cache = Cache(layers=list(self._layers))
         self._rows, self.width = rows, length
 
     def _forget_graphs(self) -> None:
@@ -203,7 +202,8 @@ class FixedCache:
         place_R = self._place_R[:rows]
         seen_RL = torch.arange(length, device=place_R.device) <= place_R[:, None]
         with grouped_attention(forward.model, FIXED):
-            self._logits_RV[:rows] = forward(self._cache, self._token_R[:rows, None], seen_RL, place_R[:, None])
+            cache = Cache(layers=list(self._layers))
+            self._logits_RV[:rows] = forward(cache, self._token_R[:rows, None], seen_RL, place_R[:, None])
 
 
 def _room(like: torch.Tensor, rows: int, length: int, live: int = 0) -> torch.Tensor:
