@@ -46,6 +46,7 @@ class FixedLayer(DynamicLayer):
     def grow(self, rows: int, length: int, place_R: torch.Tensor, live: int) -> None:
         """Other buffers, with the first `live` rows of the present ones."""
         self._place_R = place_R
+        self.keys = self.values = None  # they view the old ones
         self.key_buffer = _room(self.key_buffer, rows, length, live)
         self.value_buffer = _room(self.value_buffer, rows, length, live)
 
