@@ -93,6 +93,7 @@ def test_hostile_yaml_is_one_sentence_within_a_second(text: str, said: str) -> N
 NO_PATHS = {
     *(
         "learner",
+        "rollout.engine.kind",
         "grpo.report_to",
         "name",
         "remote_code_revision",

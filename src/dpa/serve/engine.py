@@ -34,7 +34,7 @@ from dpa.core.reference import ModelReference
 from dpa.models.batching import Row
 from dpa.models.chat_template import has_system_role
 from dpa.models.files import folder_revision, resolve_model
-from dpa.models.policy import context_length, default_device, encode_chat, load_policy
+from dpa.models.policy import context_length, default_device, load_policy
 from dpa.serve.bodies import (
     TOGETHER,
     ChatBody,

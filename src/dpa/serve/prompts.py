@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dpa.core.direction_text import shown
 from dpa.core.errors import EngineError
 from dpa.core.records import Messages
-from dpa.models.chat_template import render_chat
+from dpa.models.policy import encode_chat
 from dpa.serve.bodies import ChatBody, CompletionBody, RefusedError, Sampling, are_token_ids
 
 
@@ -54,7 +54,7 @@ class PromptReader:
         reserved = {"conversation", "chat_template", "tokenize", "return_tensors", "tools", "documents"}
         chosen = {name: value for name, value in template_kwargs.items() if name not in reserved}
         try:
-            text = render_chat(self._tokenizer, messages, **{"add_generation_prompt": True, **chosen})
+            return encode_chat(self._tokenizer, messages, **chosen)
         except EngineError as error:  # no process to render in
             raise RefusedError(str(error), 500) from None
         except Exception as error:  # a template may raise anything over what a client sends
@@ -62,7 +62,6 @@ class PromptReader:
             raise RefusedError(
                 f"messages: the model's chat template refuses them ({reason}).", param="messages"
             ) from None
-        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def plain_messages(messages: Sequence[Any]) -> Messages:
