@@ -23,6 +23,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.records import stable_hash
 from dpa.models.attention import pack_lengths, to_device
 from dpa.models.contrastive import label_log_probabilities, negative_directions
+from dpa.storage.schemas import completeness
 
 LISTENING_ROWS = 64
 """Rows kept out of training where the configuration does not say how many ..."""
@@ -155,9 +156,7 @@ def held_out_rows(
     """
     if "chosen" in rows.column_names:
         rows = rows.append_column("response", rows["chosen"])
-        if "chosen_complete" in rows.column_names:
-            rows = rows.append_column("complete", rows["chosen_complete"])
-    complete = rows["complete"].to_pylist() if "complete" in rows.column_names else [True] * len(rows)
+    complete = completeness(rows, "chosen_complete" if "chosen" in rows.column_names else "complete")
     columns = (rows[name].to_pylist() for name in ("prompt_id", "messages", "direction", "response"))
     found, prompts = [], []
     for (prompt, messages, direction, response), whole, others in zip(

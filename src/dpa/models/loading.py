@@ -33,7 +33,7 @@ _SHOWN = 3
 """Tensor names in a refusal."""
 
 
-def load_config(safe: SafeModel, what: str = "model") -> PreTrainedConfig:
+def load_model_config(safe: SafeModel, what: str = "model") -> PreTrainedConfig:
     """The configuration of a checked folder, its odd fields refused by name. `what` opens the sentences.
 
     Raises ModelFileError.
@@ -93,7 +93,7 @@ def load_model(
     Every weight comes from the files, tied ones aside; with `new_head` what stands above the backbone may be new, or be
     left over from another head. Raises ModelFileError.
     """
-    load_config(safe, what)
+    load_model_config(safe, what)
     load_generation(safe, what)
     check_weights(kind, safe, what, new_head, **fields)
     with refusing(safe, what):
@@ -156,7 +156,7 @@ def check_loadable(model: Model, kind: Any, what: str = "model") -> None:
     """
     safe = resolve_model(model)
     with quiet_libraries():
-        load_config(safe, what)
+        load_model_config(safe, what)
         check_weights(kind, safe, what)
         check_tokens(load_tokenizer(safe, what), embedding_rows(safe), safe.path, what)
 
@@ -180,7 +180,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, rows: int | None, name: Mod
 def embedding_rows(source: SafeModel | PreTrainedModel) -> int | None:
     """Tokens the model knows: rows of its embedding, or the vocab_size of a folder whose weights are not loaded."""
     if isinstance(source, SafeModel):
-        return getattr(load_config(source).get_text_config(), "vocab_size", None)
+        return getattr(load_model_config(source).get_text_config(), "vocab_size", None)
     embedding: Any = source.get_input_embeddings()
     return int(embedding.weight.shape[0])
 

@@ -29,9 +29,9 @@ from dpa.models.loading import (
     check_tokens,
     check_weights,
     embedding_rows,
-    load_config,
     load_generation,
     load_model,
+    load_model_config,
     load_tokenizer,
 )
 from dpa.models.quiet import quiet_libraries
@@ -88,7 +88,7 @@ def check_policy(policy: Model, space: DirectionSpace | None = None) -> None:
 def load_prompting(policy: SafeModel) -> tuple[PreTrainedTokenizerBase, int, tuple[int, ...]]:
     """Of a checked folder, without its weights: tokenizer, context in tokens, end tokens. Raises ModelFileError."""
     with quiet_libraries():
-        config, tokenizer = load_config(policy), load_tokenizer(policy)
+        config, tokenizer = load_model_config(policy), load_tokenizer(policy)
         generation = load_generation(policy)
     ensure_pad_token(tokenizer)
     return tokenizer, _positions(config), _end_ids(generation, tokenizer)

@@ -7,7 +7,6 @@ its own. Between two policies the engine sleeps, its memory given back, and take
 that cannot be it is ended and started again.
 """
 
-import gc
 import importlib
 import json
 import logging
@@ -26,6 +25,7 @@ from dpa.core.records import Sample, Sampler, SampleRequest
 from dpa.core.reference import Model
 from dpa.models.engine import SamplingEngine
 from dpa.models.files import SafeModel, folder_revision, resolve_model
+from dpa.models.launching import free_memory
 from dpa.models.prompting import Prompting
 
 _DEAD = ("EngineDeadError", "EngineGenerateError")  # vllm.v1.engine.exceptions
@@ -131,12 +131,12 @@ class VllmEngine(SamplingEngine):
         if engine is not None and hasattr(engine, "shutdown"):
             engine.shutdown()
         self._llm = self._made_of = engine = None
-        _free()
+        free_memory()
 
     def _take(self, policy: SafeModel, arguments: dict[str, Any]) -> None:
         """Let the engine hold the policy: by its weights alone where the engine is asleep and made like it."""
         made_of = ({name: value for name, value in arguments.items() if name != "model"}, _shape(policy))
-        _free()
+        free_memory()
         if self._llm is not None and made_of == self._made_of:
             try:
                 self._llm.wake_up(tags=["weights"])
@@ -198,9 +198,3 @@ def _shape(policy: SafeModel) -> dict[str, Any]:
     """What of a policy an engine is made for: all of its configuration that its weights do not replace."""
     about = json.loads(Path(policy.path, "config.json").read_text(encoding="utf-8"))
     return {name: value for name, value in about.items() if name not in _SAME_ENGINE}
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -42,7 +42,7 @@ RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Question:
+class BenchmarkQuestion:
     """One question of a benchmark: its id, the user's turns, and the row it came from."""
 
     id: str
@@ -51,7 +51,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class BenchmarkAnswer:
     """The answers to a question's turns. `tokens` counts generated tokens; `stopped`: none was cut off; `time` in s."""
 
     id: str
@@ -61,10 +61,10 @@ class Answer:
     time: float
 
 
-def read_questions(path: str | Path, form: Form) -> list[Question]:
+def read_questions(path: str | Path, form: Form) -> list[BenchmarkQuestion]:
     """A benchmark's questions: .json (a list), .jsonl, .parquet or .csv. Raises DataError, which names the row."""
     path = Path(path)
-    questions: dict[str, Question] = {}
+    questions: dict[str, BenchmarkQuestion] = {}
     for place, row in _rows(path):
         try:
             question = _question(row, form, len(questions))
@@ -88,7 +88,7 @@ def entry_name(model: str, direction: Direction | None) -> str:
 
 def export(
     sampler: Sampler,
-    questions: Sequence[Question],
+    questions: Sequence[BenchmarkQuestion],
     directions: Sequence[Direction | None],
     form: Form,
     out: Path,
@@ -169,13 +169,13 @@ def write_curve(out: Path, space: DirectionSpace, directions: Sequence[Direction
 
 def _answer_all(
     sampler: Sampler,
-    questions: Sequence[Question],
+    questions: Sequence[BenchmarkQuestion],
     direction: Direction | None,
     out: Path,
     name: str,
     settings: Mapping[str, Any],
     seed: int,
-) -> list[Answer]:
+) -> list[BenchmarkAnswer]:
     """The answers of one entry, those of an earlier run first."""
     file = out / "answers" / f"{name}.jsonl"
     weights = None if direction is None else direction.weights
@@ -215,8 +215,8 @@ def _answer_all(
 
 
 def _answer(
-    sampler: Sampler, questions: Sequence[Question], direction: tuple[float, ...] | None, name: str, seed: int
-) -> list[Answer]:
+    sampler: Sampler, questions: Sequence[BenchmarkQuestion], direction: tuple[float, ...] | None, name: str, seed: int
+) -> list[BenchmarkAnswer]:
     """Ask turn after turn, the earlier answers in the conversation."""
     talks: list[Messages] = [[] for _ in questions]
     turns: list[list[str]] = [[] for _ in questions]
@@ -239,12 +239,12 @@ def _answer(
             tokens[place] += reply[0].tokens if reply else 0
             stopped[place] &= bool(reply) and reply[0].finish_reason == "stop"
     return [
-        Answer(question.id, tuple(turns[place]), tokens[place], stopped[place], round(time.time(), 3))
+        BenchmarkAnswer(question.id, tuple(turns[place]), tokens[place], stopped[place], round(time.time(), 3))
         for place, question in enumerate(questions)
     ]
 
 
-def _read_answers(file: Path, header: Mapping[str, Any] | None) -> tuple[int, list[Answer]]:
+def _read_answers(file: Path, header: Mapping[str, Any] | None) -> tuple[int, list[BenchmarkAnswer]]:
     """Bytes of whole lines, and their answers; 0 and none where the file is missing or has another header."""
     if not file.exists():
         return 0, []
@@ -255,7 +255,7 @@ def _read_answers(file: Path, header: Mapping[str, Any] | None) -> tuple[int, li
             if row is None or (number == 0 and header is not None and row != header):
                 break
             if number > 0:
-                answers.append(Answer(**{**row, "turns": tuple(row["turns"])}))
+                answers.append(BenchmarkAnswer(**{**row, "turns": tuple(row["turns"])}))
         except (ValueError, TypeError, KeyError):
             break
         good += len(line)
@@ -277,22 +277,24 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
     return [(f"{path.name}:{number}", row) for number, row in enumerate(rows, start=1)]
 
 
-def _question(row: Any, form: Form, place: int) -> Question:
+def _question(row: Any, form: Form, place: int) -> BenchmarkQuestion:
     if isinstance(row, BadRow):
         raise row
     if not isinstance(row, dict):
         raise BadRow("it is not an object")
     if form == "alpaca_eval":  # its rows have no id; two of the 805 instructions are the same text
-        return Question(str(place), (check_text(row.get("instruction"), "instruction"),), row)
+        return BenchmarkQuestion(str(place), (check_text(row.get("instruction"), "instruction"),), row)
     if form == "arena_hard":
-        return Question(check_text(row.get("uid"), "uid"), (check_text(row.get("prompt"), "prompt"),), row)
+        return BenchmarkQuestion(check_text(row.get("uid"), "uid"), (check_text(row.get("prompt"), "prompt"),), row)
     turns = row.get("turns")
     if not isinstance(turns, list) or not turns or row.get("question_id") is None:
         raise BadRow("question_id or turns is missing")
-    return Question(str(row["question_id"]), tuple(check_text(turn, "turns") for turn in turns), row)
+    return BenchmarkQuestion(str(row["question_id"]), tuple(check_text(turn, "turns") for turn in turns), row)
 
 
-def _write(form: Form, out: Path, name: str, questions: Sequence[Question], answers: Sequence[Answer]) -> Path:
+def _write(
+    form: Form, out: Path, name: str, questions: Sequence[BenchmarkQuestion], answers: Sequence[BenchmarkAnswer]
+) -> Path:
     pairs = list(zip(questions, answers, strict=True))
     file = {
         "alpaca_eval": out / "alpaca_eval" / f"{name}.json",
@@ -309,12 +311,12 @@ def _write(form: Form, out: Path, name: str, questions: Sequence[Question], answ
     return file
 
 
-def _alpaca_eval(question: Question, answer: Answer, name: str) -> dict[str, Any]:
+def _alpaca_eval(question: BenchmarkQuestion, answer: BenchmarkAnswer, name: str) -> dict[str, Any]:
     dataset = {"dataset": question.row["dataset"]} if "dataset" in question.row else {}
     return {"instruction": question.turns[0], "output": answer.turns[0], "generator": name, **dataset}
 
 
-def _mt_bench(question: Question, answer: Answer, name: str) -> dict[str, Any]:
+def _mt_bench(question: BenchmarkQuestion, answer: BenchmarkAnswer, name: str) -> dict[str, Any]:
     return {
         "question_id": question.row["question_id"],
         "answer_id": stable_hash(name, question.id, *answer.turns),
@@ -324,7 +326,7 @@ def _mt_bench(question: Question, answer: Answer, name: str) -> dict[str, Any]:
     }
 
 
-def _arena_hard(question: Question, answer: Answer, name: str) -> dict[str, Any]:
+def _arena_hard(question: BenchmarkQuestion, answer: BenchmarkAnswer, name: str) -> dict[str, Any]:
     return {
         "uid": question.row["uid"],
         "ans_id": stable_hash(name, question.id, *answer.turns),
