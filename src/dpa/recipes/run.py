@@ -1,4 +1,4 @@
-"""The bench of a run: its folder, configuration, prompts, samplers, scorers, ledgers and measuring.
+"""The bench of a run: its folder, configuration, prompts, samplers, scorers and measuring.
 Run its tests: pytest tests/test_loop.py
 
 The loop of the method (dpa.py) and the methods it is compared with (baselines/lab.py) work at the same one.
