@@ -22,7 +22,7 @@ from dpa.core.config import ClusterConfig, RolloutConfig
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.records import Prompt, Sampler
 from dpa.models.engines import build_samplers
-from dpa.models.ray_workers import ray_samplers
+from dpa.models.ray_samplers import ray_samplers
 from dpa.models.samplers import sampler_spec
 from dpa.stages.rollout import rollout
 from dpa.storage.run_folder import StageFolder

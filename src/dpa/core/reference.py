@@ -2,7 +2,7 @@
 Run its tests: pytest tests/test_remote_code.py
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -18,6 +18,10 @@ class ModelReference:
     def of(cls, model: "Model") -> "ModelReference":
         """The same reference, or the one a bare path or Hub id stands for: without code of its own."""
         return model if isinstance(model, ModelReference) else cls(str(model))
+
+    def absolute(self) -> "ModelReference":
+        """The same folder, from wherever it is looked at."""
+        return replace(self, name=str(Path(self.name).resolve()))
 
     def __str__(self) -> str:
         return self.name

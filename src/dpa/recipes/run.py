@@ -21,7 +21,8 @@ from dpa.models.engines import build_samplers, engine_of
 from dpa.models.function_scorer import FunctionScorer
 from dpa.models.launching import free_memory
 from dpa.models.ranks import is_first
-from dpa.models.ray_workers import ray_samplers, ray_scorers
+from dpa.models.ray_samplers import ray_samplers
+from dpa.models.ray_scorers import ray_scorers
 from dpa.models.reward_model import RECORD
 from dpa.models.scorers import build_scorer
 from dpa.recipes.checks import check_attributes, needed_attributes

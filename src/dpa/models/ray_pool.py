@@ -1,9 +1,9 @@
-"""Samplers and scorers in Ray actors, on whatever node of a cluster has room. Needs `pip install "dpa[ray]"`.
+"""A pool of Ray actors, on whatever node of a cluster has room. Needs `pip install "dpa[ray]"`.
 Run its tests: pytest tests/test_ray.py
 
-A stage stays one process that keeps the shards: it hands each shard to one of its samplers, and a RaySampler hands it
-on to an idle worker. A worker holds what a spec's `build()` makes (the object a local run would use), so the rows are
-those of a local run. Model folders, files of scoring functions and the package itself must be at the same paths on
+A stage stays one process that keeps the shards: it hands each shard to one of its samplers or scorers, and that hands
+it on to an idle worker. A worker holds what a spec's `build()` makes (the object a local run would use), so the rows
+are those of a local run. Model folders, files of scoring functions and the package itself must be at the same paths on
 every node (a shared file system); a node whose weights differ is refused.
 """
 
@@ -13,22 +13,12 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import torch
-
-from dpa.core.config import ClusterConfig, RewardConfig
-from dpa.core.errors import ConfigError, DpaError, EngineError, ModelFileError
-from dpa.core.records import Messages, Sample, Sampler, SampleRequest, Scored, Scorer, score_in_full
-from dpa.core.reference import ModelReference
-from dpa.models.files import folder_revision
-from dpa.models.samplers import SamplerSpec
-from dpa.models.scorers import build_scorer, on_every_node
+from dpa.core.config import ClusterConfig
+from dpa.core.errors import ConfigError, DpaError, EngineError
+from dpa.core.records import score_in_full
 
 MAX_DEATHS = 3
 """Deaths in a row after which a request, or the attempt to start a worker, is given up."""
@@ -44,38 +34,6 @@ class Spec(Protocol):
     def build(self) -> Any:
         """Make it."""
         ...
-
-
-@dataclass(frozen=True)
-class ScorerSpec:
-    """What a worker needs to make a run's scorer: the arguments of `build_scorer`, paths made absolute."""
-
-    config: RewardConfig
-    trained: ModelReference | None = None
-    code_revision: str | None = None
-    threads: int | None = None
-
-    def build(self) -> Scorer:
-        """Raises ModelFileError, ConfigError."""
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        return build_scorer(self.config, self.trained, self.code_revision)
-
-
-@dataclass(frozen=True)
-class _SameWeights:
-    """A SamplerSpec that is only built where its folder holds the weights it was made from."""
-
-    spec: SamplerSpec
-
-    def build(self) -> Sampler:
-        found = folder_revision(str(self.spec.policy))
-        if found != self.spec.revision:
-            raise ModelFileError(
-                f"model: {self.spec.policy} on node {os.uname().nodename} has other weights ({found}) than the run "
-                f"started with ({self.spec.revision}); put the model on storage that every node shares."
-            )
-        return self.spec.build()
 
 
 class RayPool:
@@ -209,57 +167,9 @@ class RayPool:
             return actor
 
 
-class RaySampler:
-    """A Sampler whose requests are served by any worker of a pool."""
-
-    def __init__(self, pool: RayPool, revision: str) -> None:
-        self.revision = revision
-        self._pool = pool
-
-    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
-        """As the sampler in the worker. Raises EngineError."""
-        return self._pool.call("sample", list(requests))
-
-
-class RayScorer:
-    """A Scorer whose rows are scored by any worker of a pool."""
-
-    def __init__(self, pool: RayPool) -> None:
-        self._pool = pool
-        self.revision, *attributes = pool.describe()
-        self.attributes = tuple(attributes)
-
-    def score(self, prompts: Sequence[Messages], responses: Sequence[str]) -> np.ndarray:
-        """scores_NM, as the scorer in the worker. Raises EngineError."""
-        return self.score_in_full(prompts, responses).scores_NM
-
-    def score_in_full(self, prompts: Sequence[Messages], responses: Sequence[str]) -> Scored:
-        """The same, with reasons and costs. Raises EngineError."""
-        return self._pool.call("score_in_full", list(prompts), list(responses))
-
-
-@contextmanager
-def ray_samplers(spec: SamplerSpec, workers: int, cluster: ClusterConfig) -> Iterator[list[Sampler]]:
-    """`workers` samplers over as many actors; they end with the block. Raises ConfigError, EngineError."""
-    here = replace(spec, policy=_resolved(ModelReference.of(spec.policy)), threads=_threads(cluster))
-    with RayPool(_SameWeights(here), workers, cluster) as pool:
-        yield [RaySampler(pool, spec.revision) for _ in range(workers)]
-
-
-@contextmanager
-def ray_scorers(
-    config: RewardConfig, trained: ModelReference | None, code_revision: str | None, cluster: ClusterConfig
-) -> Iterator[list[Scorer]]:
-    """`cluster.scorers` scorers over as many actors; they end with the block. Raises ConfigError, EngineError."""
-    trained = None if trained is None else _resolved(trained)
-    spec = ScorerSpec(on_every_node(config), trained, code_revision, _threads(cluster))
-    with RayPool(spec, cluster.scorers, cluster) as pool:
-        scorer = RayScorer(pool)
-        yield [scorer] * cluster.scorers
-
-
-def _resolved(model: ModelReference) -> ModelReference:
-    return replace(model, name=str(Path(model.name).resolve()))
+def threads_of(cluster: ClusterConfig) -> int:
+    """Threads of torch in a worker: as many as the CPUs that are set aside for it."""
+    return max(1, int(cluster.cpus_per_worker))
 
 
 class _Worker:
@@ -289,9 +199,9 @@ class _Worker:
             return ask(self._built)
         except DpaError as error:
             return error
-        except torch.AcceleratorError:
-            os._exit(1)  # the card's state is lost: the pool starts another process
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+            if type(error).__name__ == "AcceleratorError":  # torch's: the card's state is lost
+                os._exit(1)  # the pool starts another process
             return RuntimeError(f"{type(error).__name__}: {error}")  # any class may not survive the journey
 
 
@@ -333,10 +243,6 @@ def _no_cluster(address: str | None, error: BaseException) -> ConfigError:
         f"cluster.address: no Ray cluster answers at {address} ({_first_line(error)}); start one with "
         "`ray start --head`, or leave the address out."
     )
-
-
-def _threads(cluster: ClusterConfig) -> int:
-    return max(1, int(cluster.cpus_per_worker))
 
 
 def _resources(ray: Any) -> str:
