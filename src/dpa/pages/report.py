@@ -132,7 +132,7 @@ def _questions(samples: Record | None) -> list[dict[str, Any]]:
 
 
 def _widest_spans(policies: Sequence[Record], reward: str) -> dict[str, float]:
-    """ "span, OBJECTIVE" -> the widest of any policy: the published policy loses its terse end as it improves."""
+    """By title (`span, verbosity`), the widest: the published policy loses its terse end as it improves."""
     spans = [policy["evaluation"]["measures"][reward]["span"] for policy in policies]
     return {f"span, {name}": max(span[name]["value"] or 0.0 for span in spans) for name in spans[0]}
 
