@@ -4,12 +4,11 @@ that kill and resume.
 
 import gc
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forks import Process, start
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,7 +18,6 @@ settings.register_profile("dpa", deadline=None, derandomize=True)  # a busy mach
 settings.load_profile("dpa")
 
 TESTS = Path(__file__).parent
-SOURCE = TESTS.parent / "src"
 
 
 def pytest_collection_finish() -> None:
@@ -28,22 +26,15 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture
-def fake_run() -> Callable[..., subprocess.Popen]:
+def fake_run() -> Callable[..., Process]:
     """Start tests/fake_run.py with these arguments; processes still alive at the end of the test are killed."""
-    started: list[subprocess.Popen] = []
+    started: list[Process] = []
 
-    def start(*arguments: object) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, str(TESTS / "fake_run.py"), *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{TESTS}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+    def begin(*arguments: object) -> Process:
+        started.append(start(TESTS / "fake_run.py", *arguments))
+        return started[-1]
 
-    yield start
+    yield begin
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()

@@ -4,10 +4,10 @@ Run: pytest tests/test_bench.py
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import python
 from tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -32,8 +32,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def card(inputs: list[str], out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "bench" / "card.py"), *inputs, f"--out={out}", "--tiny", *more]
-    return subprocess.run(command, capture_output=True, text=True, cwd=out.parent)
+    return python(ROOT / "bench" / "card.py", *inputs, f"--out={out}", "--tiny", *more, cwd=out.parent, timeout=1200)
 
 
 def test_the_script_for_a_card_runs_every_phase_tiny_on_a_cpu(inputs: list[str], tmp_path: Path) -> None:
@@ -85,8 +84,7 @@ def test_a_phase_over_its_limit_is_ended_and_says_so(inputs: list[str], tmp_path
     )
     (tmp_path / "one.py").write_text(code)
     paths = [text.partition("=")[2] for text in inputs]
-    command = [sys.executable, str(tmp_path / "one.py"), str(ROOT / "bench"), str(tmp_path), *paths]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = python(tmp_path / "one.py", ROOT / "bench", tmp_path, *paths, timeout=60)
     assert "its time limit" in done.stdout, done.stderr
     assert json.loads((tmp_path / "seven_b.json").read_text())["status"] == "failed"
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from fakes import space_of
+from forks import python
 from tiny_models import save_tiny_model
 
 from dpa.core.config import EvaluateConfig, RewardConfig
@@ -148,15 +149,7 @@ def test_failures_of_the_hub_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_real_client_offline_says_so(tmp_path: Path) -> None:
-    """HF_HUB_OFFLINE is read when huggingface_hub is imported, so this asks in a process of its own."""
-    import os
-    import subprocess
-    import sys
-
-    folder = save_tiny_model(tmp_path / "model")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "dpa", "push", str(folder), "me/demo"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = python("-m", "dpa", "push", save_tiny_model(tmp_path / "model"), "me/demo")
     assert result.returncode == 1
     assert "HF_HUB_OFFLINE" in result.stderr
     assert "Traceback" not in result.stderr

@@ -4,12 +4,11 @@ pytest tests/test_chat_template.py
 
 import math
 import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forks import python
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
@@ -299,7 +298,7 @@ def test_the_worker_ends_with_its_process_and_a_fork_gets_its_own() -> None:
         "print(mine, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python("-c", code)
     assert done.returncode == -9 and done.stdout, done.stderr
     until = time.monotonic() + 10
     while Path(f"/proc/{done.stdout.strip()}").exists():

@@ -3,13 +3,13 @@
 pytest tests/test_cli.py
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import typer
+from forks import python
 from pydantic import BaseModel, Field
 
 from dpa.cli.options import takes_fields
@@ -22,7 +22,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 def dpa(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dpa", *arguments], capture_output=True, text=True, cwd=ROOT)
+    return python("-m", "dpa", *arguments, cwd=ROOT)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -32,7 +32,8 @@ def test_every_recipe_loads(path: Path) -> None:
 
 
 def test_help_names_every_command() -> None:
-    text = dpa("--help").stdout
+    command = [sys.executable, "-m", "dpa", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for command in ("run", "demo", "ratings", "train-reward", "rollout", "score", "select", "finetune", "evaluate"):
         assert command in text
     for command in ("report", "generate", "chat"):
@@ -69,9 +70,10 @@ def test_a_missing_file_and_a_bad_override_exit_2(tmp_path: Path) -> None:
 
 
 def test_the_configuration_page_is_generated_from_the_classes() -> None:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}{os.pathsep}{ROOT / 'src'}"}
-    script = "import make_docs; print(make_docs.configuration_page(), end='')"
-    page = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment).stdout
+    script = (
+        "import sys; sys.path.insert(0, 'scripts'); import make_docs; print(make_docs.configuration_page(), end='')"
+    )
+    page = python("-c", script, cwd=ROOT).stdout
     assert page == (ROOT / "docs" / "configuration.md").read_text()
     assert all(field in page for field in RewardTrainConfig.model_fields)
 

@@ -2,13 +2,12 @@
 Run: pytest tests/test_doctor.py
 """
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from forks import python
 
 from dpa.cli import doctor
 
@@ -54,7 +53,7 @@ def file_in_the_way(folder: Path) -> Iterator[Path]:
 
 def test_a_folder_that_cannot_be_written_fails_with_a_sentence_and_exit_1(tmp_path: Path) -> None:
     with file_in_the_way(tmp_path) as folder:
-        done = subprocess.run([sys.executable, "-m", "dpa", "doctor", str(folder)], capture_output=True, text=True)
+        done = python("-m", "dpa", "doctor", folder)
     assert done.returncode == 1
     assert "FAILED rename:" in done.stdout and "FAILED lock:" in done.stdout
     assert "Traceback" not in done.stderr

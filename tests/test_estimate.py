@@ -3,12 +3,11 @@ Run: pytest tests/test_estimate.py
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from forks import python
 from tiny_models import save_tiny_model, tiny_model
 
 from dpa.core.config import load_config
@@ -127,7 +126,7 @@ def test_a_policy_that_is_not_here_needs_its_size(recipe: Path) -> None:
 
 
 def test_the_command_prints_a_table_and_starts_nothing(recipe: Path, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "dpa", "estimate", str(recipe)], capture_output=True, text=True)
+    done = python("-m", "dpa", "estimate", recipe)
     assert done.returncode == 0, done.stderr
     assert "iter_2/evaluate" in done.stdout and "arithmetic" in done.stdout and "the run" in done.stdout
     assert not (tmp_path / "run").exists()

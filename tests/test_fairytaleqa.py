@@ -5,12 +5,11 @@ pytest tests/test_fairytaleqa.py
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from forks import python
 from tiny_models import save_tiny_model
 
 from dpa.core.config import load_config
@@ -113,9 +112,9 @@ def test_the_start_policy_answers_without_a_direction_and_empty_answers_are_left
 @pytest.mark.parametrize("recipe", ["fairytaleqa", "fairytaleqa-card"])
 def test_the_recipe_runs_from_made_rows_to_a_measured_policy(recipe: str, data: Path, tmp_path: Path) -> None:
     policy, made = save_tiny_model(tmp_path / "policy", context=512), tmp_path / "made"
-    command = [sys.executable, str(RECIPES / "fairytaleqa_rows.py"), "--policy", str(policy), "--out", str(made)]
-    more = ["--data", str(data), "--questions", "4", "--samples", "1"]
-    subprocess.run([*command, *more], check=True)
+    command = [RECIPES / "fairytaleqa_rows.py", "--policy", policy, "--out", made]
+    done = python(*command, "--data", data, "--questions", 4, "--samples", 1)
+    assert done.returncode == 0, done.stderr
     rated = [json.loads(line) for line in (made / "rated.jsonl").read_text().splitlines()]
     assert {"word", "clause", "sentence", "passage", "start"} <= {row["source"] for row in rated}
     functions = {name: f"{RECIPES / 'fairytaleqa_reward.py'}:{name}" for name in ("helpfulness", "verbosity")}

@@ -5,8 +5,6 @@ pytest tests/test_finetuning.py
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from forks import start
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -250,8 +249,7 @@ def test_fault_23_killed_and_resumed_equals_undisturbed(
         reference = tmp_path / "reference"
         run(base, reference, config)
     folder = tmp_path / "killed"
-    repository = Path(__file__).parents[1]
-    child = subprocess.Popen([sys.executable, "-c", SCRIPT, str(base), str(folder), optimizer], cwd=repository)
+    child = start("-c", SCRIPT, base, folder, optimizer, cwd=Path(__file__).parents[1])
     second = folder / "work" / "checkpoint-4" / "trainer_state.json"
     while child.poll() is None and not second.exists():
         time.sleep(0.002)

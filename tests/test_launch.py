@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from forks import start
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
@@ -79,10 +80,6 @@ def alone(selected: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Loop(load_config(selected, {"out": str(folder)})) as loop:
         loop.finetune(0)
     return folder
-
-
-def dpa(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "dpa", *map(str, arguments)]
 
 
 def losses(run: Path) -> list[float]:
@@ -173,7 +170,7 @@ def test_fsdp2_shards_the_weights_and_saves_a_whole_policy(
 
 
 def test_kill_9_of_the_loop_ends_the_ranks_and_one_process_resumes(selected: Path, run: Path, alone: Path) -> None:
-    loop = subprocess.Popen(dpa("run", selected, "--processes", 2, "--out", run), stderr=subprocess.DEVNULL)
+    loop = start("-m", "dpa", "run", selected, "--processes", 2, "--out", run)
     work = run / "iter_0" / "finetune"
     deadline = time.monotonic() + 300
     while not list(work.glob("checkpoint-*/trainer_state.json")):

@@ -4,11 +4,10 @@ pytest tests/test_loop.py
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import python
 from toy_run import toy_config
 
 from dpa.cli.talk import answer
@@ -31,6 +30,7 @@ SMALL = {
     "evaluate.prompts.count": "6",
     "evaluate.resamples": "50",
     "reward.train.method": "ridge",
+    "finetune.optimizer": "adamw",  # Muon's steps are slow on a processor
 }
 
 
@@ -99,11 +99,11 @@ def test_what_can_be_known_to_be_wrong_is_said_before_any_work(finished: tuple[P
 
 def test_a_model_of_the_loop_answers_on_the_command_line(finished: tuple[Path, Path]) -> None:
     _, run = finished
-    command = [sys.executable, "-m", "dpa", "generate", str(run / "iter_1" / "policy"), "What is the home of Ivy?"]
-    good = subprocess.run([*command, "-d", "helpfulness*0.8 - verbosity*0.6"], capture_output=True, text=True)
+    command = ["-m", "dpa", "generate", str(run / "iter_1" / "policy"), "What is the home of Ivy?"]
+    good = python(*command, "-d", "helpfulness*0.8 - verbosity*0.6")
     assert good.returncode == 0, good.stderr
     assert good.stdout.strip()
-    bad = subprocess.run([*command, "-d", "helpfulnes"], capture_output=True, text=True)
+    bad = python(*command, "-d", "helpfulnes")
     assert bad.returncode == 2
     assert "Traceback" not in bad.stderr
     assert "helpfulness" in bad.stderr

@@ -5,12 +5,11 @@ pytest tests/test_model_files.py
 import json
 import pickle
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import python
 from safetensors.numpy import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -146,10 +145,7 @@ def test_fault_29_a_lying_header_allocates_nothing(folder: Path) -> None:
         "try: check_safetensors(Path(sys.argv[1]))\n"
         "except ModelFileError: print('refused')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder / "model.safetensors")], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "refused"
+    assert python("-c", code, folder / "model.safetensors").stdout.strip() == "refused"
 
 
 def test_sharded_index(folder: Path) -> None:

@@ -3,14 +3,13 @@ pytest tests/test_preference_training.py
 """
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
+from forks import start
 from safetensors.torch import load_file
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from torch import nn
@@ -230,8 +229,7 @@ def test_fault_23_killed_and_resumed_equals_undisturbed(base: Path, tmp_path: Pa
     config = CONFIG.model_copy(update={"optimizer": "muon"})
     reference, folder = tmp_path / "reference", tmp_path / "killed"
     run(base, reference, config)
-    repository = Path(__file__).parents[1]
-    child = subprocess.Popen([sys.executable, "-c", SCRIPT, str(base), str(folder)], cwd=repository)
+    child = start("-c", SCRIPT, base, folder, cwd=Path(__file__).parents[1])
     second = folder / "work" / "checkpoint-4" / "trainer_state.json"
     while child.poll() is None and not second.exists():
         time.sleep(0.002)

@@ -3,8 +3,6 @@ pytest tests/test_reward_training.py
 """
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from forks import start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
@@ -341,8 +340,7 @@ train_reward_model(examples(), ATTRIBUTES, SCALES, config(backbone, batch_size=1
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     """kill -9 after a checkpoint, with an incomplete later one left behind, changes no bit of the weights."""
     backbone, out = save_tiny_model(tmp_path / "backbone"), tmp_path / "killed"
-    command = [sys.executable, "-c", INTERRUPTED, str(Path(__file__).parent), str(backbone), str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start("-c", INTERRUPTED, Path(__file__).parent, backbone, out)
     training = tmp_path / "killed.training"
     deadline = time.monotonic() + 120
     while not (training.is_dir() and any(map(newest_checkpoint, training.iterdir()))):

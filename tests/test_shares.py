@@ -4,8 +4,6 @@ Run: pytest tests/test_shares.py
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fakes import all_rows, run_config
+from forks import Process, python, start
 from tiny_models import save_tiny_model
 
 from dpa.core.config import load_config
@@ -30,7 +29,7 @@ def done(folder: Path, name: str = "rollout") -> bool:
     return (folder / "iter_1" / name / "done.json").exists()
 
 
-def ended(*processes: subprocess.Popen) -> list[int]:
+def ended(*processes: Process) -> list[int]:
     return [process.wait(timeout=200) for process in processes]
 
 
@@ -155,11 +154,11 @@ def test_shares_from_the_command_line(tmp_path: Path) -> None:
     }
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "dpa", "rollout", str(file), "-t", "1", "--shard"]
-    assert ended(*(subprocess.Popen([*command, f"{i}/2"]) for i in (1, 2))) == [0, 0]
+    command = ["-m", "dpa", "rollout", str(file), "-t", "1", "--shard"]
+    assert ended(*(start(*command, f"{i}/2") for i in (1, 2))) == [0, 0]
     assert done(tmp_path / "run")
     with Loop(load_config(file, {"out": str(tmp_path / "plain")})) as loop:
         loop.rollout(1)
     assert rows(tmp_path / "run") == rows(tmp_path / "plain")
-    refused = subprocess.run([*command, "3/2"], capture_output=True, text=True)
+    refused = python(*command, "3/2")
     assert refused.returncode == 2 and "--shard: '3/2' is not i/N" in refused.stderr

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from forks import python
 from toy_run import toy_config
 
 from dpa.core.errors import Interrupted
@@ -119,13 +120,13 @@ def test_ctrl_c_in_a_run_ends_with_130_and_the_same_command_goes_on_to_the_repor
     (tmp_path / "interrupting.py").write_text(INTERRUPTING)
     config["reward"] = {"functions": dict.fromkeys(("helpfulness", "verbosity"), f"{tmp_path}/interrupting.py:marks")}
     (tmp_path / "toy.yaml").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "dpa", "run", str(tmp_path / "toy.yaml")]
-    stopped = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    command = ["-m", "dpa", "run", tmp_path / "toy.yaml"]
+    stopped = python(*command)
     assert stopped.returncode == 130, stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert "run the same command to go on from there" in stopped.stderr
     assert (tmp_path / "run/iter_1/score").exists() and not (tmp_path / "run/iter_1/select/done.json").exists()
     for _ in range(2):  # the second time there is nothing left to do
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+        done = python(*command)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == f"report: {tmp_path / 'run' / 'report.html'}"

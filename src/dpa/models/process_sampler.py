@@ -5,10 +5,12 @@ Run its tests: pytest tests/test_samplers.py
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 
 import torch
@@ -77,7 +79,7 @@ class ProcessSampler:
         self.close()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = process_context(__name__)
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(self._spec, theirs), daemon=True)
         self._process.start()
@@ -103,6 +105,16 @@ def _serve(spec: SamplerSpec, connection: Connection) -> None:
             raise  # the card's state is lost: the parent starts another process
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             connection.send(RuntimeError(f"{type(error).__name__}: {error}"))  # any class may not survive the pipe
+
+
+def process_context(module: str) -> SpawnContext | ForkServerContext:
+    """How workers start: forked from one process that has imported their `module`, so that all pay its imports once.
+    Where there is a card, whose state no fork survives, and where forks are not safe, each imports for itself."""
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])  # of no effect once the process has started
+    return context
 
 
 def die_with_parent() -> None:

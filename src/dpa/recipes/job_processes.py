@@ -2,7 +2,6 @@
 Run its tests: pytest tests/test_compare.py
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ from typing import Protocol
 from rich.console import Console
 
 from dpa.core.errors import DpaError, Interrupted
-from dpa.models.process_sampler import die_with_parent
+from dpa.models.process_sampler import die_with_parent, process_context
 from dpa.storage.stopping import StopOnSignal, end_on_signal
 
 _POLL_S = 0.2
@@ -134,7 +133,7 @@ class _Worker:
         self._process.join()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = process_context(__name__)
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
