@@ -17,7 +17,7 @@ from dpa.core.config import RolloutConfig, SelectionConfig, load_config
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DirectionError, RejectRateError
 from dpa.core.records import Prompt, stable_hash
-from dpa.core.selection import select, select_pairs, spread
+from dpa.core.selection import select, select_pairs, standard_deviations
 from dpa.recipes.dpa import Loop
 from dpa.stages.finetune import with_replay
 from dpa.stages.rollout import rollout
@@ -169,9 +169,9 @@ def test_fault_15_an_objective_without_variance_is_not_divided_by_zero(tmp_path:
     rows = selected(tmp_path, SelectionConfig(directions=8, standardise=True), Constant())
     assert len(rows) == 48
     assert all(np.isfinite(row["utility"]) for row in rows)
-    assert spread(np.array([[1.0, 5.0], [3.0, 5.0], [np.nan, 9.0]])).tolist() == [1.0, 1.0]
-    assert spread(np.full((5, 2), 0.1)).tolist() == [1.0, 1.0], "rounding is no variance"
-    assert spread(np.empty((0, 3))).tolist() == [1.0, 1.0, 1.0]
+    assert standard_deviations(np.array([[1.0, 5.0], [3.0, 5.0], [np.nan, 9.0]])).tolist() == [1.0, 1.0]
+    assert standard_deviations(np.full((5, 2), 0.1)).tolist() == [1.0, 1.0], "rounding is no variance"
+    assert standard_deviations(np.empty((0, 3))).tolist() == [1.0, 1.0, 1.0]
 
 
 # --- replay ---------------------------------------------------------------------------------------------------------
