@@ -16,7 +16,7 @@ from dpa.core.errors import ConfigError, DataError, EngineError
 from dpa.models.judge_client import ChatJudge
 from dpa.stages.judge import (
     Pair,
-    estimate,
+    count_tokens,
     judge,
     length_controlled,
     make_pairs,
@@ -201,7 +201,7 @@ def test_replies_that_are_no_verdict_are_counted_and_left_out(server: Server, tm
 
 def test_the_estimate_counts_calls_and_tokens_before_anything_is_asked() -> None:
     prompts = prompts_of(PAIRS, SPACE, FULL)
-    found = estimate(prompts)
+    found = count_tokens(prompts)
     assert found.calls == 40
     assert found.tokens_in == round(sum(map(len, prompts)) / 4)
 

@@ -150,7 +150,7 @@ def judge(
     The key is read from DPA_JUDGE_API_KEY, else OPENAI_API_KEY.
     """
     from dpa.models.judge_client import ChatJudge
-    from dpa.stages.judge import estimate, judge, make_pairs, prompts_of, read_answers, sentence, write_verdicts
+    from dpa.stages.judge import count_tokens, judge, make_pairs, prompts_of, read_answers, sentence, write_verdicts
     from dpa.storage.progress import ProgressBar
 
     sides = [_side(text, questions, out, max_new_tokens, seed) for text in (first, second)]
@@ -164,7 +164,7 @@ def judge(
     key = os.environ.get("DPA_JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY")
     asked = ChatJudge([base_url] if base_url else [], judge_model, out / "cache.jsonl", key, max_tokens, together)
     missing = asked.missing([prompt for wish in wishes for prompt in prompts_of(pairs, where, wish)])
-    cost = estimate(missing)
+    cost = count_tokens(missing)
     tokens = cost.tokens_in + cost.tokens_out
     money = ""
     if price_in is not None or price_out is not None:

@@ -28,7 +28,7 @@ from typing import Any
 
 from dpa.core.errors import ConfigError, EngineError
 from dpa.models.http_exchange import MAX_ANSWER_BYTES, Answer, Refusal, TooLong, brief, exchange, retry_after
-from dpa.models.http_servers import Job, Server, least_loaded
+from dpa.models.http_servers import Request, Server, least_loaded
 from dpa.models.server_process import ServerProcess
 
 BACKOFF_S, LONGEST_REST_S = 0.5, 30.0
@@ -72,9 +72,9 @@ class HttpPool:
         self._servers += [Server("", in_flight, in_flight, process) for process in processes]
         self._request_s, self._attempts, self._max_restarts = request_s, attempts, max_restarts
         self._backoff_s, self._processes = backoff_s, tuple(processes)
-        self._waiting: deque[Job] = deque()
-        self._serving: set[Job] = set()
-        self._doubted: set[Job] = set()
+        self._waiting: deque[Request] = deque()
+        self._serving: set[Request] = set()
+        self._doubted: set[Request] = set()
         self._touchstone: tuple[str, bytes] | None = None
         self._answered = 0
         self._broken: EngineError | None = None
@@ -107,7 +107,7 @@ class HttpPool:
         `heard(place, answer)` is called on the pool's thread as each comes in; what it raises is raised here, and what
         was not sent yet never is.
         """
-        return self._run(self._ask([Job(path, json.dumps(body).encode()) for body in bodies], heard))
+        return self._run(self._ask([Request(path, json.dumps(body).encode()) for body in bodies], heard))
 
     def ask_every_server(self, path: str, body: dict[str, Any] | None) -> list[Answer | Refusal]:
         """POST the body (GET where it is None) to each server, which is how servers are got to know.
@@ -115,7 +115,7 @@ class HttpPool:
         Raises EngineError.
         """
         content = None if body is None else json.dumps(body).encode()
-        return self._run(self._ask([Job(path, content, only=server) for server in self._servers]))
+        return self._run(self._ask([Request(path, content, only=server) for server in self._servers]))
 
     def set_touchstone(self, path: str, body: dict[str, Any]) -> None:
         """A question that any server that works answers: it tells a bad request from a bad server."""
@@ -179,25 +179,25 @@ class HttpPool:
                 EngineError(f"the pool of servers failed ({error!r}); this is a mistake in dpa, please report it.")
             )
 
-    async def _ask(self, jobs: list[Job], heard: Heard | None = None) -> list[Answer | Refusal]:
+    async def _ask(self, requests: list[Request], heard: Heard | None = None) -> list[Answer | Refusal]:
         if self._broken:
             raise self._broken
-        for job in jobs:
-            job.future = self._loop.create_future()
-        self._waiting.extend(jobs)
+        for request in requests:
+            request.future = self._loop.create_future()
+        self._waiting.extend(requests)
         self._wake.set()
 
-        async def answer_to(place: int, job: Job) -> Answer | Refusal:
-            answer = await job.future
+        async def answer_to(place: int, request: Request) -> Answer | Refusal:
+            answer = await request.future
             if heard is not None:
                 heard(place, answer)
             return answer
 
         try:
-            return await asyncio.gather(*(answer_to(place, job) for place, job in enumerate(jobs)))
+            return await asyncio.gather(*(answer_to(place, request) for place, request in enumerate(requests)))
         except BaseException:
-            for job in jobs:
-                job.future.cancel()
+            for request in requests:
+                request.future.cancel()
             raise
 
     async def _dispatch(self) -> None:
@@ -205,22 +205,22 @@ class HttpPool:
         while True:
             self._wake.clear()
             now, later = time.monotonic(), float("inf")
-            held: list[Job] = []
+            held: list[Request] = []
             while self._waiting:
-                job = self._waiting.popleft()
-                if job.future.done():
+                request = self._waiting.popleft()
+                if request.future.done():
                     continue
-                server = least_loaded(self._servers, job, now) if job.not_before <= now else None
+                server = least_loaded(self._servers, request, now) if request.not_before <= now else None
                 if server is None:
-                    held.append(job)
-                    if job.not_before <= now and job.only is None:
+                    held.append(request)
+                    if request.not_before <= now and request.only is None:
                         break  # no server is free: nobody behind in the queue gets one either
                     continue
                 server.in_flight += 1
-                self._serving.add(job)
-                self._start(self._serve(server, job))
+                self._serving.add(request)
+                self._start(self._serve(server, request))
             self._waiting.extendleft(reversed(held))
-            for moment in (*(job.not_before for job in held), *(server.not_before for server in self._servers)):
+            for moment in (*(request.not_before for request in held), *(server.not_before for server in self._servers)):
                 later = min(later, moment) if moment > now else later
             try:
                 async with asyncio.timeout(None if later == float("inf") else later - now):
@@ -228,120 +228,122 @@ class HttpPool:
             except TimeoutError:
                 pass
 
-    async def _serve(self, server: Server, job: Job) -> None:
+    async def _serve(self, server: Server, request: Request) -> None:
         sent = time.monotonic()
-        if job.begun is None:
-            job.begun = self._answered
+        if request.begun is None:
+            request.begun = self._answered
         try:
             async with asyncio.timeout(self._request_s):
-                status, headers, content = await exchange(self._client, server.address + job.path, job.content)
+                status, headers, content = await exchange(self._client, server.address + request.path, request.content)
         except TimeoutError:
-            job.timeouts += 1
+            request.timeouts += 1
             if server.answered_at < sent:  # else the server is well and the request is not
                 self._server_failed(server)
-            self._again(job, f"no answer within {self._request_s:g} s", server, give_up=job.timeouts > 1)
+            self._again(request, f"no answer within {self._request_s:g} s", server, give_up=request.timeouts > 1)
         except (self._httpx.ConnectError, self._httpx.ConnectTimeout) as error:
-            self._unwell(server, job, f"{server.address}: {type(error).__name__}: {error}")
+            self._unwell(server, request, f"{server.address}: {type(error).__name__}: {error}")
         except (self._httpx.TransportError, OSError) as error:
             # It may be this very request that breaks servers, so it has half as many tries.
-            self._unwell(server, job, f"{server.address}: {type(error).__name__}: {error}", tries=2)
+            self._unwell(server, request, f"{server.address}: {type(error).__name__}: {error}", tries=2)
         except self._httpx.HTTPError as error:  # an answer that cannot be decoded
-            self._again(job, f"{server.address}: {type(error).__name__}: {error}", server)
+            self._again(request, f"{server.address}: {type(error).__name__}: {error}", server)
         except TooLong:
-            self._resolve(job, Refusal(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes"))
+            self._resolve(request, Refusal(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes"))
         else:
-            self._judge(server, job, status, headers, content)
+            self._judge(server, request, status, headers, content)
         finally:
-            self._serving.discard(job)
+            self._serving.discard(request)
             server.in_flight -= 1
             self._wake.set()
 
-    def _judge(self, server: Server, job: Job, status: int, headers: dict[str, str], content: bytes) -> None:
+    def _judge(self, server: Server, request: Request, status: int, headers: dict[str, str], content: bytes) -> None:
         said = f"{status} {brief(content)}".replace(self._key or "\0", "***")
         rest = retry_after(headers)
         if 200 <= status < 300:
             try:
                 payload = json.loads(content)
             except (ValueError, RecursionError):
-                self._again(job, f"an answer that is no JSON ({brief(content)})", server)
+                self._again(request, f"an answer that is no JSON ({brief(content)})", server)
                 return
             server.failures = server.restarts = 0
             server.answered_at = time.monotonic()
             server.limit = min(server.in_flight_limit, server.limit + 1)
             self._answered += 1
-            self._resolve(job, Answer(payload, headers))
+            self._resolve(request, Answer(payload, headers))
         elif status == 429 or (rest is not None and status >= 500):
             server.limit = max(1, min(server.limit, server.in_flight) - 1)
-            wait = self._rest(job.crowded) if rest is None else min(rest, self._request_s)
+            wait = self._rest(request.crowded) if rest is None else min(rest, self._request_s)
             server.not_before = time.monotonic() + wait * self._random.uniform(1.0, 1.1)
-            job.crowded = 0 if self._answered > job.answered_before else job.crowded + 1
-            job.answered_before = self._answered
+            request.crowded = 0 if self._answered > request.answered_before else request.crowded + 1
+            request.answered_before = self._answered
             # Being crowded out is no fault of the request, but servers that say 429 and nothing else must end the run.
-            self._again(job, said, tries=0, give_up=job.crowded >= self._attempts)
+            self._again(request, said, tries=0, give_up=request.crowded >= self._attempts)
         elif status in _UNWELL:
-            self._unwell(server, job, f"{server.address}: {said}")
+            self._unwell(server, request, f"{server.address}: {said}")
         elif status == 500:
-            self._again(job, f"{server.address}: {said}", server)
+            self._again(request, f"{server.address}: {said}", server)
         elif status in _REFUSED:
-            self._resolve(job, Refusal(f"the server answered {said}", status))
-        elif job.only is not None and status == 404:
-            self._resolve(job, Refusal(said, status))  # a question that not every kind of server knows
+            self._resolve(request, Refusal(f"the server answered {said}", status))
+        elif request.only is not None and status == 404:
+            self._resolve(request, Refusal(said, status))  # a question that not every kind of server knows
         else:
             hint = {401: self._key_from, 403: self._key_from, 404: "the address and the model's name"}
             check = hint.get(status, "the address")
-            self._fail(EngineError(f"{server.address}{job.path} answered {said}; check {check}."))
+            self._fail(EngineError(f"{server.address}{request.path} answered {said}; check {check}."))
 
-    def _unwell(self, server: Server, job: Job, reason: str, tries: int = 1) -> None:
+    def _unwell(self, server: Server, request: Request, reason: str, tries: int = 1) -> None:
         """A server cannot serve now. The request waits for it or another, unless all have failed too often."""
         self._server_failed(server)
-        job.tries += tries
-        if job.tries >= self._attempts and self._others_answered(job):
-            self._give_up(job, reason)
+        request.tries += tries
+        if request.tries >= self._attempts and self._others_answered(request):
+            self._give_up(request, reason)
         elif all(one.process is None and one.failures >= self._attempts for one in self._servers):
             self._fail(_nobody(reason))
         else:
-            job.avoid = server
-            self._waiting.append(job)
+            request.avoid = server
+            self._waiting.append(request)
 
-    def _again(self, job: Job, reason: str, avoid: Server | None = None, tries: int = 1, give_up: bool = False) -> None:
+    def _again(
+        self, request: Request, reason: str, avoid: Server | None = None, tries: int = 1, give_up: bool = False
+    ) -> None:
         """Put the request back into the queue, or give it up."""
-        job.tries += tries
-        if give_up or job.tries >= self._attempts:
-            self._give_up(job, reason)
+        request.tries += tries
+        if give_up or request.tries >= self._attempts:
+            self._give_up(request, reason)
         elif avoid is None:
-            self._waiting.appendleft(job)
+            self._waiting.appendleft(request)
         else:
-            job.avoid, job.not_before = avoid, time.monotonic() + self._rest(job.tries - 1)
-            self._waiting.append(job)
+            request.avoid, request.not_before = avoid, time.monotonic() + self._rest(request.tries - 1)
+            self._waiting.append(request)
 
-    def _give_up(self, job: Job, reason: str) -> None:
-        if self._others_answered(job):
-            self._resolve(job, Refusal(f"{reason}, after {max(job.tries, 1)} tries"))
-        elif self._touchstone is None or job.is_touchstone:
+    def _give_up(self, request: Request, reason: str) -> None:
+        if self._others_answered(request):
+            self._resolve(request, Refusal(f"{reason}, after {max(request.tries, 1)} tries"))
+        elif self._touchstone is None or request.is_touchstone:
             self._fail(_nobody(reason))
         else:
-            self._doubted.add(job)
-            self._start(self._try_touchstone(job, reason, self._touchstone))
+            self._doubted.add(request)
+            self._start(self._try_touchstone(request, reason, self._touchstone))
 
-    async def _try_touchstone(self, job: Job, reason: str, touchstone: tuple[str, bytes]) -> None:
-        test = Job(*touchstone, is_touchstone=True)
+    async def _try_touchstone(self, request: Request, reason: str, touchstone: tuple[str, bytes]) -> None:
+        test = Request(*touchstone, is_touchstone=True)
         test.future = self._loop.create_future()
         test.tries, test.timeouts = self._attempts - 1, 1  # it has one try
         self._waiting.appendleft(test)
         self._wake.set()
         try:
-            if isinstance(await test.future, Answer) or self._others_answered(job):
-                self._give_up(job, reason)
+            if isinstance(await test.future, Answer) or self._others_answered(request):
+                self._give_up(request, reason)
             else:
                 self._fail(_nobody(reason))
         except EngineError:
             pass  # all have been told
         finally:
-            self._doubted.discard(job)
+            self._doubted.discard(request)
 
-    def _others_answered(self, job: Job) -> bool:
+    def _others_answered(self, request: Request) -> bool:
         """Whether the pool answered anything since the request was first tried: then the fault is its own."""
-        return job.begun is not None and self._answered > job.begun
+        return request.begun is not None and self._answered > request.begun
 
     def _server_failed(self, server: Server) -> None:
         now = time.monotonic()
@@ -369,8 +371,8 @@ class HttpPool:
         except EngineError as error:
             self._servers.remove(server)
             await asyncio.to_thread(process.close)
-            for job in [job for job in self._waiting if job.only is server]:
-                self._resolve(job, Refusal(str(error)))
+            for request in [request for request in self._waiting if request.only is server]:
+                self._resolve(request, Refusal(str(error)))
             if not self._servers:
                 self._fail(error)
         finally:
@@ -379,16 +381,16 @@ class HttpPool:
     def _rest(self, failures: int) -> float:
         return min(LONGEST_REST_S, self._backoff_s * 2.0 ** max(failures, 0)) * self._random.uniform(0.5, 1.0)
 
-    def _resolve(self, job: Job, result: Answer | Refusal) -> None:
-        if not job.future.done():
-            job.future.set_result(result)
+    def _resolve(self, request: Request, result: Answer | Refusal) -> None:
+        if not request.future.done():
+            request.future.set_result(result)
 
     def _fail(self, error: EngineError) -> None:
         """No request can be served any more: those under way and all later ones raise this."""
         self._broken = self._broken or error
-        for job in (*self._waiting, *self._serving, *self._doubted):
-            if not job.future.done():
-                job.future.set_exception(error)
+        for request in (*self._waiting, *self._serving, *self._doubted):
+            if not request.future.done():
+                request.future.set_exception(error)
         self._waiting.clear()
 
 

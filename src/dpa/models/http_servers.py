@@ -28,7 +28,7 @@ class Server:
 
 
 @dataclass(eq=False)
-class Job:
+class Request:
     """A request of a pool, and what it has been through."""
 
     path: str
@@ -47,7 +47,7 @@ class Job:
     not_before: float = 0.0
 
 
-def least_loaded(servers: Sequence[Server], job: Job, now: float) -> Server | None:
+def least_loaded(servers: Sequence[Server], request: Request, now: float) -> Server | None:
     """The server that is up and has the fewest requests, another than the one to avoid where there is one."""
     free = [
         server
@@ -55,7 +55,7 @@ def least_loaded(servers: Sequence[Server], job: Job, now: float) -> Server | No
         if server.up
         and server.not_before <= now
         and server.in_flight < (1 if server.failures else server.limit)  # one request tries a server that failed
-        and job.only in (None, server)
+        and request.only in (None, server)
     ]
-    free = [server for server in free if server is not job.avoid] or free
+    free = [server for server in free if server is not request.avoid] or free
     return min(free, key=lambda server: server.in_flight, default=None)

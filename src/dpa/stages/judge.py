@@ -26,7 +26,7 @@ from dpa.pages.writing import percent
 from dpa.storage.tables import write_bytes, write_json
 
 CHARACTERS_PER_TOKEN = 4.0
-"""For the estimate before anything is asked; English text, rough."""
+"""For the count before anything is asked; English text, rough."""
 
 REPLY_TOKENS = 4
 RESAMPLES = 1000
@@ -58,7 +58,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TokenCount:
     """What asking will take: calls, tokens read and written."""
 
     calls: int
@@ -125,9 +125,9 @@ def judge_prompt(request: str, a: str, b: str, space: DirectionSpace, preference
     )
 
 
-def estimate(prompts: Sequence[str]) -> Estimate:
+def count_tokens(prompts: Sequence[str]) -> TokenCount:
     """Tokens these prompts will take, at CHARACTERS_PER_TOKEN."""
-    return Estimate(len(prompts), round(sum(map(len, prompts)) / CHARACTERS_PER_TOKEN), REPLY_TOKENS * len(prompts))
+    return TokenCount(len(prompts), round(sum(map(len, prompts)) / CHARACTERS_PER_TOKEN), REPLY_TOKENS * len(prompts))
 
 
 def read_verdict(reply: str) -> float | None:
