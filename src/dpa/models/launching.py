@@ -6,7 +6,6 @@ Run its tests: pytest tests/test_launch.py
 The ranks end with this process, however it ends: they hold the other end of a pipe and read it.
 """
 
-import gc
 import logging
 import os
 import signal
@@ -16,10 +15,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from dpa.core.config import ClusterConfig
 from dpa.core.errors import ConfigError, TrainingError
+from dpa.models.memory import free_memory
 from dpa.storage.stopping import POLL_S, StopOnSignal
 
 LAUNCHED = "DPA_LAUNCHED"
@@ -64,13 +62,6 @@ def launch(arguments: Sequence[str], cluster: ClusterConfig, label: str) -> None
         raise ConfigError(f"{label}: the launched training could not start; its message stands above.")
     if code:
         raise TrainingError(f"{label}: the launched training ended with exit code {code}; its message stands above.")
-
-
-def free_memory() -> None:
-    """Give back what models nobody holds any more took, on the card too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def end_with_launcher() -> None:

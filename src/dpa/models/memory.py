@@ -2,6 +2,7 @@
 Run its tests: pytest tests/test_memory.py
 """
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ LEAST_TOKENS = 1024
 
 TILES = 400_000_000
 """Bytes of the tiles that logits are made in (models/label_logprobs.py)."""
+
+
+def free_memory() -> None:
+    """Give back what models nobody holds any more took, on the card too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def available_memory(device: torch.device, cgroup: Path = CGROUP) -> int:

@@ -25,7 +25,7 @@ from dpa.core.records import Sample, Sampler, SampleRequest
 from dpa.core.reference import Model
 from dpa.models.engine import SamplingEngine
 from dpa.models.files import SafeModel, folder_revision, resolve_model
-from dpa.models.launching import free_memory
+from dpa.models.memory import free_memory
 from dpa.models.prompting import Prompting
 
 _DEAD = ("EngineDeadError", "EngineGenerateError")  # vllm.v1.engine.exceptions

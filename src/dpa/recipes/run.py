@@ -19,7 +19,7 @@ from dpa.core.records import Ledger, Prompt, Sampler, Scorer
 from dpa.core.reference import ModelReference
 from dpa.models.engines import build_samplers, engine_of
 from dpa.models.function_scorer import FunctionScorer
-from dpa.models.launching import free_memory
+from dpa.models.memory import free_memory
 from dpa.models.ranks import is_first
 from dpa.models.ray_samplers import ray_samplers
 from dpa.models.ray_scorers import ray_scorers
