@@ -17,6 +17,7 @@ import tempfile
 import time
 import types
 from collections.abc import Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
@@ -94,6 +95,7 @@ def python(
 
 def _work(arguments: list[str], cwd: str, environment: Mapping[str, str], files: list[Path]) -> None:
     """What an interpreter does with its command line; the streams go to two files."""
+    forkserver._forkserver.ensure_running = lambda: None  # it runs: what this process starts is forked from it too
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
