@@ -133,7 +133,7 @@ def select_rated(
 def _finish(stage: StageFolder, shards: int) -> Ledger:
     if not stage.done:
         rejects = [reject for number in range(shards) for reject in stage.shard_rejects(number)]
-        if not any(stage.shard_ledger(number).rows for number in range(shards)):
+        if not stage.ledger_of(range(shards)).rows:
             raise RejectRateError(
                 f"{stage.name}: no winner could be selected ({count_reasons(rejects) or 'no candidates'}); "
                 "look at the scorer."

@@ -124,33 +124,32 @@ def named_columns(config: RatingsConfig, attributes: Sequence[str]) -> tuple[lis
 
 def read_row(config: RatingsConfig, raw: dict[str, Any], names: Sequence[str]) -> Iterator[RatedRow | BadRow]:
     """The rated responses of one row of a data set, `names` being its attributes; each may be a BadRow instead."""
-    match config.format:
-        case "helpsteer" | "helpsteer2":
-            return _helpsteer(config, raw, names)
-        case "ultrafeedback":
-            return _ultrafeedback(config, raw, names)
-        case "generic":
-            return _generic(config, raw, names)
-
-
-def _helpsteer(config: RatingsConfig, raw: dict[str, Any], names: Sequence[str]) -> Iterator[RatedRow | BadRow]:
-    """HelpSteer and HelpSteer2 rows (prompt, response, five marks), or NeMo-Aligner's `text` and `label` of them."""
     try:
-        if raw.get("label") is not None:
-            messages, response = _nemo_conversation(raw.get("text"))
-            label = raw["label"]
-            if not isinstance(label, list) or len(label) != len(NEMO_MARKS):
-                raise BadRow(f"label is not a list of {len(NEMO_MARKS)} numbers")
-            given = {name: None if mark == NEMO_MISSING else mark for name, mark in zip(NEMO_MARKS, label, strict=True)}
-        else:
-            messages = check_messages(_turns(check_text(raw.get("prompt"), "prompt")), "prompt")
-            response = _answer(raw.get("response"), "response")
-            given = raw
-        marks = {name: _mark(given.get(short), short) for name, short in zip(names, HELPSTEER_MARKS, strict=True)}
+        match config.format:
+            case "helpsteer" | "helpsteer2":
+                yield _helpsteer(config, raw, names)
+            case "ultrafeedback":
+                yield from _ultrafeedback(config, raw, names)
+            case "generic":
+                yield _generic(config, raw, names)
     except BadRow as reason:
         yield reason
-        return
-    yield RatedRow(messages, response, config.format, marks)
+
+
+def _helpsteer(config: RatingsConfig, raw: dict[str, Any], names: Sequence[str]) -> RatedRow:
+    """HelpSteer and HelpSteer2 rows (prompt, response, five marks), or NeMo-Aligner's `text` and `label` of them."""
+    if raw.get("label") is not None:
+        messages, response = _nemo_conversation(raw.get("text"))
+        label = raw["label"]
+        if not isinstance(label, list) or len(label) != len(NEMO_MARKS):
+            raise BadRow(f"label is not a list of {len(NEMO_MARKS)} numbers")
+        given = {name: None if mark == NEMO_MISSING else mark for name, mark in zip(NEMO_MARKS, label, strict=True)}
+    else:
+        messages = check_messages(_turns(check_text(raw.get("prompt"), "prompt")), "prompt")
+        response = _answer(raw.get("response"), "response")
+        given = raw
+    marks = {name: _mark(given.get(short), short) for name, short in zip(names, HELPSTEER_MARKS, strict=True)}
+    return RatedRow(messages, response, config.format, marks)
 
 
 def _nemo_conversation(text: Any) -> tuple[Messages, str]:
@@ -175,14 +174,10 @@ def _turns(text: str) -> Messages:
 def _ultrafeedback(config: RatingsConfig, raw: dict[str, Any], names: Sequence[str]) -> Iterator[RatedRow | BadRow]:
     """One row per completion. A completion's own system prompt, there to vary the answers, is left out."""
     completions = raw.get("completions")
-    try:
-        messages = _asked(raw.get("instruction"), "instruction")
-        if not isinstance(completions, list):
-            raise BadRow(f"completions is {type(completions).__name__}, not a list")
-        given = _source(raw.get("source"), "source")
-    except BadRow as reason:
-        yield reason
-        return
+    messages = _asked(raw.get("instruction"), "instruction")
+    if not isinstance(completions, list):
+        raise BadRow(f"completions is {type(completions).__name__}, not a list")
+    given = _source(raw.get("source"), "source")
     source = f"ultrafeedback/{given}" if given else "ultrafeedback"
     for number, completion in enumerate(completions):
         try:
@@ -232,22 +227,18 @@ def _critique(completion: Mapping[str, Any]) -> str:
     return "" if critique is None else check_text(critique, "critique", may_be_empty=True)
 
 
-def _generic(config: RatingsConfig, raw: dict[str, Any], names: Sequence[str]) -> Iterator[RatedRow | BadRow]:
+def _generic(config: RatingsConfig, raw: dict[str, Any], names: Sequence[str]) -> RatedRow:
     """`prompt` or `messages`, `response`, one column per attribute; `columns` renames."""
-    column = {name: config.columns.get(name, name) for name in ("prompt", "response", "messages", "source")}
-    try:
-        given = given_messages(raw.get(column["messages"]), column["messages"])
-        if given is not None:
-            messages, response = _conversation(given, raw.get(column["response"]), column["response"])
-        else:
-            messages = _asked(raw.get(column["prompt"]), column["prompt"])
-            response = _answer(raw.get(column["response"]), column["response"])
-        marks = {name: _mark(raw.get(name), name) for name in names}
-        source = _source(raw.get(column["source"]), column["source"]) or Path(config.path).stem
-    except BadRow as reason:
-        yield reason
-        return
-    yield RatedRow(messages, response, source, marks)
+    column = {name: config.columns.get(name, name) for name in TEXT_COLUMNS}
+    given = given_messages(raw.get(column["messages"]), column["messages"])
+    if given is not None:
+        messages, response = _conversation(given, raw.get(column["response"]), column["response"])
+    else:
+        messages = _asked(raw.get(column["prompt"]), column["prompt"])
+        response = _answer(raw.get(column["response"]), column["response"])
+    marks = {name: _mark(raw.get(name), name) for name in names}
+    source = _source(raw.get(column["source"]), column["source"]) or Path(config.path).stem
+    return RatedRow(messages, response, source, marks)
 
 
 def _conversation(messages: Any, response: Any, column: str) -> tuple[Messages, str]:

@@ -260,15 +260,11 @@ class StageFolder:
             pass
         return None
 
-    def shard_ledger(self, number: int) -> Ledger:
-        """What a recorded shard cost."""
-        return self._must(number).ledger
-
     def ledger_of(self, numbers: Iterable[int]) -> Ledger:
         """What these recorded shards cost together."""
         total = Ledger()
         for number in numbers:
-            total.add(self.shard_ledger(number))
+            total.add(self._must(number).ledger)
         return total
 
     def shard_rejects(self, number: int) -> tuple[Reject, ...]:
