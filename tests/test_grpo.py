@@ -110,7 +110,6 @@ def test_the_start_policy_of_the_demo_earns_more_after_a_few_steps(tmp_path: Pat
     reward = done.logged("reward")
     assert done.steps == 5 and np.mean(reward[-2:]) > np.mean(reward[:2]) + 1
     before, after = (mean_utility(policy, terse, scorer) for policy in (START_MODEL, tmp_path / "policy"))
-    print(reward, before, after)
     assert after > before + 1
 
 
