@@ -104,7 +104,7 @@ def mean_utility(policy: Path, direction: tuple[float, float], scorer: Lengths) 
 
 def test_the_start_policy_of_the_demo_earns_more_after_a_few_steps(tmp_path: Path) -> None:
     terse, scorer = (0.6, -0.8), Lengths()
-    config = GrpoConfig(learning_rate=2e-3, prompts_per_step=3, warmup=0, optimizer="muon")
+    config = GrpoConfig(learning_rate=2e-3, prompts_per_step=3, warmup=0)
     learner = GRPO(config, SPACE, 1, RolloutConfig(samples=8, max_new_tokens=20), scorer)
     done = train_policy(learner, START_MODEL, asked(15, [list(terse)]), tmp_path / "policy", tmp_path / "work")
     reward = done.logged("reward")
