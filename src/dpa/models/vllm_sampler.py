@@ -126,7 +126,9 @@ class VllmEngine(SamplingEngine):
         self._sleep()
 
     def close(self) -> None:
-        """Shut the engine down."""
+        """Shut the engine down, where one was started."""
+        if self._llm is None:
+            return  # to look for what can be freed takes half a second
         engine = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
         if engine is not None and hasattr(engine, "shutdown"):
             engine.shutdown()
