@@ -25,9 +25,14 @@ ENGINES: dict[str, type[SamplingEngine]] = {
 }
 
 
+def engine_named(name: str) -> type[SamplingEngine]:
+    """The engine of that name. Raises ConfigError, which names the nearest."""
+    return look_up(ENGINES, name, "rollout.engine.kind")
+
+
 def engine_of(config: RolloutConfig) -> SamplingEngine:
-    """The engine a rollout names. Raises ConfigError, which names the nearest."""
-    return look_up(ENGINES, config.engine.kind, "rollout.engine.kind")()
+    """The engine a rollout names, not yet started. Raises ConfigError."""
+    return engine_named(config.engine.kind)()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from dpa.core.config import RewardConfig, RunConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError
-from dpa.models.engines import engine_of
+from dpa.models.engines import engine_named
 from dpa.models.files import GGUF_SUFFIX
 from dpa.models.learners import learner_of
 from dpa.models.scorers import known_attributes
@@ -34,7 +34,7 @@ def check_run(config: RunConfig) -> None:
             f"evaluate.gold: its names must be the objectives {', '.join(space.names)}; "
             f"{'missing' if missing else 'unknown'}: {', '.join(missing or unknown)}."
         )
-    engine_of(config.rollout)  # a name that is not known is refused
+    engine_named(config.rollout.engine.kind)
     for t in (first, first + 1):
         learner_of(config, t).check(config)
     if config.reward.train and not config.ratings:
