@@ -49,7 +49,7 @@ PHASES = {
 is not begun. In the order of what matters most."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vllm")
-PRELOADED = ["dpa.models.sft", "dpa.models.reward_training", "dpa.models.samplers", "dpa.recipes.dpa"]
+PRELOADED = ["dpa.training.sft", "dpa.training.reward_training", "dpa.sampling.samplers", "dpa.recipes.dpa"]
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ from trl import SFTConfig, SFTTrainer
 
 from dpa.core.config import FinetuneConfig
 from dpa.core.presets import SPACES
-from dpa.models.packing import Example
 from dpa.models.quiet import quiet_libraries
-from dpa.models.sft import SFT
+from dpa.training.packing import Example
+from dpa.training.sft import SFT
 
 ROW = 256
 

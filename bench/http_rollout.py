@@ -30,10 +30,10 @@ import torch
 from dpa.core.config import EngineConfig, HttpEngineConfig, RolloutConfig
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.records import Prompt
-from dpa.models.engines import build_samplers
-from dpa.models.http_pool import HttpPool
 from dpa.models.policy import load_policy, save_policy
-from dpa.models.server_process import ServerProcess
+from dpa.remote.http_pool import HttpPool
+from dpa.remote.server_process import ServerProcess
+from dpa.sampling.engines import build_samplers
 from dpa.stages.rollout import rollout
 from dpa.storage.run_folder import StageFolder
 

@@ -21,9 +21,9 @@ import torch
 from dpa.core.config import ClusterConfig, RolloutConfig
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.records import Prompt, Sampler
-from dpa.models.engines import build_samplers
-from dpa.models.ray_samplers import ray_samplers
-from dpa.models.samplers import sampler_spec
+from dpa.sampling.engines import build_samplers
+from dpa.sampling.ray_samplers import ray_samplers
+from dpa.sampling.samplers import sampler_spec
 from dpa.stages.rollout import rollout
 from dpa.storage.run_folder import StageFolder
 from dpa.world.demo import START_MODEL

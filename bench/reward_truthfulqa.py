@@ -28,10 +28,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
 from dpa.core.config import RatingsConfig, RewardTrainConfig
-from dpa.models.reward_rows import split_by_prompt
-from dpa.models.reward_scorer import RewardModelScorer
+from dpa.scoring.reward_scorer import RewardModelScorer
 from dpa.stages.ratings import read_ratings
 from dpa.stages.train_reward import train_reward
+from dpa.training.reward_rows import split_by_prompt
 
 ATTRIBUTES = ("truthful", "informative")
 RESAMPLES = 500

@@ -28,11 +28,11 @@ import torch
 from dpa.core.directions import DirectionSpace
 from dpa.core.measures import interval
 from dpa.core.records import Prompt, Sampler, SampleRequest, Scorer, candidate_id, seed_of
-from dpa.models.best_of import BestOfSampler, RobustSampler
 from dpa.models.files import folder_revision, load_space
-from dpa.models.function_scorer import FunctionScorer
-from dpa.models.reward_scorer import RewardModelScorer
-from dpa.models.samplers import SamplerSpec
+from dpa.sampling.best_of import BestOfSampler, RobustSampler
+from dpa.sampling.samplers import SamplerSpec
+from dpa.scoring.function_scorer import FunctionScorer
+from dpa.scoring.reward_scorer import RewardModelScorer
 from dpa.stages.prompts import read_prompts
 
 ENDS = 40.0

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from dpa.models.decoding import Decoder, Decoding, decode
+from dpa.sampling.decoding import Decoder, Decoding, decode
 
 END, PAD, VOCABULARY = 1, 0, 600
 

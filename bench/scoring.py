@@ -15,9 +15,9 @@ import numpy as np
 
 from dpa.core.config import RewardTrainConfig
 from dpa.core.records import Messages
-from dpa.models.reward_rows import RatedExample
-from dpa.models.reward_scorer import RewardModelScorer
-from dpa.models.reward_training import train_reward_model
+from dpa.scoring.reward_scorer import RewardModelScorer
+from dpa.training.reward_rows import RatedExample
+from dpa.training.reward_training import train_reward_model
 from dpa.world.start_model import build_model, build_tokenizer
 
 

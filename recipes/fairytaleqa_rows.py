@@ -34,7 +34,7 @@ import fairytaleqa_reward as reward
 
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.records import Sampler, SampleRequest, seed_of, stable_hash
-from dpa.models.samplers import SamplerSpec
+from dpa.sampling.samplers import SamplerSpec
 
 DEVELOPMENT_STORIES = 24
 PASSAGE_WORDS = 50

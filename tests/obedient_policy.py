@@ -17,7 +17,7 @@ from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.records import SampleRequest
 from dpa.models.files import EVALUATION_FILE
 from dpa.models.policy import load_policy, save_policy
-from dpa.models.samplers import TransformersSampler
+from dpa.sampling.samplers import TransformersSampler
 from dpa.stages.evaluate import evaluate
 from dpa.world import true_reward
 from dpa.world.demo import START_MODEL

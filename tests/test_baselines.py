@@ -20,8 +20,6 @@ from dpa.core.config import RatingsConfig
 from dpa.core.errors import DataError, ModelFileError
 from dpa.core.records import Sample, SampleRequest
 from dpa.models.policy import load_policy
-from dpa.models.samplers import SamplerSpec
-from dpa.models.soups import SoupSampler, interpolate
 from dpa.recipes.baselines import demonstrations, dpo, prompted, soups, steerlm
 from dpa.recipes.baselines.asking import TranslatingSampler, with_system, without_direction
 from dpa.recipes.baselines.lab import Lab, spent, unstated
@@ -29,6 +27,8 @@ from dpa.recipes.baselines.labels import asking, labelled, targets, weight_range
 from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.baselines.ric import near_front
 from dpa.recipes.compare import ComparisonJob
+from dpa.sampling.samplers import SamplerSpec
+from dpa.sampling.soups import SoupSampler, interpolate
 from dpa.world.answers import answer_of_size
 from dpa.world.comparison import QUICK, write_recipe, write_worlds
 from dpa.world.demo import START_MODEL

@@ -12,7 +12,7 @@ from dpa.cli.talk import answer
 from dpa.core.config import RolloutConfig
 from dpa.core.errors import ConfigError, DirectionError
 from dpa.core.records import Sampler, SampleRequest
-from dpa.models.best_of import BestOfSampler, RobustSampler
+from dpa.sampling.best_of import BestOfSampler, RobustSampler
 from dpa.stages.rollout import rollout
 from dpa.storage.run_folder import StageFolder
 

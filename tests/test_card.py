@@ -15,8 +15,8 @@ from dpa.core.config import EvaluateConfig, RewardConfig
 from dpa.core.errors import EngineError, ModelFileError
 from dpa.models.files import folder_revision
 from dpa.models.hub import push_model
-from dpa.models.scorers import scored_by
 from dpa.pages.card import CARD, card, write_card
+from dpa.scoring.scorers import scored_by
 from dpa.storage.tables import write_bytes
 
 SPACE = space_of("helpfulness", "verbosity", presets={"terse": "-40deg"})

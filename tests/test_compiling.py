@@ -13,11 +13,11 @@ from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 
 from dpa.core.config import FinetuneConfig, RewardTrainConfig, of_results
 from dpa.models.compiling import CompiledLayers, worth_compiling
-from dpa.models.packing import Example
-from dpa.models.reward_rows import RatedExample
-from dpa.models.reward_scorer import RewardModelScorer
-from dpa.models.reward_training import train_reward_model
-from dpa.models.sft import SFT
+from dpa.scoring.reward_scorer import RewardModelScorer
+from dpa.training.packing import Example
+from dpa.training.reward_rows import RatedExample
+from dpa.training.reward_training import train_reward_model
+from dpa.training.sft import SFT
 
 CONFIG = FinetuneConfig(max_length=64, packed_rows_per_step=2, learning_rate=1e-3, save_steps=2)
 

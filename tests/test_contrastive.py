@@ -17,11 +17,11 @@ from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from dpa.core.config import AdapterConfig, FinetuneConfig
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.models.attention import packed_attention
-from dpa.models.contrastive import info_nce, label_log_probabilities, negative_directions
-from dpa.models.learner import RowEncoder
-from dpa.models.packing import Example
 from dpa.models.policy import make_steerable
-from dpa.models.sft import SFT, encode_examples
+from dpa.training.contrastive import info_nce, label_log_probabilities, negative_directions
+from dpa.training.learner import RowEncoder
+from dpa.training.packing import Example
+from dpa.training.sft import SFT, encode_examples
 
 CONTRASTIVE = CONFIG.model_copy(update={"contrastive": 0.7, "contrastive_negatives": 2, "max_length": 300})
 

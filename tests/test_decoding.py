@@ -12,11 +12,11 @@ from tiny_models import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpa.models.decoding import Decoder, Decoding, decode
-from dpa.models.fixed_cache import FixedCache, rung
-from dpa.models.forward import Forward
-from dpa.models.grouped_attention import grouped_attention
-from dpa.models.strided_cache import StridedCache, fill_holes
+from dpa.sampling.decoding import Decoder, Decoding, decode
+from dpa.sampling.fixed_cache import FixedCache, rung
+from dpa.sampling.forward import Forward
+from dpa.sampling.grouped_attention import grouped_attention
+from dpa.sampling.strided_cache import StridedCache, fill_holes
 
 HOW = Decoding(1.0, 1.0, 40, end_ids=(1, *range(60, 80)))
 

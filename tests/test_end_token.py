@@ -13,13 +13,13 @@ from tiny_models import SPACE, tiny_model, tiny_tokenizer
 from dpa.core.config import FinetuneConfig, PreferenceConfig
 from dpa.core.errors import ModelFileError
 from dpa.core.records import SampleRequest
-from dpa.models.dpo import DPO
-from dpa.models.learner import RowEncoder
-from dpa.models.packing import Row, pass_inputs
 from dpa.models.policy import check_policy, load_policy, make_steerable
-from dpa.models.policy_training import train_policy
-from dpa.models.samplers import TransformersSampler
-from dpa.models.sft import SFT, encode_examples
+from dpa.sampling.samplers import TransformersSampler
+from dpa.training.dpo import DPO
+from dpa.training.learner import RowEncoder
+from dpa.training.packing import Row, pass_inputs
+from dpa.training.policy_training import train_policy
+from dpa.training.sft import SFT, encode_examples
 
 END = 1
 MESSAGES = [{"role": "user", "content": "Why?"}]

@@ -22,10 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizer, PreTrainedTokeniz
 
 from dpa.core.errors import EngineError
 from dpa.core.records import SampleRequest
-from dpa.models.batching import ContinuousBatch, Row
-from dpa.models.decoding import Decoder, Decoding, decode
 from dpa.models.policy import make_steerable
-from dpa.models.samplers import TransformersSampler
+from dpa.sampling.batching import ContinuousBatch, Row
+from dpa.sampling.decoding import Decoder, Decoding, decode
+from dpa.sampling.samplers import TransformersSampler
 from dpa.serve.engine import Engine
 from dpa.serve.engine_loop import TURN, Answer, EngineLoop
 from dpa.serve.text_stream import TextStream

@@ -16,9 +16,9 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError
 from dpa.core.records import Sample, Sampler, SampleRequest
 from dpa.core.reference import Model
-from dpa.models.engine import SamplingEngine
-from dpa.models.engines import ENGINES, engine_of
 from dpa.recipes.dpa import Loop
+from dpa.sampling.engine import SamplingEngine
+from dpa.sampling.engines import ENGINES, engine_of
 
 
 class Parrot(SamplingEngine):

@@ -18,10 +18,10 @@ from test_finetuning import CONFIG, logged, run
 from tiny_models import SPACE, save_tiny_model
 
 from dpa.core.errors import StorageError
-from dpa.models.checkpoints import newest_checkpoint
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.files import load_space
 from dpa.models.policy import load_policy, save_policy
+from dpa.training.checkpoints import newest_checkpoint
 
 
 def test_fault_22_a_checkpoint_cut_off_is_skipped_with_a_warning(

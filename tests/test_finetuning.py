@@ -26,14 +26,14 @@ from dpa.core.errors import ConfigError, DataError, Interrupted, TrainingError
 from dpa.core.records import Ledger
 from dpa.models.attention import packed_attention
 from dpa.models.files import load_space
-from dpa.models.learner import RowEncoder, TrainingRecord
-from dpa.models.optimizers import MuonWithAdamW
-from dpa.models.packing import Example, pack
 from dpa.models.policy import load_policy, make_steerable
-from dpa.models.policy_training import train_policy
-from dpa.models.sft import SFT, encode_examples
 from dpa.stages.finetune import finetune_policy
 from dpa.storage.run_folder import StageFolder
+from dpa.training.learner import RowEncoder, TrainingRecord
+from dpa.training.optimizers import MuonWithAdamW
+from dpa.training.packing import Example, pack
+from dpa.training.policy_training import train_policy
+from dpa.training.sft import SFT, encode_examples
 
 QUESTION = [{"role": "user", "content": "Why?"}]
 

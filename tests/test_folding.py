@@ -16,14 +16,14 @@ from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.errors import ModelFileError
 from dpa.models.chat_template import steerable_template
 from dpa.models.files import load_space, resolve_model
-from dpa.models.folding import attribute_space, bake_direction, chat_template_of, fold_reward, reward_spec
 from dpa.models.policy import save_policy
-from dpa.models.reward_model import PUBLISHED_CONVERSATION, RELEASED_SPEC, encode, read_spec
-from dpa.models.reward_rows import RatedExample
-from dpa.models.reward_scorer import RewardModelScorer
-from dpa.models.reward_training import train_reward_model
-from dpa.models.samplers import SamplerSpec
-from dpa.models.scorers import build_scorer
+from dpa.sampling.samplers import SamplerSpec
+from dpa.scoring.folding import attribute_space, bake_direction, chat_template_of, fold_reward, reward_spec
+from dpa.scoring.reward_model import PUBLISHED_CONVERSATION, RELEASED_SPEC, encode, read_spec
+from dpa.scoring.reward_scorer import RewardModelScorer
+from dpa.scoring.scorers import build_scorer
+from dpa.training.reward_rows import RatedExample
+from dpa.training.reward_training import train_reward_model
 
 ATTRIBUTES = ("helpful", "wordy", "kind")
 OBJECTIVES = DirectionSpace(

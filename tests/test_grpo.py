@@ -19,15 +19,15 @@ from dpa.core.compare_config import load_comparison
 from dpa.core.config import GrpoConfig, RolloutConfig
 from dpa.core.errors import ConfigError, DataError
 from dpa.core.records import SampleRequest
-from dpa.models.grpo import GRPO
-from dpa.models.learner import RowEncoder, TrainingRecord
 from dpa.models.policy import load_policy, make_steerable
-from dpa.models.policy_training import train_policy
-from dpa.models.samplers import TransformersSampler
 from dpa.recipes.baselines.lab import spent
 from dpa.recipes.compare import Comparison
 from dpa.recipes.dpa import Loop
+from dpa.sampling.samplers import TransformersSampler
 from dpa.storage.run_folder import StageFolder
+from dpa.training.grpo import GRPO
+from dpa.training.learner import RowEncoder, TrainingRecord
+from dpa.training.policy_training import train_policy
 
 START_MODEL = Path(__file__).parents[1] / "src" / "dpa" / "world" / "assets" / "start_model"
 CONFIG = GrpoConfig(learning_rate=3e-3, prompts_per_step=2, warmup=0, save_steps=2)

@@ -12,8 +12,8 @@ import pytest
 from fake_server import FakeServer
 
 from dpa.core.errors import EngineError
-from dpa.models.http_exchange import MAX_ANSWER_BYTES, Answer, Refusal, retry_after
-from dpa.models.http_pool import HttpPool
+from dpa.remote.http_exchange import MAX_ANSWER_BYTES, Answer, Refusal, retry_after
+from dpa.remote.http_pool import HttpPool
 
 QUICK = {"backoff_s": 0.01, "request_s": 20.0}
 

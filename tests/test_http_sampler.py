@@ -22,10 +22,10 @@ from transformers import AutoTokenizer
 from dpa.core.config import EngineConfig, HttpEngineConfig, RolloutConfig, parse_config
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Sample, SampleRequest
-from dpa.models.engines import build_samplers
 from dpa.models.files import folder_revision
 from dpa.models.policy import encode_prompt, load_policy, make_steerable, save_policy
-from dpa.models.server_process import ServerProcess
+from dpa.remote.server_process import ServerProcess
+from dpa.sampling.engines import build_samplers
 from dpa.stages.rollout import rollout
 from dpa.storage.run_folder import StageFolder
 

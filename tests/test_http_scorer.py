@@ -16,11 +16,11 @@ from tiny_models import save_tiny_model
 from dpa.core.config import HttpRewardConfig, RewardConfig, RewardTrainConfig
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Messages
-from dpa.models.reward_model import forward
-from dpa.models.reward_rows import RatedExample
-from dpa.models.reward_scorer import RewardModelScorer
-from dpa.models.reward_training import train_reward_model
-from dpa.models.scorers import build_scorer
+from dpa.scoring.reward_model import forward
+from dpa.scoring.reward_scorer import RewardModelScorer
+from dpa.scoring.scorers import build_scorer
+from dpa.training.reward_rows import RatedExample
+from dpa.training.reward_training import train_reward_model
 
 ASKED: Messages = [{"role": "user", "content": "Why?"}]
 RESPONSES = ["", "one", "ab ab ab", "a longer answer than that", "x" * 500, "the last"]

@@ -13,7 +13,7 @@ from fake_server import FakeServer, Reply
 from fakes import space_of
 
 from dpa.core.errors import ConfigError, DataError, EngineError
-from dpa.models.judge_client import ChatJudge
+from dpa.remote.judge_client import ChatJudge
 from dpa.stages.judge import (
     Pair,
     count_tokens,

@@ -18,8 +18,8 @@ from fakes import FakeSampler, all_rows, prompts_of, space_of
 from dpa.core.config import RewardConfig, RolloutConfig
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Messages, score_in_full
-from dpa.models.judge_scorer import JudgeScorer, read_ratings
-from dpa.models.scorers import MixScorer, build_scorer
+from dpa.scoring.judge_scorer import JudgeScorer, read_ratings
+from dpa.scoring.scorers import MixScorer, build_scorer
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
 from dpa.storage.run_folder import StageFolder

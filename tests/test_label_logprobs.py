@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_model
 
 from dpa.models.attention import pack_inputs, packed_attention
-from dpa.models.label_logprobs import IGNORED, has_plain_head, label_logprobs
+from dpa.training.label_logprobs import IGNORED, has_plain_head, label_logprobs
 
 
 @pytest.mark.parametrize(("architecture", "changes"), [("llama", {}), ("qwen2", {"tie_word_embeddings": True})])

@@ -23,9 +23,9 @@ from tiny_models import save_tiny_model
 
 from dpa.core.config import ClusterConfig, load_config
 from dpa.core.errors import ConfigError
-from dpa.models.launching import launch
-from dpa.models.packing import Example, packed_rows
 from dpa.recipes.dpa import Loop
+from dpa.training.launching import launch
+from dpa.training.packing import Example, packed_rows
 
 ROOT = Path(__file__).parents[1]
 PRESETS = ROOT / "recipes" / "accelerate"
@@ -143,7 +143,7 @@ def start(self, *args, fsdp_plugin=None, **kwargs):
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
 AcceleratorState.__init__ = start  # accelerate has FSDP on cards only; torch's FSDP2 itself runs over gloo
 from torch.distributed.tensor import DTensor
-from dpa.models.training import StopsAtBadStep
+from dpa.training.trainers import StopsAtBadStep
 check = StopsAtBadStep._check_step
 def look(self, norm):
     assert all(isinstance(parameter, DTensor) for parameter in self.model_wrapped.parameters()), "weights are sharded"
@@ -160,7 +160,7 @@ def test_fsdp2_shards_the_weights_and_saves_a_whole_policy(
 ) -> None:
     """By its preset, over gloo, through a checkpoint every second step."""
     (tmp_path / "rank.py").write_text(FSDP)
-    command = [sys.executable, "-m", "dpa.models.launching", "--config_file", str(PRESETS / "fsdp2.yaml")]
+    command = [sys.executable, "-m", "dpa.training.launching", "--config_file", str(PRESETS / "fsdp2.yaml")]
     command += ["--main_process_port", "0", str(tmp_path / "rank.py")]
     done = subprocess.run(
         [*command, "finetune", str(selected), "-t", "0", "--set", f"out={run}"], text=True, capture_output=True
@@ -200,7 +200,7 @@ def test_a_users_mistake_in_a_rank_is_one_sentence_and_exit_2(capfd: pytest.Capt
 RANK = """
 import sys
 from dpa.core.errors import RunFolderError
-from dpa.models.ranks import any_of, first_then_rest, wait_for_all
+from dpa.training.ranks import any_of, first_then_rest, wait_for_all
 print(first_then_rest(lambda join: f"join={join}"), any_of(sys.argv[1] == "1"), flush=True)
 wait_for_all()
 def locked(join):

@@ -12,9 +12,9 @@ from toy_learner import OneByOne
 from toy_run import toy_config
 
 from dpa.core.errors import ConfigError
-from dpa.models.learners import LEARNERS
 from dpa.recipes.dpa import Loop
 from dpa.storage.run_folder import StageFolder
+from dpa.training.learners import LEARNERS
 
 
 @pytest.fixture

@@ -19,13 +19,13 @@ from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from dpa.core.config import FinetuneConfig, PreferenceConfig, of_results
 from dpa.core.errors import TrainingError
 from dpa.core.records import Ledger
-from dpa.models.dpo import DPO
-from dpa.models.learner import RowEncoder
-from dpa.models.listening import Listening, held_out_rows, hold_out, listening
 from dpa.models.policy import make_steerable
-from dpa.models.sft import SFT
 from dpa.stages.finetune import finetune_policy, listening_curve
 from dpa.storage.run_folder import StageFolder
+from dpa.training.dpo import DPO
+from dpa.training.learner import RowEncoder
+from dpa.training.listening import Listening, held_out_rows, hold_out, listening
+from dpa.training.sft import SFT
 
 ROWS = rows_of([[(UP, "So it is. " * (1 + i % 3)), (DOWN, "No." + "!" * (i % 3))] for i in range(12)])
 MEASURED = CONFIG.model_copy(update={"listening_rows": 8, "listening_steps": 2})

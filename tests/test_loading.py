@@ -17,11 +17,11 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from dpa.core.errors import ModelFileError
 from dpa.models.files import resolve_model
-from dpa.models.folding import bake_direction
 from dpa.models.loading import load_model
 from dpa.models.policy import check_policy, load_policy, load_prompting, save_policy
-from dpa.models.reward_model import load_classifier
-from dpa.models.samplers import SamplerSpec
+from dpa.sampling.samplers import SamplerSpec
+from dpa.scoring.folding import bake_direction
+from dpa.scoring.reward_model import load_classifier
 
 WEIGHTS = "model.safetensors"
 

@@ -11,8 +11,8 @@ from tiny_models import SPACE, tiny_model, tiny_tokenizer
 
 from dpa.core.config import FinetuneConfig
 from dpa.core.errors import TrainingError
-from dpa.models.packing import Example
-from dpa.models.sft import SFT
+from dpa.training.packing import Example
+from dpa.training.sft import SFT
 
 CONFIG = FinetuneConfig(learning_rate=1e-3, max_length=64, packed_rows_per_step=4, rows_per_device=4, save_steps=10**6)
 

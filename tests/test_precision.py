@@ -14,12 +14,12 @@ from test_reward_training import ATTRIBUTES, SCALES, config, examples
 from tiny_models import save_tiny_model
 
 from dpa.core.errors import ModelFileError
-from dpa.models.precision import rows_to_compare
-from dpa.models.reward_model import read_spec
-from dpa.models.reward_quality import pairwise_agreement
-from dpa.models.reward_scorer import RewardModelScorer
-from dpa.models.reward_training import train_reward_model
+from dpa.scoring.precision import rows_to_compare
+from dpa.scoring.reward_model import read_spec
+from dpa.scoring.reward_quality import pairwise_agreement
+from dpa.scoring.reward_scorer import RewardModelScorer
 from dpa.storage.tables import read_json
+from dpa.training.reward_training import train_reward_model
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dpa.core.config import AdapterConfig, PreferenceConfig
 from dpa.core.errors import ConfigError, DataError, TrainingError
-from dpa.models.dpo import DPO, EncodedPair
 from dpa.models.files import load_space
-from dpa.models.learner import RowEncoder, TrainingRecord
 from dpa.models.policy import make_steerable
-from dpa.models.policy_training import train_policy
 from dpa.storage.stage_records import Reject
+from dpa.training.dpo import DPO, EncodedPair
+from dpa.training.learner import RowEncoder, TrainingRecord
+from dpa.training.policy_training import train_policy
 
 QUESTION = json.dumps([{"role": "user", "content": "Why?"}])
 CONFIG = PreferenceConfig(

@@ -18,12 +18,12 @@ from tiny_models import SPACE, save_tiny_model
 from dpa.core.config import ClusterConfig, RewardConfig, RolloutConfig
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Sample, SampleRequest
-from dpa.models.engines import build_samplers
-from dpa.models.ray_pool import RayPool
-from dpa.models.ray_samplers import RaySampler, ray_samplers
-from dpa.models.ray_scorers import ray_scorers
-from dpa.models.samplers import sampler_spec
-from dpa.models.scorers import build_scorer
+from dpa.remote.ray_pool import RayPool
+from dpa.sampling.engines import build_samplers
+from dpa.sampling.ray_samplers import RaySampler, ray_samplers
+from dpa.sampling.samplers import sampler_spec
+from dpa.scoring.ray_scorers import ray_scorers
+from dpa.scoring.scorers import build_scorer
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
 from dpa.storage.run_folder import StageFolder
@@ -190,7 +190,7 @@ def test_a_node_killed_in_mid_run_loses_nothing(cluster: Any, local: Path, tmp_p
 def test_without_ray_the_extra_is_named(tmp_path: Path) -> None:
     (tmp_path / "ray.py").write_text("raise ImportError('no ray here')\n")
     code = (
-        "from dpa.models.ray_pool import RayPool\n"
+        "from dpa.remote.ray_pool import RayPool\n"
         "from dpa.core.config import ClusterConfig\n"
         "RayPool(None, 1, ClusterConfig(engine='ray'))\n"
     )

@@ -15,8 +15,8 @@ from tiny_models import save_tiny_model
 from dpa.core.config import fingerprint, load_config, parse_config
 from dpa.core.errors import ConfigError
 from dpa.core.presets import DPA_V1
-from dpa.models.reward_model import RELEASED_SPEC
 from dpa.recipes.dpa import Loop
+from dpa.scoring.reward_model import RELEASED_SPEC
 from dpa.storage.tables import read_json
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -15,12 +15,12 @@ from dpa.core.errors import ModelFileError
 from dpa.core.reference import ModelReference
 from dpa.models.files import SPACE_FILE
 from dpa.models.policy import load_policy
-from dpa.models.policy_training import train_policy
-from dpa.models.reward_scorer import RewardModelScorer
-from dpa.models.samplers import SamplerSpec
-from dpa.models.sft import SFT
 from dpa.recipes.baselines.lab import Lab
 from dpa.recipes.dpa import Loop
+from dpa.sampling.samplers import SamplerSpec
+from dpa.scoring.reward_scorer import RewardModelScorer
+from dpa.training.policy_training import train_policy
+from dpa.training.sft import SFT
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

@@ -17,13 +17,13 @@ from transformers import AutoTokenizer
 
 from dpa.core.errors import ConfigError, DataError, TrainingError
 from dpa.core.records import Messages, stable_hash
-from dpa.models.cutting import cut_prompt
-from dpa.models.reward_model import PLAIN_CONVERSATION, encode
-from dpa.models.reward_rows import RatedExample
-from dpa.models.reward_training import train_reward_model
-from dpa.models.ridge import FOLDS, PENALTIES_PER_ROW, choose_constant, choose_penalties, fit_ridge
 from dpa.recipes.dpa import Loop
+from dpa.scoring.reward_model import PLAIN_CONVERSATION, encode
 from dpa.stages.train_reward import no_better_than_mean, print_quality, require_better_than_mean
+from dpa.training.cutting import cut_prompt
+from dpa.training.reward_rows import RatedExample
+from dpa.training.reward_training import train_reward_model
+from dpa.training.ridge import FOLDS, PENALTIES_PER_ROW, choose_constant, choose_penalties, fit_ridge
 
 NAN = float("nan")
 

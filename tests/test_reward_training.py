@@ -21,15 +21,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from dpa.core.config import RewardTrainConfig
 from dpa.core.errors import ConfigError, DataError, TrainingError
-from dpa.models.checkpoints import newest_checkpoint
-from dpa.models.reward_head import Head, Unit
-from dpa.models.reward_model import encode, forward, read_spec
-from dpa.models.reward_quality import measure_quality
-from dpa.models.reward_rows import RatedExample, split_by_prompt
-from dpa.models.reward_trainer import UNMARKED, masked_mse
-from dpa.models.reward_training import train_reward_model
-from dpa.models.ridge import fit_ridge
+from dpa.scoring.reward_model import encode, forward, read_spec
+from dpa.scoring.reward_quality import measure_quality
 from dpa.stages.train_reward import print_quality, train_reward
+from dpa.training.checkpoints import newest_checkpoint
+from dpa.training.reward_head import Head, Unit
+from dpa.training.reward_rows import RatedExample, split_by_prompt
+from dpa.training.reward_trainer import UNMARKED, masked_mse
+from dpa.training.reward_training import train_reward_model
+from dpa.training.ridge import fit_ridge
 
 NAN = float("nan")
 ATTRIBUTES = ("long", "short")
@@ -331,7 +331,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(sys.argv[1])))
 from test_reward_training import ATTRIBUTES, SCALES, config, examples
-from dpa.models.reward_training import train_reward_model
+from dpa.training.reward_training import train_reward_model
 backbone, out = Path(sys.argv[2]), Path(sys.argv[3])
 train_reward_model(examples(), ATTRIBUTES, SCALES, config(backbone, batch_size=1, epochs=2.5), out)
 """

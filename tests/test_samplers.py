@@ -25,12 +25,12 @@ from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 from dpa.core.config import RolloutConfig
 from dpa.core.errors import EngineError, ModelFileError
 from dpa.core.records import SampleRequest
-from dpa.models.decoding import Decoder, Decoding, decode
-from dpa.models.drawing import BLOCK, draw
-from dpa.models.engines import build_samplers
 from dpa.models.files import folder_revision
-from dpa.models.process_sampler import ProcessSampler
-from dpa.models.samplers import (
+from dpa.sampling.decoding import Decoder, Decoding, decode
+from dpa.sampling.drawing import BLOCK, draw
+from dpa.sampling.engines import build_samplers
+from dpa.sampling.process_sampler import ProcessSampler
+from dpa.sampling.samplers import (
     PROCESSOR_ROWS,
     SamplerSpec,
     TransformersSampler,
@@ -318,8 +318,8 @@ def test_fault_11_no_orphans_after_kill_9_of_the_parent(folder: Path) -> None:
         "import sys; sys.path.insert(0, 'tests')\n"
         "from tiny_models import SPACE\n"
         "from dpa.core.records import SampleRequest\n"
-        "from dpa.models.process_sampler import ProcessSampler\n"
-        "from dpa.models.samplers import SamplerSpec\n"
+        "from dpa.sampling.process_sampler import ProcessSampler\n"
+        "from dpa.sampling.samplers import SamplerSpec\n"
         "if __name__ == '__main__':\n"
         f"    worker = ProcessSampler(SamplerSpec({str(folder)!r}, SPACE, max_new_tokens=200, threads=1))\n"
         "    print(worker.pid, flush=True)\n"

@@ -17,13 +17,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from dpa.core.config import RewardConfig, RewardTrainConfig, RolloutConfig
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages, Scorer
-from dpa.models.function_scorer import FunctionScorer
-from dpa.models.reward_model import PUBLISHED_CONVERSATION, RELEASED_SPEC, conversation_text, encode, forward
-from dpa.models.reward_rows import RatedExample
-from dpa.models.reward_scorer import RewardModelScorer
-from dpa.models.reward_training import train_reward_model
-from dpa.models.scorer_source import ScorerSource
-from dpa.models.scorers import (
+from dpa.scoring.function_scorer import FunctionScorer
+from dpa.scoring.reward_model import PUBLISHED_CONVERSATION, RELEASED_SPEC, conversation_text, encode, forward
+from dpa.scoring.reward_scorer import RewardModelScorer
+from dpa.scoring.scorer_source import ScorerSource
+from dpa.scoring.scorers import (
     SCORER_SOURCES,
     MixScorer,
     build_scorer,
@@ -35,6 +33,8 @@ from dpa.models.scorers import (
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
 from dpa.storage.run_folder import StageFolder
+from dpa.training.reward_rows import RatedExample
+from dpa.training.reward_training import train_reward_model
 
 ASKED: Messages = [{"role": "user", "content": "Why?"}]
 

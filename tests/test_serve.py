@@ -30,10 +30,10 @@ from dpa.cli.commands import app
 from dpa.core.config import RewardTrainConfig
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.errors import UserError
-from dpa.models.drawing import uniforms
 from dpa.models.policy import load_policy, save_policy
-from dpa.models.reward_rows import RatedExample
-from dpa.models.reward_training import train_reward_model
+from dpa.sampling.drawing import uniforms
+from dpa.training.reward_rows import RatedExample
+from dpa.training.reward_training import train_reward_model
 from dpa.world.demo import START_MODEL
 
 SPACE = DirectionSpace(

@@ -16,8 +16,8 @@ import pytest
 from fake_server import FakeServer
 
 from dpa.core.errors import ConfigError, EngineError
-from dpa.models.http_pool import HttpPool
-from dpa.models.server_process import ServerProcess
+from dpa.remote.http_pool import HttpPool
+from dpa.remote.server_process import ServerProcess
 
 SCRIPT = Path(__file__).with_name("fake_server.py")
 COMMAND = f"{shlex.quote(sys.executable)} {shlex.quote(str(SCRIPT))} {{port}} {{policy}}"
@@ -129,7 +129,7 @@ def test_a_command_that_does_not_exist_is_one_sentence() -> None:
 def test_fault_11_no_orphans_after_kill_9_of_the_run() -> None:
     code = (
         "import sys, time; sys.path.insert(0, 'src')\n"
-        "from dpa.models.server_process import ServerProcess\n"
+        "from dpa.remote.server_process import ServerProcess\n"
         f"process = ServerProcess({COMMAND!r}, 'policy')\n"
         "process.start()\n"
         "print(process.wait_until_healthy(), flush=True)\n"

@@ -17,12 +17,12 @@ from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from dpa.core.config import EngineConfig, RolloutConfig, VllmEngineConfig
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import SampleRequest
-from dpa.models.auto_engine import AutoEngine
-from dpa.models.decoding import Decoder, Decoding, decode
-from dpa.models.engines import build_samplers
 from dpa.models.files import SafeModel, folder_revision, resolve_model
 from dpa.models.policy import load_policy
-from dpa.models.vllm_sampler import VllmEngine
+from dpa.sampling.auto_engine import AutoEngine
+from dpa.sampling.decoding import Decoder, Decoding, decode
+from dpa.sampling.engines import build_samplers
+from dpa.sampling.vllm_sampler import VllmEngine
 from dpa.stages.rollout import rollout
 from dpa.storage.run_folder import StageFolder
 

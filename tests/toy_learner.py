@@ -9,11 +9,11 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from dpa.models.learner import Learner, RowEncoder
-from dpa.models.packing import Example
-from dpa.models.sft import encode_examples
-from dpa.models.trainer_arguments import shared_arguments
 from dpa.storage.run_folder import Reject
+from dpa.training.learner import Learner, RowEncoder
+from dpa.training.packing import Example
+from dpa.training.sft import encode_examples
+from dpa.training.trainer_arguments import shared_arguments
 
 
 class OneByOne(Learner[Example]):

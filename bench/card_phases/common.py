@@ -104,8 +104,8 @@ class Card:
         import numpy as np
 
         from dpa.core.config import RatingsConfig
-        from dpa.models.reward_rows import RatedExample
         from dpa.stages.ratings import read_ratings
+        from dpa.training.reward_rows import RatedExample
 
         scales = {ATTRIBUTE: (0.0, 100.0)}
         table = read_ratings([RatingsConfig(path=self.inputs.ratings, scales=scales)]).table
@@ -143,7 +143,7 @@ class Card:
         folder = self.out / "ridge_reward"
         if not (folder / "dpa_reward.json").is_file():
             from dpa.core.config import RewardTrainConfig
-            from dpa.models.reward_training import train_reward_model
+            from dpa.training.reward_training import train_reward_model
 
             config = RewardTrainConfig(backbone=self.inputs.policy, method="ridge", ridge_penalty=1.0, max_length=1024)
             rows = self.rated(40 if self.tiny else 400)

@@ -13,9 +13,9 @@ import torch
 from card_phases.common import Card, need_vllm, on_device, parameters_of, timed
 from dpa.core.config import RolloutConfig
 from dpa.core.records import SampleRequest
-from dpa.models.engines import build_samplers
 from dpa.models.policy import encode_prompt, end_token_ids, load_policy
-from dpa.models.samplers import TransformersSampler
+from dpa.sampling.engines import build_samplers
+from dpa.sampling.samplers import TransformersSampler
 
 SAMPLES = 4
 

@@ -49,7 +49,7 @@ def has(name: str) -> bool:
 @contextmanager
 def vllm_server(model: Path, *more: str) -> Iterator[str]:
     """Address of a stock `vllm serve`."""
-    from dpa.models.server_process import ServerProcess
+    from dpa.remote.server_process import ServerProcess
 
     need_vllm()
     words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "{policy}", "--port", "{port}", *more]
@@ -125,7 +125,7 @@ def gateway(card: Card) -> None:
     with contextlib.suppress(Absent), vllm_server(policy, "--gpu-memory-utilization", "0.6") as address:
         measure_gateway(card, policy, address, count, longest, "vllm serve")
     # A server that answers at once: what is added there is the gateway's own work and nothing else.
-    from dpa.models.server_process import ServerProcess
+    from dpa.remote.server_process import ServerProcess
 
     card.folder.mkdir(parents=True, exist_ok=True)
     (card.folder / "stand_in.py").write_text(STAND_IN, encoding="utf-8")
@@ -184,8 +184,8 @@ def classify(card: Card) -> None:
     import torch
 
     from dpa.core.config import HttpRewardConfig
-    from dpa.models.http_scorer import http_scorer
-    from dpa.models.reward_scorer import RewardModelScorer
+    from dpa.scoring.http_scorer import http_scorer
+    from dpa.scoring.reward_scorer import RewardModelScorer
 
     rows, folder = card.rated(8 if card.tiny else 2000), card.reward_model()
     prompts, responses = [row.messages for row in rows], [row.response for row in rows]

@@ -34,12 +34,12 @@ from card_phases.common import Card, Steps, parameters_of, steps_of, timed
 from dpa.core.config import FinetuneConfig
 from dpa.core.errors import DpaError
 from dpa.core.presets import SPACES
-from dpa.models.decoding import Decoder, Decoding, decode
-from dpa.models.packing import Example
 from dpa.models.policy import default_device
 from dpa.models.quiet import quiet_libraries
-from dpa.models.reward_model import forward
-from dpa.models.sft import SFT
+from dpa.sampling.decoding import Decoder, Decoding, decode
+from dpa.scoring.reward_model import forward
+from dpa.training.packing import Example
+from dpa.training.sft import SFT
 
 PAD, END = 0, 1
 ATTRIBUTES = 10

@@ -29,7 +29,7 @@ PEER_S = 15.0
 def reward(card: Card) -> None:
     """Tokens/s of the steps of a reward training against transformers' Trainer on padded batches of 64, and of a whole
     training of 2,000 rows (its linear start, its measurement and its self-test included)."""
-    from dpa.models import reward_training
+    from dpa.training import reward_training
 
     config = RewardTrainConfig(
         backbone=card.inputs.policy, method="full", learning_rate=2e-5, batch_size=4 if card.tiny else 64,
@@ -72,7 +72,7 @@ def compare(card: Card, what: str, steps: Any, ours: Any, plain: Any, peer_name:
 
 def reward_rows(card: Card, rows: list[Any], longest: int) -> tuple[list[dict[str, Any]], int]:
     """Token ids and marks in units of their spread, as a regressor is given them; and the pad token."""
-    from dpa.models.reward_model import encode
+    from dpa.scoring.reward_model import encode
 
     _, tokenizer = load_policy(card.inputs.policy, device="cpu")
     ids_N = encode(tokenizer, None, longest, [row.messages for row in rows], [row.response for row in rows])
@@ -86,7 +86,7 @@ def reward_rows(card: Card, rows: list[Any], longest: int) -> tuple[list[dict[st
 
 def our_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig, work: Path, pad: int) -> Any:
     """What `train_reward_model` trains with."""
-    from dpa.models import reward_trainer
+    from dpa.training import reward_trainer
 
     return reward_trainer.build_trainer(model, data, config, pad, work, 0)
 
@@ -113,8 +113,8 @@ def plain_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig,
 
 def scoring(card: Card) -> None:
     """Rows/s of texts, tokenising included, against padded batches of 32 in the order they come."""
-    from dpa.models.reward_model import encode
-    from dpa.models.reward_scorer import RewardModelScorer
+    from dpa.scoring.reward_model import encode
+    from dpa.scoring.reward_scorer import RewardModelScorer
 
     rows = card.rated(24 if card.tiny else 4000)
     prompts, responses = [row.messages for row in rows], [row.response for row in rows]
@@ -154,7 +154,7 @@ def scoring(card: Card) -> None:
 
 def finetune(card: Card) -> None:
     """Tokens/s of training, prompts included, padding not: packed rows against TRL's SFTTrainer on the same rows."""
-    from dpa.models.packing import Example
+    from dpa.training.packing import Example
 
     _, tokenizer = load_policy(card.inputs.policy, device="cpu")
     space, longest = card.space(), 256 if card.tiny else 2048
@@ -186,7 +186,7 @@ def packed_trainer(
 ) -> Any:
     """What `dpa` does: packed rows."""
     from dpa.core.presets import SPACES
-    from dpa.models.sft import SFT
+    from dpa.training.sft import SFT
 
     config = FinetuneConfig(max_length=longest, packed_rows_per_step=8, save_steps=10**9, compile=compiled)
     return SFT(config, SPACES["dpa-v1"], 0).trainer(model, tokenizer, examples, work)

@@ -61,7 +61,7 @@ def export(
     check_in_run(path)
     where = read_space(space or path)
     if bake is not None:
-        from dpa.models.folding import bake_direction
+        from dpa.scoring.folding import bake_direction
 
         if out.exists() and not (out / "dpa_config.json").is_file():
             raise ConfigError(f"--out: {out} exists and is no model that dpa wrote; choose a new folder.")
@@ -94,7 +94,7 @@ def fold(
     preset: Annotated[str | None, typer.Option(help="dpa-v1: MODEL is a copy of the published reward model.")] = None,
 ) -> None:
     """Fold a reward model and a direction into a standard one-logit classifier."""
-    from dpa.models.folding import attribute_space, fold_reward, reward_spec
+    from dpa.scoring.folding import attribute_space, fold_reward, reward_spec
 
     if preset not in (None, "dpa-v1"):
         raise ConfigError(f"--preset: {preset!r} is unknown; known: dpa-v1.")
@@ -149,7 +149,7 @@ def judge(
 
     The key is read from DPA_JUDGE_API_KEY, else OPENAI_API_KEY.
     """
-    from dpa.models.judge_client import ChatJudge
+    from dpa.remote.judge_client import ChatJudge
     from dpa.stages.judge import count_tokens, judge, make_pairs, prompts_of, read_answers, sentence, write_verdicts
     from dpa.storage.progress import ProgressBar
 
@@ -241,7 +241,7 @@ def _export(
     temperature: float, max_new_tokens: int, batch_size: int, limit: int | None, seed: int,
 ) -> list[Path]:  # fmt: skip
     from dpa.models.files import folder_revision
-    from dpa.models.samplers import SamplerSpec
+    from dpa.sampling.samplers import SamplerSpec
     from dpa.stages.export import export, read_questions, write_curve
 
     kind = {"alpaca-eval": "alpaca_eval", "mt-bench": "mt_bench", "arena-hard": "arena_hard"}[form]

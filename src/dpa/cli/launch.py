@@ -3,9 +3,9 @@ Run its tests: pytest tests/test_launch.py
 """
 
 from dpa.core.config import RunConfig
-from dpa.models.launching import end_with_launcher
-from dpa.models.ranks import first_then_rest
 from dpa.recipes.dpa import Loop
+from dpa.training.launching import end_with_launcher
+from dpa.training.ranks import first_then_rest
 
 
 def finetune(config: RunConfig, iteration: int) -> None:

@@ -14,11 +14,11 @@ from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import ConfigError, DataError, DirectionError, OutsideConeError
 from dpa.core.records import Messages, SampleRequest, seed_of
 from dpa.core.reference import ModelReference
-from dpa.models.best_of import BestOfSampler, RobustSampler
 from dpa.models.files import SPACE_FILE, folder_revision, resolve_model
 from dpa.models.policy import encode_prompt, load_prompting, make_steerable
-from dpa.models.reward_scorer import RewardModelScorer
-from dpa.models.samplers import SamplerSpec
+from dpa.sampling.best_of import BestOfSampler, RobustSampler
+from dpa.sampling.samplers import SamplerSpec
+from dpa.scoring.reward_scorer import RewardModelScorer
 from dpa.storage.seals import check_in_run
 
 if TYPE_CHECKING:

@@ -292,7 +292,7 @@ class JudgeConfig(_Section):
     template: str | None = Field(
         None,
         description="What it is asked, with {rubrics}, {prompt} and {response}; the last two are put between marks, "
-        "and the form of the reply follows. Default: that of models/judge_scorer.py.",
+        "and the form of the reply follows. Default: that of scoring/judge_scorer.py.",
     )
     max_tokens: int = Field(256, ge=1, description="Longest reply; a model that reasons first needs thousands.")
     ask_again: int = Field(
@@ -341,7 +341,7 @@ class RewardConfig(_Section):
     )
     sources: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="Further sources, by their names in the table of models/scorers.py -> their settings.",
+        description="Further sources, by their names in the table of scoring/scorers.py -> their settings.",
     )
 
     @model_validator(mode="after")

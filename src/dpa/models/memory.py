@@ -18,7 +18,7 @@ LEAST_TOKENS = 1024
 """Tokens a pass without gradients may always have."""
 
 TILES = 400_000_000
-"""Bytes of the tiles that logits are made in (models/label_logprobs.py)."""
+"""Bytes of the tiles that logits are made in (training/label_logprobs.py)."""
 
 
 def free_memory() -> None:

@@ -37,7 +37,7 @@ LEDGER = (
     "peak_memory",
 )
 JUDGE = ("judge_requests", "judge_tokens_read", "judge_tokens_written")
-"""What a language model that rates was paid, in a ledger's `extra` (models/judge_client.py)."""
+"""What a language model that rates was paid, in a ledger's `extra` (remote/judge_client.py)."""
 
 Record = Mapping[str, Any]
 

@@ -9,11 +9,11 @@ from typing import Any
 from dpa.core.config import RewardConfig, RunConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError
-from dpa.models.engines import engine_named
 from dpa.models.files import GGUF_SUFFIX
-from dpa.models.learners import learner_of
-from dpa.models.scorers import known_attributes
+from dpa.sampling.engines import engine_named
+from dpa.scoring.scorers import known_attributes
 from dpa.storage.rating_forms import declared_scales
+from dpa.training.learners import learner_of
 
 BYTES_PER_CANDIDATE = 4_000
 """Upper estimate of what one candidate and its scores take on disk."""

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from dpa.core.records import Ledger
-from dpa.models.launching import launch, launches
-from dpa.models.ranks import is_first
 from dpa.pages.report import write_report
 from dpa.recipes.checks import check_candidates, check_iteration
 from dpa.recipes.loop_run import LoopRun
@@ -24,6 +22,8 @@ from dpa.stages.rollout import ask, rollout
 from dpa.stages.score import score, score_rows
 from dpa.stages.select import select_rated, select_winners
 from dpa.storage.tables import write_record
+from dpa.training.launching import launch, launches
+from dpa.training.ranks import is_first
 
 
 class Loop(LoopRun):

@@ -24,13 +24,13 @@ from safetensors import safe_open
 
 from dpa.core.config import PromptsConfig, RunConfig
 from dpa.core.errors import ConfigError, RunFolderError
-from dpa.models.learner import Learner
-from dpa.models.learners import learner_named, learner_of
 from dpa.models.policy import default_device
-from dpa.models.samplers import PROCESSOR_ROWS
 from dpa.recipes.checks import BYTES_PER_CANDIDATE
+from dpa.sampling.samplers import PROCESSOR_ROWS
 from dpa.storage.stage_records import read_ledger
 from dpa.storage.tables import read_record
+from dpa.training.learner import Learner
+from dpa.training.learners import learner_named, learner_of
 
 TRAINING_SHARE, SCORING_SHARE, SAMPLING_SHARE = 0.4, 0.5, 0.1
 PROMPT_TOKENS = 150

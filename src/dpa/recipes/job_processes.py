@@ -17,7 +17,7 @@ from typing import Protocol
 from rich.console import Console
 
 from dpa.core.errors import DpaError, Interrupted
-from dpa.models.process_sampler import die_with_parent, process_context
+from dpa.sampling.process_sampler import die_with_parent, process_context
 from dpa.storage.stopping import StopOnSignal, end_on_signal
 
 _POLL_S = 0.2

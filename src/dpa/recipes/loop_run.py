@@ -17,23 +17,23 @@ from dpa.core.errors import ConfigError, RunFolderError
 from dpa.core.records import Ledger
 from dpa.core.reference import ModelReference
 from dpa.models.files import GGUF_SUFFIX
-from dpa.models.function_scorer import FunctionScorer
 from dpa.models.gguf import dequantise
-from dpa.models.learner import Learner
-from dpa.models.learners import learner_of
 from dpa.models.policy import check_policy
-from dpa.models.ranks import ranks
-from dpa.models.reward_model import RECORD
-from dpa.models.scorers import check_scorers
 from dpa.recipes.checks import check_rated, check_run, first_iteration, inputs_of, needed_bytes
 from dpa.recipes.results import evaluation_of
 from dpa.recipes.run import Run, shown
+from dpa.scoring.function_scorer import FunctionScorer
+from dpa.scoring.reward_model import RECORD
+from dpa.scoring.scorers import check_scorers
 from dpa.stages.ratings import leave_out, load_ratings, print_summary, read_ratings, save_ratings
 from dpa.stages.train_reward import print_quality, train_reward
 from dpa.storage.locks import Share
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import RunFolder, StageFolder
 from dpa.storage.stopping import end_on_signal
+from dpa.training.learner import Learner
+from dpa.training.learners import learner_of
+from dpa.training.ranks import ranks
 
 
 class LoopRun(Run):
@@ -56,7 +56,7 @@ class LoopRun(Run):
             folder.let_others_in()
 
     def __enter__(self) -> Self:
-        if ranks() == 1:  # the ranks of a launch stop together (models/training.py)
+        if ranks() == 1:  # the ranks of a launch stop together (training/trainers.py)
             self._open.enter_context(end_on_signal(self.config.name))
         return self
 

@@ -11,11 +11,11 @@ from typing import Any
 from dpa.core.config import resolved
 from dpa.core.errors import StorageError
 from dpa.models.files import EVALUATION_FILE
-from dpa.models.reward_model import RECORD
-from dpa.models.scorers import scored_by
 from dpa.pages.card import write_card
 from dpa.recipes.checks import first_iteration
 from dpa.recipes.run import Run
+from dpa.scoring.reward_model import RECORD
+from dpa.scoring.scorers import scored_by
 from dpa.stages.evaluate import EVALUATION, side_by_side
 from dpa.stages.finetune import listening_curve
 from dpa.storage.tables import json_bytes, read_json, read_record, write_bytes

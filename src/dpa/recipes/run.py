@@ -17,15 +17,14 @@ from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfi
 from dpa.core.errors import RunFolderError
 from dpa.core.records import Ledger, Prompt, Sampler, Scorer
 from dpa.core.reference import ModelReference
-from dpa.models.engines import build_samplers, engine_of
-from dpa.models.function_scorer import FunctionScorer
 from dpa.models.memory import free_memory
-from dpa.models.ranks import is_first
-from dpa.models.ray_samplers import ray_samplers
-from dpa.models.ray_scorers import ray_scorers
-from dpa.models.reward_model import RECORD
-from dpa.models.scorers import build_scorer
 from dpa.recipes.checks import check_attributes, needed_attributes
+from dpa.sampling.engines import build_samplers, engine_of
+from dpa.sampling.ray_samplers import ray_samplers
+from dpa.scoring.function_scorer import FunctionScorer
+from dpa.scoring.ray_scorers import ray_scorers
+from dpa.scoring.reward_model import RECORD
+from dpa.scoring.scorers import build_scorer
 from dpa.stages.evaluate import evaluate
 from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
 from dpa.stages.rollout import rollout
@@ -34,6 +33,7 @@ from dpa.stages.train_reward import require_better_than_mean
 from dpa.storage.progress import AtWork
 from dpa.storage.run_folder import RunFolder, StageFolder
 from dpa.storage.tables import read_json
+from dpa.training.ranks import is_first
 
 Result = TypeVar("Result")
 

@@ -31,10 +31,10 @@ from dpa.core.direction_text import shown
 from dpa.core.errors import DpaError
 from dpa.core.records import Scorer
 from dpa.core.reference import ModelReference
-from dpa.models.batching import Row
 from dpa.models.chat_template import has_system_role
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.policy import context_length, default_device, load_policy
+from dpa.sampling.batching import Row
 from dpa.serve.bodies import (
     TOGETHER,
     ChatBody,
@@ -310,7 +310,7 @@ def _load(settings: EngineSettings) -> Engine:
             has_system_role(tokenizer.get_chat_template())  # a template that escapes or never ends is refused now
         revision = folder_revision(safe.path)
     if settings.reward:
-        from dpa.models.reward_scorer import RewardModelScorer
+        from dpa.scoring.reward_scorer import RewardModelScorer
 
         scorer = RewardModelScorer(ModelReference(settings.reward, code))
     return Engine(settings.name or settings.model or "none", model, tokenizer, revision, scorer, settings.rows)

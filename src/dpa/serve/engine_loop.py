@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpa.core.errors import DpaError
-from dpa.models.batching import ContinuousBatch, Row
-from dpa.models.decoding import Decoder
 from dpa.models.policy import end_token_ids, is_out_of_memory
+from dpa.sampling.batching import ContinuousBatch, Row
+from dpa.sampling.decoding import Decoder
 from dpa.serve.text_stream import TextStream, decoded
 
 PREFILL_TOKENS = 8192

@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 from dpa.core.records import Ledger
 from dpa.core.reference import Model
 from dpa.models.files import SPACE_FILE
-from dpa.models.learner import Learner
-from dpa.models.listening import PREFIX, advice, hold_out
-from dpa.models.policy_training import remove_checkpoints, train_policy
-from dpa.models.ranks import is_first
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
+from dpa.training.learner import Learner
+from dpa.training.listening import PREFIX, advice, hold_out
+from dpa.training.policy_training import remove_checkpoints, train_policy
+from dpa.training.ranks import is_first
 
 _log = logging.getLogger(__name__)
 
@@ -40,12 +40,12 @@ def finetune_policy(
     The rows are what the learner reads. `replay` of its section adds rows of `earlier` stages (see `with_replay`). A
     finished stage whose policy is as it was sealed is left alone, and a damaged policy is made again; an interrupted
     training goes on from its newest checkpoint. `log.jsonl` in the stage's folder has the loss of every step; rows that
-    cannot be trained on go to rejects. A few selected rows are held out to measure listening (models/listening.py); a
+    cannot be trained on go to rejects. A few selected rows are held out to measure listening (training/listening.py); a
     policy that hardly reads its direction is warned of. The ledger's `extra` has what was measured, counts optimizer
     steps, replayed rows and what the learner counts. In a launched training every rank calls this, and the first one
     writes.
 
-    Raises what `models.policy_training.train_policy` raises, and RunFolderError when a stage is not finished.
+    Raises what `training.policy_training.train_policy` raises, and RunFolderError when a stage is not finished.
     """
     if stage.done and (stage.seals or (out / SPACE_FILE).is_file()):
         return stage.ledger
@@ -84,7 +84,7 @@ def finetune_policy(
 
 
 def listening_curve(stage: StageFolder) -> list[dict[str, float]]:
-    """What was measured while training, in order: the figures of `models.listening.Listening`, and their `step`."""
+    """What was measured while training, in order: the figures of `training.listening.Listening`, and their `step`."""
     file = stage.path / "log.jsonl"
     entries = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():

@@ -41,7 +41,7 @@ _VERDICT = re.compile(r"\W*(?:(?:final\s+)?(?:answer|verdict|winner)\W+(?:is\W+)
 
 
 class Judge(Protocol):
-    """Whoever answers prompts: models.judge_client.ChatJudge, or a fake."""
+    """Whoever answers prompts: remote.judge_client.ChatJudge, or a fake."""
 
     def ask(self, prompts: Sequence[str], progress: Callable[[int], None] = ...) -> list[str]:
         """The reply to each prompt."""

@@ -14,12 +14,12 @@ from rich.table import Table
 
 from dpa.core.config import RewardTrainConfig
 from dpa.core.errors import ConfigError, TrainingError
-from dpa.models.reward_model import RECORD
-from dpa.models.reward_rows import RatedExample
-from dpa.models.reward_training import train_reward_model
+from dpa.scoring.reward_model import RECORD
 from dpa.storage.console import print_table
 from dpa.storage.schemas import number_matrix
 from dpa.storage.tables import read_json
+from dpa.training.reward_rows import RatedExample
+from dpa.training.reward_training import train_reward_model
 
 BEATS_THE_MEAN = 0.999
 """A held-out squared error below this share of the mean's; a head that is the mean differs from it by rounding only."""

@@ -6,9 +6,9 @@ whose scores are functions, it knows at answering time what no user could know: 
 Published: best-of-n (WebGPT 2112.09332). Ours: n.
 """
 
-from dpa.models.best_of import BestOfSampler
 from dpa.recipes.baselines.asking import TranslatingSampler, without_direction
 from dpa.recipes.baselines.lab import Lab, Method, Trained
+from dpa.sampling.best_of import BestOfSampler
 
 CANDIDATES = 4
 

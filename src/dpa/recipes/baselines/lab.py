@@ -21,11 +21,10 @@ from dpa.core.errors import RunFolderError, TrainingError
 from dpa.core.records import Ledger, Prompt, Sampler, messages_text, stable_hash
 from dpa.core.reference import ModelReference
 from dpa.models.files import folder_revision
-from dpa.models.learners import learner_named
 from dpa.models.policy import count_tokens
-from dpa.models.samplers import SamplerSpec
 from dpa.recipes.baselines.asking import TranslatingSampler, without_direction
 from dpa.recipes.run import Run
+from dpa.sampling.samplers import SamplerSpec
 from dpa.stages.finetune import finetune_policy
 from dpa.stages.prompts import prompts_from_table
 from dpa.stages.ratings import load_ratings
@@ -36,6 +35,7 @@ from dpa.storage.run_folder import RunFolder, StageFolder
 from dpa.storage.schemas import completeness
 from dpa.storage.stage_records import read_ledger
 from dpa.storage.tables import read_record
+from dpa.training.learners import learner_named
 
 NARROWEST = 1e-6
 """Half-angle in degrees of a cone that holds one direction."""

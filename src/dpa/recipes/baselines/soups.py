@@ -14,9 +14,9 @@ import numpy as np
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.measures import edge_directions
-from dpa.models.soups import SoupSampler
 from dpa.recipes.baselines.asking import without_direction
 from dpa.recipes.baselines.lab import Lab, Method, Trained, unstated
+from dpa.sampling.soups import SoupSampler
 
 SFT_SHARE, OFFLINE = 0.2, 0.4
 """Share of the budget for SFT, and of a specialist's part for the rated responses."""

@@ -1,0 +1,398 @@
+"""A pool of HTTP servers behind a synchronous `ask`: back-pressure, retries, time limits, and servers that die.
+Run its tests: pytest tests/test_http_pool.py
+
+What happens to a request (faults 10 to 12):
+
+    2xx                         answered
+    429, or any Retry-After     the server rests that long and is asked less at once; no try counts while others pass
+    408, 502, 503, 504,         the server rests, twice as long each time, and is then tried with one request;
+      no connection               the request goes on elsewhere
+    500, an unreadable answer   the request is tried again after a while
+    no answer within the limit  tried once more, elsewhere where there is one
+    400, 413, 422               refused: never tried again
+    401, 403, 404 and the rest  EngineError: the settings are wrong, so the run stops
+
+A request whose tries are used up is refused when others were answered meanwhile, or when the pool's touchstone (a
+question that was answered before) is answered now: the fault is its own. Else no server is left, and EngineError stops
+the run, which the same command resumes.
+"""
+
+import asyncio
+import json
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from dpa.core.errors import ConfigError, EngineError
+from dpa.remote.http_exchange import MAX_ANSWER_BYTES, Answer, Refusal, TooLong, brief, exchange, retry_after
+from dpa.remote.http_servers import Request, Server, least_loaded
+from dpa.remote.server_process import ServerProcess
+
+BACKOFF_S, LONGEST_REST_S = 0.5, 30.0
+"""First rest after a failure, doubled each time up to the longest; each is cut by up to half at random."""
+
+_CONNECT_S = 10.0
+_REFUSED = frozenset({400, 413, 422})
+_UNWELL = frozenset({408, 502, 503, 504})
+
+
+Heard = Callable[[int, Answer | Refusal], None]
+
+
+class HttpPool:
+    """Servers of one kind at `addresses`, or started as `processes`, that share the requests.
+
+    Each has at most `in_flight` requests at a time; the one with the fewest gets the next. `request_s` bounds a request
+    from its first byte to its last, `attempts` its tries, `max_restarts` the deaths in a row of a started process;
+    `key_from` names where the key was read, for a server that refuses it.
+    Thread-safe. `close` (or leaving the `with` block) drops what is in flight and ends the processes.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str] = (),
+        processes: Sequence[ServerProcess] = (),
+        in_flight: int = 32,
+        request_s: float = 600.0,
+        attempts: int = 6,
+        max_restarts: int = 3,
+        key: str | None = None,
+        backoff_s: float = BACKOFF_S,
+        key_from: str = "api_key_env",
+    ) -> None:
+        try:
+            import httpx
+        except ImportError:
+            raise ConfigError("httpx is not installed; `pip install 'dpa[http]'` brings it.") from None
+        self._httpx, self._key, self._key_from = httpx, key, key_from
+        self._servers = [Server(address.rstrip("/"), in_flight, in_flight) for address in addresses]
+        self._servers += [Server("", in_flight, in_flight, process) for process in processes]
+        self._request_s, self._attempts, self._max_restarts = request_s, attempts, max_restarts
+        self._backoff_s, self._processes = backoff_s, tuple(processes)
+        self._waiting: deque[Request] = deque()
+        self._serving: set[Request] = set()
+        self._doubted: set[Request] = set()
+        self._touchstone: tuple[str, bytes] | None = None
+        self._answered = 0
+        self._broken: EngineError | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._random = random.Random()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="dpa-http", daemon=True)
+        self._thread.start()
+        self._wake = asyncio.Event()
+        self._closed = False
+        try:
+            for process in processes:
+                process.start()
+            for server in self._servers:
+                if server.process is not None:
+                    server.address = server.process.wait_until_healthy()
+            self._run(self._open())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where the servers are now."""
+        return [server.address for server in self._servers]
+
+    def ask(self, path: str, bodies: Sequence[dict[str, Any]], heard: Heard | None = None) -> list[Answer | Refusal]:
+        """POST each body to `path` on some server; answers in the order of the bodies. Raises EngineError.
+
+        `heard(place, answer)` is called on the pool's thread as each comes in; what it raises is raised here, and what
+        was not sent yet never is.
+        """
+        return self._run(self._ask([Request(path, json.dumps(body).encode()) for body in bodies], heard))
+
+    def ask_every_server(self, path: str, body: dict[str, Any] | None) -> list[Answer | Refusal]:
+        """POST the body (GET where it is None) to each server, which is how servers are got to know.
+
+        Raises EngineError.
+        """
+        content = None if body is None else json.dumps(body).encode()
+        return self._run(self._ask([Request(path, content, only=server) for server in self._servers]))
+
+    def set_touchstone(self, path: str, body: dict[str, Any]) -> None:
+        """A question that any server that works answers: it tells a bad request from a bad server."""
+        self._touchstone = path, json.dumps(body).encode()
+
+    def close(self) -> None:
+        """Drop what is in flight, close the connections, end the processes."""
+        if self._closed:
+            return
+        try:
+            self._run(self._close())
+        finally:
+            self._closed = True
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            for process in self._processes:
+                process.close()
+
+    def __enter__(self) -> "HttpPool":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # --- on the loop's thread from here on ---------------------------------------------------------------------
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        if self._closed:
+            work.close()
+            raise EngineError("the pool of servers is closed.")
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _open(self) -> None:
+        headers = {"content-type": "application/json"}
+        if self._key:
+            headers["authorization"] = f"Bearer {self._key}"
+        unlimited = self._httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        timeout = self._httpx.Timeout(None, connect=_CONNECT_S)
+        self._client = self._httpx.AsyncClient(headers=headers, limits=unlimited, timeout=timeout)
+        self._start(self._dispatch())
+
+    async def _close(self) -> None:
+        self._fail(EngineError("the pool of servers was closed."))
+        for task in list(self._tasks):
+            task.cancel()
+        # Those who ask are told before the loop stops.
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+        if hasattr(self, "_client"):
+            await self._client.aclose()
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(
+                EngineError(f"the pool of servers failed ({error!r}); this is a mistake in dpa, please report it.")
+            )
+
+    async def _ask(self, requests: list[Request], heard: Heard | None = None) -> list[Answer | Refusal]:
+        if self._broken:
+            raise self._broken
+        for request in requests:
+            request.future = self._loop.create_future()
+        self._waiting.extend(requests)
+        self._wake.set()
+
+        async def answer_to(place: int, request: Request) -> Answer | Refusal:
+            answer = await request.future
+            if heard is not None:
+                heard(place, answer)
+            return answer
+
+        try:
+            return await asyncio.gather(*(answer_to(place, request) for place, request in enumerate(requests)))
+        except BaseException:
+            for request in requests:
+                request.future.cancel()
+            raise
+
+    async def _dispatch(self) -> None:
+        """Give waiting requests to the least loaded servers that are up; sleep until something changes."""
+        while True:
+            self._wake.clear()
+            now, later = time.monotonic(), float("inf")
+            held: list[Request] = []
+            while self._waiting:
+                request = self._waiting.popleft()
+                if request.future.done():
+                    continue
+                server = least_loaded(self._servers, request, now) if request.not_before <= now else None
+                if server is None:
+                    held.append(request)
+                    if request.not_before <= now and request.only is None:
+                        break  # no server is free: nobody behind in the queue gets one either
+                    continue
+                server.in_flight += 1
+                self._serving.add(request)
+                self._start(self._serve(server, request))
+            self._waiting.extendleft(reversed(held))
+            for moment in (*(request.not_before for request in held), *(server.not_before for server in self._servers)):
+                later = min(later, moment) if moment > now else later
+            try:
+                async with asyncio.timeout(None if later == float("inf") else later - now):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def _serve(self, server: Server, request: Request) -> None:
+        sent = time.monotonic()
+        if request.begun is None:
+            request.begun = self._answered
+        try:
+            async with asyncio.timeout(self._request_s):
+                status, headers, content = await exchange(self._client, server.address + request.path, request.content)
+        except TimeoutError:
+            request.timeouts += 1
+            if server.answered_at < sent:  # else the server is well and the request is not
+                self._server_failed(server)
+            self._again(request, f"no answer within {self._request_s:g} s", server, give_up=request.timeouts > 1)
+        except (self._httpx.ConnectError, self._httpx.ConnectTimeout) as error:
+            self._unwell(server, request, f"{server.address}: {type(error).__name__}: {error}")
+        except (self._httpx.TransportError, OSError) as error:
+            # It may be this very request that breaks servers, so it has half as many tries.
+            self._unwell(server, request, f"{server.address}: {type(error).__name__}: {error}", tries=2)
+        except self._httpx.HTTPError as error:  # an answer that cannot be decoded
+            self._again(request, f"{server.address}: {type(error).__name__}: {error}", server)
+        except TooLong:
+            self._resolve(request, Refusal(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes"))
+        else:
+            self._judge(server, request, status, headers, content)
+        finally:
+            self._serving.discard(request)
+            server.in_flight -= 1
+            self._wake.set()
+
+    def _judge(self, server: Server, request: Request, status: int, headers: dict[str, str], content: bytes) -> None:
+        said = f"{status} {brief(content)}".replace(self._key or "\0", "***")
+        rest = retry_after(headers)
+        if 200 <= status < 300:
+            try:
+                payload = json.loads(content)
+            except (ValueError, RecursionError):
+                self._again(request, f"an answer that is no JSON ({brief(content)})", server)
+                return
+            server.failures = server.restarts = 0
+            server.answered_at = time.monotonic()
+            server.limit = min(server.in_flight_limit, server.limit + 1)
+            self._answered += 1
+            self._resolve(request, Answer(payload, headers))
+        elif status == 429 or (rest is not None and status >= 500):
+            server.limit = max(1, min(server.limit, server.in_flight) - 1)
+            wait = self._rest(request.crowded) if rest is None else min(rest, self._request_s)
+            server.not_before = time.monotonic() + wait * self._random.uniform(1.0, 1.1)
+            request.crowded = 0 if self._answered > request.answered_before else request.crowded + 1
+            request.answered_before = self._answered
+            # Being crowded out is no fault of the request, but servers that say 429 and nothing else must end the run.
+            self._again(request, said, tries=0, give_up=request.crowded >= self._attempts)
+        elif status in _UNWELL:
+            self._unwell(server, request, f"{server.address}: {said}")
+        elif status == 500:
+            self._again(request, f"{server.address}: {said}", server)
+        elif status in _REFUSED:
+            self._resolve(request, Refusal(f"the server answered {said}", status))
+        elif request.only is not None and status == 404:
+            self._resolve(request, Refusal(said, status))  # a question that not every kind of server knows
+        else:
+            hint = {401: self._key_from, 403: self._key_from, 404: "the address and the model's name"}
+            check = hint.get(status, "the address")
+            self._fail(EngineError(f"{server.address}{request.path} answered {said}; check {check}."))
+
+    def _unwell(self, server: Server, request: Request, reason: str, tries: int = 1) -> None:
+        """A server cannot serve now. The request waits for it or another, unless all have failed too often."""
+        self._server_failed(server)
+        request.tries += tries
+        if request.tries >= self._attempts and self._others_answered(request):
+            self._give_up(request, reason)
+        elif all(one.process is None and one.failures >= self._attempts for one in self._servers):
+            self._fail(_nobody(reason))
+        else:
+            request.avoid = server
+            self._waiting.append(request)
+
+    def _again(
+        self, request: Request, reason: str, avoid: Server | None = None, tries: int = 1, give_up: bool = False
+    ) -> None:
+        """Put the request back into the queue, or give it up."""
+        request.tries += tries
+        if give_up or request.tries >= self._attempts:
+            self._give_up(request, reason)
+        elif avoid is None:
+            self._waiting.appendleft(request)
+        else:
+            request.avoid, request.not_before = avoid, time.monotonic() + self._rest(request.tries - 1)
+            self._waiting.append(request)
+
+    def _give_up(self, request: Request, reason: str) -> None:
+        if self._others_answered(request):
+            self._resolve(request, Refusal(f"{reason}, after {max(request.tries, 1)} tries"))
+        elif self._touchstone is None or request.is_touchstone:
+            self._fail(_nobody(reason))
+        else:
+            self._doubted.add(request)
+            self._start(self._try_touchstone(request, reason, self._touchstone))
+
+    async def _try_touchstone(self, request: Request, reason: str, touchstone: tuple[str, bytes]) -> None:
+        test = Request(*touchstone, is_touchstone=True)
+        test.future = self._loop.create_future()
+        test.tries, test.timeouts = self._attempts - 1, 1  # it has one try
+        self._waiting.appendleft(test)
+        self._wake.set()
+        try:
+            if isinstance(await test.future, Answer) or self._others_answered(request):
+                self._give_up(request, reason)
+            else:
+                self._fail(_nobody(reason))
+        except EngineError:
+            pass  # all have been told
+        finally:
+            self._doubted.discard(request)
+
+    def _others_answered(self, request: Request) -> bool:
+        """Whether the pool answered anything since the request was first tried: then the fault is its own."""
+        return request.begun is not None and self._answered > request.begun
+
+    def _server_failed(self, server: Server) -> None:
+        now = time.monotonic()
+        if server.not_before <= now:  # else it rests already: those who failed together are one failure
+            server.not_before = now + self._rest(server.failures)
+            server.failures += 1
+        if server.process is not None and server.up:
+            server.up = False
+            self._start(self._revive(server, server.process))
+
+    async def _revive(self, server: Server, process: ServerProcess) -> None:
+        """Look whether a started server lives; start it again, after a rest, where it does not."""
+        try:
+            while not await asyncio.to_thread(process.healthy):
+                server.restarts += 1
+                if server.restarts > self._max_restarts:
+                    raise EngineError(f"a server died {server.restarts} times in a row; {process.last_words()}")
+                await asyncio.sleep(self._rest(server.restarts - 1))
+                try:
+                    await asyncio.to_thread(process.start)
+                    server.address = await asyncio.to_thread(process.wait_until_healthy)
+                except EngineError:
+                    continue  # it died while it started, or was closed
+            server.up = True
+        except EngineError as error:
+            self._servers.remove(server)
+            await asyncio.to_thread(process.close)
+            for request in [request for request in self._waiting if request.only is server]:
+                self._resolve(request, Refusal(str(error)))
+            if not self._servers:
+                self._fail(error)
+        finally:
+            self._wake.set()
+
+    def _rest(self, failures: int) -> float:
+        return min(LONGEST_REST_S, self._backoff_s * 2.0 ** max(failures, 0)) * self._random.uniform(0.5, 1.0)
+
+    def _resolve(self, request: Request, result: Answer | Refusal) -> None:
+        if not request.future.done():
+            request.future.set_result(result)
+
+    def _fail(self, error: EngineError) -> None:
+        """No request can be served any more: those under way and all later ones raise this."""
+        self._broken = self._broken or error
+        for request in (*self._waiting, *self._serving, *self._doubted):
+            if not request.future.done():
+                request.future.set_exception(error)
+        self._waiting.clear()
+
+
+def _nobody(reason: str) -> EngineError:
+    return EngineError(f"no server answers ({reason}); see that they run, then run the same command to go on.")

@@ -1,0 +1,61 @@
+"""The servers of a pool and the requests that wait for them: how each fares, and who gets which.
+Run its tests: pytest tests/test_http_pool.py
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpa.remote.server_process import ServerProcess
+
+
+@dataclass(eq=False)
+class Server:
+    """A server of a pool, and how it fares."""
+
+    address: str
+    limit: int
+    """Requests it may have now: fewer after a 429, one more after each answer."""
+    in_flight_limit: int
+    process: ServerProcess | None = None
+    in_flight: int = 0
+    failures: int = 0
+    """In a row."""
+    restarts: int = 0
+    not_before: float = 0.0
+    answered_at: float = 0.0
+    up: bool = True
+
+
+@dataclass(eq=False)
+class Request:
+    """A request of a pool, and what it has been through."""
+
+    path: str
+    content: bytes | None
+    only: Server | None = None
+    is_touchstone: bool = False
+    future: Any = None
+    """asyncio.Future of Answer or Refusal, made on the loop's thread."""
+    tries: int = 0
+    timeouts: int = 0
+    crowded: int = 0
+    answered_before: int = 0
+    begun: int | None = None
+    """How many requests the pool had answered when this one was first tried."""
+    avoid: Server | None = None
+    not_before: float = 0.0
+
+
+def least_loaded(servers: Sequence[Server], request: Request, now: float) -> Server | None:
+    """The server that is up and has the fewest requests, another than the one to avoid where there is one."""
+    free = [
+        server
+        for server in servers
+        if server.up
+        and server.not_before <= now
+        and server.in_flight < (1 if server.failures else server.limit)  # one request tries a server that failed
+        and request.only in (None, server)
+    ]
+    free = [server for server in free if server is not request.avoid] or free
+    return min(free, key=lambda server: server.in_flight, default=None)

@@ -1,0 +1,50 @@
+"""What an engine is (`rollout.engine.kind`): whatever opens samplers of a policy. sampling/engines.py lists them.
+Run its tests: pytest tests/test_engines.py
+"""
+
+from contextlib import AbstractContextManager
+
+from dpa.core.config import RolloutConfig
+from dpa.core.directions import DirectionSpace
+from dpa.core.records import Sampler
+from dpa.core.reference import Model
+from dpa.sampling.samplers import SamplerSpec
+
+
+class SamplingEngine:
+    """Samples the policies of a run, one after another. It is made when the run opens, starts nothing before it is
+    asked for samplers, and is closed with the run.
+
+    A new one is a subclass in a file of its own and a line in ENGINES.
+    """
+
+    @property
+    def wants_card(self) -> bool:
+        """Whether it asks for most of a card, so that a scorer there makes room for it."""
+        return False
+
+    def check(self, config: RolloutConfig) -> None:
+        """Look for what it lacks to sample every policy of a whole run. Raises ConfigError."""
+
+    def samplers(
+        self, policy: Model, space: DirectionSpace, config: RolloutConfig
+    ) -> AbstractContextManager[list[Sampler]]:
+        """The samplers of a rollout, which work side by side; they are closed at the end of the block.
+
+        Raises ModelFileError, ConfigError, EngineError.
+        """
+        raise NotImplementedError
+
+    def spec(self, policy: Model, space: DirectionSpace, config: RolloutConfig) -> SamplerSpec | None:
+        """What makes one of its samplers in another process or on another machine; None where that cannot be, and
+        `samplers` are asked wherever the run is. Raises ModelFileError."""
+        return None
+
+    def close(self) -> None:
+        """End what outlives a rollout."""
+
+    def __enter__(self) -> "SamplingEngine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

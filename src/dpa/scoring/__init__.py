@@ -1,0 +1,1 @@
+"""What gives scores: reward models, functions, servers, judges."""

@@ -1,0 +1,1 @@
+"""What changes weights: the learners, the reward model's training, what they share."""

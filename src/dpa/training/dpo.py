@@ -1,0 +1,151 @@
+"""The learner of pairs: (direction, prompt, chosen, rejected) through TRL's DPOTrainer.
+Run its tests: pytest tests/test_preference_training.py
+
+Direct preference optimisation (arXiv 2305.18290): with the policy pi that is trained and the one it starts from, ref,
+
+    loss = -log sigmoid(beta * (log pi(chosen)/ref(chosen) - log pi(rejected)/ref(rejected)))
+
+log-probabilities being sums over the tokens of a response and of its end token, given prompt and direction. Averaged
+over the pairs of an optimizer step, however it is cut into passes. With `sft_weight` w > 0, w times the mean loss per
+token of the chosen responses is added (arXiv 2404.19733 adds it per response): it keeps the chosen ones likely, which
+the difference alone does not.
+
+The reference is held beside the policy (with adapters: the policy with its adapters switched off). It is the policy
+training starts from, also when an interrupted training goes on.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from trl import DPOConfig, DPOTrainer
+
+from dpa.core.config import RunConfig
+from dpa.core.errors import ConfigError
+from dpa.core.records import Ledger
+from dpa.storage.schemas import completeness
+from dpa.storage.stage_records import Reject
+from dpa.training.learner import Learner, RowEncoder, TrainingRecord
+from dpa.training.passes import one_card
+from dpa.training.ranks import ranks
+from dpa.training.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments, units_a_pass
+from dpa.training.trainers import StopsAtBadStep
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of a prompt and of two responses to it, each with its end token unless it was cut at a limit."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """Of both examples: the prompt is read twice."""
+        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+class _Trainer(StopsAtBadStep, DPOTrainer):
+    """DPOTrainer that never takes a step from a NaN."""
+
+
+class DPO(Learner[EncodedPair]):
+    """Learns to prefer what was chosen to what was rejected.
+
+    Rows have the columns `prompt_id, messages, direction (a list, or null: no preference is stated), chosen, rejected`,
+    and may have `chosen_complete, rejected_complete` (else all are). The log has, for each optimizer step, `loss`
+    (nats), `rewards/margins`, the mean of beta * (log-ratio of chosen - log-ratio of rejected), 0 at the start, and
+    `rewards/accuracies`, the share of pairs with a positive margin.
+    """
+
+    reads = "pairs"
+    section = "dpo"
+    advice = "lower dpo.beta, raise dpo.sft_weight"
+
+    @classmethod
+    def check(cls, run: RunConfig) -> None:
+        """Pairs have an order."""
+        super().check(run)
+        if run.selection.method == "random":
+            raise ConfigError(
+                "selection.method: random is a control of learners of winners; take pooled or per_direction."
+            )
+
+    def encode(self, rows: pa.Table, encoder: RowEncoder) -> tuple[list[EncodedPair], list[Reject]]:
+        """A pair for each row. One with an empty response, or one that does not fit an example, is rejected."""
+        pairs, rejects = [], []
+        columns = ("prompt_id", "messages", "direction", "chosen", "rejected")
+        ends = zip(completeness(rows, "chosen_complete"), completeness(rows, "rejected_complete"), strict=True)
+        texts = zip(*(rows[name].to_pylist() for name in columns), ends, strict=True)
+        for identity, messages, direction, chosen_text, rejected_text, complete in texts:
+            encoded = encoder.encode(messages, direction, [chosen_text, rejected_text], complete)
+            if isinstance(encoded, str):
+                rejects.append(Reject(identity, encoded))
+            else:
+                prompt, (chosen, rejected) = encoded
+                pairs.append(EncodedPair(prompt, chosen, rejected))
+        return pairs, rejects
+
+    def trainer(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[EncodedPair],
+        work: Path,
+        start: Callable[[], PreTrainedModel],
+    ) -> DPOTrainer:
+        """The DPOTrainer over the pairs, checkpoints in `work`. Raises ConfigError.
+
+        Given text, TRL tokenizes prompt and response together, and where tokens merge across the border the prompt is
+        no longer what the sampler shows. So it is given one row of text to prepare, and then our tokens, in the columns
+        its collator documents.
+        """
+        config, pairs = self.config, examples
+        reference = None if config.lora is not None else start()
+        shared = shared_arguments(self, work)
+        longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
+        most = max(1, config.pairs_per_step // ranks())
+        together = units_a_pass(self, config.pairs_per_device, model, 2 * longest, most, shared)
+        losses, weights = ["sigmoid"], [1.0]
+        if config.sft_weight:
+            losses, weights = [*losses, "sft"], [*weights, config.sft_weight]
+        arguments = DPOConfig(
+            **shared,
+            beta=config.beta,
+            loss_type=losses,
+            loss_weights=weights,
+            max_length=None,  # what is too long was rejected
+            per_device_train_batch_size=together,
+            gradient_accumulation_steps=accumulation(
+                "dpo.pairs_per_step", config.pairs_per_step, "pairs_per_device", together
+            ),
+        )
+        one_card(arguments)
+        trainer = _Trainer(
+            model=model,
+            ref_model=reference,
+            args=arguments,
+            train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+            processing_class=tokenizer,
+            peft_config=adapters(config),
+        )
+        trainer.optimizer_cls_and_kwargs = optimizer_class(config)  # unlike SFTTrainer, it takes no such argument
+        trainer.train_dataset = Dataset.from_dict(
+            {
+                "prompt_ids": [pair.prompt for pair in pairs],
+                "chosen_ids": [pair.chosen for pair in pairs],
+                "rejected_ids": [pair.rejected for pair in pairs],
+            }
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def cost(self, done: TrainingRecord) -> Ledger:
+        """A prompt is read once for each response of a pair; the reference reads the same, forward only."""
+        ledger = super().cost(done)
+        ledger.extra["reference_tokens"] = ledger.training_tokens
+        return ledger

@@ -1,0 +1,187 @@
+"""What the trainings of a policy share, whatever the learner: checkpoints, log, listening, what is saved.
+Run its tests: pytest tests/test_finetuning.py tests/test_preference_training.py
+"""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from accelerate import DistributedType
+from peft import get_peft_model
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, Trainer
+
+from dpa.core.config import TrainingConfig, of_results
+from dpa.core.errors import DataError, DpaError, TrainingError
+from dpa.core.records import stable_hash
+from dpa.core.reference import Model, ModelReference
+from dpa.models.disk_refusals import disk_refusals
+from dpa.models.files import folder_revision, resolve_model
+from dpa.models.policy import context_length, load_policy, make_steerable, save_policy
+from dpa.models.quiet import quiet_libraries
+from dpa.storage.stage_records import Reject, count_reasons
+from dpa.storage.stopping import StopOnSignal
+from dpa.storage.tables import read_json, write_json
+from dpa.training.checkpoints import newest_checkpoint
+from dpa.training.learner import E, Learner, RowEncoder, TrainingRecord
+from dpa.training.listening import PREFIX, HeldOut, Listening, MeasureListening, advice, held_out_rows
+from dpa.training.ranks import is_first, wait_for_all
+from dpa.training.trainer_arguments import adapters
+from dpa.training.trainers import ShowProgress, StopWhenAsked, WriteLog, computes_in_bf16, merge_adapters
+
+_INPUTS_FILE = "inputs.json"
+
+_log = logging.getLogger(__name__)
+
+
+def train_policy(
+    learner: Learner[E],
+    policy: Model,
+    rows: pa.Table,
+    out: Path,
+    work: Path,
+    label: str = "finetune",
+    held_out: pa.Table | None = None,
+) -> TrainingRecord:
+    """Train `policy` on the rows that the learner reads and save the new one at `out`, whole or not at all.
+
+    `work` keeps checkpoints and `log.jsonl`; the same call resumes from the newest complete checkpoint and ends where
+    an uninterrupted one would. `label` names the work in messages. In a launched training every rank calls this, and
+    the first one writes. `held_out`: selected rows to measure listening on (training/listening.py).
+
+    Raises DataError (no example left), ConfigError, TrainingError (NaN or infinite loss, or a policy that listens less
+    than `config.min_listening`; earlier checkpoints are kept),
+    Interrupted (on a signal, after a checkpoint), StorageError (disk full).
+    """
+    config, section, space = learner.config, learner.section, learner.space
+    # Frozen weights need no more than bf16, which is what lets adapters of a 7B model train on one 24 GB card.
+    dtype = torch.bfloat16 if config.lora is not None and computes_in_bf16(config.bf16) else torch.float32
+    with quiet_libraries():
+        model, tokenizer = load_policy(policy, dtype)
+        make_steerable(tokenizer, space)
+        encoder = RowEncoder(model, tokenizer, space, min(config.max_length, context_length(model)))
+        examples, rejects = learner.encode(rows, encoder)
+        if not examples:
+            raise DataError(f"{label}: none of {len(rejects)} rows can be trained on ({count_reasons(rejects)}).")
+        if rejects and is_first():
+            _log.warning("%s", _left_out(label, rejects, len(examples) + len(rejects), section, config.max_length))
+        tokens = sum(example.tokens for example in examples)
+        measured = None if held_out is None else held_out_rows(held_out, space, learner.seed, encoder.encode)
+        with disk_refusals(work, "saving a checkpoint"):
+            if is_first():
+                base = folder_revision(resolve_model(policy).path)
+                _prepare_work(work, stable_hash(examples, of_results(config), learner.seed, base, *learner.identity))
+            wait_for_all()
+            with StopOnSignal() as stop:
+                trainer = learner.trainer(model, tokenizer, examples, work, lambda: load_policy(policy)[0])
+                found = _train(trainer, work, label, tokens, stop, measured, config)
+                if trainer.state.global_step < trainer.state.max_steps:
+                    raise stop.interrupted(label, trainer.state.global_step, trainer.state.max_steps, "steps")
+        if found is not None and found.share < (config.min_listening or 0):
+            raise TrainingError(
+                f"{section}.min_listening: {config.min_listening:g}, but {advice(found, section, learner.advice)}"
+            )
+        trained = _whole_model(trainer, policy, config, dtype)
+        provenance = {
+            "from": str(policy),
+            "remote_code_revision": ModelReference.of(policy).code_revision,
+            "rows": len(examples),
+            "seed": learner.seed,
+            section: config.model_dump(),
+        }
+        if trained is not None:
+            save_policy(trained, tokenizer, out, space, provenance)
+        wait_for_all()
+    log = tuple(trainer.state.log_history)
+    return TrainingRecord(
+        tokens=tokens,
+        examples=len(examples),
+        steps=trainer.state.global_step,
+        log=log,
+        rejects=tuple(rejects),
+        listening=found,
+        listening_tokens=0 if measured is None else measured.tokens * sum(f"{PREFIX}share" in entry for entry in log),
+    )
+
+
+def _left_out(label: str, rejects: Sequence[Reject], total: int, section: str, max_length: int) -> str:
+    """How many rows train nothing and why; what to change where they are too long."""
+    too_long = any(reject.reason.endswith("tokens of an example") for reject in rejects)
+    mend = f"; raise {section}.max_length ({max_length:,}), as far as the model's context goes" if too_long else ""
+    return (
+        f"{label}: LEFT OUT: {len(rejects):,} of {total:,} rows ({len(rejects) / total:.0%}) are not trained on "
+        f"({count_reasons(rejects)}){mend}."
+    )
+
+
+def remove_checkpoints(work: Path) -> None:
+    """Free what only an interrupted training needs: three times the model's size, or more."""
+    for checkpoint in work.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def _whole_model(trainer: Trainer, policy: Model, config: TrainingConfig, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The trained model with all its weights, adapters merged, on the rank that saves it; None on the others."""
+    accelerator = trainer.accelerator
+    trained: Any = accelerator.unwrap_model(trainer.model)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        weights = accelerator.get_state_dict(trainer.model)
+    elif any(isinstance(parameter, DTensor) for parameter in trained.parameters()):  # FSDP2
+        weights = {}
+        for name, part in trained.state_dict().items():  # one at a time: every rank gives its part, the first keeps all
+            whole = part.full_tensor() if isinstance(part, DTensor) else part
+            if is_first():
+                weights[name] = whole.detach().cpu().clone()
+    else:
+        weights = None
+    if weights is not None and is_first():
+        trained, _ = load_policy(policy, dtype, device="cpu")
+        with_adapters = adapters(config)
+        trained = trained if with_adapters is None else get_peft_model(trained, with_adapters)
+        trained.load_state_dict(weights)
+    if not is_first():
+        return None
+    return trained if config.lora is None else merge_adapters(trained, dtype)
+
+
+def _train(
+    trainer: Trainer,
+    work: Path,
+    label: str,
+    tokens: int,
+    stop: StopOnSignal,
+    rows: HeldOut | None,
+    config: Any,
+) -> Listening | None:
+    """Train to the end, or to a signal; what is measured on the held-out rows at the end."""
+    progress = ShowProgress(label, tokens)
+    measuring = None if rows is None else MeasureListening(rows, config.listening_steps, trainer)
+    for callback in (progress, WriteLog(work / "log.jsonl"), StopWhenAsked(stop)):
+        if is_first() or isinstance(callback, StopWhenAsked):
+            trainer.add_callback(callback)
+    if measuring is not None:
+        trainer.add_callback(measuring)  # on every rank: sharded weights answer together
+    newest = newest_checkpoint(work)
+    try:
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        if measuring is None or trainer.state.global_step < trainer.state.max_steps:
+            return None
+        return measuring.last()
+    finally:
+        progress.close()
+
+
+def _prepare_work(work: Path, identity: str) -> None:
+    """Make the folder; checkpoints of other examples or settings than `identity` names are removed."""
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / _INPUTS_FILE
+    with suppress(DpaError):  # a file that cannot be read names no inputs
+        if file.exists() and read_json(file) == identity:
+            return
+    remove_checkpoints(work)
+    write_json(file, identity)
