@@ -185,7 +185,7 @@ def test_a_clean_folder_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_free_memory_obeys_the_limit_of_a_container(tmp_path: Path) -> None:
-    """Both versions of cgroups, at their root and at the process's own path; file pages not in use count as free."""
+    """Both versions of cgroups, at their root and at the process's own path; file pages count as free."""
     own = tmp_path / "own"
     own.write_text("4:memory:/jobs/7\n0::/jobs/7\n")
     unlimited = free_memory_of_machine(tmp_path / "none", own)
@@ -195,13 +195,13 @@ def test_free_memory_obeys_the_limit_of_a_container(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
     (second / "memory.max").write_text("max\n")
     (second / "memory.current").write_text("1000\n")
-    (second / "memory.stat").write_text("anon 1\ninactive_file 300\n")
+    (second / "memory.stat").write_text("anon 1\ninactive_file 200\nactive_file 100\n")
     assert free_memory_of_machine(tmp_path, own) > 10_000
     (second / "memory.max").write_text("5000\n")
     assert free_memory_of_machine(tmp_path, own) == 5000 - 1000 + 300
     (first / "memory.limit_in_bytes").write_text("2000\n")
     (first / "memory.usage_in_bytes").write_text("2500\n")
-    (first / "memory.stat").write_text("total_inactive_file 100\n")
+    (first / "memory.stat").write_text("inactive_file 9000\ntotal_inactive_file 60\ntotal_active_file 40\n")
     assert free_memory_of_machine(tmp_path, own) == 0
 
 

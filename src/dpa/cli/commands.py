@@ -163,9 +163,15 @@ def select(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = 
 @app.command()
 def finetune(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = None) -> None:
     """Finetune the policy of the iteration before, as `learner` says; also as a rank of `accelerate launch`."""
-    from dpa.cli.launch import finetune as finetune_as_rank
+    from dpa.recipes.dpa import Loop
+    from dpa.training.launching import end_with_launcher
+    from dpa.training.ranks import first_then_rest
 
-    finetune_as_rank(_load(config, overrides), iteration)
+    settings = _load(config, overrides)
+    end_with_launcher()
+    # The first rank holds the run folder, the others join it.
+    with first_then_rest(lambda join: Loop(settings, join=join)) as loop:
+        loop.finetune(iteration)
 
 
 @app.command()

@@ -149,12 +149,8 @@ class SpaceConfig(_Section):
         )
 
 
-_TEXT_FIELDS: tuple[Literal["prompt", "response", "messages", "source"], ...] = (
-    "prompt",
-    "response",
-    "messages",
-    "source",
-)
+TextColumn = Literal["prompt", "response", "messages", "source"]
+TEXT_COLUMNS: tuple[TextColumn, ...] = get_args(TextColumn)
 
 
 class RatingsConfig(_Section):
@@ -168,7 +164,7 @@ class RatingsConfig(_Section):
     attributes: list[str] | None = Field(
         None, description="Generic form: columns that are marks. Default: those named in `scales`."
     )
-    columns: dict[Literal["prompt", "response", "messages", "source"], str] = Field(
+    columns: dict[TextColumn, str] = Field(
         default_factory=dict,
         description="Generic form: what we call `prompt`, `response`, `messages`, `source` -> the file's own column.",
     )
@@ -187,7 +183,7 @@ class RatingsConfig(_Section):
         for name in ("attributes", "columns", "scales"):
             if self.format != "generic" and getattr(self, name):
                 raise ValueError(f"{name}: format {self.format} has its own, so leave it out, or write format: generic")
-        read = {name: self.columns.get(name, name) for name in _TEXT_FIELDS}
+        read = {name: self.columns.get(name, name) for name in TEXT_COLUMNS}
         for name, column in self.columns.items():
             if not column.strip():
                 raise ValueError(f"columns.{name}: give the name of a column of the file")

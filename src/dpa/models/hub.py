@@ -40,10 +40,8 @@ def push_model(folder: str | Path, hub_id: str, private: bool = True, api: Any =
         status = error.response.status_code if error.response is not None else "no"
         hint = "run `hf auth login` with a token that may write" if status in (401, 403) else "try again later"
         raise EngineError(f"push: the Hub refused {hub_id} ({status}); {hint}.") from None
-    except OSError as error:  # no network, time-out
-        raise EngineError(f"push: the Hub cannot be reached ({type(error).__name__}); check the network.") from None
-    except Exception as error:
-        if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
+    except Exception as error:  # no network, time-out
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
         raise EngineError(f"push: the Hub cannot be reached ({type(error).__name__}); check the network.") from None
     return str(repo)

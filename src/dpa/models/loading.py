@@ -193,8 +193,6 @@ def refusing(safe: SafeModel, what: str, where: str = "") -> Iterator[None]:
         yield
     except DpaError:
         raise
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

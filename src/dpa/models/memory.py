@@ -4,15 +4,12 @@ Run its tests: pytest tests/test_memory.py
 
 import gc
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from dpa.core.errors import ConfigError
-
-CGROUP = Path("/sys/fs/cgroup")
+from dpa.storage.memory import free_memory_of_machine
 
 LEAST_TOKENS = 1024
 """Tokens a pass without gradients may always have."""
@@ -28,26 +25,12 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def available_memory(device: torch.device, cgroup: Path = CGROUP) -> int:
-    """Bytes that this process may still take on the device. On a CPU the container's limit counts (cgroup v2 and v1),
-    less what cannot be given back: the cache of files can."""
+def available_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on the device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    available = psutil.virtual_memory().available
-    for folder, limit, used in (
-        (cgroup, "memory.max", "memory.current"),
-        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            most = int((folder / limit).read_text())  # "max" where there is no limit
-            taken = int((folder / used).read_text())
-            lines = (folder / "memory.stat").read_text().splitlines()
-        except (OSError, ValueError):
-            continue
-        cache = sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
-        available = min(available, most - taken + cache)
-    return max(0, available)
+    return free_memory_of_machine()
 
 
 def scoring_tokens(config: Any, dtype: torch.dtype, device: torch.device, most: int) -> int:

@@ -11,6 +11,7 @@ nothing was measured they are arithmetic on the device's matrix rate, measured h
 """
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -247,21 +248,17 @@ def matrix_rate(seconds: float = 0.5) -> float:
     """FLOP/s of square matrix products on the default device: bf16 on a card, fp32 on a CPU."""
     device = default_device()
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     a = torch.randn(size, size, device=device, dtype=dtype)
     a @ a
-    _wait(device)
+    wait()
     begun, count = time.perf_counter(), 0
     while time.perf_counter() - begun < seconds:
         for _ in range(4):
             a @ a
-        _wait(device)
+        wait()
         count += 4
     return 2 * size**3 * count / (time.perf_counter() - begun)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def size_of(folder: str, parameters: float | None, where: str, fix: str) -> Size:
@@ -274,20 +271,13 @@ def size_of(folder: str, parameters: float | None, where: str, fix: str) -> Size
     if parameters is None:
         for file in files:
             with safe_open(str(file), framework="pt") as weights:
-                count += sum(_product(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+                count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     about = path / "config.json"
     config = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
     heads = config.get("num_attention_heads") or 32
     width = config.get("head_dim") or (config.get("hidden_size") or 4096) // heads
     layers = config.get("num_hidden_layers") or 32
     return Size(count, 2 * layers * (config.get("num_key_value_heads") or heads) * width)
-
-
-def _product(shape: Sequence[int]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
 
 
 def count_rows(path: str) -> int | None:

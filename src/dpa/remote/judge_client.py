@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Messages, add_costs, stable_hash
 from dpa.remote.http_exchange import Answer, Refusal
-from dpa.remote.http_pool import BACKOFF_S, Heard, HttpPool
+from dpa.remote.http_pool import BACKOFF_S, HttpPool
 from dpa.storage.replies import Replies
 
 MAX_TOKENS = 16
@@ -122,7 +122,19 @@ class ChatJudge:
             form = {"response_format": response_format} if with_format else {}
             whole = [{**self._body, **form, "messages": asked[address]} for address in addresses]
             bodies = [{name: value for name, value in body.items() if value is not None} for body in whole]
-            return pool.ask(_PATH, bodies, self._keeping(pool, addresses, bodies, costs, progress))
+
+            def heard(place: int, answer: Answer | Refusal) -> None:
+                if isinstance(answer, Refusal):
+                    self._kept.keep(addresses[place], self.model, refused=answer.reason)
+                    return
+                if not self.calls:
+                    pool.set_touchstone(_PATH, bodies[place])
+                self.calls += 1
+                self._kept.keep(addresses[place], self.model, self._content(answer))
+                add_costs(costs, _spent(answer))
+                progress(1)
+
+            return pool.ask(_PATH, bodies, heard)
 
         while response_format is not None and self._takes_format is None and waiting:
             first = [waiting.pop(0)]
@@ -131,27 +143,6 @@ class ChatJudge:
             elif isinstance(ask(first, False)[0], Answer):
                 self._takes_format = False
         ask(waiting, response_format is not None and bool(self._takes_format))
-
-    def _keeping(
-        self,
-        pool: HttpPool,
-        addresses: list[str],
-        bodies: list[dict[str, Any]],
-        costs: dict[str, float],
-        progress: Callable[[int], None],
-    ) -> Heard:
-        def heard(place: int, answer: Answer | Refusal) -> None:
-            if isinstance(answer, Refusal):
-                self._kept.keep(addresses[place], self.model, refused=answer.reason)
-                return
-            if not self.calls:
-                pool.set_touchstone(_PATH, bodies[place])
-            self.calls += 1
-            self._kept.keep(addresses[place], self.model, self._content(answer))
-            add_costs(costs, _spent(answer))
-            progress(1)
-
-        return heard
 
     def _open(self) -> HttpPool:
         """The pool of servers, made when it is first needed; its connections close with this object, or at exit."""

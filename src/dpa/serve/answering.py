@@ -143,10 +143,7 @@ class Answering:
             if message.get("role") in ("system", "developer", "user", "assistant")
         ]
         said = await self._engines.scorer.post("/dpa/score", {"messages": messages, "responses": texts})
-        scores_NM = np.array(
-            [[np.nan if value is None else value for value in row] for row in said["scores"]], dtype=np.float64
-        )
-        return self._served.space.combine(scores_NM, said["attributes"])
+        return self._served.space.combine(np.array(said["scores"], dtype=np.float64), said["attributes"])
 
 
 def _plain_text(content: Any) -> str:

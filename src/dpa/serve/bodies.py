@@ -48,19 +48,6 @@ def error_body(message: str, status: int, param: str | None = None, code: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _strict_number(value: Any) -> Any:
-    """A JSON number that is finite and no bool; pydantic's own coercions would change what is sent on."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
-        raise ValueError("give a finite number")
-    return value
-
-
-def _strict_integer(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError("give a whole number")
-    return value
-
-
 def _prompt(value: Any) -> Any:
     """OpenAI's four forms of a prompt. What kind the first item is, all must be; which ids exist the engine knows."""
     if isinstance(value, str) or (isinstance(value, list) and (are_token_ids(value) or _are_prompts(value))):
@@ -78,8 +65,8 @@ def _are_prompts(items: list[Any]) -> bool:
     return bool(items) and (texts or all(map(are_token_ids, items)))
 
 
-Number = Annotated[float, BeforeValidator(_strict_number)]
-Count = Annotated[int, BeforeValidator(_strict_integer)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True)]
 Text = Annotated[str, StringConstraints(strict=True)]
 Stop = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=MAX_STOP)]
 

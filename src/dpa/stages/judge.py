@@ -158,9 +158,8 @@ def judge(
     pairs                        request, answers, both verdicts
     """
     replies = asked.ask(prompts_of(pairs, space, preference), progress)
-    shown_N2 = np.array(
-        [[_number(read_verdict(reply)) for reply in replies[i : i + 2]] for i in range(0, len(replies), 2)]
-    )
+    verdicts = list(map(read_verdict, replies))
+    shown_N2 = np.array(verdicts, dtype=np.float64).reshape(-1, 2)  # None is NaN
     valid_N = ~np.isnan(shown_N2).any(axis=1)
     if not valid_N.any():
         raise DataError(f"judge: not one reply is A, B or TIE (the first: {replies[0][:80]!r}); take another judge.")
@@ -260,10 +259,6 @@ def _request_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
         answer = row["messages"][-1]["content"]
         return str(row["messages"][0]["content"]), str(answer["answer"] if isinstance(answer, dict) else answer)
     return str(row["instruction"]), str(row["output"])
-
-
-def _number(verdict: float | None) -> float:
-    return float("nan") if verdict is None else verdict
 
 
 def _biased(first: Interval) -> bool:

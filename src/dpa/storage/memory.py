@@ -19,7 +19,8 @@ def peak_memory() -> int:
 
 def free_memory_of_machine(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes this process can still take: what the machine has available, or less where a cgroup (a container, a batch
-    job) limits it. Both versions of cgroups are read, as seen from inside a container or from outside."""
+    job) limits it, file pages not counted as taken: they are given back when needed. Both versions of cgroups are read,
+    as seen from inside a container or from outside."""
     free = [psutil.virtual_memory().available]
     try:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
@@ -27,9 +28,9 @@ def free_memory_of_machine(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = P
         lines = []
     second = [path for _, names, path in lines if not names]
     first = [path for _, names, path in lines if "memory" in names.split(",")]
-    for root, paths, limit, used, cache in (
-        (cgroups, second, "memory.max", "memory.current", "inactive_file"),
-        (cgroups / "memory", first, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    for root, paths, limit, used, total in (
+        (cgroups, second, "memory.max", "memory.current", ""),
+        (cgroups / "memory", first, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         for folder in {root, *(root / path.strip("/") for path in paths)}:
             try:
@@ -39,7 +40,8 @@ def free_memory_of_machine(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = P
             except (OSError, ValueError):
                 continue
             if most.isdigit():  # else "max"
-                free.append(int(most) - taken + int(stat.get(cache, 0)))  # such file pages are given back when needed
+                pages = sum(int(stat.get(f"{total}{kind}_file", 0)) for kind in ("inactive", "active"))
+                free.append(int(most) - taken + pages)
     return max(0, min(free))
 
 

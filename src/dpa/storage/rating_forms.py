@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from dpa.core.config import RatingsConfig
+from dpa.core.config import TEXT_COLUMNS, RatingsConfig
 from dpa.core.errors import DataError
 from dpa.core.records import SCALE, Messages
 from dpa.storage.rows import BadRow, check_messages, check_text, given_messages, quoted
@@ -25,13 +25,6 @@ HELPSTEER_SCALE: Scale = (0, 4)
 ULTRAFEEDBACK_MARKS = ("instruction_following", "truthfulness", "honesty", "helpfulness")
 ULTRAFEEDBACK_SCALE: Scale = (1, 5)
 ULTRAFEEDBACK_OVERALL_SCALE: Scale = (1, 10)
-
-TEXT_COLUMNS: tuple[Literal["prompt", "response", "messages", "source"], ...] = (
-    "prompt",
-    "response",
-    "messages",
-    "source",
-)
 
 NEMO_MARKS = ("quality", "toxicity", "humor", "creativity", *HELPSTEER_MARKS)
 """Order of `label` in NeMo-Aligner's regression form; the first four are Open Assistant's and are not read."""

@@ -20,11 +20,10 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import RunFolderError, TrainingError
 from dpa.core.records import Ledger, Prompt, Sampler, messages_text, stable_hash
 from dpa.core.reference import ModelReference
-from dpa.models.files import folder_revision
 from dpa.models.policy import count_tokens
 from dpa.recipes.baselines.asking import TranslatingSampler, without_direction
 from dpa.recipes.run import Run
-from dpa.sampling.samplers import SamplerSpec
+from dpa.sampling.samplers import SamplerSpec, sampler_spec
 from dpa.stages.finetune import finetune_policy
 from dpa.stages.prompts import prompts_from_table
 from dpa.stages.ratings import load_ratings
@@ -123,16 +122,8 @@ class Lab(Run):
 
     def spec(self, policy: str | Path, measuring: bool = False) -> SamplerSpec:
         """How a policy is sampled: as rollout says, or as evaluation does."""
-        how = self.config.rollout
-        return SamplerSpec(
-            policy=self.config.reference(policy),
-            space=self.space,
-            max_new_tokens=how.max_new_tokens,
-            temperature=self.config.evaluate.temperature if measuring else how.temperature,
-            top_p=1.0 if measuring else how.top_p,
-            batch_size=how.batch_size,
-            revision=folder_revision(policy),
-        )
+        changes = {"temperature": self.config.evaluate.temperature, "top_p": 1.0} if measuring else {}
+        return sampler_spec(self.config.reference(policy), self.config.rollout.model_copy(update=changes), self.space)
 
     def rollout(
         self, t: int, sampler: Sampler, directions_DK: np.ndarray | None = None, how: RolloutConfig | None = None
