@@ -15,9 +15,9 @@ from dpa.core.config import EvaluateConfig, RewardConfig
 from dpa.core.errors import EngineError, ModelFileError
 from dpa.models.files import folder_revision
 from dpa.models.hub import push_model
-from dpa.pages.card import CARD, card, write_card
+from dpa.pages.card import CARD, card
 from dpa.scoring.scorers import scored_by
-from dpa.storage.tables import write_bytes
+from dpa.storage.tables import write_bytes, write_if_new
 
 SPACE = space_of("helpfulness", "verbosity", presets={"terse": "-40deg"})
 DATA = ["nvidia/HelpSteer2", "data/own.jsonl"]
@@ -86,11 +86,12 @@ def test_the_snippets_preference_is_inside_the_cone() -> None:
 def test_a_card_does_not_change_what_the_policy_is(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model")
     before = folder_revision(folder)
-    write_card(folder, "demo", SPACE, "start", DATA, "", EVALUATION, LEDGER)
+    text = card("demo", SPACE, "start", DATA, "", EVALUATION, LEDGER).encode()
+    write_if_new(folder / CARD, text)
     assert "base_model" not in (folder / CARD).read_text().split("---")[1]
     assert folder_revision(folder) == before
     stamp = (folder / CARD).stat().st_mtime_ns
-    write_card(folder, "demo", SPACE, "start", DATA, "", EVALUATION, LEDGER)
+    write_if_new(folder / CARD, text)
     assert (folder / CARD).stat().st_mtime_ns == stamp
 
 
@@ -115,7 +116,7 @@ def test_a_checked_folder_is_pushed_private_with_its_card(tmp_path: Path) -> Non
     from fnmatch import fnmatch
 
     folder = save_tiny_model(tmp_path / "model")
-    write_card(folder, "demo", SPACE, "start", DATA, "")
+    write_bytes(folder / CARD, card("demo", SPACE, "start", DATA, "").encode())
     api = FakeApi()
     assert push_model(folder, "me/demo", api=api) == "https://huggingface.co/me/demo"
     (_, created), (_, uploaded) = api.calls

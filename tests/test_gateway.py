@@ -21,7 +21,7 @@ from serving import CHAT, QUESTION, SPACE, FakeUpstream, events_of, gateway_befo
 
 from dpa.models.files import EVALUATION_FILE
 from dpa.serve.command import _default_direction
-from dpa.serve.front import load_examples, load_front
+from dpa.serve.front import Front, load_front
 from dpa.serve.gate import Gate, JsonLines
 from dpa.serve.gateway import Gateway
 from dpa.serve.settings import Limits
@@ -206,14 +206,14 @@ def test_front_comes_from_the_record_beside_the_model(tmp_path: Path) -> None:
     value = {"value": 2.0, "low": 1.0, "high": 3.0}
     measured = {"helpfulness": value, "verbosity": value}
     point = {"weights": [0.8, -0.6], "objectives": {"model": measured, "gold": measured}, "words": value}
-    assert load_front(tmp_path, SPACE) == (None, None)
+    assert load_front(tmp_path, SPACE) == Front()
     (tmp_path / EVALUATION_FILE).write_text(json.dumps({"directions": [point]}))
-    (found,), reward = load_front(tmp_path, SPACE)
+    (found,), reward, _ = load_front(tmp_path, SPACE)
     assert reward == "gold" and found["text"] == "helpfulness*80 + verbosity*-60" and found["words"] == 2.0
     assert found["objectives"]["verbosity"] == value
     for damaged in ("{", "[]", '{"directions": [{"weights": [1], "objectives": {}}]}', '{"directions": 3}'):
         (tmp_path / EVALUATION_FILE).write_text(damaged)
-        assert load_front(tmp_path, SPACE) == (None, None)
+        assert load_front(tmp_path, SPACE) == Front()
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------
@@ -544,11 +544,11 @@ def test_text_is_logged_only_when_asked(engine: tuple[FakeUpstream, str], fake: 
 
 
 def test_questions_to_try_travel_with_the_front(tmp_path: Path) -> None:
-    assert load_examples(tmp_path) == []
+    assert load_front(tmp_path, SPACE).examples == ()
     (tmp_path / EVALUATION_FILE).write_text(json.dumps({"directions": [], "examples": ["Where does Ivy live?"]}))
-    assert load_examples(tmp_path) == ["Where does Ivy live?"]
+    assert load_front(tmp_path, SPACE).examples == ("Where does Ivy live?",)
     (tmp_path / EVALUATION_FILE).write_text("[1, 2]")
-    assert load_examples(tmp_path) == []
+    assert load_front(tmp_path, SPACE).examples == ()
 
 
 def test_a_request_that_states_nothing_is_asked_at_the_center_unless_the_server_is_told_otherwise() -> None:

@@ -4,7 +4,6 @@ Run its tests: pytest tests/test_card.py
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,30 +12,8 @@ from dpa.core.directions import DirectionSpace
 from dpa.pages.rendering import render
 from dpa.pages.writing import duration, number, spread
 from dpa.storage.rows import has_hub_form, is_hub_id
-from dpa.storage.tables import write_bytes
 
 CARD = "README.md"
-
-
-def write_card(
-    folder: Path,
-    name: str,
-    space: DirectionSpace,
-    base: str,
-    data: Sequence[str],
-    reward: str,
-    evaluation: Mapping[str, Any] | None = None,
-    ledgers: Mapping[str, Mapping[str, Any]] | None = None,
-) -> None:
-    """Write the card beside a policy; one that says the same already is left alone.
-
-    `base`: start policy; `data`: rated data sets and prompts, as configured; `reward`: a sentence on where scores come
-    from; `evaluation`: the record of stages.evaluate; `ledgers`: stage -> ledger, of the iteration that made it.
-    """
-    text = card(name, space, base, data, reward, evaluation, ledgers).encode("utf-8", "backslashreplace")
-    file = folder / CARD
-    if not file.is_file() or file.read_bytes() != text:
-        write_bytes(file, text)
 
 
 def card(
@@ -48,7 +25,11 @@ def card(
     evaluation: Mapping[str, Any] | None = None,
     ledgers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
-    """The card's text (see `write_card`)."""
+    """The card's text.
+
+    `base`: start policy; `data`: rated data sets and prompts, as configured; `reward`: a sentence on where scores come
+    from; `evaluation`: the record of stages.evaluate; `ledgers`: stage -> ledger, of the iteration that made it.
+    """
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

@@ -11,14 +11,14 @@ from typing import Any
 from dpa.core.config import resolved
 from dpa.core.errors import StorageError
 from dpa.models.files import EVALUATION_FILE
-from dpa.pages.card import write_card
+from dpa.pages.card import CARD, card
 from dpa.recipes.checks import first_iteration
 from dpa.recipes.run import Run
 from dpa.scoring.reward_model import RECORD
 from dpa.scoring.scorers import scored_by
 from dpa.stages.evaluate import EVALUATION, side_by_side
 from dpa.stages.finetune import listening_curve
-from dpa.storage.tables import json_bytes, read_json, read_record, write_bytes
+from dpa.storage.tables import json_bytes, read_json, read_record, write_if_new
 from dpa.version import __version__
 
 log = logging.getLogger(__name__)
@@ -48,16 +48,13 @@ def evaluation_of(run: Run, t: int) -> dict[str, Any] | None:
 def publish(run: Run, t: int, found: Mapping[str, Any]) -> None:
     """The front travels with the model, and with it a few questions to try it on."""
     examples = [prompt.messages[-1]["content"] for prompt in run.held_out[:EXAMPLES]]
-    file, data = run.policy_folder(t) / EVALUATION_FILE, json_bytes({**found, "examples": examples})
-    if not file.is_file() or file.read_bytes() != data:
-        write_bytes(file, data)
+    write_if_new(run.policy_folder(t) / EVALUATION_FILE, json_bytes({**found, "examples": examples}))
 
 
 def write_policy_card(run: Run, t: int, evaluation: Mapping[str, Any] | None = None) -> None:
     """README.md beside the policy of iteration t."""
     config = run.config
-    write_card(
-        run.policy_folder(t),
+    text = card(
         f"{config.name}, t = {t}",
         run.space,
         config.policy,
@@ -66,6 +63,7 @@ def write_policy_card(run: Run, t: int, evaluation: Mapping[str, Any] | None = N
         evaluation or evaluation_of(run, t),
         ledgers_of(run, t),
     )
+    write_if_new(run.policy_folder(t) / CARD, text.encode("utf-8", "backslashreplace"))
 
 
 def ledgers_of(run: Run, t: int) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def _server(
         import uvicorn
 
         from dpa.serve.connections import bounded
-        from dpa.serve.front import load_examples, load_front
+        from dpa.serve.front import Front, load_front
         from dpa.serve.gate import log_json
         from dpa.serve.gateway import Gateway
         from dpa.serve.http import Server
@@ -165,7 +165,7 @@ def _server(
         scorer=child("policy" if "policy" in children else "scorer") if settings.reward else None,
     )
     measured = settings.space if settings.space is not None and settings.space.is_dir() else folder
-    front, reward = load_front(Path(measured), space) if measured is not None else (None, None)
+    front = Front() if measured is None else load_front(Path(measured), space)
     served = Served(
         name=settings.name or _name(folder, upstream_model),
         upstream_model=upstream_model,
@@ -176,9 +176,9 @@ def _server(
         hosts=_hosts(settings),
         limits=settings,
         log_text=settings.log_text,
-        front=front,
-        front_reward=reward,
-        examples=tuple(load_examples(Path(measured))) if measured is not None else (),
+        front=front.points,
+        front_reward=front.reward,
+        examples=front.examples,
     )
     gateway = Gateway(served, engines, lambda: all(one.ready.is_set() for one in children.values()))
     log_json()

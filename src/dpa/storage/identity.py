@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from dpa.core.config import differences, fingerprint, resolved
 from dpa.core.errors import RunFolderError, StorageError
-from dpa.storage.tables import CHECKSUM, disk_error, file_digest, is_whole, read_json, write_bytes, write_record
+from dpa.storage.tables import CHECKSUM, disk_error, file_digest, is_whole, read_json, write_if_new, write_record
 
 _log = logging.getLogger(__name__)
 
@@ -49,9 +49,7 @@ def check_identity(folder: Path, config: BaseModel, inputs: Mapping[str, Path], 
         now["inputs"] = {**before["inputs"], **now["inputs"]}
     if not may_write:
         return  # whoever made the folder ready has written it
-    text = yaml.safe_dump(now["config"], sort_keys=False).encode()
-    if not copy.is_file() or copy.read_bytes() != text:
-        write_bytes(copy, text)
+    write_if_new(copy, yaml.safe_dump(now["config"], sort_keys=False).encode())
     if found != (now, True) or not file.exists():
         write_record(file, now)  # last: from now on the folder is this run's
 

@@ -75,6 +75,12 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise disk_error(error, path, f"writing {len(data)} bytes") from None
 
 
+def write_if_new(path: Path, data: bytes) -> None:
+    """The same, unless the file holds these bytes already."""
+    if not path.is_file() or path.read_bytes() != data:
+        write_bytes(path, data)
+
+
 def json_bytes(value: Any) -> bytes:
     """A value as readable JSON. NaN and infinity are refused: JSON has none, use null."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
