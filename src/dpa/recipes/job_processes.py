@@ -5,7 +5,6 @@ Run its tests: pytest tests/test_compare.py
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Protocol
 from rich.console import Console
 
 from dpa.core.errors import DpaError, Interrupted
-from dpa.sampling.process_sampler import die_with_parent, process_context
+from dpa.sampling.process_sampler import leave_signals_to_parent, start_worker
 from dpa.storage.stopping import StopOnSignal, end_on_signal
 
 _POLL_S = 0.2
@@ -133,11 +132,7 @@ class _Worker:
         self._process.join()
 
     def _start(self) -> None:
-        context = process_context(__name__)
-        self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
+        self._process, self.connection = start_worker(_serve)
 
 
 @contextmanager
@@ -160,8 +155,7 @@ def _workers(count: int) -> Iterator[list[_Worker]]:
 
 def _serve(connection: Connection) -> None:
     """What a worker does until its parent hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then asks us to stop
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    leave_signals_to_parent()
     while True:
         try:
             job: Job = connection.recv()

@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from dpa.core.closing import Closing
 from dpa.core.errors import ConfigError, EngineError
 from dpa.remote.http_exchange import MAX_ANSWER_BYTES, Answer, Refusal, TooLong, brief, exchange, retry_after
 from dpa.remote.http_servers import Request, Server, least_loaded
@@ -42,7 +43,7 @@ _UNWELL = frozenset({408, 502, 503, 504})
 Heard = Callable[[int, Answer | Refusal], None]
 
 
-class HttpPool:
+class HttpPool(Closing):
     """Servers of one kind at `addresses`, or started as `processes`, that share the requests.
 
     Each has at most `in_flight` requests at a time; the one with the fewest gets the next. `request_s` bounds a request
@@ -134,12 +135,6 @@ class HttpPool:
             self._loop.close()
             for process in self._processes:
                 process.close()
-
-    def __enter__(self) -> "HttpPool":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     # --- on the loop's thread from here on ---------------------------------------------------------------------
 

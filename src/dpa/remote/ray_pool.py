@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpa.core.closing import Closing
 from dpa.core.config import ClusterConfig
 from dpa.core.errors import ConfigError, DpaError, EngineError
 from dpa.core.records import score_in_full
@@ -36,7 +37,7 @@ class Spec(Protocol):
         ...
 
 
-class RayPool:
+class RayPool(Closing):
     """`size` workers that hold what `spec` makes. Whoever calls gets an idle one.
 
     A worker that dies (its process, or its node) is replaced where the cluster has room, and its request goes to the
@@ -95,12 +96,6 @@ class RayPool:
         self._closed = True
         for actor in self._actors:
             self._ray.kill(actor)
-
-    def __enter__(self) -> "RayPool":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _start(self) -> None:
         options = {"num_cpus": self._cluster.cpus_per_worker, "num_gpus": self._cluster.gpus_per_worker}

@@ -4,6 +4,7 @@ Run its tests: pytest tests/test_engines.py
 
 from contextlib import AbstractContextManager
 
+from dpa.core.closing import Closing
 from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import Sampler
@@ -11,7 +12,7 @@ from dpa.core.reference import Model
 from dpa.sampling.samplers import SamplerSpec
 
 
-class SamplingEngine:
+class SamplingEngine(Closing):
     """Samples the policies of a run, one after another. It is made when the run opens, starts nothing before it is
     asked for samplers, and is closed with the run.
 
@@ -39,12 +40,3 @@ class SamplingEngine:
         """What makes one of its samplers in another process or on another machine; None where that cannot be, and
         `samplers` are asked wherever the run is. Raises ModelFileError."""
         return None
-
-    def close(self) -> None:
-        """End what outlives a rollout."""
-
-    def __enter__(self) -> "SamplingEngine":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

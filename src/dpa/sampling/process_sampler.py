@@ -8,19 +8,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 
 import torch
 
+from dpa.core.closing import Closing
 from dpa.core.errors import DpaError, EngineError
 from dpa.core.records import Sample, Sampler, SampleRequest
 from dpa.sampling.samplers import SamplerSpec
 
 
-class ProcessSampler:
+class ProcessSampler(Closing):
     """What a spec builds (a TransformersSampler), in a process of its own.
 
     A process that dies is started again after `backoff_s`, twice as long each time, and asked the same; when it dies
@@ -72,24 +72,13 @@ class ProcessSampler:
             self._process.join()
             self._connection = self._process = None
 
-    def __enter__(self) -> "ProcessSampler":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def _start(self) -> None:
-        context = process_context(__name__)
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(self._spec, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
+        self._process, self._connection = start_worker(_serve, self._spec)
 
 
-def _serve(spec: SamplerSpec, connection: Connection) -> None:
+def _serve(connection: Connection, spec: SamplerSpec) -> None:
     """What the worker process does until its parent hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    leave_signals_to_parent()
     sampler: Sampler | None = None
     while True:
         try:
@@ -107,18 +96,30 @@ def _serve(spec: SamplerSpec, connection: Connection) -> None:
             connection.send(RuntimeError(f"{type(error).__name__}: {error}"))  # any class may not survive the pipe
 
 
-def process_context(module: str) -> SpawnContext | ForkServerContext:
-    """How workers start: forked from one process that has imported their `module`, so that all pay its imports once.
-    Where there is a card, whose state no fork survives, and where forks are not safe, each imports for itself."""
-    if sys.platform != "linux" or torch.cuda.is_available():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])  # of no effect once the process has started
-    return context
+def start_worker(serve: Callable[..., None], *given: Any) -> tuple[Any, Connection]:
+    """A process that runs `serve(connection, *given)`, and our end of the connection.
+
+    It is forked from one process that has imported the module of `serve`, so that all pay its imports once. Where there
+    is a card, whose state no fork survives, and where forks are not safe, each imports for itself.
+    """
+    context: Any = multiprocessing.get_context("spawn")
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([serve.__module__])  # of no effect once the process has started
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, *given), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
 
 
-def die_with_parent() -> None:
-    """Leave at once when the parent ends, even by kill -9 in the middle of a batch."""
+def leave_signals_to_parent() -> None:
+    """In a worker: Ctrl-C is for the parent, and when that ends, even by kill -9 in the middle of a batch, so do we."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel
 
+from dpa.core.closing import Closing
 from dpa.core.errors import DpaError, RunFolderError, StorageError
 from dpa.core.records import Ledger
 from dpa.storage.identity import check_identity
@@ -27,7 +28,7 @@ from dpa.storage.tables import TEMPORARY, disk_error, read_table, verify, write_
 _log = logging.getLogger(__name__)
 
 
-class RunFolder:
+class RunFolder(Closing):
     """The folder of one run. Stages meet here, not in code.
 
     with RunFolder("runs/demo").open(config, inputs={"prompts.path": Path("prompts.jsonl")}) as run:
@@ -93,12 +94,6 @@ class RunFolder:
         self.close()
         yield
         self._lock = RunLock(self.path / "lock")
-
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def stage(self, iteration: int | None, name: str) -> "StageFolder":
         """The folder of a stage: `iter_<iteration>/<name>`, or `<name>` for a stage outside the iterations."""
