@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, TypedDict
+from typing import Literal, NamedTuple, Protocol, TypedDict, TypeVar
 
 import numpy as np
+
+Thing = TypeVar("Thing", bound=Hashable)
 
 SCALE = (0.0, 100.0)
 """Every attribute and objective is on this scale inside the package; a rated data set's own scale is recorded."""
@@ -133,6 +135,14 @@ def add_costs(total: dict[str, float], more: Mapping[str, float]) -> None:
     """Add figures to those of the same names."""
     for name, value in more.items():
         total[name] = total.get(name, 0.0) + value
+
+
+def places_of(things: Iterable[Thing]) -> dict[Thing, list[int]]:
+    """Where each thing stands, things in the order in which they first appear."""
+    places: dict[Thing, list[int]] = {}
+    for place, thing in enumerate(things):
+        places.setdefault(thing, []).append(place)
+    return places
 
 
 def stable_hash(*parts: object, digits: int = 16) -> str:

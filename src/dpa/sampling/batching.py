@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from dpa.core.records import places_of
 from dpa.sampling.decoding import Decoder
 from dpa.sampling.drawing import draw, uniforms
 from dpa.sampling.strided_cache import fill_holes
@@ -125,11 +126,8 @@ class ContinuousBatch:
     def _draw(self) -> torch.Tensor:
         """token_B. Rows are drawn in groups of like treatment: sorting or not must not depend on the neighbours."""
         token_B = torch.empty(len(self.rows), dtype=torch.long, device=self._device)
-        groups: dict[str, list[int]] = {}
-        for place, row in enumerate(self.rows):
-            kind = "greedy" if row.temperature < TINY else "nucleus" if row.top_p < 1 else "plain"
-            groups.setdefault(kind, []).append(place)
-        for kind, places in groups.items():
+        kinds = ("greedy" if row.temperature < TINY else "nucleus" if row.top_p < 1 else "plain" for row in self.rows)
+        for kind, places in places_of(kinds).items():
             where = torch.tensor(places, device=self._device)
             logits_BV = self._logits_BV[where]
             if kind == "greedy":

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from dpa.core.errors import ModelFileError
-from dpa.core.records import Sample, SampleRequest, stable_hash
+from dpa.core.records import Sample, SampleRequest, places_of, stable_hash
 from dpa.core.reference import ModelReference
 from dpa.models.files import folder_revision
 from dpa.models.policy import load_policy
@@ -65,13 +65,10 @@ class SoupSampler:
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
         """One Sample per seed of each request (core.records.Sampler). Raises EngineError."""
-        places: dict[tuple[float, ...], list[int]] = {}
-        for place, request in enumerate(requests):
-            if request.direction is None:
-                raise ValueError("a soup needs a direction to be mixed for")
-            places.setdefault(request.direction, []).append(place)
         answers: list[list[Sample]] = [[] for _ in requests]
-        for direction, own in places.items():
+        for direction, own in places_of(request.direction for request in requests).items():
+            if direction is None:
+                raise ValueError("a soup needs a direction to be mixed for")
             self._stir(direction)
             asked = [SampleRequest(requests[i].messages, None, requests[i].seeds) for i in own]
             for place, samples in zip(own, self._sampler.sample(asked), strict=True):

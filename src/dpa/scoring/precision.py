@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from dpa.core.errors import ModelFileError
+from dpa.core.records import places_of
 from dpa.models.policy import is_out_of_memory
 from dpa.scoring.reward_model import Precision, RewardSpec, check_pad_token, encode, exact_head, forward
 from dpa.scoring.reward_quality import pairwise_agreement
@@ -69,11 +70,9 @@ def measure_precision(
 
 def rows_to_compare(rows: Sequence[int], prompt_ids: Sequence[str], least: int = PRECISION_ROWS) -> list[int]:
     """Whole prompts' rows, those with most responses first, until there are enough. `prompt_ids`: of each row."""
-    groups: dict[str, list[int]] = {}
-    for row, prompt_id in zip(rows, prompt_ids, strict=True):
-        groups.setdefault(prompt_id, []).append(row)
+    groups = [[rows[place] for place in places] for places in places_of(prompt_ids).values()]
     chosen: list[int] = []
-    for group in sorted(groups.values(), key=lambda group: -len(group)):
+    for group in sorted(groups, key=lambda group: -len(group)):
         if len(chosen) >= least:
             break
         chosen += group[: 2 * least]

@@ -2,12 +2,13 @@
 Run its tests: pytest tests/test_reward_training.py
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy.stats import kendalltau, pearsonr
+
+from dpa.core.records import places_of
 
 
 def measure_quality(
@@ -50,11 +51,8 @@ def pairwise_agreement(first_N: np.ndarray, second_N: np.ndarray, prompt_ids: Se
 
 
 def _pairwise(predicted: np.ndarray, marks: np.ndarray, prompt_ids: Sequence[str]) -> tuple[float, int]:
-    rows_of = defaultdict(list)
-    for row, prompt_id in enumerate(prompt_ids):
-        rows_of[prompt_id].append(row)
     correct, pairs = 0.0, 0
-    for rows in rows_of.values():
+    for rows in places_of(prompt_ids).values():
         upper = np.triu_indices(len(rows), k=1)
         asked = np.sign(np.subtract.outer(marks[rows], marks[rows])[upper])
         given = np.sign(np.subtract.outer(predicted[rows], predicted[rows])[upper])

@@ -2,7 +2,7 @@
 Run its tests: pytest tests/test_comparison.py
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from typing import Any
@@ -183,12 +183,10 @@ def _lead(subject: _Policy, other: _Policy, arc: str) -> dict[str, Any]:
     sure = least["low"] is not None and least["low"] > 0
     where = f"at its {arc} of {low:.0f}" if point else f"at every shared {arc} ({low:.0f} to {high:.0f})"
     by = f" by {wanted:g} points or more" if wanted else ""
-    average = "" if point else f"; {_said(mean)} on average"
+    least_and_mean = _said(least) if point else f"{_said(least)} at least; {_said(mean)} on average"
     if above:
         doubt = "" if sure else ", but the interval includes none"
-        sentence = f"{us} IS above {title}{by} in {upward} {where}: by {_said(least)} at least{average}{doubt}."
-        if point:
-            sentence = f"{us} IS above {title}{by} in {upward} {where}: by {_said(least)}{doubt}."
+        sentence = f"{us} IS above {title}{by} in {upward} {where}: by {least_and_mean}{doubt}."
     else:
         share = float(np.mean([each["value"] > 0 for each in found.lead_X if each["value"] is not None]))
         there = f" at {arc} {found.least_at:.0f}" if not point else ""
@@ -218,19 +216,14 @@ def _equal(ours: Front, fronts: Mapping[str, Front]) -> dict[str, Any]:
 
 def _rise(old: _Policy, new: _Policy, arc: str) -> dict[str, Any]:
     found = lead(new.front(arc), old.front(arc))
-    volumes = (each.measure(("hypervolume", None)) for each in (new, old))
-    (value_S, draws_SR), (was_S, was_SR) = volumes
-    cones = (each.measure(("cone_hypervolume", None)) for each in (new, old))
-    (cone_S, cone_SR), (cone_was_S, cone_was_SR) = cones
-    return {
-        "from": old.name,
-        "to": new.name,
-        "arc": arc,
-        "least": found.least,
-        "mean": found.mean,
-        "hypervolume": over_seeds(value_S - was_S, draws_SR - was_SR),
-        "cone_hypervolume": over_seeds(cone_S - cone_was_S, cone_SR - cone_was_SR),
-    }
+    about = {"from": old.name, "to": new.name, "arc": arc, "least": found.least, "mean": found.mean}
+    return about | _volumes(new, old, np.subtract)
+
+
+def _volumes(new: _Policy, old: _Policy, change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> dict[str, Any]:
+    """The change of both hypervolumes from one policy to another."""
+    keys = [("hypervolume", None), ("cone_hypervolume", None)]
+    return {key[0]: over_seeds(*map(change, new.measure(key), old.measure(key))) for key in keys}
 
 
 def _thrift(last: Mapping[str, _Policy], found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:
@@ -239,15 +232,12 @@ def _thrift(last: Mapping[str, _Policy], found: Mapping[str, Sequence[Mapping[st
         return None
     full = last[str(cheap.method.saves_on)]
     tokens = [np.mean([one["cost"]["tokens_generated"] for one in found[p.method.name]]) for p in (cheap, full)]
-    result: dict[str, Any] = {
+    return {
         "titles": [cheap.method.title, full.method.title],
         "tokens": [float(each) for each in tokens],
         "share": float(tokens[0] / tokens[1]),
+        **_volumes(cheap, full, lambda ours, theirs: 100 * (ours / theirs - 1)),
     }
-    for name in ("hypervolume", "cone_hypervolume"):
-        (a_S, a_SR), (b_S, b_SR) = (each.measure((name, None)) for each in (cheap, full))
-        result[name] = over_seeds(100 * (a_S / b_S - 1), 100 * (a_SR / b_SR - 1))
-    return result
 
 
 def _cost(method: Entry, found: Sequence[Mapping[str, Any]], config: CompareConfig) -> dict[str, Any]:
@@ -277,12 +267,8 @@ def _claims(
     upward: str,
     config: CompareConfig,
 ) -> list[dict[str, Any]]:
-    claims = [
-        {"holds": bool(row["holds"]), "sentence": row["sentence"]}
-        for arc in arcs[:1]
-        for row in leads.get(arc, [])
-        if row["bar"] is not None
-    ]
+    barred = [row for arc in arcs[:1] for row in leads.get(arc, []) if row["bar"] is not None]
+    claims = [(bool(row["holds"]), row["sentence"]) for row in barred]
     if rises:
         title = next(method.title for method in methods.values() if method.kind == "subject")
         up = [rise for rise in rises if rise["mean"] and rise["mean"]["value"] > 0]
@@ -291,36 +277,19 @@ def _claims(
         )
         holds = len(up) == len(rises)
         text = "rises with every iteration" if holds else "does NOT rise with every iteration"
-        claims.append(
-            {
-                "holds": holds,
-                "sentence": f"The front of {title} {text}: {upward} at equal {arcs[0]} changes on average by "
-                f"(against the iteration before) {steps}.",
-            }
-        )
+        changes = f"{upward} at equal {arcs[0]} changes on average by (against the iteration before) {steps}"
+        claims.append((holds, f"The front of {title} {text}: {changes}."))
     if thrift:
         volume, (cheap, full) = thrift["hypervolume"], thrift["titles"]
         holds = thrift["share"] <= 1 / 3 and volume["value"] >= 0
         reach = "reaches" if volume["value"] >= 0 else "does NOT reach"
-        claims.append(
-            {
-                "holds": holds,
-                "sentence": f"{cheap}, with {100 * thrift['share']:.0f}% of the tokens that {full} generates, {reach} "
-                f"its last hypervolume: {_said(volume)} % of difference (cone hypervolume "
-                f"{_said(thrift['cone_hypervolume'])} %).",
-            }
-        )
+        found = f"{_said(volume)} % of difference (cone hypervolume {_said(thrift['cone_hypervolume'])} %)"
+        tokens = f"{100 * thrift['share']:.0f}% of the tokens that {full} generates"
+        claims.append((holds, f"{cheap}, with {tokens}, {reach} its last hypervolume: {found}."))
     off = [row["title"] for row in costs if not row["equal"] and not methods[row["method"]].spends_less]
     within = f"within {100 * config.tolerance:.0f}% of {config.budget:,} tokens generated and trained on"
-    claims.append(
-        {
-            "holds": not off,
-            "sentence": f"Every method spends {within}."
-            if not off
-            else f"NOT every method spends {within}: {', '.join(off)}.",
-        }
-    )
-    return claims
+    spending = f"NOT every method spends {within}: {', '.join(off)}." if off else f"Every method spends {within}."
+    return [{"holds": holds, "sentence": sentence} for holds, sentence in (*claims, (not off, spending))]
 
 
 def _said(interval: Mapping[str, Any], digits: int = 1) -> str:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from dpa.core.config import SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, RejectRateError, StorageError
-from dpa.core.records import Ledger, Prompt, messages_text, stable_hash
+from dpa.core.records import Ledger, Prompt, messages_text, places_of, stable_hash
 from dpa.core.selection import select, select_pairs, select_per_direction, select_random, standard_deviations
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
@@ -190,9 +190,7 @@ def _write_winners(
 
 def _pools(prompt_ids: list[str], scores_RK: np.ndarray, scale_K: np.ndarray) -> _Pools:
     """Rows grouped by prompt, prompts and rows in the order in which they first appear; a row is NaN or valid."""
-    rows: dict[str, list[int]] = {}
-    for row, prompt_id in enumerate(prompt_ids):
-        rows.setdefault(prompt_id, []).append(row)
+    rows = places_of(prompt_ids)
     row_PN = np.full((len(rows), max(map(len, rows.values()), default=0)), -1)
     for p, members in enumerate(rows.values()):
         row_PN[p, : len(members)] = members

@@ -233,26 +233,16 @@ class StageFolder:
         record = self._record(number)
         if record is None or (made_from is not None and record.made_from != made_from):
             return None
-        try:
+        with self._set_aside_if_damaged(number):
             verify(self._data_file(number), record.file)
-        except StorageError as error:
-            self._set_aside(number, error)
-            return None
-        except RunFolderError:  # the file is gone
-            return None
-        return record.file.sha256
+            return record.file.sha256
+        return None
 
     def shard(self, number: int) -> pa.Table | None:
         """A shard's table, every byte verified; None when there is none. A damaged shard is set aside."""
         record = self._record(number)
-        if record is None:
-            return None
-        try:
-            return read_table(self._data_file(number), record.file)
-        except StorageError as error:
-            self._set_aside(number, error)
-        except RunFolderError:  # the file is gone
-            pass
+        with self._set_aside_if_damaged(number):
+            return None if record is None else read_table(self._data_file(number), record.file)
         return None
 
     def ledger_of(self, numbers: Iterable[int]) -> Ledger:
@@ -333,13 +323,19 @@ class StageFolder:
                 ", ".join(changed),
             )
 
-    def _set_aside(self, number: int, error: StorageError) -> None:
-        if not self.mine(number):
-            return  # its own worker does it, or is writing it again at this moment
-        file = self._data_file(number)
-        file.replace(file.with_name(f"{file.name}.damaged"))
-        self._record_file(number).unlink()
-        _log.warning("%s Set aside as %s.damaged; it will be made again.", error, file.name)
+    @contextmanager
+    def _set_aside_if_damaged(self, number: int) -> Iterator[None]:
+        try:
+            yield
+        except RunFolderError:  # the file is gone
+            return
+        except StorageError as error:
+            if not self.mine(number):
+                return  # its own worker does it, or is writing it again at this moment
+            file = self._data_file(number)
+            file.replace(file.with_name(f"{file.name}.damaged"))
+            self._record_file(number).unlink()
+            _log.warning("%s Set aside as %s.damaged; it will be made again.", error, file.name)
 
     def _sweep(self) -> None:
         """Remove what an interrupted write left behind: temporary files, and data whose record never came."""

@@ -28,6 +28,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dpa.core.directions import DirectionSpace
+from dpa.core.records import places_of
 
 _LABELS_AT_ONCE = 1024
 """Positions whose logits are held in fp32 at a time."""
@@ -47,9 +48,7 @@ def negative_directions(rows: pa.Table, space: DirectionSpace, count: int, seed:
     """
     names = rows["pool" if "pool" in rows.column_names else "prompt_id"].to_pylist()
     directions, responses = rows["direction"].to_pylist(), rows["response"].to_pylist()
-    pools: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        pools.setdefault(name, []).append(row)
+    pools = places_of(names)
     rng = np.random.default_rng([seed, 0x1F0CE])
     found: list[list[list[float]]] = []
     for row, name in enumerate(names):

@@ -91,9 +91,7 @@ class WriteLog(TrainerCallback):
     def __init__(self, file: Path) -> None:
         self._file = file
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start from what the checkpoint had logged: later lines of an interrupted run are written again."""
         self._file.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
 

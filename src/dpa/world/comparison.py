@@ -9,8 +9,7 @@ from pathlib import Path
 
 from dpa.core.compare_config import load_comparison
 from dpa.recipes.compare import Comparison
-from dpa.storage.tables import write_bytes
-from dpa.world.demo import START_MODEL, write_world, yaml_string
+from dpa.world.demo import START_MODEL, fill_recipe, write_world
 
 RECIPE = Path(str(files("dpa.world"))) / "assets" / "compare.yaml"
 
@@ -42,12 +41,7 @@ QUICK_QUESTIONS, QUICK_PROMPTS = 20, 60
 def write_recipe(folder: Path, out: Path) -> Path:
     """Write the configuration over the worlds in `folder` and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = RECIPE.read_text(encoding="utf-8")
-    for name, value in {"WORLD": folder, "OUT": out, "START_MODEL": START_MODEL}.items():
-        text = text.replace(f"${{{name}}}", yaml_string(str(value)))
-    config = folder / "compare.yaml"
-    write_bytes(config, text.encode())
-    return config
+    return fill_recipe(RECIPE, folder, {"WORLD": folder, "OUT": out, "START_MODEL": START_MODEL})
 
 
 def write_worlds(folder: Path, out: Path, seeds: Sequence[int], development: bool = False, quick: bool = False) -> None:

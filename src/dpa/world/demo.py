@@ -54,12 +54,16 @@ def write_world(
         _write_jsonl(folder / f"{panel}.jsonl", list(rated_rows(asked, panel, seed)))
     _write_jsonl(folder / "prompts.jsonl", _prompts(training[-prompts:]))
     _write_jsonl(folder / "held_out.jsonl", _prompts(development_set if development else held_out))
-    text = RECIPE.read_text(encoding="utf-8")
-    for name, value in {"WORLD": folder, "OUT": out, "START_MODEL": START_MODEL, "SEED": seed}.items():
+    return fill_recipe(RECIPE, folder, {"WORLD": folder, "OUT": out, "START_MODEL": START_MODEL, "SEED": seed})
+
+
+def fill_recipe(recipe: Path, folder: Path, values: Mapping[str, Path | int]) -> Path:
+    """Write a recipe into `folder` with its `${NAME}` filled in, and return its path."""
+    text = recipe.read_text(encoding="utf-8")
+    for name, value in values.items():
         text = text.replace(f"${{{name}}}", str(value) if isinstance(value, int) else yaml_string(str(value)))
-    config = folder / "demo.yaml"
-    write_bytes(config, text.encode())
-    return config
+    write_bytes(folder / recipe.name, text.encode())
+    return folder / recipe.name
 
 
 def run_demo(out: Path, seed: int = 0, development: bool = False, overrides: Mapping[str, str] | None = None) -> Path:

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.measures import edge_directions, pareto_front
+from dpa.core.records import places_of
 from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.labels import asking, labelled
 from dpa.storage.schemas import ANSWERS
@@ -53,10 +54,7 @@ def train(lab: Lab) -> list[Trained]:
 def near_front(prompt_ids: list[str], scores_RK: np.ndarray, space: DirectionSpace) -> np.ndarray:
     """Places of the rows that no other row of the same prompt dominates in the utilities of the cone's edges."""
     utility_RE = scores_RK @ edge_directions(space).T
-    rows: dict[str, list[int]] = {}
-    for place, prompt_id in enumerate(prompt_ids):
-        rows.setdefault(prompt_id, []).append(place)
-    kept = [np.array(own)[pareto_front(utility_RE[own])] for own in rows.values()]
+    kept = [np.array(own)[pareto_front(utility_RE[own])] for own in places_of(prompt_ids).values()]
     return np.sort(np.concatenate(kept)) if kept else np.empty(0, dtype=int)
 
 
