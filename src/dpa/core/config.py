@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -75,10 +75,19 @@ class _Section(BaseModel):
         return found
 
 
-def _check_addresses(servers: list[str]) -> None:
-    for server in servers:
-        if not server.startswith(("http://", "https://")):
-            raise ValueError(f"servers: {server!r} is no http:// or https:// address")
+class _ServersConfig(_Section):
+    servers: list[str] = Field(default_factory=list, description="Base addresses, such as http://gpu1:8000/v1.")
+    in_flight: int = Field(8, ge=1, description="Requests in flight at each server.")
+    request_s: float = Field(120.0, gt=0, description="Seconds one request may take.")
+    attempts: int = Field(6, ge=1, description="Tries of one request, with back-off between them.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the servers' key.")
+
+    @model_validator(mode="after")
+    def _addresses(self) -> Self:
+        for server in self.servers:
+            if not server.startswith(("http://", "https://")):
+                raise ValueError(f"servers: {server!r} is no http:// or https:// address")
+        return self
 
 
 class SpaceConfig(_Section):
@@ -250,7 +259,7 @@ class RewardTrainConfig(_Section):
     lora: AdapterConfig = Field(AdapterConfig(), description="Adapters, for `method: lora`.")  # type: ignore[call-arg]
 
 
-class HttpRewardConfig(_Section):
+class HttpRewardConfig(_ServersConfig):
     """Servers of a reward model that answer with a vector; docs/engines.md."""
 
     servers: list[str] = Field(min_length=1, description="Base addresses, such as http://gpu1:8000.")
@@ -263,18 +272,9 @@ class HttpRewardConfig(_Section):
     )
     model: str | None = Field(None, description="Name the servers know it by. Default: `folder`.")
     batch: int = Field(16, ge=1, description="Rows in one request.")
-    in_flight: int = Field(8, ge=1, description="Requests in flight at each server.")
-    request_s: float = Field(120.0, gt=0, description="Seconds one request may take.")
-    attempts: int = Field(6, ge=1, description="Tries of one request, with back-off between them.")
-    api_key_env: str | None = Field(None, description="Environment variable that holds the servers' key.")
-
-    @model_validator(mode="after")
-    def _addresses(self) -> "HttpRewardConfig":
-        _check_addresses(self.servers)
-        return self
 
 
-class JudgeConfig(_Section):
+class JudgeConfig(_ServersConfig):
     """A language model behind servers of OpenAI's chat API that rates responses by a rubric each; docs/engines.md."""
 
     attributes: dict[str, str] = Field(
@@ -302,14 +302,9 @@ class JudgeConfig(_Section):
     cache: PathText | None = Field(
         None, description="File of every reply, so that none is paid for twice. Default: judge.jsonl in the run folder."
     )
-    in_flight: int = Field(8, ge=1, description="Requests in flight at each server.")
-    request_s: float = Field(120.0, gt=0, description="Seconds one request may take.")
-    attempts: int = Field(6, ge=1, description="Tries of one request, with back-off between them.")
-    api_key_env: str | None = Field(None, description="Environment variable that holds the servers' key.")
 
     @model_validator(mode="after")
     def _can_ask(self) -> "JudgeConfig":
-        _check_addresses(self.servers)
         for name, rubric in self.attributes.items():
             if not name.strip() or not rubric.strip():
                 raise ValueError(f"attributes: {name!r} needs a name and a rubric; say what 0 and 100 mean")
@@ -368,7 +363,7 @@ class PromptsConfig(_Section):
     )
 
 
-class HttpEngineConfig(_Section):
+class HttpEngineConfig(_ServersConfig):
     """Servers that speak OpenAI's chat API; docs/engines.md says how each is told the direction and what is checked."""
 
     servers: list[str] = Field(
@@ -398,8 +393,6 @@ class HttpEngineConfig(_Section):
     )
     in_flight: int = Field(32, ge=1, description="Requests in flight at each server.")
     request_s: float = Field(600.0, gt=0, description="Seconds one request may take.")
-    attempts: int = Field(6, ge=1, description="Tries of one request, with back-off between them.")
-    api_key_env: str | None = Field(None, description="Environment variable that holds the servers' key.")
 
     @field_validator("command")
     @classmethod
@@ -413,7 +406,6 @@ class HttpEngineConfig(_Section):
             raise ValueError("give servers or command, not both")
         if self.command is not None and not ("{policy}" in self.command and "{port}" in self.command):
             raise ValueError("command: it must say where {policy} and {port} go")
-        _check_addresses(self.servers)
         return self
 
 

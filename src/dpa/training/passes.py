@@ -9,6 +9,7 @@ gradients are dropped, the cut is halved and the step is done again, with the sa
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from dpa.core.errors import TrainingError
+from dpa.models.attention import packed_attention
 from dpa.models.compiling import TRAINING_STEPS, Choice, CompiledLayers, worth_compiling
 from dpa.models.memory import Plan, TrainingMemory, available_memory, plan
 from dpa.models.policy import is_out_of_memory
@@ -56,6 +58,19 @@ def first_plan(
     most = most if cpu else max(1, min(most, PASS_TOKENS // longest))
     available = round(available_memory(device) * (0.8 if cpu else 0.9))  # the rest: buffers, fragments
     return plan(TrainingMemory.of(model, mixed, adapters), available, longest, most, recompute, section, sure=cpu)
+
+
+class OverPackedRows:
+    """Mixin before a Trainer class whose rows lie behind each other, unless `packed` says otherwise."""
+
+    packed: bool = True
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train with attention that stays within a sequence."""
+        trainer: Any = self
+        dtype = torch.bfloat16 if trainer.args.bf16 else None
+        with packed_attention(without_adapters(trainer.model), dtype) if self.packed else nullcontext():
+            return super().train(*args, **kwargs)  # type: ignore[misc]
 
 
 class StepInPasses:

@@ -3,7 +3,6 @@ Run its tests: pytest tests/test_reward_training.py tests/test_passes.py
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from dpa.core.config import RewardTrainConfig
-from dpa.models.attention import best_way, pack_inputs, packed_attention, padded_attention, to_device
+from dpa.models.attention import best_way, pack_inputs, padded_attention, to_device
 from dpa.models.disk_refusals import disk_refusals
 from dpa.scoring.reward_model import batches, last_token_logits, pad_batch, pools_last_token
 from dpa.storage.stopping import StopOnSignal
 from dpa.training.checkpoints import newest_checkpoint
-from dpa.training.passes import StepInPasses, Uncut, first_plan, one_card, without_adapters
+from dpa.training.passes import OverPackedRows, StepInPasses, Uncut, first_plan, one_card, without_adapters
 from dpa.training.trainers import ShowProgress, StopsAtBadStep, StopWhenAsked, computes_in_bf16, trackers
 
 UNMARKED = -100.0
@@ -40,19 +39,11 @@ def masked_mse(logits_BM: torch.Tensor, labels_BM: torch.Tensor, count: torch.Te
     return errors.square().sum() / (present.sum().clamp(min=1) if count is None else count)
 
 
-class _Trainer(StopsAtBadStep, StepInPasses, Trainer):
+class _Trainer(StopsAtBadStep, OverPackedRows, StepInPasses, Trainer):
     """A Trainer of a classifier that cuts a step into passes that fit, and stops before a bad step."""
 
     unit, field = "tokens", "reward.train.max_length"
-    packed: bool
-    """Whether rows lie behind each other, where a padded batch would be longer."""
     pad: int
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train with attention that stays within a row."""
-        dtype = torch.bfloat16 if self.args.bf16 else None
-        with packed_attention(without_adapters(self.model), dtype) if self.packed else nullcontext():
-            return super().train(*args, **kwargs)
 
     def cut(self, rows: Sequence[dict[str, Any]], size: int) -> list[Any]:
         """Passes of rows of like length, of at most `size` tokens together, padding included."""

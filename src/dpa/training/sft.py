@@ -20,14 +20,14 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from dpa.models.attention import packed_attention, to_device
+from dpa.models.attention import to_device
 from dpa.storage.schemas import completeness
 from dpa.storage.stage_records import Reject
 from dpa.training.contrastive import AccumulatesContrast, AddsContrast, negative_directions
 from dpa.training.label_logprobs import has_plain_head, label_logprobs
 from dpa.training.learner import Learner, RowEncoder
 from dpa.training.packing import Example, Row, contrast_inputs, packed_rows, pass_inputs, step_counts
-from dpa.training.passes import StepInPasses, Uncut, first_plan, one_card, without_adapters
+from dpa.training.passes import OverPackedRows, StepInPasses, Uncut, first_plan, one_card, without_adapters
 from dpa.training.ranks import ranks
 from dpa.training.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments
 from dpa.training.trainers import StopsAtBadStep
@@ -35,18 +35,7 @@ from dpa.training.trainers import StopsAtBadStep
 _log = logging.getLogger(__name__)
 
 
-class _OverPackedRows:
-    """Mixin before a Trainer class whose rows are packed."""
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train with attention that stays within an example."""
-        trainer: Any = self
-        dtype = torch.bfloat16 if trainer.args.bf16 else None
-        with packed_attention(without_adapters(trainer.model), dtype):
-            return super().train(*args, **kwargs)  # type: ignore[misc]
-
-
-class _Trainer(StopsAtBadStep, StepInPasses, _OverPackedRows, SFTTrainer):
+class _Trainer(StopsAtBadStep, StepInPasses, OverPackedRows, SFTTrainer):
     """SFTTrainer that cuts a step into passes that fit, and never takes a step from a NaN."""
 
     unit, field = "packed rows", "finetune.max_length"
@@ -73,7 +62,7 @@ class _ContrastiveTrainer(AddsContrast, _Trainer):
         return self.contrast_loss(logprobs_L, slot_L, present_RJ, step["count"], step["examples"])
 
 
-class _LaunchedTrainer(StopsAtBadStep, _OverPackedRows, SFTTrainer):
+class _LaunchedTrainer(StopsAtBadStep, OverPackedRows, SFTTrainer):
     """The same in a launched training, where passes accumulate as the Trainer does it, so that ranks stay together."""
 
 
