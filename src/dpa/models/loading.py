@@ -126,9 +126,10 @@ def check_weights(kind: Any, safe: SafeModel, what: str = "model", new_head: boo
         missing = {name for name in missing if name.startswith(backbone) and ".pooler." not in name}
         unexpected = {name for name in unexpected if name.startswith(backbone)}
     if missing:
+        but = f", while it holds {_listed(unexpected)} that it does not name" if unexpected else ""
         raise ModelFileError(
             f"{what}: {safe.path} lacks {_listed(missing)}, which its config.json asks for; they would be drawn at "
-            f"random{_but(unexpected)}. Give the complete folder whose config.json and weights belong together."
+            f"random{but}. Give the complete folder whose config.json and weights belong together."
         )
     if own:
         name, (stored, asked) = next(iter(sorted(own.items())))
@@ -238,7 +239,3 @@ def _listed(names: set[str]) -> str:
     first = sorted(names, key=lambda name: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", name)])
     shown = ", ".join(first[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
     return f"{len(names)} weight{'s' if len(names) > 1 else ''} ({shown})"
-
-
-def _but(unexpected: set[str]) -> str:
-    return f", while it holds {_listed(unexpected)} that it does not name" if unexpected else ""

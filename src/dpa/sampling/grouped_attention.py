@@ -9,6 +9,7 @@ AttentionInterface and AttentionMaskInterface, so that any model whose attention
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,14 +90,6 @@ def _mask(fixed: bool, **fields: Any) -> torch.Tensor | None:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def _growing_mask(**fields: Any) -> torch.Tensor | None:
-    return _mask(False, **fields)
-
-
-def _fixed_mask(**fields: Any) -> torch.Tensor | None:
-    return _mask(True, **fields)
-
-
-for _name, _function in ((GROWING, _growing_mask), (FIXED, _fixed_mask)):
+for _name, _fixed in ((GROWING, False), (FIXED, True)):
     AttentionInterface.register(_name, attend)
-    AttentionMaskInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, partial(_mask, _fixed))

@@ -228,10 +228,10 @@ class HttpSampler:
 
     def _meet(self, policy: str) -> tuple[str, str, int | None]:
         """What the servers are, the name of the policy there, and their longest context where they say it."""
-        listings = [_list_of(self._heard("/v1/models", answer), "data") for answer in self._ask_all("/v1/models")]
+        listings = [_list_of(payload, "data") for payload in self._payloads("/v1/models")]
         kinds: list[str] = [self._config.server for _ in listings]
         if self._config.server == "auto":
-            routes = [_paths_of(self._heard("/openapi.json", answer)) for answer in self._ask_all("/openapi.json")]
+            routes = map(_paths_of, self._payloads("/openapi.json"))
             kinds = [_kind_of(listed, paths) for listed, paths in zip(listings, routes, strict=True)]
         named = [self._name_of(listed, policy, kind) for listed, kind in zip(listings, kinds, strict=True)]
         names = {name for name, _ in named}
@@ -242,16 +242,13 @@ class HttpSampler:
             )
         return kinds[0], names.pop(), min((length for _, length in named if length), default=None)
 
-    def _ask_all(self, path: str) -> list[Answer | Refusal]:
-        return self._pool.ask_every_server(path, None)
-
-    def _heard(self, path: str, answer: Answer | Refusal) -> Any:
-        """The payload; None from a server that has no such page."""
-        if isinstance(answer, Answer):
-            return answer.payload
-        if answer.status == 404:
-            return None
-        raise EngineError(f"a server does not answer GET {path} ({answer.reason}); mend it, or leave it out.")
+    def _payloads(self, path: str) -> list[Any]:
+        """What each server says there; None from one that has no such page."""
+        answers = self._pool.ask_every_server(path, None)
+        for answer in answers:
+            if isinstance(answer, Refusal) and answer.status != 404:
+                raise EngineError(f"a server does not answer GET {path} ({answer.reason}); mend it, or leave it out.")
+        return [answer.payload if isinstance(answer, Answer) else None for answer in answers]
 
     def _name_of(self, listed: list[dict[str, Any]], policy: str, kind: str) -> tuple[str, int | None]:
         """The name of the policy at one server, and the context that was started with."""

@@ -66,7 +66,8 @@ def serve(settings: ServeSettings) -> None:
         stop.append(server.stop)
         if failure:  # it was quicker than we were
             raise failure[0]
-        url = f"http://{_shown(settings.host)}:{listener.getsockname()[1]}"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        url = f"http://{host}:{listener.getsockname()[1]}"
         threading.Thread(target=_say_ready, args=(url, served, engines.values()), daemon=True).start()
         server.run(sockets=[listener])
         if failure:
@@ -265,10 +266,6 @@ def _is_local(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return False
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _listen(host: str, port: int) -> socket.socket:

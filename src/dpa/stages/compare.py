@@ -292,9 +292,7 @@ def _claims(
     return [{"holds": holds, "sentence": sentence} for holds, sentence in (*claims, (not off, spending))]
 
 
-def _said(interval: Mapping[str, Any], digits: int = 1) -> str:
-    value, low, high = ("" if interval[end] is None else f"{interval[end]:+.{digits}f}" for end in _ENDS)
+def _said(interval: Mapping[str, Any]) -> str:
+    ends = (interval[end] for end in ("value", "low", "high"))
+    value, low, high = ("" if end is None else f"{end:+.1f}" for end in ends)
     return f"{value} [{low}, {high}]" if low else value
-
-
-_ENDS = ("value", "low", "high")

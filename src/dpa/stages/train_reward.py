@@ -102,12 +102,12 @@ def print_quality(facts: Mapping[str, Any], console: Console | None = None) -> N
     for heading in ("n", "MAE", "RMSE", "mean", "length", "r", "tau", "pairs"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, measured in facts["quality"].items():
-        rmse = [_root(source[name]["mse"]) for source in (facts["quality"], *facts["baselines"].values())]
+        mse = [source[name]["mse"] for source in (facts["quality"], *facts["baselines"].values())]
         table.add_row(
             name,
             str(measured["n"]),
             _show(measured["mae"], 1),
-            *rmse,
+            *(_show(value and value**0.5, 1) for value in mse),
             _show(measured["pearson"]),
             _show(measured["kendall"]),
             _show(measured["pairwise_accuracy"]),
@@ -124,10 +124,6 @@ def print_quality(facts: Mapping[str, Any], console: Console | None = None) -> N
         )
     for sentence in no_better_than_mean(facts).values():
         console.print(sentence, style="bold red", markup=False)
-
-
-def _root(mse: float | None) -> str:
-    return _show(None if mse is None else mse**0.5, 1)
 
 
 def _show(value: float | None, digits: int = 2) -> str:

@@ -32,7 +32,7 @@ class Replies:
         """Add what was answered, or why nothing was. Raises RunFolderError, StorageError."""
         kind, text = ("refused", refused or "") if reply is None else ("reply", reply)
         (self.refused if reply is None else self.replies)[key] = text
-        row = {"key": key, "model": model, kind: text, "check": _check(key, kind, text)}
+        row = {"key": key, "model": model, kind: text, "check": stable_hash(key, kind, text)}
         line = b"\n" * self._torn + json.dumps(row).encode() + b"\n"
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,13 +62,10 @@ class Replies:
             key, kind = row["key"], "reply" if "reply" in row else "refused"
             text = row[kind]
             whole = isinstance(key, str) and isinstance(text, str)
-            whole = whole and row.get("check", "") in ("", _check(key, kind, text))  # written before there were checks
+            # Written before there were checks: taken as it is.
+            whole = whole and row.get("check", "") in ("", stable_hash(key, kind, text))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
         if whole:
             (self.replies if kind == "reply" else self.refused)[key] = text
         return whole
-
-
-def _check(key: str, kind: str, text: str) -> str:
-    return stable_hash(key, kind, text)

@@ -146,7 +146,8 @@ class StageFolder:
         `shards`: how many there must be (numbers 0 to shards - 1); default: those that are recorded. `sealed`: folders
         of models that the stage made; it is done as long as every file in them stays as it is now.
         """
-        records = [self._record(number) for number in range(self._count() if shards is None else shards)]
+        count = len(list(self.path.glob("shard-*.json"))) if shards is None else shards
+        records = [self._record(number) for number in range(count)]
         total = Ledger()
         for record in records:
             if record is None:
@@ -286,9 +287,6 @@ class StageFolder:
 
     def _record_file(self, number: int) -> Path:
         return self.path / f"shard-{number:05d}.json"
-
-    def _count(self) -> int:
-        return sum(1 for _ in self.path.glob("shard-*.json"))
 
     def _must(self, number: int) -> ShardRecord:
         record = self._record(number)

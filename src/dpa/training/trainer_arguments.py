@@ -53,7 +53,7 @@ def optimizer_class(config: TrainingConfig) -> tuple[Any, dict[str, Any]] | None
     if config.optimizer == "adamw":
         return None
     # A Trainer calls the factory for a function of (model, **kwargs), once adapters are in place.
-    return _muon_factory, {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    return lambda: MuonWithAdamW, {"lr": config.learning_rate, "weight_decay": config.weight_decay}
 
 
 def adapters(config: TrainingConfig) -> LoraConfig | None:
@@ -84,7 +84,3 @@ def accumulation(field: str, per_step: int, per_device_field: str, per_device: i
             f"take {together * math.ceil(per_step / together)}."
         )
     return per_step // together
-
-
-def _muon_factory() -> type[MuonWithAdamW]:
-    return MuonWithAdamW
