@@ -222,8 +222,11 @@ def _rise(old: _Policy, new: _Policy, arc: str) -> dict[str, Any]:
 
 def _volumes(new: _Policy, old: _Policy, change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> dict[str, Any]:
     """The change of both hypervolumes from one policy to another."""
-    keys = [("hypervolume", None), ("cone_hypervolume", None)]
-    return {key[0]: over_seeds(*map(change, new.measure(key), old.measure(key))) for key in keys}
+    changed = {}
+    for name in ("hypervolume", "cone_hypervolume"):
+        value_S, draws_SR = map(change, new.measure((name, None)), old.measure((name, None)))
+        changed[name] = over_seeds(value_S, draws_SR)
+    return changed
 
 
 def _thrift(last: Mapping[str, _Policy], found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:
