@@ -295,9 +295,13 @@ def test_killed_after_the_last_step_only_saves(base: Path, tmp_path: Path) -> No
     assert all(torch.equal(tensor, first[name]) for name, tensor in weights(tmp_path).items())
 
 
-def test_checkpoints_of_other_data_are_not_resumed(base: Path, whole: tuple, tmp_path: Path) -> None:
+def test_checkpoints_of_other_data_are_not_resumed_and_it_is_said(
+    base: Path, whole: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run(base, tmp_path, rows=ROWS.slice(0, 40))
+    assert not caplog.text
     run(base, tmp_path)
+    assert "its checkpoints are of other rows or settings; they are removed" in caplog.text
     assert logged(tmp_path) == logged(whole[0])
 
 

@@ -18,7 +18,7 @@ from toy_run import toy_config
 from dpa.core.compare_config import load_comparison
 from dpa.core.config import GrpoConfig, RolloutConfig
 from dpa.core.errors import ConfigError, DataError
-from dpa.core.records import SampleRequest
+from dpa.core.records import SampleRequest, Scored
 from dpa.models.policy import load_policy, make_steerable
 from dpa.recipes.baselines.lab import spent
 from dpa.recipes.compare import Comparison
@@ -70,6 +70,13 @@ def asked(count: int, directions: list[list[float]], question: str = "What is th
     )
 
 
+class PaidLengths(Lengths):
+    """The same, two requests an answer."""
+
+    def score_in_full(self, prompts: list, responses: list[str]) -> Scored:
+        return Scored(self.score(prompts, responses), {}, {"judge_requests": 2.0 * len(responses)})
+
+
 ROWS = asked(12, [[0.8, -0.6], [0.8, 0.6]], "Why?")
 
 
@@ -111,6 +118,15 @@ def test_the_start_policy_of_the_demo_earns_more_after_a_few_steps(tmp_path: Pat
     assert done.steps == 5 and np.mean(reward[-2:]) > np.mean(reward[:2]) + 1
     before, after = (mean_utility(policy, terse, scorer) for policy in (START_MODEL, tmp_path / "policy"))
     assert after > before + 1
+
+
+def test_what_the_scorer_was_paid_stands_in_the_ledger_across_an_interruption(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="power"):
+        run(base, tmp_path, PaidLengths(breaks_at=5))
+    done = run(base, tmp_path, PaidLengths())
+    ledger = GRPO(CONFIG, SPACE, 7, ROLLOUT, PaidLengths()).cost(done)
+    assert ledger.candidates_scored == 48
+    assert ledger.extra == {"judge_requests": 96}
 
 
 def test_a_question_is_asked_as_the_sampler_shows_it_and_one_without_room_is_rejected() -> None:

@@ -241,6 +241,11 @@ def test_fault_23_killed_and_resumed_equals_undisturbed(base: Path, tmp_path: Pa
     assert all(torch.equal(tensor, weights(reference)[name]) for name, tensor in weights(folder).items())
 
 
+def test_the_examples_of_an_earlier_version_keep_their_name() -> None:
+    """It is in the hash that stands beside a checkpoint, so one that an earlier version left is gone on with."""
+    assert repr(EncodedPair([1], [2], [3])) == "Pair(prompt=[1], chosen=[2], rejected=[3])"
+
+
 def test_fault_24_a_nan_stops_before_the_step_and_is_in_the_log(base: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"is (nan|inf) at step \d, .*learning_rate \(1e\+30\)"):
         run(base, tmp_path, CONFIG.model_copy(update={"learning_rate": 1e30, "warmup": 0.0}))

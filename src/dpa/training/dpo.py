@@ -48,6 +48,10 @@ class EncodedPair:
         """Of both examples: the prompt is read twice."""
         return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
+    def __repr__(self) -> str:
+        """What names the examples beside a checkpoint (policy_training.py); an earlier version called them so."""
+        return f"Pair(prompt={self.prompt}, chosen={self.chosen}, rejected={self.rejected})"
+
 
 class _Trainer(StopsAtBadStep, DPOTrainer):
     """DPOTrainer that never takes a step from a NaN."""

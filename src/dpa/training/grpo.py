@@ -28,7 +28,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from dpa.core.config import RunConfig
 from dpa.core.errors import ConfigError
-from dpa.core.records import Ledger, SampleRequest, seed_of, stable_hash
+from dpa.core.records import Ledger, SampleRequest, score_in_full, seed_of, stable_hash
 from dpa.sampling.samplers import TransformersSampler
 from dpa.storage.stage_records import Reject
 from dpa.training.learner import Learner, RowEncoder, TrainingRecord
@@ -36,6 +36,9 @@ from dpa.training.passes import one_card, without_adapters
 from dpa.training.ranks import ranks
 from dpa.training.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments, units_a_pass
 from dpa.training.trainers import StopsAtBadStep
+
+_PAID = "paid/"
+"""Before the names, in the log, of what the scorer was paid for the answers of a step."""
 
 
 @dataclass(frozen=True)
@@ -183,21 +186,27 @@ class GRPO(Learner[Question]):
         """v.r of each answer; None where it cannot be scored, which then moves nothing."""
         assert self.scorer is not None
         asked = [questions[int(number)] for number in prompts]
-        scores_NM = self.scorer.score([json.loads(question.messages) for question in asked], response)
-        scores_NK = self.space.combine(scores_NM, self.scorer.attributes)
+        given = score_in_full(self.scorer, [json.loads(question.messages) for question in asked], response)
+        scores_NK = self.space.combine(given.scores_NM, self.scorer.attributes)
         utility_N = np.einsum("nk,nk->n", scores_NK, np.array([question.direction for question in asked]))
         log_metric("answers", len(asked))
         log_metric("answer_tokens", sum(map(len, completion_ids)))
+        for name, amount in given.costs.items():
+            log_metric(f"{_PAID}{name}", amount)
         return [float(utility) if np.isfinite(utility) else None for utility in utility_N]
 
     def cost(self, done: TrainingRecord) -> Ledger:
-        """Each answer is scored and, with its prompt, trained on once; a reference reads the same, forward only."""
+        """Each answer is scored and, with its prompt, trained on once; a reference reads the same, forward only. What
+        the scorer was paid (a judge) stands in `extra`."""
         tokens = int(done.logged("num_tokens")[-1])
+        extra: dict[str, float] = {"reference_tokens": tokens} if self.config.beta else {}
+        for name in sorted({name for entry in done.log for name in entry if name.startswith(_PAID)}):
+            extra[name.removeprefix(_PAID)] = sum(done.logged(name))
         return Ledger(
             tokens_generated=round(sum(done.logged("answer_tokens"))),
             candidates_scored=round(sum(done.logged("answers"))),
             training_tokens=tokens,
-            extra={"reference_tokens": tokens} if self.config.beta else {},
+            extra=extra,
         )
 
     @property

@@ -183,5 +183,9 @@ def _prepare_work(work: Path, identity: str) -> None:
     with suppress(DpaError):  # a file that cannot be read names no inputs
         if file.exists() and read_json(file) == identity:
             return
+    if newest_checkpoint(work) is not None:
+        _log.warning(
+            "%s: its checkpoints are of other rows or settings; they are removed, and training begins anew.", work
+        )
     remove_checkpoints(work)
     write_json(file, identity)
