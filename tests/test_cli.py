@@ -104,7 +104,9 @@ def test_the_fields_of_a_settings_class_are_a_commands_options(capsys: pytest.Ca
 
 
 def test_an_engine_is_told_what_its_gateway_was_told() -> None:
-    asked = EngineSettings(model="~/a b", name="-", rows=7, threads=2, remote_code_revision="c" * 40, uds="/s", port=9)
+    asked = EngineSettings(
+        model="~/a b", name="--rows", rows=7, threads=2, remote_code_revision="c" * 40, uds="/s", port=9
+    )
     assert EngineSettings.of(asked.arguments()) == asked
     assert EngineSettings.of([]) == EngineSettings() and EngineSettings().arguments() == []
     for wrong in (["--rows", "0"], ["--rows", "many"], ["--speed", "9"]):

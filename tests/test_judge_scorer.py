@@ -191,10 +191,18 @@ def test_the_key_stands_in_the_environment_only(
     server.instead = lambda body: (401, {"error": "sk-secret is unknown"}, {})
     with pytest.raises(EngineError, match=r"check reward\.judge\.api_key_env") as caught:
         rate(config, "more")
+    server.instead = lambda body: None
     assert {headers["authorization"] for headers in server.headers_seen} == {"Bearer sk-secret"}
     told = [config.model_dump_json(), caplog.text, str(caught.value), *reasons.values()]
     told.append((tmp_path / "judge.jsonl").read_text())
     assert not [text for text in told if "sk-secret" in text]
+    monkeypatch.setenv("DPA_TEST_KEY", "sk-secret\n")
+    assert rate(config, "its line end is no part of a key")[1] == {}
+    for odd in ("sk-secret\nx: y", "sk-sécret"):
+        monkeypatch.setenv("DPA_TEST_KEY", odd)
+        with pytest.raises(ConfigError, match="holds characters that no HTTP header takes") as caught:
+            build_scorer(config)
+        assert odd not in str(caught.value)
     monkeypatch.delenv("DPA_TEST_KEY")
     with pytest.raises(ConfigError, match=r"reward\.judge\.api_key_env: 'DPA_TEST_KEY' is not set"):
         build_scorer(config)

@@ -49,12 +49,15 @@ async def exchange(client: Any, address: str, content: bytes | None) -> tuple[in
 
 
 def key_in(variable: str | None, field: str) -> str | None:
-    """The key an environment variable holds. Raises ConfigError that names the `field` when it is not set."""
+    """The key an environment variable holds. Raises ConfigError that names the `field` where it holds none that a
+    header takes; the key itself is in no sentence."""
     if variable is None:
         return None
-    key = os.environ.get(variable)
+    key = os.environ.get(variable, "").strip()  # a key read from a file often brings its line end
     if not key:
         raise ConfigError(f"{field}: {variable!r} is not set in the environment; set it.")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{field}: {variable!r} holds characters that no HTTP header takes; set it to the key alone.")
     return key
 
 

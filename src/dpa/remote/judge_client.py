@@ -174,5 +174,5 @@ def _spent(answer: Answer) -> dict[str, float]:
     usage = answer.payload.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     counts = {TOKENS_READ: usage.get("prompt_tokens"), TOKENS_WRITTEN: usage.get("completion_tokens")}
-    known = {name: float(count) for name, count in counts.items() if isinstance(count, int) and count >= 0}
+    known = {name: float(count) for name, count in counts.items() if isinstance(count, int) and 0 <= count < 2**63}
     return {REQUESTS: 1.0, **known}

@@ -72,7 +72,7 @@ class EngineSettings(_ModelSettings):
     def arguments(self) -> list[str]:
         """The command line that says the same."""
         said = self.model_dump(exclude_defaults=True).items()
-        return [part for name, value in said for part in (flag_of(name, type(self).model_fields[name]), str(value))]
+        return [f"{flag_of(name, type(self).model_fields[name])}={value}" for name, value in said]
 
     @classmethod
     def of(cls, arguments: Sequence[str] | None) -> "EngineSettings":
