@@ -12,6 +12,7 @@ from dpa.cli.talk import answer
 from dpa.core.config import RolloutConfig
 from dpa.core.errors import ConfigError, DirectionError
 from dpa.core.records import Sampler, SampleRequest
+from dpa.core.reference import ModelReference
 from dpa.sampling.best_of import BestOfSampler, RobustSampler
 from dpa.stages.rollout import rollout
 from dpa.storage.run_folder import StageFolder
@@ -123,6 +124,6 @@ def test_a_rollout_takes_them_as_any_sampler_and_counts_every_candidate(tmp_path
 def test_the_command_line_says_what_is_missing(tmp_path: Path) -> None:
     how = {"direction": None, "samples": 1, "temperature": 0.7, "max_new_tokens": 9, "seed": 0, "clamp": False}
     with pytest.raises(ConfigError, match=r"--robust: .* add --best-of"):
-        answer(str(tmp_path), ["hello"], **how, robust=True)
+        answer(ModelReference(str(tmp_path)), ["hello"], **how, robust=True)
     with pytest.raises(ConfigError, match="--reward: no reward model is found beside"):
-        answer(str(tmp_path), ["hello"], **how, best_of=2)
+        answer(ModelReference(str(tmp_path)), ["hello"], **how, best_of=2)
