@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from dpa.core.compare_config import CompareConfig
-from dpa.core.config import PathText, PromptsConfig, RunConfig, load_config, parse_config, resolved
+from dpa.core.config import PathText, PromptsConfig, RewardConfig, RunConfig, load_config, parse_config, resolved
 from dpa.core.errors import ConfigError
 from dpa.core.lookup import look_up
 from dpa.core.yaml_text import parse_yaml
@@ -199,6 +199,20 @@ def test_what_can_be_no_path_is_refused_by_name(value: str) -> None:
     with pytest.raises(ConfigError, match=r"^prompts\.path: .* is not accepted") as caught:
         parse_config({"prompts": {"path": value}}, _WithPrompts)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_section_s_fields_say_together_is_one_sentence_without_the_section() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"reward": {}}, _WithReward)
+    said = "reward: give at least one of train, folder, http, judge, functions, sources."
+    assert str(caught.value) == said
+    with pytest.raises(ConfigError) as caught:
+        parse_config({}, RewardConfig)
+    assert str(caught.value) == said.removeprefix("reward: ")
+
+
+class _WithReward(BaseModel):
+    reward: RewardConfig
 
 
 class _WithPrompts(BaseModel):

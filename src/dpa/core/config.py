@@ -338,7 +338,7 @@ class RewardConfig(_Section):
     @model_validator(mode="after")
     def _some_source(self) -> "RewardConfig":
         if not any((self.train, self.folder, self.http, self.judge, self.functions, self.sources)):
-            raise ValueError("give at least one of train, folder, http, judge, functions")
+            raise ValueError("give at least one of train, folder, http, judge, functions, sources")
         return self
 
     def within(self, run: Path) -> "RewardConfig":
@@ -817,6 +817,8 @@ def _explain(item: Any, root: type[BaseModel]) -> str:
     if item["type"] == "missing":
         return f"{where}: this field is required; add it."
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error" and isinstance(item["input"], Mapping):  # what fields of a section say together
+        return f"{where}: {message}." if where else f"{message}."
     shown = repr(item["input"])
     shown = shown if len(shown) < 80 else f"{shown[:77]}..."
     return f"{where}: {shown} is not accepted; {message[0].lower()}{message[1:]}."
