@@ -95,6 +95,7 @@ def python(
 
 def _work(arguments: list[str], cwd: str, environment: Mapping[str, str], files: list[Path]) -> None:
     """What an interpreter does with its command line; the streams go to two files."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     forkserver._forkserver.ensure_running = lambda: None  # it runs: what this process starts is forked from it too
     os.chdir(cwd)
     os.environ.clear()
