@@ -189,6 +189,9 @@ def test_the_loop_learns_from_prompts(tmp_path: Path) -> None:
         loop.run()
         with pytest.raises(ConfigError, match=r"learner: grpo scores its own answers .* run `dpa finetune -t 1`"):
             loop.score(1)
+    with Loop(config) as again:
+        again.finetune(1)
+        assert "scorer" not in vars(again), "what is learned already loads nothing"
     asked_of = all_rows(StageFolder(tmp_path / "run/iter_1/rollout"))
     assert [row["prompt_id"] for row in asked_of] == [f"q{n}" for n in range(4) for _ in range(2)]
     assert not (tmp_path / "run/iter_1/score").exists() and not (tmp_path / "run/iter_1/select").exists()

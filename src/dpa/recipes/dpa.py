@@ -91,7 +91,7 @@ class Loop(LoopRun):
         """Finetune from the policy of t - 1 on the rows that this iteration's learner reads."""
         check_iteration(self.config, t)
         stage, learn = self.stage(t, "finetune"), self.learner(t)
-        scorer = self.scorer if learn.reads == "prompts" else None
+        scorer = self.scorer if learn.reads == "prompts" and not stage.done else None
         if scorer is None:
             self.let_scorer_go()
         if scorer is None and launches(self.config.cluster) and not stage.done:
