@@ -23,7 +23,7 @@ from dpa.models.policy import load_policy
 from dpa.recipes.baselines import demonstrations, dpo, prompted, soups, steerlm
 from dpa.recipes.baselines.asking import TranslatingSampler, with_system, without_direction
 from dpa.recipes.baselines.lab import Lab, spent, unstated
-from dpa.recipes.baselines.labels import asking, labelled, targets, weight_range
+from dpa.recipes.baselines.labels import asking, labelled, target_rule, weight_range
 from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.baselines.ric import near_front
 from dpa.recipes.compare import ComparisonJob
@@ -86,13 +86,14 @@ def test_a_label_leads_the_system_message_that_is_there() -> None:
 def test_labels_ask_for_the_most_of_what_weighs_most_and_in_between_for_the_rest() -> None:
     scores_RK = np.random.default_rng(0).uniform(10, 90, (5000, 3))
     low, high = np.quantile(scores_RK, [0.02, 0.98], axis=0)
-    center = targets((1.0, 0.0, 0.0), scores_RK, SPACE3)
+    targets = target_rule(scores_RK, SPACE3)
+    center = targets((1.0, 0.0, 0.0))
     np.testing.assert_allclose(center, [high[0], (low[1] + high[1]) / 2, (low[2] + high[2]) / 2])
     half = 0.5**0.5
-    terse = targets((half + 1e-4, -half, 0.0), scores_RK, SPACE3)
+    terse = targets((half + 1e-4, -half, 0.0))
     assert terse[0] == pytest.approx(high[0])
     assert terse[1] == pytest.approx(low[1])
-    wordy = targets((half, half, 0.0), scores_RK, SPACE3)
+    wordy = targets((half, half, 0.0))
     np.testing.assert_allclose(wordy[:2], high[:2])
 
 

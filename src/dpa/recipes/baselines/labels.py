@@ -37,19 +37,23 @@ def labelled(rows: pa.Table, scores_RK: np.ndarray, write: Write) -> pa.Table:
     return kept.add_column(place + 1, field, pa.nulls(len(kept), field.type))
 
 
-def targets(direction: Sequence[float], scores_RK: np.ndarray, space: DirectionSpace) -> np.ndarray:
-    """The scores to ask for under a direction, from those seen in training.
+def target_rule(scores_RK: np.ndarray, space: DirectionSpace) -> Callable[[Sequence[float]], np.ndarray]:
+    """A function that gives the scores_K to ask for under a direction, from those seen in training.
 
     The objective with the largest weight is asked for at its most; every other lies between its least and its most as
     its weight lies between the least and the most that the cone allows: the piecewise-linear rule of Rewards-in-Context
     (its `linf`, arXiv 2402.10207 section 3.4), carried over to signed weights (our choice).
     """
-    weight_K = np.asarray(direction, dtype=float)
     least_K, most_K = np.nanquantile(scores_RK, [LOWEST, HIGHEST], axis=0)
     lowest_K, highest_K = weight_range(space)
-    share_K = np.clip((weight_K - lowest_K) / np.maximum(highest_K - lowest_K, 1e-9), 0, 1)
-    share_K[weight_K >= weight_K.max() - 1e-9] = 1.0
-    return least_K + share_K * (most_K - least_K)
+
+    def targets(direction: Sequence[float]) -> np.ndarray:
+        weight_K = np.asarray(direction, dtype=float)
+        share_K = np.clip((weight_K - lowest_K) / np.maximum(highest_K - lowest_K, 1e-9), 0, 1)
+        share_K[weight_K >= weight_K.max() - 1e-9] = 1.0
+        return least_K + share_K * (most_K - least_K)
+
+    return targets
 
 
 def weight_range(space: DirectionSpace) -> tuple[np.ndarray, np.ndarray]:
@@ -62,10 +66,11 @@ def weight_range(space: DirectionSpace) -> tuple[np.ndarray, np.ndarray]:
 
 def asking(space: DirectionSpace, scores_RK: np.ndarray, write: Write) -> Callable[[SampleRequest], SampleRequest]:
     """Translate a request's direction into a label that asks for its targets."""
+    targets = target_rule(scores_RK, space)
 
     def translate(request: SampleRequest) -> SampleRequest:
         assert request.direction is not None
-        text = write(targets(request.direction, scores_RK, space))
+        text = write(targets(request.direction))
         return replace(request, direction=None, messages=with_system(request.messages, text))
 
     return translate

@@ -1,6 +1,6 @@
 """What a user does today for nothing: the start policy, asked in words ("Answer in about 12 words.").
 
-Nothing is trained. A direction becomes the scores to ask for (labels.targets, as for Rewards-in-Context), and the
+Nothing is trained. A direction becomes the scores to ask for (labels.target_rule, as for Rewards-in-Context), and the
 score of the objective `verbosity` the number of words that rated responses with that score have. The policy is told it
 in the system message, and once more after the question, where small models heed it best.
 
@@ -15,7 +15,7 @@ from dpa.core.errors import ConfigError
 from dpa.core.records import Message, Messages, SampleRequest
 from dpa.recipes.baselines.asking import TranslatingSampler
 from dpa.recipes.baselines.lab import Lab, Method, Trained
-from dpa.recipes.baselines.labels import targets
+from dpa.recipes.baselines.labels import target_rule
 
 LENGTH = "verbosity"
 """The objective that measures length."""
@@ -32,10 +32,11 @@ def train(lab: Lab) -> list[Trained]:
     words_R = np.array([len(text.split()) for text in lab.rated["response"].to_pylist()], dtype=float)[known]
     order = known[np.argsort(scores_RK[known, place])]
     score_R, sorted_words_R = scores_RK[order, place], np.sort(words_R)
+    targets = target_rule(scores_RK, lab.space)
 
     def translate(request: SampleRequest) -> SampleRequest:
         assert request.direction is not None
-        target = targets(request.direction, scores_RK, lab.space)[place]
+        target = targets(request.direction)[place]
         words = max(1, round(float(np.interp(target, score_R, sorted_words_R))))
         return replace(request, direction=None, messages=asked_for(request.messages, words))
 

@@ -6,8 +6,8 @@ user asks for the values they want. Bootstrapping: the policy answers new prompt
 the reward model labels those answers, and it is trained on them.
 
 Published: the four steps, the 0-9 scale, labels as text in the system prompt. Ours: objectives are labelled rather than
-raw attributes; the label asked for a direction is labels.targets; two thirds of the budget for the rated rows; prompts
-and samples of one bootstrap round.
+raw attributes; the label asked for a direction is labels.target_rule; two thirds of the budget for the rated rows;
+prompts and samples of one bootstrap round.
 """
 
 from functools import partial
