@@ -15,8 +15,9 @@ from dpa.core.errors import ConfigError, DataError, DirectionError, OutsideConeE
 from dpa.core.records import Messages, SampleRequest, seed_of
 from dpa.core.reference import ModelReference
 from dpa.models.files import SPACE_FILE, folder_revision, resolve_model
-from dpa.models.policy import encode_prompt, load_prompting, make_steerable
+from dpa.models.policy import encode_prompt
 from dpa.sampling.best_of import BestOfSampler, RobustSampler
+from dpa.sampling.prompting import Prompting
 from dpa.sampling.samplers import SamplerSpec
 from dpa.scoring.reward_scorer import RewardModelScorer
 from dpa.storage.seals import check_in_run
@@ -124,18 +125,17 @@ def _ask(
 
 def _why_not(model: ModelReference, space: DirectionSpace, messages: Messages, direction: Direction | None) -> str:
     """Why a sampler gave a prompt no answer: it is written and counted once more."""
-    tokenizer, context, _ = load_prompting(resolve_model(model))
-    make_steerable(tokenizer, space)
+    prompting = Prompting.of(resolve_model(model), space)
     try:
-        ids = encode_prompt(tokenizer, space, messages, direction.weights if direction else None)
+        ids = encode_prompt(prompting.tokenizer, space, messages, direction.weights if direction else None)
     except TemplateError as error:
         return f"prompt: the chat template of {model} refuses it ({error}); change it, or restore the template."
     except (KeyError, TypeError, UnicodeError) as error:
         reason = " ".join(str(error).split())[:200]
         return f"prompt: it cannot be written as tokens ({reason}); take out what is no Unicode text."
-    if len(ids) >= context:
+    if len(ids) >= prompting.context:
         return (
             f"prompt: it takes {len(ids):,} tokens, direction and template included, and the model's context holds "
-            f"{context:,}; shorten it."
+            f"{prompting.context:,}; shorten it."
         )
     return f"prompt: the model gave no answer to its {len(ids)} tokens; write something else."

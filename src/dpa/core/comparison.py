@@ -10,10 +10,16 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from dpa.core.directions import DirectionSpace
 from dpa.core.measures import Interval, interval
 
 PLACES = 21
 """Evenly spaced places of the shared range at which two fronts are compared."""
+
+
+def main_objective(space: DirectionSpace) -> str:
+    """The objective nearest the center of the cone: the one that fronts are drawn and compared in."""
+    return space.names[int(abs(space.center_K).argmax())]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,6 +131,10 @@ class Ledger:
         add_costs(self.extra, other.extra)
 
 
+JUDGE_COSTS = ("judge_requests", "judge_tokens_read", "judge_tokens_written")
+"""What a language model that judges was paid, in a ledger's `extra`; tokens as the server's `usage` counts them."""
+
+
 def add_costs(total: dict[str, float], more: Mapping[str, float]) -> None:
     """Add figures to those of the same names."""
     for name, value in more.items():

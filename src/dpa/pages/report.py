@@ -21,7 +21,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpa.core.comparison import main_objective
 from dpa.core.directions import DirectionSpace
+from dpa.core.records import JUDGE_COSTS
 from dpa.pages.charts import ramp
 from dpa.pages.rendering import render
 from dpa.pages.report_charts import achieved_chart, front_chart, listening_charts, measure_chart
@@ -36,8 +38,6 @@ LEDGER = (
     "wall_s",
     "peak_memory",
 )
-JUDGE = ("judge_requests", "judge_tokens_read", "judge_tokens_written")
-"""What a language model that rates was paid, in a ledger's `extra` (remote/judge_client.py)."""
 
 Record = Mapping[str, Any]
 
@@ -95,7 +95,7 @@ def samples_jsonl(results: Record) -> str:
 def report_html(results: Record) -> str:
     """The page: self-contained, without scripts; every text of the run is escaped."""
     space, policies = DirectionSpace.from_dict(results["space"]), results["policies"]
-    upward = space.names[int(abs(space.center_K).argmax())]  # the objective on the y axis: the one nearest the center
+    upward = main_objective(space)
     rewards = list(_best_first(policies[0]["evaluation"]["measures"])) if policies else []
     panels = [(reward, arc) for reward in rewards for arc in space.arc_names if arc != upward]
     return render(
@@ -141,7 +141,7 @@ def _costs(results: Record) -> list[tuple[str, str, dict[str, Any]]]:
     """(policy or "", stage, ledger) of everything that was done, and the total last."""
     of = {"": results["ledger"]} | {policy["name"]: policy["ledger"] for policy in results["policies"]}
     done = [(name, stage, ledger) for name, stages in of.items() for stage, ledger in stages.items()]
-    paid = [column for column in JUDGE if any(column in ledger.get("extra", {}) for _, _, ledger in done)]
+    paid = [column for column in JUDGE_COSTS if any(column in ledger.get("extra", {}) for _, _, ledger in done)]
     costs = [
         (
             name,

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dpa.core.errors import ConfigError, EngineError
-from dpa.core.records import Messages, add_costs, stable_hash
+from dpa.core.records import JUDGE_COSTS, Messages, add_costs, stable_hash
 from dpa.remote.http_exchange import Answer, Refusal
 from dpa.remote.http_pool import BACKOFF_S, HttpPool
 from dpa.storage.replies import Replies
@@ -18,9 +18,7 @@ from dpa.storage.replies import Replies
 MAX_TOKENS = 16
 """A verdict is one word; a judge that reasons first needs more (`max_tokens`)."""
 
-REQUESTS, TOKENS_READ, TOKENS_WRITTEN = "judge_requests", "judge_tokens_read", "judge_tokens_written"
-"""Names of what asking cost, in a ledger's `extra`; tokens as the server's `usage` counts them."""
-
+_REQUESTS, _TOKENS_READ, _TOKENS_WRITTEN = JUDGE_COSTS
 _PATH = "/chat/completions"
 
 
@@ -173,6 +171,6 @@ def _spent(answer: Answer) -> dict[str, float]:
     """What one answer cost, as far as its server says."""
     usage = answer.payload.get("usage")
     usage = usage if isinstance(usage, dict) else {}
-    counts = {TOKENS_READ: usage.get("prompt_tokens"), TOKENS_WRITTEN: usage.get("completion_tokens")}
+    counts = {_TOKENS_READ: usage.get("prompt_tokens"), _TOKENS_WRITTEN: usage.get("completion_tokens")}
     known = {name: float(count) for name, count in counts.items() if isinstance(count, int) and 0 <= count < 2**63}
-    return {REQUESTS: 1.0, **known}
+    return {_REQUESTS: 1.0, **known}

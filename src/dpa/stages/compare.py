@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpa.core.compare_config import CompareConfig
-from dpa.core.comparison import Entry, Front, height_at, lead, over_seeds
+from dpa.core.comparison import Entry, Front, height_at, lead, main_objective, over_seeds
 from dpa.core.config import EvaluateConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.measures import all_measures, bootstrap_means, mean_over_prompts
@@ -43,7 +43,7 @@ def summarise(
     """
     grid_DK = space.grid(settings.directions)
     reward = "gold" if settings.gold else "model"
-    upward = space.names[int(abs(space.center_K).argmax())]
+    upward = main_objective(space)
     arcs = [arc for arc in space.arc_names if arc != upward]
     data = [
         _Policy(methods[method], name, by_seed, space, grid_DK, config.resamples, settings.reference, reward, upward)

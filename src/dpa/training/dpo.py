@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pyarrow as pa
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from dpa.core.config import RunConfig
@@ -145,7 +145,6 @@ class DPO(Learner[EncodedPair]):
                 "rejected_ids": [pair.rejected for pair in pairs],
             }
         )
-        trainer.remove_callback(PrinterCallback)
         return trainer
 
     def cost(self, done: TrainingRecord) -> Ledger:

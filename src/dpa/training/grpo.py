@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import transformers
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
 from dpa.core.config import RunConfig
@@ -143,7 +143,6 @@ class GRPO(Learner[Question]):
             rollout.batch_size,
         )
         trainer.rollout_func = partial(self._answer, sampler, examples)
-        trainer.remove_callback(PrinterCallback)
         return trainer
 
     def _answer(

@@ -14,7 +14,7 @@ import torch
 from accelerate import DistributedType
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 from dpa.core.config import TrainingConfig, of_results
 from dpa.core.errors import DataError, DpaError, TrainingError
@@ -161,6 +161,7 @@ def _train(
     """Train to the end, or to a signal; what is measured on the held-out rows at the end."""
     progress = ShowProgress(label, tokens)
     measuring = None if rows is None else MeasureListening(rows, config.listening_steps, trainer)
+    trainer.remove_callback(PrinterCallback)  # the progress says it
     for callback in (progress, WriteLog(work / "log.jsonl"), StopWhenAsked(stop)):
         if is_first() or isinstance(callback, StopWhenAsked):
             trainer.add_callback(callback)

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from dpa.models.attention import to_device
@@ -132,7 +132,6 @@ class SFT(Learner[Example]):
             peft_config=adapters(config),
             optimizer_cls_and_kwargs=optimizer_class(config),
         )
-        trainer.remove_callback(PrinterCallback)
         rows = packed_rows(examples, config.max_length, together)
         trainer.train_dataset, trainer.data_collator = rows, collate
         if config.contrastive:
