@@ -30,7 +30,7 @@ from dpa.models.policy import load_policy, make_steerable
 from dpa.stages.finetune import finetune_policy
 from dpa.storage.run_folder import StageFolder
 from dpa.training.learner import RowEncoder, TrainingRecord
-from dpa.training.optimizers import MuonWithAdamW
+from dpa.training.optimizers import MuonInFloat32, MuonWithAdamW
 from dpa.training.packing import Example, pack
 from dpa.training.policy_training import train_policy
 from dpa.training.sft import SFT, encode_examples
@@ -350,6 +350,26 @@ def test_adapters_are_merged_into_a_plain_policy(base: Path, tmp_path: Path) -> 
     assert not (tmp_path / "policy" / "adapter_config.json").exists()
 
 
+def test_muon_in_float32_takes_the_steps_of_torchs_muon() -> None:
+    """Up to the rounding of torch's bf16, on flat, tall and square matrices, several of a shape and one alone."""
+    shapes = [(24, 40), (40, 24), (24, 40), (32, 32)]
+    draw = torch.Generator().manual_seed(0)
+    first = [torch.randn(shape, generator=draw) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(weight.clone()) for weight in first] for _ in range(2))
+    optimizers = [
+        kind(weights, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for kind, weights in ((MuonInFloat32, ours), (torch.optim.Muon, theirs))
+    ]
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=draw)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for start, mine, other in zip(first, ours, theirs, strict=True):
+        assert torch.linalg.norm(mine - other) < 0.02 * torch.linalg.norm(other - start)
+
+
 def test_muon_with_adamw_is_each_on_its_share() -> None:
     together, apart = tiny_model(), tiny_model()
     optimizer = MuonWithAdamW(together, lr=0.01, weight_decay=0.1)
@@ -361,7 +381,7 @@ def test_muon_with_adamw_is_each_on_its_share() -> None:
         {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
     ]
     parts = [
-        torch.optim.Muon(hidden, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        MuonInFloat32(hidden, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95)),
     ]
     schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (optimizer, *parts)]
