@@ -1,6 +1,6 @@
 """A step of Muon on a processor: torch's own in bf16 against ours in fp32, alternately, on the weights of a model.
 
-    python bench/optimizers.py [--policy DIR]      (default: the shapes of the demo's start policy)
+python bench/optimizers.py [--policy DIR]      (default: the shapes of the demo's start policy)
 """
 
 import argparse
@@ -33,6 +33,8 @@ for turn in range(arguments.rounds + 1):
         if turn:  # the first warms up
             seconds[name].append(time.perf_counter() - begun)
 for name, each in seconds.items():
-    print(f"{name}: {statistics.median(each) * 1e3:.1f} ms a step (from {min(each) * 1e3:.1f} to {max(each) * 1e3:.1f})")
+    print(
+        f"{name}: {statistics.median(each) * 1e3:.1f} ms a step (from {min(each) * 1e3:.1f} to {max(each) * 1e3:.1f})"
+    )
 old, new = seconds.values()
 print(f"ratio {statistics.median(old) / statistics.median(new):.1f}")

@@ -366,8 +366,8 @@ def test_muon_in_float32_takes_the_steps_of_torchs_muon() -> None:
             other.grad = mine.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    for start, mine, other in zip(first, ours, theirs, strict=True):
-        assert torch.linalg.norm(mine - other) < 0.02 * torch.linalg.norm(other - start)
+    for origin, mine, other in zip(first, ours, theirs, strict=True):
+        assert torch.linalg.norm(mine - other) < 0.02 * torch.linalg.norm(other - origin)
 
 
 def test_muon_with_adamw_is_each_on_its_share() -> None:
