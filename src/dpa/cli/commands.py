@@ -15,6 +15,7 @@ from dpa.version import __version__
 if TYPE_CHECKING:
     from dpa.core.config import RunConfig
     from dpa.recipes.dpa import Loop
+    from dpa.recipes.rated_rows import RewardRun
 
 app = Commands(
     name="dpa",
@@ -73,11 +74,12 @@ def run(
     ] = None,
     ignore_free_space: Annotated[bool, typer.Option(help="Start although the disk looks too full.")] = False,
 ) -> None:
-    """Run the whole loop; the same command resumes it."""
+    """Run the whole loop, or as far as the configuration goes; the same command resumes it."""
     flags = {"iterations": iterations, "out": out, "cluster.processes": processes}
-    settings = _load(config, overrides, {name: str(value) for name, value in flags.items() if value is not None})
-    with _loop(settings, ignore_free_space) as loop:
-        typer.echo(f"report: {loop.run()}")
+    given = {name: str(value) for name, value in flags.items() if value is not None}
+    with _any_run(config, overrides, given, ignore_free_space) as opened:
+        made = opened.run()
+    typer.echo(f"{'report' if made.is_file() else 'reward model'}: {made}")
 
 
 @app.command()
@@ -128,15 +130,15 @@ def compare(
 @app.command()
 def ratings(config: ConfigPath, overrides: Overrides = None) -> None:
     """Read the rated data into one table and print a summary of every attribute."""
-    with _loop(_load(config, overrides)) as loop:
-        loop.read_ratings(show=True)
+    with _any_run(config, overrides) as opened:
+        opened.read_ratings(show=True)
 
 
 @app.command("train-reward")
 def train_reward(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train the multi-objective reward model on the ratings and print its held-out quality."""
-    with _loop(_load(config, overrides)) as loop:
-        loop.train_reward(show=True)
+    with _any_run(config, overrides) as opened:
+        opened.train_reward(show=True)
 
 
 @app.command()
@@ -259,6 +261,19 @@ def _load(path: Path, overrides: list[str] | None, flags: dict[str, str] | None 
     from dpa.core.config import load_config
 
     return load_config(path, {**overridden(overrides), **(flags or {})})
+
+
+def _any_run(
+    path: Path, overrides: list[str] | None, flags: dict[str, str] | None = None, ignore_free_space: bool = False
+) -> "Loop | RewardRun":
+    """The run of a configuration, open: the loop, or what ends with its reward model."""
+    from dpa.core.config import RunConfig, load_run
+    from dpa.recipes.rated_rows import RewardRun
+
+    config = load_run(path, {**overridden(overrides), **(flags or {})})
+    if isinstance(config, RunConfig):
+        return _loop(config, ignore_free_space)
+    return RewardRun(config, ignore_free_space)
 
 
 def _loop(config: "RunConfig", ignore_free_space: bool = False, shard: str | None = None) -> "Loop":

@@ -187,7 +187,7 @@ def judge(
 
 def read_space(text: str) -> "DirectionSpace":
     """A published name, a YAML configuration, or a policy (its dpa_config.json). Raises UserError subclasses."""
-    from dpa.core.config import load_config
+    from dpa.core.config import load_run
     from dpa.core.presets import SPACES
     from dpa.models.files import SPACE_FILE, load_space
 
@@ -199,9 +199,9 @@ def read_space(text: str) -> "DirectionSpace":
             f"YAML configuration or one of {', '.join(SPACES)}."
         )
     if Path(text, "config.yaml").is_file():  # a run folder
-        return load_config(Path(text, "config.yaml")).space.build()
+        return load_run(Path(text, "config.yaml")).space.build()
     if text.endswith((".yaml", ".yml")):
-        return load_config(text).space.build()
+        return load_run(text).space.build()
     return load_space(text)
 
 

@@ -181,6 +181,11 @@ class RatingsConfig(_Section):
         default_factory=dict,
         description="Generic form: attribute -> [lowest, highest] of its own scale. Default: [0, 100], kept as it is.",
     )
+    count: int | None = Field(
+        None,
+        ge=1,
+        description="Prompts whose rows are used, all rows of each; which ones only their text decides. Default: all.",
+    )
     max_reject_rate: float = Field(0.05, ge=0, le=1, description="Stop when more than this share of rows is bad.")
     drop_overall_score_trap: bool = Field(
         True,
@@ -650,23 +655,12 @@ class ClusterConfig(_Section):
     )
 
 
-class RunConfig(_Section):
-    """One run of the whole loop."""
+class RewardRunConfig(_Section):
+    """A run that ends with its reward model: one without `policy`, `prompts` and `evaluate` (`dpa init --reward-only`)."""
 
     name: str = Field("run", description="Title in reports.")
     out: PathText = Field(description="Run folder. The same command resumes it.")
     seed: int = Field(0, ge=0, description="Every random choice derives from it.")
-    iterations: int = Field(3, ge=0, description="T: online iterations after t = 0.")
-    learner: str = Field(
-        "sft",
-        description="What online iterations learn from: sft, the winner of each direction (the paper); dpo, the winner "
-        "against a loser of the same pool (arXiv 2503.00295); grpo, its own answers while it learns, rewarded by v.r "
-        "(arXiv 2402.03300). t = 0 is always sft: a direction must first be read.",
-    )
-    policy: PathText = Field(
-        description="Start policy: a model folder, a Hub id, or a GGUF file (`dpa[gguf]`), which is "
-        "dequantised once into the run folder."
-    )
     remote_code_revision: str | None = Field(
         None,
         pattern=r"^[0-9a-f]{40}$",
@@ -675,6 +669,27 @@ class RunConfig(_Section):
     space: SpaceConfig
     ratings: list[RatingsConfig] = Field(default_factory=list, description="Rated data; none skips t = 0.")
     reward: RewardConfig
+
+    def reference(self, model: str | Path) -> ModelReference:
+        """A model of this run with what the run opts in to."""
+        return ModelReference(str(model), self.remote_code_revision)
+
+
+class RunConfig(RewardRunConfig):
+    """One run of the whole loop. Without `policy`, `prompts` and `evaluate` it ends with the reward model: `dpa ratings`,
+    `dpa train-reward` and `dpa run` need no more than `out`, `space`, `ratings` and `reward`."""
+
+    policy: PathText = Field(
+        description="Start policy: a model folder, a Hub id, or a GGUF file (`dpa[gguf]`), which is "
+        "dequantised once into the run folder."
+    )
+    iterations: int = Field(3, ge=0, description="T: online iterations after t = 0.")
+    learner: str = Field(
+        "sft",
+        description="What online iterations learn from: sft, the winner of each direction (the paper); dpo, the winner "
+        "against a loser of the same pool (arXiv 2503.00295); grpo, its own answers while it learns, rewarded by v.r "
+        "(arXiv 2402.03300). t = 0 is always sft: a direction must first be read.",
+    )
     prompts: PromptsConfig
     rollout: RolloutConfig = RolloutConfig()  # type: ignore[call-arg]
     selection: SelectionConfig = SelectionConfig()  # type: ignore[call-arg]
@@ -684,16 +699,15 @@ class RunConfig(_Section):
     evaluate: EvaluateConfig
     cluster: ClusterConfig = ClusterConfig()  # type: ignore[call-arg]
 
-    def reference(self, model: str | Path) -> ModelReference:
-        """A model of this run with what the run opts in to."""
-        return ModelReference(str(model), self.remote_code_revision)
-
     @model_validator(mode="after")
     def _winners_of_one_pool(self) -> "RunConfig":
         if self.selection.rejected == "other_direction" and self.selection.method == "per_direction":
             raise ValueError("selection.rejected other_direction takes winners of one pool; take method pooled")
         return self
 
+
+OF_A_POLICY = ("policy", "prompts", "evaluate")
+"""Fields that a run has together, to go on after its reward model."""
 
 _TRAINING_PACE = (
     *("report_to", "gradient_checkpointing", "save_steps", "rows_per_device", "pairs_per_device", "answers_per_device"),
@@ -740,7 +754,24 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
 
     Relative paths inside the file are taken from the working directory. Raises ConfigError.
     """
-    return parse_config(read_yaml(path, overrides))
+    data = read_yaml(path, overrides)
+    if not trains_policy(data):
+        raise ConfigError(
+            f"{', '.join(OF_A_POLICY)}: {path} has none of them, so its run ends with the reward model (`dpa run`, "
+            "`dpa train-reward`); add all three to train a policy."
+        )
+    return parse_config(data)
+
+
+def load_run(path: str | Path, overrides: Mapping[str, str] | None = None) -> RunConfig | RewardRunConfig:
+    """The same, where a run that ends with its reward model will do as well. Raises ConfigError."""
+    data = read_yaml(path, overrides)
+    return parse_config(data) if trains_policy(data) else parse_config(data, RewardRunConfig)
+
+
+def trains_policy(data: Mapping[str, Any]) -> bool:
+    """Whether the fields of a configuration are those of a run that goes on after its reward model."""
+    return any(name in data for name in OF_A_POLICY) or "ratings" not in data
 
 
 def read_yaml(path: str | Path, overrides: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -813,6 +844,8 @@ def _explain(item: Any, root: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         known = list(_section_at(root, item["loc"][:-1]).model_fields)
+        if root is RewardRunConfig and where in RunConfig.model_fields:
+            return f"{where}: belongs to a run that trains a policy; add {', '.join(OF_A_POLICY)}, or leave it out."
         return f"{where}: unknown key; {nearest(str(item['loc'][-1]), known)}"
     if item["type"] == "missing":
         return f"{where}: this field is required; add it."

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpa.core.config import RewardConfig, RunConfig
+from dpa.core.config import RewardConfig, RewardRunConfig, RunConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError
 from dpa.models.files import GGUF_SUFFIX
@@ -37,18 +37,18 @@ def check_run(config: RunConfig) -> None:
     engine_named(config.rollout.engine.kind)
     for t in (first, first + 1):
         learner_of(config, t).check(config)
+    check_rewards(config)
+
+
+def check_rewards(config: RewardRunConfig) -> None:
+    """Every attribute of an objective is rated and trained, or a function's. What a finished model scores is known
+    once it is loaded (`check_attributes`). Raises ConfigError."""
     if config.reward.train and not config.ratings:
         raise ConfigError("reward.train: there are no ratings to train on; add a `ratings` section.")
-    _check_scored(config, space)
-
-
-def _check_scored(config: RunConfig, space: DirectionSpace) -> None:
-    """Every attribute of an objective is rated and trained, or a function's. What a finished model scores is known
-    once it is loaded (`check_attributes`)."""
     rated = [name for ratings in config.ratings for name in declared_scales(ratings)]
     known = known_attributes(config.reward, rated)
     if known is not None:
-        check_attributes(space, known)
+        check_attributes(config.space.build(), known)
 
 
 def check_attributes(space: DirectionSpace, attributes: Sequence[str]) -> None:
@@ -100,20 +100,27 @@ def _known(what: str, names: Sequence[str]) -> str:
     return f"{what} are: {', '.join(dict.fromkeys(names))}" if names else f"nothing is {what}"
 
 
-def inputs_of(config: RunConfig) -> dict[str, Path]:
+def inputs_of(config: RewardRunConfig) -> dict[str, Path]:
     """Local files whose content the run depends on."""
-    named = {"prompts.path": config.prompts.path, "evaluate.prompts.path": config.evaluate.prompts.path}
-    if Path(config.policy).suffix == GGUF_SUFFIX:
-        named["policy"] = config.policy
-    named |= {f"ratings.{place}.path": ratings.path for place, ratings in enumerate(config.ratings)}
+    named = {f"ratings.{place}.path": ratings.path for place, ratings in enumerate(config.ratings)}
+    if isinstance(config, RunConfig):
+        named |= {"prompts.path": config.prompts.path, "evaluate.prompts.path": config.evaluate.prompts.path}
+        if Path(config.policy).suffix == GGUF_SUFFIX:
+            named["policy"] = config.policy
     return {field: Path(path) for field, path in named.items() if Path(path).exists()}
 
 
-def needed_bytes(config: RunConfig) -> int:
-    """A rough upper estimate of what the run writes: candidates, and one policy an iteration."""
+def needed_bytes(config: RewardRunConfig) -> int:
+    """A rough upper estimate of what the run writes: candidates, and one policy an iteration; or the reward model."""
+    if not isinstance(config, RunConfig):
+        return _weights(config.reward.train.backbone) if config.reward.train else 0
     prompts = config.prompts.count or 0
     candidates = prompts * config.rollout.directions * config.rollout.samples * max(config.iterations, 1)
-    policy = Path(config.policy)
-    weights = sum(file.stat().st_size for file in policy.glob("*.safetensors")) if policy.is_dir() else 0
     # A policy is saved each iteration; a checkpoint being written holds the weights and two optimizer moments.
-    return candidates * BYTES_PER_CANDIDATE + weights * (config.iterations + 1 + 6)
+    return candidates * BYTES_PER_CANDIDATE + _weights(config.policy) * (config.iterations + 1 + 6)
+
+
+def _weights(model: str) -> int:
+    """Bytes of the weights of a folder that is here."""
+    folder = Path(model)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0

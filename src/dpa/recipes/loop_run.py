@@ -2,7 +2,6 @@
 Run its tests: pytest tests/test_loop.py
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -13,22 +12,18 @@ import pyarrow as pa
 
 from dpa.core.config import RunConfig
 from dpa.core.directions import DirectionSpace
-from dpa.core.errors import ConfigError, RunFolderError
-from dpa.core.records import Ledger
+from dpa.core.errors import RunFolderError
 from dpa.core.reference import ModelReference
 from dpa.models.files import GGUF_SUFFIX
 from dpa.models.gguf import dequantise
 from dpa.models.policy import check_policy
-from dpa.recipes.checks import check_rated, check_run, first_iteration, inputs_of, needed_bytes
+from dpa.recipes.checks import check_run, first_iteration, inputs_of, needed_bytes
+from dpa.recipes.rated_rows import RatedRows
 from dpa.recipes.results import evaluation_of
 from dpa.recipes.run import Run, shown
 from dpa.scoring.function_scorer import FunctionScorer
-from dpa.scoring.reward_model import RECORD
 from dpa.scoring.scorers import check_scorers
-from dpa.stages.ratings import leave_out, load_ratings, print_summary, read_ratings, save_ratings
-from dpa.stages.train_reward import print_quality, train_reward
 from dpa.storage.locks import Share
-from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import RunFolder, StageFolder
 from dpa.storage.stopping import end_on_signal
 from dpa.training.learner import Learner
@@ -48,7 +43,7 @@ class LoopRun(Run):
         folder = RunFolder(config.out)
         folder.open(config, inputs_of(config), needed_bytes(config), ignore_free_space, share, join)
         super().__init__(config, folder)
-        self._ratings: tuple[pa.Table, dict[str, Any]] | None = None
+        self._rated = RatedRows(config, folder, self.console)
         if share is not None:  # before others come in: what all of them read
             if config.ratings:
                 self.read_ratings()
@@ -68,53 +63,12 @@ class LoopRun(Run):
     @shown
     def read_ratings(self, show: bool = False) -> pa.Table:
         """All rated data as one table; `show` prints its summary."""
-        if not self.config.ratings:
-            raise ConfigError("ratings: none are configured; add a `ratings` section.")
-        if self._ratings is None:
-            self._ratings = load_ratings(self.path)
-        if self._ratings is None:
-            everything = read_ratings(self.config.ratings)
-            ratings = leave_out(everything, self.held_out)
-            if left_out := everything.table.num_rows - ratings.table.num_rows:
-                self.console.print(f"ratings: {left_out} rows of prompts that are measured on are left out of training")
-            self._ratings = ratings.table, save_ratings(ratings, self.path)
-            show = True
-        table, summary = self._ratings
-        if show:
-            print_summary(summary, self.console)
-        check_rated(self.config.reward, summary)
-        return table
+        return self._rated.read(self.held_out, show)
 
     @shown
     def train_reward(self, show: bool = False) -> Mapping[str, Any]:
         """Train the reward model and return its record; `show` prints its held-out quality."""
-        train = self.config.reward.train
-        if train is None:
-            raise ConfigError("reward.train: not configured; add the section, or use `reward.folder` as it is.")
-        stage = self.stage(None, "train_reward")
-        if not stage.done:  # a model that nobody sealed, or that has changed since
-            (self.reward_folder / RECORD).unlink(missing_ok=True)
-        begun = time.monotonic()
-        table = self.read_ratings()
-        assert self._ratings is not None
-        scales = {name: tuple(about["scale"]) for name, about in self._ratings[1]["attributes"].items()}
-        facts = train_reward(
-            table, scales, train, self.reward_folder, self.config.seed, self.config.remote_code_revision
-        )
-        if not stage.done:
-            done = facts["training"]
-            ledger = Ledger(
-                training_tokens=int(done["train_tokens"] * done["epochs"]),
-                rows=done["train_rows"],
-                rejects=done["rejected_rows"],
-                wall_s=time.monotonic() - begun,
-                peak_memory=peak_memory(),
-            )
-            stage.finish(ledger, sealed=[self.reward_folder])
-            show = True
-        if show:
-            print_quality(facts, self.console)
-        return facts
+        return self._rated.train(self.held_out, show)
 
     @cached_property
     def start_policy(self) -> str:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from dpa.core.config import RatingsConfig
 from dpa.core.errors import DataError, DpaError, RejectRateError
-from dpa.core.records import Prompt, messages_text, stable_hash
+from dpa.core.records import Messages, Prompt, messages_text, stable_hash
 from dpa.storage.console import print_table
 from dpa.storage.rating_forms import RatedRow, Scale, declared_scales, named_columns, read_row, to_hundred
 from dpa.storage.rows import (
@@ -78,7 +78,7 @@ def read_ratings(configs: Sequence[RatingsConfig]) -> Ratings:
         good, bad = _read_one(config, declared)
         if len(bad) > config.max_reject_rate * (len(good) + len(bad)):
             raise RejectRateError(_too_many(config, len(good) + len(bad), bad))
-        rows += good
+        rows += _of_some_prompts(good, config.count)
         rejects += bad
     if not rows:
         why = ""
@@ -90,7 +90,7 @@ def read_ratings(configs: Sequence[RatingsConfig]) -> Ratings:
 
 def leave_out(ratings: Ratings, prompts: Sequence[Prompt]) -> Ratings:
     """The ratings without the rows of these prompts, so that what is measured on was never trained on."""
-    held_out = {stable_hash(messages_text(prompt.messages)) for prompt in prompts}
+    held_out = {prompt_id_of(prompt.messages) for prompt in prompts}
     kept = [prompt_id not in held_out for prompt_id in ratings.table["prompt_id"].to_pylist()]
     if not any(kept):
         raise DataError("ratings: every rated row belongs to a prompt of evaluate.prompts; measure on other prompts.")
@@ -204,6 +204,20 @@ def _read_one(config: RatingsConfig, scales: Mapping[str, Scale]) -> tuple[list[
         files = [] if is_hub_id(config.path) else find_files(Path(config.path))
         _check_columns(config, names, columns.union(*map(column_names, files)))
     return good, bad
+
+
+def _of_some_prompts(rows: list[RatedRow], count: int | None) -> list[RatedRow]:
+    """The rows of `count` prompts, those whose ids come first: as good as drawn, and the same ones everywhere."""
+    if count is None:
+        return rows
+    ids = [prompt_id_of(row.messages) for row in rows]
+    kept = set(sorted(set(ids))[:count])
+    return [row for row, prompt_id in zip(rows, ids, strict=True) if prompt_id in kept]
+
+
+def prompt_id_of(messages: Messages) -> str:
+    """What a rated table calls a prompt: by its content, so that two files may rate responses to the same one."""
+    return stable_hash(messages_text(messages))
 
 
 def _raw_rows(config: RatingsConfig, attributes: Sequence[str]) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
