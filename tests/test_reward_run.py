@@ -67,11 +67,11 @@ def test_a_reward_model_no_better_than_the_mean_ends_the_run_with_a_sentence(fie
 
 def test_a_verb_that_needs_a_policy_refuses_such_a_configuration(tmp_path: Path, fields: dict) -> None:
     file = written(tmp_path / "a.yaml", fields)
-    with pytest.raises(ConfigError, match="^policy, prompts, evaluate: .* add all three to train a policy"):
+    with pytest.raises(ConfigError, match=r"^policy, prompts, evaluate: .* add all three to train a policy"):
         load_config(file)
-    with pytest.raises(ConfigError, match="^rollout.samples: |^rollout: belongs to a run that trains a policy"):
+    with pytest.raises(ConfigError, match=r"^rollout: belongs to a run that trains a policy"):
         load_run(file, {"rollout.samples": "2"})
-    with pytest.raises(ConfigError, match="^policy: this field is required"):
+    with pytest.raises(ConfigError, match=r"^policy: this field is required"):
         load_run(file, {"prompts.path": "x.jsonl", "evaluate.prompts.path": "y.jsonl"})
 
 
