@@ -38,7 +38,7 @@ def fields(tmp_path: Path) -> dict:
         "out": str(tmp_path / "run"),
         "space": {"objectives": {"length": None, "cheer": None}},
         "ratings": [
-            {"path": str(tmp_path / "rated.jsonl"), "scales": dict.fromkeys(("length", "cheer", "chance"), [0, 4])}
+            {"path": str(tmp_path / "rated.jsonl"), "scales": {name: [0, 4] for name in ("length", "cheer", "chance")}}
         ],
         "reward": {"train": {"backbone": str(tmp_path / "model"), "method": "ridge", "held_out": 0.3}},
     }

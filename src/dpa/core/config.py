@@ -656,7 +656,7 @@ class ClusterConfig(_Section):
 
 
 class RewardRunConfig(_Section):
-    """A run that ends with its reward model: one without `policy`, `prompts` and `evaluate` (`dpa init --reward-only`)."""
+    """A run that ends with its reward model: it has no `policy`, `prompts` and `evaluate`."""
 
     name: str = Field("run", description="Title in reports.")
     out: PathText = Field(description="Run folder. The same command resumes it.")
@@ -676,8 +676,11 @@ class RewardRunConfig(_Section):
 
 
 class RunConfig(RewardRunConfig):
-    """One run of the whole loop. Without `policy`, `prompts` and `evaluate` it ends with the reward model: `dpa ratings`,
-    `dpa train-reward` and `dpa run` need no more than `out`, `space`, `ratings` and `reward`."""
+    """One run of the whole loop.
+
+    A run without `policy`, `prompts` and `evaluate` ends with its reward model: `dpa ratings`, `dpa train-reward` and
+    `dpa run` need no more than `out`, `space`, `ratings` and `reward`.
+    """
 
     policy: PathText = Field(
         description="Start policy: a model folder, a Hub id, or a GGUF file (`dpa[gguf]`), which is "

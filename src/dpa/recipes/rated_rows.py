@@ -82,7 +82,7 @@ class RatedRows:
 
 
 class RewardRun:
-    """A run folder whose run ends with its reward model, open. Raises UserError subclasses for what the user can mend."""
+    """A run folder whose run ends with its reward model, open. Raises UserError subclasses for what can be mended."""
 
     def __init__(self, config: RewardRunConfig, ignore_free_space: bool = False) -> None:
         check_rewards(config)
