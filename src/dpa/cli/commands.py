@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpa.cli import ecosystem, planning
+from dpa.cli import ecosystem, elsewhere, planning
 from dpa.cli.home import Commands
 from dpa.cli.options import ConfigPath, Overrides, overridden, takes_fields
 from dpa.core.errors import ConfigError
@@ -27,6 +27,7 @@ app = Commands(
 )
 
 app.add_typer(ecosystem.app)  # export, fold, push, judge
+app.add_typer(elsewhere.app)  # data, adopt
 app.add_typer(planning.app)  # estimate, doctor
 
 Iteration = Annotated[int, typer.Option("--iteration", "-t", min=0, help="Which iteration.")]

@@ -114,6 +114,11 @@ _DEFAULT = """
 """
 
 
+_ENDING = (
+    "{% if messages and messages[-1]['role'] == 'assistant' and not add_generation_prompt %}{{ eos_token }}{% endif %}"
+)
+
+
 def steerable_template(base_template: str | None, space: DirectionSpace, default: Direction | None = None) -> str:
     """Extend a chat template so that `preference` (objective -> weight) states a direction of the space.
 
@@ -136,6 +141,28 @@ def steerable_template(base_template: str | None, space: DirectionSpace, default
         weights = json.dumps({name: float(weight) for name, weight in default.as_mapping().items()})
         sentence = _DEFAULT.replace("@preference@", weights) + sentence
     return _BEGIN + sentence + (_INTO_SYSTEM if has_system_role(base) else _INTO_USER) + _END + base
+
+
+def ending_answers(template: str) -> str:
+    """The same template, which writes the EOS token after an answer that a conversation ends with.
+
+    Prompts are written as before. For a template that ends no turn (PLAIN_TEMPLATE): trainers that write whole
+    conversations with it would never teach a policy to stop.
+    """
+    return template if template.endswith(_ENDING) else template + _ENDING
+
+
+def with_sentence(messages: Sequence[Mapping[str, str]], sentence: str, system_role: bool) -> list[dict[str, str]]:
+    """Messages with the direction's sentence where a steerable template writes it: before the system prompt, or without
+    a `system_role` before the first question (`has_system_role`)."""
+    chat = [{"role": message["role"], "content": message["content"]} for message in messages]
+    if chat and chat[0]["role"] == "system":
+        system = chat.pop(0)["content"]
+        if system or not system_role:
+            sentence = f"{sentence}\n\n{system}"
+    if system_role:
+        return [{"role": "system", "content": sentence}, *chat]
+    return [{"role": "user", "content": f"{sentence}\n\n{chat[0]['content']}"}, *chat[1:]]
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,8 @@ Run its tests: pytest tests/test_policy.py
 """
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.records import Messages
 from dpa.core.reference import Model, ModelReference
-from dpa.models.chat_template import render_chat, steerable_template
+from dpa.models.chat_template import ending_answers, render_chat, steerable_template
 from dpa.models.disk_refusals import disk_refusals
-from dpa.models.files import SPACE_FILE, SafeModel, resolve_model
+from dpa.models.files import CONTENT_SUFFIXES, EVALUATION_FILE, SPACE_FILE, SafeModel, resolve_model
 from dpa.models.loading import (
     check_loadable,
     check_tokens,
@@ -57,7 +58,7 @@ def load_policy(
     with quiet_libraries():
         model = load_model(AutoModelForCausalLM, safe, dtype)
         tokenizer = load_tokenizer(safe)
-    _check_end_token(tokenizer, policy)
+    check_end_token(tokenizer, policy)
     tokenizer.padding_side = "left"
     ensure_pad_token(tokenizer)
     check_tokens(tokenizer, embedding_rows(model), policy)
@@ -77,7 +78,7 @@ def check_policy(policy: Model, space: DirectionSpace | None = None) -> None:
     with quiet_libraries():
         check_weights(AutoModelForCausalLM, safe)
         tokenizer = load_tokenizer(safe)
-        _check_end_token(tokenizer, policy)
+        check_end_token(tokenizer, policy)
         ensure_pad_token(tokenizer)
         check_tokens(tokenizer, embedding_rows(safe), policy)
         load_generation(safe)
@@ -116,6 +117,24 @@ def save_policy(
         check_loadable(saved, AutoModelForCausalLM, f"policy {folder}")
 
 
+def copy_policy(
+    policy: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, space: DirectionSpace, extra: dict[str, Any]
+) -> None:
+    """A policy's files byte for byte, but for its tokenizer, its card and `dpa_config.json`: whole or not at all.
+
+    `tokenizer` has the chat template that the copy is to have; `extra` as in `save_policy`. Raises as that does.
+    """
+    safe = resolve_model(policy)
+    with save_folder_atomically(folder) as unfinished, disk_refusals(folder, "copying the model"):
+        for file in Path(safe.path).iterdir():
+            if file.suffix in CONTENT_SUFFIXES and file.name != EVALUATION_FILE and file.is_file():
+                shutil.copy2(file, unfinished / file.name)
+        tokenizer.save_pretrained(unfinished)
+        write_json(unfinished / SPACE_FILE, {"space": space.to_dict(), "provenance": extra})
+        saved = ModelReference(str(unfinished), ModelReference.of(policy).code_revision)
+        check_loadable(saved, AutoModelForCausalLM, f"policy {folder}")
+
+
 def make_steerable(tokenizer: PreTrainedTokenizerBase, space: DirectionSpace) -> None:
     """Teach the tokenizer's chat template the space's `preference` (models/chat_template.py)."""
     base = tokenizer.get_chat_template() if tokenizer.chat_template else None
@@ -132,7 +151,8 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.pad_token = found[0] if found else tokenizer.eos_token
 
 
-def _check_end_token(tokenizer: PreTrainedTokenizerBase, policy: Model) -> None:
+def check_end_token(tokenizer: PreTrainedTokenizerBase, policy: Model) -> None:
+    """A policy can stop. Raises ModelFileError."""
     if tokenizer.eos_token_id is None:
         raise ModelFileError(
             f"model: the tokenizer of {policy} has no EOS token; set eos_token in tokenizer_config.json."
@@ -215,9 +235,21 @@ def count_tokens(policy: Model, rows: pa.Table, space: DirectionSpace) -> int:
 
 def turn_end_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The token a response is trained to end with: the one the chat template ends an answer with, else EOS."""
-    ends = end_token_ids(model, tokenizer)
+    written = _written_end(tokenizer, end_token_ids(model, tokenizer))
+    return tokenizer.eos_token_id if written is None else written
+
+
+def make_answers_end(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
+    """Teach the chat template to write an end token after an answer, where it writes none of `ends`: trainers that read
+    whole conversations would never teach a policy to stop."""
+    if _written_end(tokenizer, ends) is None:
+        tokenizer.chat_template = ending_answers(str(tokenizer.get_chat_template()))
+
+
+def _written_end(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> int | None:
+    """The token of `ends` that the chat template writes first after an answer."""
     question = [{"role": "user", "content": "a"}]
     before = render_chat(tokenizer, question, add_generation_prompt=True)
     talk = render_chat(tokenizer, [*question, {"role": "assistant", "content": "b"}])
     tail = tokenizer(talk.removeprefix(before), add_special_tokens=False)["input_ids"]
-    return next((token for token in tail if token in ends), tokenizer.eos_token_id)
+    return next((token for token in tail if token in ends), None)

@@ -24,11 +24,13 @@ def card(
     reward: str,
     evaluation: Mapping[str, Any] | None = None,
     ledgers: Mapping[str, Mapping[str, Any]] | None = None,
+    elsewhere: Mapping[str, Any] | None = None,
 ) -> str:
     """The card's text.
 
     `base`: start policy; `data`: rated data sets and prompts, as configured; `reward`: a sentence on where scores come
-    from; `evaluation`: the record of stages.evaluate; `ledgers`: stage -> ledger, of the iteration that made it.
+    from; `evaluation`: the record of stages.evaluate; `ledgers`: stage -> ledger, of the iteration that made it;
+    `elsewhere`: what is known of a training that another program did (stages.adopt).
     """
     metadata: dict[str, Any] = {
         "library_name": "transformers",
@@ -65,6 +67,7 @@ def card(
         ],
         asked=json.dumps({name: round(float(w), 3) for name, w in zip(space.names, space.grid(3)[0], strict=True)}),
         evaluation=evaluation,
+        elsewhere=elsewhere,
         front=front,
         costs=[
             [stage, *(number(spent[column], None) for column in counted), duration(spent["wall_s"])]

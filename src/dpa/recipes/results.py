@@ -10,7 +10,7 @@ from typing import Any
 
 from dpa.core.config import resolved
 from dpa.core.errors import StorageError
-from dpa.models.files import EVALUATION_FILE
+from dpa.models.files import EVALUATION_FILE, SPACE_FILE
 from dpa.pages.card import CARD, card
 from dpa.recipes.checks import first_iteration
 from dpa.recipes.run import Run
@@ -51,6 +51,18 @@ def publish(run: Run, t: int, found: Mapping[str, Any]) -> None:
     write_if_new(run.policy_folder(t) / EVALUATION_FILE, json_bytes({**found, "examples": examples}))
 
 
+def trained_elsewhere(run: Run, t: int) -> dict[str, Any] | None:
+    """What is known of the policy of t where `dpa adopt` took it in (stages.adopt); None where the run trained it."""
+    file = run.policy_folder(t) / SPACE_FILE
+    about = read_json(file) if file.is_file() else {}
+    return (about.get("provenance") or {}).get("trained_elsewhere") if isinstance(about, dict) else None
+
+
+def policy_name(run: Run, t: int) -> str:
+    """How pages call the policy of t."""
+    return f"t = {t}, trained elsewhere" if trained_elsewhere(run, t) else f"t = {t}"
+
+
 def write_policy_card(run: Run, t: int, evaluation: Mapping[str, Any] | None = None) -> None:
     """README.md beside the policy of iteration t."""
     config = run.config
@@ -62,6 +74,7 @@ def write_policy_card(run: Run, t: int, evaluation: Mapping[str, Any] | None = N
         scored_by(config.reward),
         evaluation or evaluation_of(run, t),
         ledgers_of(run, t),
+        trained_elsewhere(run, t),
     )
     write_if_new(run.policy_folder(t) / CARD, text.encode("utf-8", "backslashreplace"))
 
@@ -87,7 +100,8 @@ def results_of(run: Run) -> dict[str, Any]:
         "config": resolved(run.config),
         "policies": [
             {
-                "name": f"t = {t}",
+                "name": policy_name(run, t),
+                "trained_elsewhere": trained_elsewhere(run, t),
                 "evaluation": evaluation,
                 "ledger": ledgers_of(run, t),
                 "listening": listening_curve(run.stage(t, "finetune")),
@@ -105,4 +119,7 @@ def _samples(run: Run, t: int) -> dict[str, Any]:
     prompts = {prompt.prompt_id: prompt.messages for prompt in run.held_out}
     answers = run.stage(t, "evaluate/rollout").whole_table()
     scores = run.measured(lambda name: run.stage(t, f"evaluate/{name}"))
-    return {"policy": f"t = {t}", "questions": side_by_side(answers, scores, prompts, run.space, run.config.evaluate)}
+    return {
+        "policy": policy_name(run, t),
+        "questions": side_by_side(answers, scores, prompts, run.space, run.config.evaluate),
+    }

@@ -20,7 +20,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Messages, Sample, Sampler, SampleRequest
 from dpa.core.reference import Model
-from dpa.models.chat_template import has_system_role
+from dpa.models.chat_template import has_system_role, with_sentence
 from dpa.models.files import folder_revision, resolve_model
 from dpa.remote.http_exchange import Answer, Refusal, key_in
 from dpa.remote.http_pool import HttpPool
@@ -121,19 +121,8 @@ class HttpSampler:
         preference = dict(zip(space.names, map(float, request.direction), strict=True))
         if self._config.steer == "system":
             sentence = space.prompt(space.direction(preference))
-            return _Prompt(self._told(chat, sentence), None, len(ids), request.messages, key)
+            return _Prompt(with_sentence(chat, sentence, self._has_system_role), None, len(ids), request.messages, key)
         return _Prompt(chat, preference, len(ids), request.messages, key)
-
-    def _told(self, chat: list[dict[str, str]], sentence: str) -> list[dict[str, str]]:
-        """The sentence where the policy's chat template would write it (models/chat_template.py)."""
-        rest = chat
-        if chat and chat[0]["role"] == "system":
-            rest = chat[1:]
-            if chat[0]["content"] or not self._has_system_role:
-                sentence = f"{sentence}\n\n{chat[0]['content']}"
-        if self._has_system_role:
-            return [{"role": "system", "content": sentence}, *rest]
-        return [{"role": "user", "content": f"{sentence}\n\n{rest[0]['content']}"}, *rest[1:]]
 
     def _body(
         self, prompt: "_Prompt", seed: int, temperature: float, max_new_tokens: int, count: int = 1

@@ -3,20 +3,18 @@ Run its tests: pytest tests/test_folding.py
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from dpa.core.directions import Direction, DirectionSpace, Objective
 from dpa.core.errors import ModelFileError
 from dpa.models.chat_template import steerable_template
-from dpa.models.files import CONTENT_SUFFIXES, EVALUATION_FILE, SPACE_FILE, resolve_model
-from dpa.models.loading import check_loadable, load_tokenizer
-from dpa.models.policy import ensure_pad_token
+from dpa.models.files import resolve_model
+from dpa.models.loading import load_tokenizer
+from dpa.models.policy import copy_policy, ensure_pad_token
 from dpa.models.quiet import quiet_libraries
 from dpa.scoring.reward_model import (
     RELEASED_SPEC,
@@ -30,7 +28,7 @@ from dpa.scoring.reward_model import (
     write_spec,
 )
 from dpa.scoring.reward_scorer import RewardModelScorer
-from dpa.storage.tables import save_folder_atomically, write_json
+from dpa.storage.tables import save_folder_atomically
 
 UTILITY = "utility"
 """The one attribute of a folded reward model."""
@@ -162,11 +160,5 @@ def bake_direction(folder: str | Path, space: DirectionSpace, direction: Directi
         tokenizer = load_tokenizer(safe)
     base = tokenizer.get_chat_template() if tokenizer.chat_template else None
     tokenizer.chat_template = steerable_template(base, space, default=direction)
-    with save_folder_atomically(out) as unfinished:
-        for file in Path(safe.path).iterdir():
-            if file.suffix in CONTENT_SUFFIXES and file.name != EVALUATION_FILE and file.is_file():
-                shutil.copy2(file, unfinished / file.name)
-        tokenizer.save_pretrained(unfinished)
-        provenance = {"from": str(folder), "baked_direction": direction.as_mapping()}
-        write_json(unfinished / SPACE_FILE, {"space": space.to_dict(), "provenance": provenance})
-        check_loadable(unfinished, AutoModelForCausalLM, f"policy {out}")
+    provenance = {"from": str(folder), "baked_direction": direction.as_mapping()}
+    copy_policy(safe.path, tokenizer, out, space, provenance)
