@@ -3,7 +3,7 @@
 import torch
 
 from card_phases.common import Card, on_device, timed
-from dpa.recipes.estimate import matrix_rate
+from dpa.recipes.costs.devices import matrix_rate
 
 
 def rates(card: Card) -> None:

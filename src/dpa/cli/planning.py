@@ -19,52 +19,55 @@ app = Commands(rich_markup_mode=None)
 def estimate(
     config: ConfigPath,
     runs: Annotated[
-        list[Path] | None, typer.Option("--from", help="Run folder whose ledgers say the speeds; its own by itself.")
+        list[Path] | None,
+        typer.Option(
+            "--from",
+            help="Run folder whose ledgers say the speeds (its own by itself), or a result folder of bench/card.py.",
+        ),
     ] = None,
     parameters: Annotated[
-        float | None, typer.Option(min=1, help="Size of the policy, where its folder is not here: 7.2e9.")
+        float | None, typer.Option(min=1, help="Size of the policy, where it is neither here nor known by name: 7.2e9.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="A card by name (h200, a100-80g, l40s, 4090, ...). Default: this machine, measured."),
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Cards that train together. Default: cluster.processes.")
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print tokens, hours, memory and disk of every stage before anything starts."""
+    """Print hours, tokens, memory and disk of every stage before anything starts (docs/estimate.md)."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from dpa.core.config import load_config
-    from dpa.recipes.estimate import estimate as estimated
-    from dpa.recipes.estimate import run_needs
+    from dpa.recipes.costs.devices import device_named
+    from dpa.recipes.costs.wording import HEADINGS, cells, heading, notes
+    from dpa.recipes.estimate import estimate_of
     from dpa.storage.console import print_table
 
     for run in runs or []:
         if not run.is_dir():
             raise ConfigError(f"--from: there is no run folder at {run}; check the path.")
-    stages = estimated(load_config(config, overridden(overrides)), runs or [], parameters)
+    on = device_named(device) if device else None
+    inputs, stages = estimate_of(load_config(config, overridden(overrides)), runs or [], parameters, on, devices)
     table = Table(box=SIMPLE_HEAD)
-    for heading in ("stage", "rows", "tokens", "time", "memory", "disk", "speed from"):
-        table.add_column(heading, justify="left" if heading in {"stage", "speed from"} else "right", no_wrap=True)
-    for stage in stages:
-        table.add_row(
-            stage.name,
-            f"{stage.rows:,}",
-            f"{stage.tokens:,}",
-            _time(stage.seconds),
-            _bytes(stage.memory),
-            _bytes(stage.disk),
-            stage.measured or "arithmetic",
-        )
-    seconds, memory, disk = run_needs(stages)
+    for name in HEADINGS:
+        table.add_column(name, justify="left" if name in {"stage", "speed from"} else "right", no_wrap=True)
+    *rows, whole = cells(stages)
+    for row in rows:
+        table.add_row(*row)
     table.add_section()
-    table.add_row("the run", "", "", _time(seconds), _bytes(memory), _bytes(disk), "")
-    console = Console()
+    table.add_row(*whole)
+    console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=max(console.width, 120))  # a file or a pipe has no edge
+        console = Console(highlight=False, width=max(console.width, 100))  # a file or a pipe has no edge
+    console.print(heading(inputs))
     print_table(table, console)
-    if not all(stage.measured for stage in stages):
-        console.print(
-            "arithmetic: a measured matrix rate and the assumptions named in src/dpa/recipes/estimate.py; right within "
-            "a factor of a few. Run a small iteration and give its folder with --from."
-        )
+    for note in notes(stages, inputs):
+        console.print(note)
 
 
 @app.command()
@@ -81,11 +84,3 @@ def doctor(
         typer.echo(f"{mark} {check.name}: {check.text}")
         failed = failed or check.ok is False
     raise typer.Exit(1 if failed else 0)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"

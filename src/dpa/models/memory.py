@@ -55,14 +55,19 @@ class TrainingMemory:
 
         Counted on a Llama, whose backward pass keeps 8 hidden, 4 inner and 2 key-value vectors a token and layer.
         """
-        config = model.config.get_text_config()
-        hidden, inner, keys = _widths(config)
         trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad and not adapters)
         cast = sum(weight.numel() for weight in model.parameters() if weight.dtype == torch.float32) if mixed else 0
+        return cls.of_widths(model.config.get_text_config(), trained, cast, mixed)
+
+    @classmethod
+    def of_widths(cls, config: Any, trained: float, cast: float, mixed: bool) -> "TrainingMemory":
+        """The same of a shape: `config` names the widths as transformers do; `trained` weights have gradients and
+        moments, `cast` ones a copy in bf16."""
+        hidden, inner, keys = _widths(config)
         layer = round((8 * hidden + 4 * inner + 2 * keys) * (2.75 if mixed else 4))
         layers = config.num_hidden_layers
         return cls(
-            fixed=12 * trained + 2 * cast + TILES,
+            fixed=round(12 * trained + 2 * cast + TILES),
             kept=layer * layers + 16 * hidden,
             recomputed=4 * hidden * layers + 2 * layer + 16 * hidden,
         )

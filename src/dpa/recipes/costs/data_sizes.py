@@ -1,0 +1,136 @@
+"""How much data there is: rows, prompts and their lengths, counted here or published for a data set of the Hub.
+Run its tests: pytest tests/test_estimate.py
+
+What is neither here nor published below is unknown (None), and never 0. A token is taken for four characters.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from dpa.core.config import PromptsConfig, RatingsConfig
+from dpa.core.errors import ConfigError, DataError
+from dpa.stages.judge import CHARACTERS_PER_TOKEN
+from dpa.storage.rating_forms import RatedRow, declared_scales, named_columns, read_row
+from dpa.storage.rows import SUFFIXES, is_hub_id, read_rows
+
+DIRECTION_TOKENS = 40
+"""The sentence that states a direction, and what a chat template puts around a prompt and an answer."""
+PROMPT_TOKENS, RESPONSE_TOKENS = 150, 300
+"""A prompt with its direction, and a rated response, where no text is here: the 61,135 rows of ultrafeedback_binarized,
+each with its prompt four times and three responses, have 405,688,662 bytes (its data set card)."""
+SAMPLED = 20_000
+"""Rated rows that are read to know their lengths and how many prompts they have; of prompts a hundredth of it."""
+
+PUBLISHED_RATINGS = {
+    "nvidia/HelpSteer": (35_331, 35_331 // 4),
+    "nvidia/HelpSteer2": (20_324, 10_162),
+    "openbmb/UltraFeedback": (4 * 63_967, 63_967),
+}
+"""Rated responses and prompts of the training split: data set cards (four and two responses a prompt)."""
+
+PUBLISHED_PROMPTS = {
+    ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs"): 61_135,
+    ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs"): 2_000,
+}
+
+
+@dataclass(frozen=True)
+class Rated:
+    """Rated data: `rows` responses to `prompts` prompts, and tokens of one prompt (with a direction) and response."""
+
+    rows: int
+    prompts: int
+    prompt_tokens: float = PROMPT_TOKENS
+    response_tokens: float = RESPONSE_TOKENS
+
+
+def rated_size(ratings: RatingsConfig) -> Rated | None:
+    """How much rated data a section names; None where it is not known."""
+    if is_hub_id(ratings.path):
+        known = PUBLISHED_RATINGS.get(ratings.path)
+        return Rated(*known) if known else None
+    lines = count_rows(ratings.path)
+    if not lines:
+        return None
+    names = list(declared_scales(ratings))
+    read, rows = 0, []
+    try:
+        for file in _files(Path(ratings.path)):
+            for _, raw in islice(read_rows(file, *named_columns(ratings, names)), SAMPLED - read):
+                read += 1
+                if isinstance(raw, dict):
+                    rows += [row for row in read_row(ratings, raw, names) if isinstance(row, RatedRow)]
+    except DataError:
+        rows = []
+    if not rows:
+        return Rated(lines, max(1, lines // 4))
+    prompts = ["\n".join(message["content"] for message in row.messages) for row in rows]
+    more = lines / read
+    return Rated(
+        round(len(rows) * more),
+        round(len(set(prompts)) * more),
+        DIRECTION_TOKENS + sum(map(len, prompts)) / len(rows) / CHARACTERS_PER_TOKEN,
+        sum(len(row.response) for row in rows) / len(rows) / CHARACTERS_PER_TOKEN,
+    )
+
+
+def prompt_count(prompts: PromptsConfig, where: str) -> int | None:
+    """Prompts an iteration or a measurement asks; None where it is not known. Raises ConfigError for a file that is
+    not here and has no count."""
+    if is_hub_id(prompts.path):
+        there = PUBLISHED_PROMPTS.get((prompts.path, prompts.split))
+    else:
+        there = count_rows(prompts.path)
+        if there is None and prompts.count is None:
+            raise ConfigError(f"{where}.path: {prompts.path} is not on this machine; give {where}.count.")
+    counts = [count for count in (there, prompts.count) if count is not None]
+    return min(counts) if counts else None
+
+
+def prompt_tokens(prompts: PromptsConfig) -> float:
+    """Tokens of a prompt with its direction: of the first ones where they are here."""
+    lengths: list[int] = []
+    try:
+        for file in _files(Path(prompts.path)):
+            for _, row in islice(read_rows(file, [prompts.column, "messages"]), SAMPLED // 100):
+                text = (row.get("messages") or row.get(prompts.column)) if isinstance(row, dict) else None
+                lengths += [len(str(text))] if text else []
+    except DataError:
+        lengths = []
+    if not lengths:
+        return PROMPT_TOKENS
+    return DIRECTION_TOKENS + sum(lengths) / len(lengths) / CHARACTERS_PER_TOKEN
+
+
+def count_rows(path: str) -> int | None:
+    """Rows of a data file, or of all in a folder; None where it is not on this machine."""
+    place = Path(path)
+    if place.is_dir():
+        return sum(count_rows(str(file)) or 0 for file in sorted(place.rglob("*")) if file.is_file())
+    if not place.is_file():
+        return None
+    try:
+        match place.suffix:
+            case ".parquet":
+                return pq.read_metadata(place).num_rows
+            case ".csv":
+                options = pyarrow.csv.ParseOptions(newlines_in_values=True)
+                return pyarrow.csv.read_csv(place, parse_options=options).num_rows
+            case ".jsonl":
+                with place.open("rb") as lines:
+                    return sum(1 for line in lines if line.strip())
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"data: {place} cannot be read ({type(error).__name__}); mend or replace it.") from None
+    return 0
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The row files at a path, in the order of their names."""
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    yield from (file for file in found if file.is_file() and file.suffix in SUFFIXES)

@@ -1,0 +1,323 @@
+"""The stages of a run as amounts of work: what each makes, reads and trains on, and what that takes.
+Run its tests: pytest tests/test_estimate.py
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpa.core.config import RunConfig, TrainingConfig
+from dpa.models.compiling import TRAINING_STEPS
+from dpa.recipes.checks import BYTES_PER_CANDIDATE
+from dpa.recipes.costs.data_sizes import DIRECTION_TOKENS, PROMPT_TOKENS, RESPONSE_TOKENS, Rated
+from dpa.recipes.costs.devices import Device
+from dpa.recipes.costs.model_sizes import Size
+from dpa.recipes.costs.needs import TrainingNeed, rollout_need, shards_of, training_need
+from dpa.recipes.costs.speeds import Speeds, kind_of
+from dpa.recipes.costs.work import FUNCTION_ROW_S, PROCESSOR_START, Assumptions, Clock, Sampling, Training, passes_of
+from dpa.stages.judge import CHARACTERS_PER_TOKEN
+from dpa.training.learner import Learner
+from dpa.training.learners import learner_of
+
+CHECKPOINT_BYTES = 12
+
+
+@dataclass(frozen=True)
+class JudgeCalls:
+    """What a stage asks of a judge's servers: requests, tokens they read and write."""
+
+    requests: int
+    tokens_in: int
+    tokens_out: int
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One stage. `rows` candidates, scores or winners; `tokens` generated or trained on; bytes of memory and disk; its
+    likely `seconds`, and between which they may lie. None: unknown, and `unknown` says why.
+
+    `measured`: where its speed comes from; empty where it is arithmetic. `misfit`: the device's memory does not hold
+    it, and what to change. `judge`: what it asks of servers, whose time is not known.
+    """
+
+    name: str
+    rows: int | None
+    tokens: int | None
+    seconds: float | None
+    memory: int
+    disk: int
+    measured: str = ""
+    low: float | None = None
+    high: float | None = None
+    misfit: str = ""
+    unknown: str = ""
+    judge: JudgeCalls | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made of: its models, its data (None: unknown), and where it runs."""
+
+    policy: Size
+    scorer: Size | None
+    rated: Rated | None
+    prompts: int | None
+    prompt: float
+    held_out: int | None
+    device: Device
+    cards: int
+
+
+class Stages:
+    """Turns amounts of work into estimates, under one set of assumptions."""
+
+    def __init__(self, config: RunConfig, speeds: Speeds, inputs: Inputs, assume: Assumptions) -> None:
+        self.config, self.speeds, self.given, self.assume = config, speeds, inputs, assume
+        self.clock = Clock(inputs.device, inputs.cards, assume, speeds.card)
+        self.answer = speeds.mean("tokens sampled", "answers") or config.rollout.max_new_tokens * assume.answer
+        self.example = speeds.mean("tokens trained", "examples") or inputs.prompt + self.answer
+        self.start = assume.start * (1.0 if inputs.device.card else PROCESSOR_START)
+        self.shards = shards_of(config.cluster, inputs.cards)
+
+    def all(self) -> list[StageEstimate]:
+        """Every stage in order."""
+        config, rated = self.config, self.given.rated
+        stages = [self.train_reward()] if config.reward.train else []
+        if config.ratings:
+            rows = None if rated is None else rated.rows
+            winners = self.speeds.offline_winners
+            if winners is None and rated is not None:
+                winners = rated.prompts * config.selection.directions
+            stages += self.iteration(0, None, rows, winners)
+        prompts, directions = self.given.prompts, config.rollout.directions
+        kept = directions if config.selection.method == "per_direction" else config.selection.directions
+        for t in range(1, config.iterations + 1):
+            candidates = None if prompts is None else prompts * directions * config.rollout.samples
+            if learner_of(config, t).reads == "prompts":  # it makes and scores its candidates itself
+                stages += self.iteration(t, None, None, prompts and prompts * directions)
+            else:
+                stages += self.iteration(t, candidates, candidates, prompts and prompts * kept)
+        return stages
+
+    def train_reward(self) -> StageEstimate:
+        """The reward model's training; ridge only reads the rows once."""
+        train, size, rated = self.config.reward.train, self.given.scorer, self.given.rated
+        assert train is not None and size is not None
+        ridge = train.method == "ridge"
+        example = self._rated_example(train.max_length)
+        longest = min(train.max_length, 4 * example)
+        tokens = None if rated is None else int(rated.rows * example * (1.0 if ridge else train.epochs))
+        mixed = train.bf16 or self.given.device.card
+        need = training_need(
+            size, self.given.device, "reward.train", longest=longest, most=train.batch_size, mixed=mixed,
+            lora=train.lora if train.method == "lora" else None, checkpointing=train.gradient_checkpointing,
+        )  # fmt: skip
+        seconds, measured = self._measured("reward tokens", tokens)
+        if tokens is not None and seconds is None and ridge:
+            seconds = self.start + self.clock.scoring(size, tokens)
+        elif tokens is not None and seconds is None:
+            steps = max(1.0, tokens / example / train.batch_size)
+            passes = passes_of(train.batch_size * example, need.units * longest)
+            work = Training(
+                tokens, 0, steps, passes, train.method == "lora", need.recompute,
+                self._compiles(train.compile, steps, need.recompute), mixed,
+            )  # fmt: skip
+            one = replace(self.clock, cards=1)  # it trains in this process alone
+            seconds = self.start + one.training(size, work)
+        memory = self.speeds.memory.get("reward tokens") or int(4 * size.parameters if ridge else need.memory)
+        misfit = "" if measured or ridge else need.misfit
+        rows = None if rated is None else rated.rows
+        disk = int(4 * size.parameters)
+        why = "" if rated else "rated rows are not here"
+        return StageEstimate("train_reward", rows, tokens, seconds, memory, disk, measured, misfit=misfit, unknown=why)
+
+    def iteration(self, t: int, sampled: int | None, scored: int | None, winners: int | None) -> list[StageEstimate]:
+        """The stages of iteration t, its measurement included; `sampled`, `scored` None: unknown, or not there."""
+        makes = t > 0 and learner_of(self.config, t).reads != "prompts"
+        directions = self.config.rollout.directions
+        stages = [self._rollout(f"iter_{t}/rollout", sampled, directions, self.config.rollout.samples)] if makes else []
+        if makes or t == 0:
+            stages.append(self._score(f"iter_{t}/score", scored, self._rated_example() if t == 0 else None))
+        return [*stages, self._finetune(t, winners), self._evaluate(t)]
+
+    def _evaluate(self, t: int) -> StageEstimate:
+        evaluate = self.config.evaluate
+        grid, held_out = len(self.config.space.build().grid(evaluate.directions)), self.given.held_out
+        rows = None if held_out is None else held_out * grid * evaluate.samples
+        rollout = self._rollout(f"iter_{t}/evaluate", rows, grid, evaluate.samples)
+        score = self._score("", rows)
+        if rollout.seconds is None or score.seconds is None:
+            return replace(rollout, seconds=None, unknown=rollout.unknown or score.unknown, judge=score.judge)
+        seconds = rollout.seconds + score.seconds - (0 if score.measured else self.start)
+        measured = rollout.measured if score.measured or self.given.scorer is None else ""
+        return replace(rollout, seconds=seconds, measured=measured, judge=score.judge)
+
+    def _rollout(self, name: str, rows: int | None, directions: int, samples: int) -> StageEstimate:
+        config, given = self.config.rollout, self.given
+        shard = config.prompts_per_shard * directions * samples
+        ray = config.workers if self.config.cluster.engine == "ray" else 0
+        need = rollout_need(
+            given.policy, given.device, config, given.prompt, min(rows or shard, shard), given.cards, ray
+        )
+        memory = self.speeds.memory.get("tokens sampled") or int(need.memory)
+        if rows is None:
+            return StageEstimate(name, None, None, None, memory, 0, misfit=need.misfit, unknown="prompts are not here")
+        tokens = int(rows * self.answer)
+        seconds, measured = self._measured("tokens sampled", tokens)
+        if seconds is None:
+            batches = -(-rows // shard) * (1 if need.continuous else -(-min(rows, shard) // need.together))
+            work = Sampling(
+                rows, self.answer, config.max_new_tokens, rows / samples, given.prompt, need.together, batches,
+                min(need.copies, max(1, -(-rows // shard))), need.continuous,
+            )  # fmt: skip
+            seconds = self.start + self.clock.sampling(given.policy, work)
+        misfit = "" if measured else need.misfit
+        return StageEstimate(
+            name, rows, tokens, seconds, memory, rows * BYTES_PER_CANDIDATE, measured, misfit=misfit
+        )  # fmt: skip
+
+    def _score(self, name: str, rows: int | None, example: float | None = None) -> StageEstimate:
+        reward, size, example = self.config.reward, self.given.scorer, example or self.given.prompt + self.answer
+        wide = 2 if self.given.device.card else 4
+        memory = self.speeds.memory.get("rows scored") or int(size.parameters * wide if size else 0)
+        if rows is None:
+            why = "rated rows are not here" if name.startswith("iter_0/") else "prompts are not here"
+            return StageEstimate(name, None, None, None, memory, 0, unknown=why)
+        seconds, measured = self._measured("rows scored", rows)
+        unknown = ""
+        if seconds is None:
+            copies = self.config.cluster.scorers if self.config.cluster.engine == "ray" else 1
+            start = self.start if size else 0.0
+            seconds = start + (self.clock.scoring(size, rows * example) / copies if size else 0.0)
+            seconds += FUNCTION_ROW_S * rows if reward.functions else 0.0
+            waited = [f"reward.{name}" for name in ("judge", "http", "sources") if getattr(reward, name)]
+            if waited:
+                seconds, unknown = None, f"{waited[0]} answers at its own speed"
+        return StageEstimate(
+            name, rows, 0, seconds, memory, rows * 100, measured, unknown=unknown, judge=self._judge(rows, example)
+        )  # fmt: skip
+
+    def _judge(self, rows: int, example: float) -> JudgeCalls | None:
+        """What it asks of a judge: conversation, response and rubrics once a row, or again where a reply is unread."""
+        judge = self.config.reward.judge
+        if judge is None:
+            return None
+        rubrics = sum(map(len, judge.attributes.values())) + len(judge.template or "") / 2 + 400
+        reads = example - DIRECTION_TOKENS + rubrics / CHARACTERS_PER_TOKEN
+        writes = min(judge.max_tokens, self.assume.reply * len(judge.attributes))
+        return JudgeCalls(round(rows * self.assume.asked), round(rows * reads), round(rows * writes))
+
+    def _finetune(self, t: int, rows: int | None) -> StageEstimate:
+        """What the learner reads: one response a row, both of a pair, or a prompt's own answers, which it also samples
+        and scores; and a reference that reads them too, where there is one."""
+        learn, given = learner_of(self.config, t), self.given
+        config, kind = getattr(self.config, learn.section), kind_of(learn)
+        name, size = f"iter_{t}/finetune", given.policy
+        responses = {"winners": 1, "pairs": 2, "prompts": self.config.rollout.samples}[learn.reads]
+        reference, mixed = bool(getattr(config, "beta", 0)), config.bf16 or given.device.card
+        example = self.speeds.mean(kind, f"examples of {learn.reads}") or self.example
+        example = self._rated_example(config.max_length) if t == 0 else min(example, config.max_length)
+        longest, most = self._pass(learn, config)
+        need = training_need(
+            size, given.device, learn.section, longest=longest, most=most, mixed=mixed, lora=config.lora,
+            optimizer=config.optimizer, checkpointing=self._checkpointing(config),
+            references=int(reference and config.lora is None), logits=learn.reads != "winners", shards=self.shards,
+        )  # fmt: skip
+        memory = self.speeds.memory.get(kind) or int(need.memory)
+        checkpoints = 0 if config.lora else 3 * CHECKPOINT_BYTES  # two kept, one being written
+        disk = int((4 + checkpoints) * size.parameters)
+        if rows is None:
+            why = "rated rows are not here" if t == 0 else "prompts are not here"
+            return StageEstimate(name, None, None, None, memory, disk, misfit=need.misfit, unknown=why)
+        replayed = config.replay if t > (1 if self.config.ratings else 2) else 0
+        contrast = 1 + getattr(config, "contrastive_negatives", 0) * bool(getattr(config, "contrastive", 0))
+        tokens = int(rows * (1 + replayed) * responses * example * config.epochs * contrast)
+        seconds, measured = self._measured(kind, tokens)
+        judge, unknown = None, ""
+        if seconds is None:
+            seconds = self.start + self._trains(learn, config, tokens, example, longest, need, reference, mixed)
+        if learn.reads == "prompts" and not measured:
+            answers = int(rows * responses * config.epochs)
+            score = self._score("", answers)
+            judge, unknown = score.judge, score.unknown
+            made = self._samples_while_learning(answers, config)
+            seconds = None if score.seconds is None else seconds + made + score.seconds
+            memory += score.memory
+        misfit = "" if measured else need.misfit
+        return StageEstimate(
+            name, rows, tokens, seconds, memory, disk, measured, misfit=misfit, unknown=unknown, judge=judge
+        )  # fmt: skip
+
+    def _trains(
+        self,
+        learn: type[Learner[Any]],
+        config: TrainingConfig,
+        tokens: int,
+        example: float,
+        longest: float,
+        need: TrainingNeed,
+        reference: bool,
+        mixed: bool,
+    ) -> float:
+        """Seconds of a finetuning that was not measured, without what it samples and scores."""
+        step, recompute = self._step_tokens(learn, config, example), need.recompute
+        steps = max(1.0, tokens / step)
+        work = Training(
+            tokens,
+            min(1.0, self.answer / example),
+            steps,
+            passes_of(step / self.given.cards, need.units * longest),
+            config.lora is not None,
+            recompute,
+            self.given.cards == 1 and self._compiles(getattr(config, "compile", False), steps, recompute),
+            mixed,
+            tokens if reference else 0,
+        )
+        return self.clock.training(self.given.policy, work)
+
+    def _samples_while_learning(self, answers: int, config: Any) -> float:
+        """Seconds in which a learner of prompts samples: a step's answers at a time, in this process."""
+        rollout = self.config.rollout
+        together = min(answers, config.prompts_per_step * rollout.samples)
+        work = Sampling(
+            answers, self.answer, rollout.max_new_tokens, answers / rollout.samples, self.given.prompt, together,
+            -(-answers // together),
+        )  # fmt: skip
+        return self.clock.sampling(self.given.policy, work)
+
+    def _pass(self, learn: type[Learner[Any]], config: Any) -> tuple[float, float]:
+        """Tokens of the longest unit of a pass (a packed row, a pair, an answer), and the units of a step."""
+        longest = min(config.max_length, 2 * self.given.prompt + self.config.rollout.max_new_tokens)
+        if learn.reads == "winners":
+            return config.max_length, config.packed_rows_per_step
+        if learn.reads == "pairs":
+            return 2 * longest, config.pairs_per_step
+        return longest, config.prompts_per_step * self.config.rollout.samples
+
+    def _step_tokens(self, learn: type[Learner[Any]], config: Any, example: float) -> float:
+        longest, units = self._pass(learn, config)
+        return units * (longest if learn.reads == "winners" else example * (2 if learn.reads == "pairs" else 1))
+
+    def _checkpointing(self, config: TrainingConfig) -> bool | None:
+        """A launched training on cards computes activations twice unless it is told not to."""
+        if config.gradient_checkpointing is None and self.given.cards > 1 and self.given.device.card:
+            return True
+        return config.gradient_checkpointing
+
+    def _compiles(self, asked: bool | str, steps: float, recompute: bool) -> bool:
+        worth = steps >= TRAINING_STEPS and self.given.device.card
+        return not recompute and (worth if asked == "auto" else bool(asked))
+
+    def _rated_example(self, longest: float | None = None) -> float:
+        """Tokens of a rated row: measured by a run, or those of the rated data."""
+        rated = self.given.rated
+        tokens = rated.prompt_tokens + rated.response_tokens if rated else PROMPT_TOKENS + RESPONSE_TOKENS
+        if self.speeds.mean("tokens trained", "examples"):
+            tokens = self.example
+        return min(tokens, longest or tokens)
+
+    def _measured(self, kind: str, amount: int | None) -> tuple[float | None, str]:
+        """Seconds by a ledger's speed, and whose it is; None where there is none."""
+        rate = self.speeds.rate(kind)
+        if rate is None or amount is None:
+            return None, ""
+        return amount / rate * self.assume.measured, self.speeds.source
