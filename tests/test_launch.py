@@ -97,39 +97,38 @@ def assert_same_training(run: Path, alone: Path) -> None:
         torch.testing.assert_close(weights(run)[name], tensor, rtol=0, atol=2e-3)
 
 
-def test_accelerate_launch_of_two_processes_learns_what_one_learns(selected: Path, run: Path, alone: Path) -> None:
-    """As a user of a cluster starts it by hand. Only the first rank locks and writes; the other joins."""
+CONTRASTED = {
+    "finetune.contrastive": "0.5", "finetune.listening_rows": "4", "finetune.max_length": "512",
+    "finetune.packed_rows_per_step": "16", "finetune.epochs": "4",  # a step is all rows, in whatever order
+}  # fmt: skip
+
+
+def test_accelerate_launch_of_two_processes_learns_and_contrasts_as_one_does(selected: Path, tmp_path: Path) -> None:
+    """As a user of a cluster starts it by hand: only the first rank locks and writes, the other joins. The contrastive
+    term is a mean over the rows of a step, whichever rank has them; both ranks measure listening."""
+    run, alone = tmp_path / "ranks", tmp_path / "alone"
+    for folder in (run, alone):
+        with Loop(load_config(selected, {**CONTRASTED, "out": str(folder)})) as loop:
+            loop.read_ratings()
+            loop.score(0)
+            loop.select(0)
+            if folder == alone:
+                loop.finetune(0)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    sets = [f"--set={name}={value}" for name, value in {**CONTRASTED, "out": str(run)}.items()]
     done = subprocess.run(
-        [*command, "-m", "dpa", "finetune", str(selected), "-t", "0", "--set", f"out={run}"],
-        text=True,
-        capture_output=True,
+        [*command, "-m", "dpa", "finetune", str(selected), "-t", "0", *sets], text=True, capture_output=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert_same_training(run, alone)
     ledgers = [json.loads((r / "iter_0/finetune/done.json").read_text())["ledger"] for r in (run, alone)]
     for field in ("training_tokens", "rows", "rejects"):
         assert ledgers[0][field] == ledgers[1][field]
+    assert ledgers[0]["extra"]["listening_rows"] == ledgers[1]["extra"]["listening_rows"] > 0
+    gaps = [ledger["extra"]["listening_gap_token"] for ledger in ledgers]
+    assert gaps[0] == pytest.approx(gaps[1], abs=1e-3)
     assert not list(run.rglob("checkpoint-*"))
-
-
-def test_two_processes_contrast_as_one_does(selected: Path, tmp_path: Path) -> None:
-    """The contrastive term is a mean over the rows of a step, whichever rank has them; both ranks measure listening."""
-    wish = {"finetune.contrastive": "0.5", "finetune.listening_rows": "4", "finetune.max_length": "512"}
-    wish |= {"finetune.packed_rows_per_step": "16", "finetune.epochs": "4"}  # a step is all rows, in whatever order
-    run, alone = tmp_path / "ranks", tmp_path / "alone"
-    for folder, processes in ((run, 2), (alone, 1)):
-        config = load_config(selected, {**wish, "out": str(folder), "cluster.processes": str(processes)})
-        with Loop(config) as loop:
-            loop.read_ratings()
-            loop.score(0)
-            loop.select(0)
-            loop.finetune(0)
-    assert_same_training(run, alone)
-    extras = [json.loads((r / "iter_0/finetune/done.json").read_text())["ledger"]["extra"] for r in (run, alone)]
-    assert extras[0]["listening_rows"] == extras[1]["listening_rows"] > 0
-    assert extras[0]["listening_gap_token"] == pytest.approx(extras[1]["listening_gap_token"], abs=1e-3)
 
 
 FSDP = """

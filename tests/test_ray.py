@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeSampler, all_rows, prompts_of
+from fakes import all_rows, prompts_of
+from ray_specs import FakeSpec
 from tiny_models import SPACE, save_tiny_model
 
 from dpa.core.config import ClusterConfig, RewardConfig, RolloutConfig
@@ -32,27 +32,6 @@ ray = pytest.importorskip("ray")
 
 CONFIG = RolloutConfig(directions=2, samples=2, max_new_tokens=40, prompts_per_shard=2)
 PROMPTS = prompts_of(24)
-
-
-@dataclass(frozen=True)
-class FakeSpec:
-    """A worker without torch's models: what it holds is a fake."""
-
-    sampler: str = "calm"
-
-    def build(self) -> Any:
-        if self.sampler == "never":
-            os._exit(9)
-        return Deadly() if self.sampler == "deadly" else FakeSampler()
-
-
-class Deadly(FakeSampler):
-    """Ends its process when it is asked question3, as a driver crash would."""
-
-    def sample(self, requests: Any) -> Any:
-        if any(request.messages[-1]["content"] == "question3" for request in requests):
-            os._exit(9)
-        return super().sample(requests)
 
 
 @pytest.fixture(scope="module")

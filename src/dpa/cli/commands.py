@@ -166,11 +166,12 @@ def select(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = 
 @app.command()
 def finetune(config: ConfigPath, iteration: Iteration = 1, overrides: Overrides = None) -> None:
     """Finetune the policy of the iteration before, as `learner` says; also as a rank of `accelerate launch`."""
+    settings = _load(config, overrides)  # before seconds of imports: a mistake in it is said at once
+
     from dpa.recipes.dpa import Loop
     from dpa.training.launching import end_with_launcher
     from dpa.training.ranks import first_then_rest
 
-    settings = _load(config, overrides)
     end_with_launcher()
     # The first rank holds the run folder, the others join it.
     with first_then_rest(lambda join: Loop(settings, join=join)) as loop:

@@ -10,7 +10,6 @@ from typing import TypedDict
 
 import moocore
 import numpy as np
-from scipy import stats
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import SCALE
@@ -97,7 +96,9 @@ def kendall_tau(asked_D: np.ndarray, achieved_D: np.ndarray) -> float:
     """Kendall's tau-b (scipy) of asked angle against achieved mean: 1 = in order; 0 = no relation, or no change."""
     if np.ptp(achieved_D) == 0 or np.ptp(asked_D) == 0:
         return 0.0
-    return float(stats.kendalltau(asked_D, achieved_D).statistic)
+    from scipy.stats import kendalltau  # a second, which not every command pays
+
+    return float(kendalltau(asked_D, achieved_D).statistic)
 
 
 def end_coverage(asked_D: np.ndarray, achieved_D: np.ndarray) -> float:
