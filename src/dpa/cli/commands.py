@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpa.cli import ecosystem, elsewhere, planning
+from dpa.cli import ecosystem, elsewhere, planning, starting
 from dpa.cli.home import Commands
 from dpa.cli.options import ConfigPath, Overrides, overridden, takes_fields
 from dpa.core.errors import ConfigError
@@ -26,6 +26,7 @@ app = Commands(
     rich_markup_mode=None,
 )
 
+app.add_typer(starting.app)  # init
 app.add_typer(ecosystem.app)  # export, fold, push, judge
 app.add_typer(elsewhere.app)  # data, adopt
 app.add_typer(planning.app)  # estimate, doctor

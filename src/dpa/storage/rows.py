@@ -63,7 +63,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def read_hub_rows(
-    name: str, split: str, field: str, columns: Collection[str]
+    name: str, split: str, field: str, columns: Collection[str] | None
 ) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     """As `read_rows`, of a Hub data set. Only its data files are read, never its code. Raises DataError."""
     from datasets import load_dataset  # slow to import
@@ -75,7 +75,8 @@ def read_hub_rows(
             f"{field}: {name!r} split {split!r} is neither a file here nor a Hub data set that can be "
             f"reached ({type(error).__name__}); check the name."
         ) from None
-    rows = rows.select_columns([column for column in rows.column_names if column in columns])
+    if columns is not None:
+        rows = rows.select_columns([column for column in rows.column_names if column in columns])
     for number in range(len(rows)):
         try:
             row = rows[number]

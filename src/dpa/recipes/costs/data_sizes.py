@@ -5,7 +5,7 @@ What is neither here nor published below is unknown (None), and never 0. A token
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -51,7 +51,14 @@ class Rated:
 
 
 def rated_size(ratings: RatingsConfig) -> Rated | None:
-    """How much rated data a section names; None where it is not known."""
+    """How much rated data a section uses; None where it is not known."""
+    there = _rated_there(ratings)
+    if there is None or ratings.count is None or ratings.count >= there.prompts:
+        return there
+    return replace(there, rows=round(there.rows * ratings.count / there.prompts), prompts=ratings.count)
+
+
+def _rated_there(ratings: RatingsConfig) -> Rated | None:
     if is_hub_id(ratings.path):
         known = PUBLISHED_RATINGS.get(ratings.path)
         return Rated(*known) if known else None

@@ -1,0 +1,128 @@
+"""Which marks of rated data a user should first be able to weigh, and which ready-made directions that gives.
+Run its tests: pytest tests/test_init.py
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dpa.recipes.first_look import LENGTH, FirstLook, Mark
+from dpa.storage.recognising import plain
+
+WORDINESS = "dpa.scoring.wordiness:wordiness"
+MOST_OBJECTIVES = 3
+AGREE, APART = 0.6, 0.4
+"""Marks that correlate more than AGREE want the same answers; a third objective must correlate less than APART."""
+MOST_MISSING = 0.6
+"""Share of rows without the mark of an objective."""
+ASIDE = 0.64
+"""Weight of the other objective in a preset, about 40 degrees off the main one."""
+
+_MAIN = (
+    *("overall", "overall_score", "helpfulness", "helpful", "quality", "overall_quality", "score", "rating", "grade"),
+    *("usefulness", "useful", "preference", "correctness", "correct", "accuracy", "truthfulness", "truthful"),
+)
+"""Names of a mark that says how good a response is, the surest first."""
+_LONG = ("verbosity", "length", "wordiness", "verbose")
+_BAD = re.compile(r"toxic|harm(?!less)|bias(?!ed_free)|hallucinat|error|rude|repetit|offens|unsafe|risk|violat")
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """Objective -> the mark it is made of, the main one first; `by_function`: of them what a Python function scores.
+    `why`: a sentence each on what was chosen. `left`: marks that are left out."""
+
+    marks: dict[str, str]
+    by_function: dict[str, str]
+    why: tuple[str, ...]
+    left: tuple[str, ...]
+
+    @property
+    def presets(self) -> dict[str, dict[str, float]]:
+        """Directions with a name: the main objective alone, and each other one wished more or less of."""
+        main, *others = self.marks
+        found: dict[str, dict[str, float]] = {}
+        for name in others:
+            less, more = ("terse", "full") if _has_word(name, _LONG) else (f"less-{name}", f"more-{name}")
+            found |= {less: {main: 0.77, name: -ASIDE}, more: {main: 0.77, name: ASIDE}}
+        return {"balanced": {main: 1.0}} | found
+
+
+def choose(look: FirstLook) -> Objectives:
+    """The mark that says how good a response is, with what pulls against it most: another mark, or the length."""
+    main = _main(look)
+    names = [mark.name for mark in look.marks]
+    chosen, why = [main.name], [f"{main.name} is taken as what a good response has (the center of all directions)"]
+    rivals = [mark.name for mark in look.marks if mark != main and mark.missing <= MOST_MISSING]
+    while rivals and len(chosen) < MOST_OBJECTIVES:
+        known = {name: [look.correlation(name, other) for other in chosen] for name in rivals}
+        together = {name: max(r) for name, r in known.items() if None not in r}  # type: ignore[type-var]
+        if not together:
+            break
+        best = min(together, key=lambda name: together[name] or 0.0)
+        r = together[best] or 0.0
+        if r > (AGREE if len(chosen) == 1 else APART):
+            break
+        how = "pulls against it most" if len(chosen) == 1 else "goes its own way too"
+        why.append(f"{best} {how} (r = {r:+.2f})")
+        chosen.append(best)
+        rivals.remove(best)
+    functions: dict[str, str] = {}
+    if len(chosen) == 1:
+        reason = "there is no other mark" if len(names) == 1 else f"the other marks agree with it (r > {AGREE:g})"
+        length = look.correlation(main.name, LENGTH)
+        said = "" if length is None else f"; {main.name} and length: r = {length:+.2f}"
+        why.append(f"verbosity is added: the words of a response, counted ({reason}{said})")
+    objectives = _named(chosen)
+    if len(chosen) == 1:
+        attribute = _free("verbosity", names)
+        objectives[_free("verbosity", objectives)] = attribute
+        functions[attribute] = WORDINESS
+    return Objectives(objectives, functions, tuple(why), tuple(name for name in names if name not in chosen))
+
+
+def is_bad(name: str) -> bool:
+    """Whether more of this mark is worse, by its name."""
+    return _BAD.search(plain(name)) is not None
+
+
+def _main(look: FirstLook) -> Mark:
+    def rank(mark: Mark) -> tuple[float, float, float]:
+        name = plain(_short(mark.name))
+        words = name.split("_")
+        place = next((n for n, known in enumerate(_MAIN) if name == known), None)
+        if place is None:
+            place = next((n + len(_MAIN) for n, known in enumerate(_MAIN) if known in words), 2 * len(_MAIN))
+        others = [look.correlation(mark.name, other.name) for other in look.marks if other != mark]
+        agreement = sum(r for r in others if r is not None) / max(1, len(others))
+        return (is_bad(mark.name) or _has_word(name, _LONG)) + (mark.missing > MOST_MISSING), place, -agreement
+
+    return min(look.marks, key=rank)
+
+
+def _named(marks: Sequence[str]) -> dict[str, str]:
+    """Objective -> mark: its name without that of the data set, in letters a direction may have."""
+    found: dict[str, str] = {}
+    for mark in marks:
+        found[_free(objective_name(mark), found)] = mark
+    return found
+
+
+def objective_name(mark: str) -> str:
+    """What a mark is called as an objective: without the name of its data set."""
+    name = plain(_short(mark))[:40].strip("_")
+    return name if name[:1].isalpha() else f"mark_{name}".strip("_")
+
+
+def _short(mark: str) -> str:
+    return mark.rpartition("-")[2] if mark.startswith(("helpsteer", "ultrafeedback")) else mark
+
+
+def _free(name: str, taken: Iterable[str]) -> str:
+    """The name, or with a number behind it."""
+    known = set(taken)
+    return next(one for one in (name, *(f"{name}_{n}" for n in range(2, 1000))) if one not in known)
+
+
+def _has_word(name: str, words: Sequence[str]) -> bool:
+    return any(word in words for word in plain(name).split("_"))

@@ -1,0 +1,347 @@
+"""Which form a rated file has, found by looking at it: the section of the configuration that reads it.
+Run its tests: pytest tests/test_init.py
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dpa.core.config import RatingsConfig
+from dpa.core.errors import DataError
+from dpa.storage.rating_forms import HELPSTEER_MARKS, Scale
+from dpa.storage.rows import BadRow, find_files, given_messages, is_hub_id, quoted, read_hub_rows, read_rows
+
+PEEKED = 100
+"""Rows whose columns say which published form a file has."""
+PROMPT_NAMES = ("prompt", "question", "instruction", "query", "input", "user", "request", "problem", "task", "context")
+RESPONSE_NAMES = (
+    "response",
+    "answer",
+    "completion",
+    "output",
+    "reply",
+    "assistant",
+    "generation",
+    "prediction",
+    "text",
+)
+"""Column names that mean it, the surest first; a longer name may hold one of them (`model_answer`)."""
+USUAL_SCALES: tuple[Scale, ...] = (
+    *(
+        (0, 1),
+        (1, 2),
+        (0, 2),
+        (-1, 1),
+        (1, 3),
+        (0, 3),
+        (1, 4),
+        (0, 4),
+        (1, 5),
+        (-2, 2),
+        (0, 5),
+        (1, 6),
+        (1, 7),
+        (1, 10),
+    ),
+    *((0, 10), (1, 100), (0, 100)),
+)
+MOST_STEPS = 20
+"""A whole number with more values than this, each once, numbers the rows."""
+
+MOST_GRADES = 12
+"""Values of a mark whose name says that it counts something (`word_count`); with more of them, it does."""
+
+_NAMES_A_ROW = re.compile(
+    r"(?:^|_)(?:id|ids|idx|index|uuid|hash|seed|timestamp|date|created|row|annotator|worker|rater|version|split|fold"
+    r"|temperature|rank)(?:_|$)|^unnamed"
+)
+_COUNTS = re.compile(
+    r"(?:^|_)(?:n|k|num|number|count|tokens?|chars?|words?|length|len|time|year|price|cost|latency|turns?)(?:_|$)"
+)
+_SHARE = 0.9
+"""Of a column's values that must be alike for it to be of that kind."""
+
+
+@dataclass
+class Column:
+    """What is known of a column: how many of its values are numbers, texts, chat messages, and which."""
+
+    name: str
+    present: int = 0
+    numbers: int = 0
+    texts: int = 0
+    conversations: int = 0
+    answered: int = 0
+    """Conversations that end with the assistant's turn."""
+    nested: int = 0
+    """Objects, such as marks by their names."""
+    low: float = float("inf")
+    high: float = float("-inf")
+    whole: bool = True
+    steps: set[float] = field(default_factory=set)
+    distinct: set[int] = field(default_factory=set)
+    """Hashes of its values."""
+    characters: int = 0
+
+    def add(self, value: Any) -> None:
+        """Count a value of a row."""
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return
+        self.present += 1
+        self.distinct.add(hash(str(value)))
+        messages = _messages(value)
+        if messages is not None:
+            self.conversations += 1
+            self.answered += messages[-1].get("role") == "assistant"
+        elif (number := _number(value)) is not None:
+            self.numbers += 1
+            self.low, self.high = min(self.low, number), max(self.high, number)
+            self.whole = self.whole and number.is_integer()
+            if len(self.steps) <= 100:
+                self.steps.add(number)
+        elif isinstance(value, str):
+            self.texts += 1
+            self.characters += len(value)
+        elif isinstance(value, dict):
+            self.nested += 1
+
+    def mostly(self, count: int) -> bool:
+        """Whether so many of the values are nearly all of them."""
+        return self.present > 0 and count >= _SHARE * self.present
+
+    @property
+    def is_mark(self) -> bool:
+        """Numbers that differ, and that neither count nor name something by what the column is called or holds."""
+        name = plain(self.name)
+        names_rows = self.whole and self.present > MOST_STEPS and len(self.distinct) == self.present
+        counts = _COUNTS.search(name) is not None and len(self.distinct) > MOST_GRADES
+        differ = len(self.distinct) > 1
+        return self.mostly(self.numbers) and differ and not (names_rows or counts or _NAMES_A_ROW.search(name))
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A data set: the section that reads it, what each part was recognised by, and columns that nothing reads."""
+
+    config: RatingsConfig
+    said: str
+    unread: tuple[str, ...] = ()
+
+
+def recognise(
+    paths: Sequence[str], split: str = "train", named: Mapping[str, str] | None = None, marks: Sequence[str] = ()
+) -> list[Recognised]:
+    """How each file, folder or Hub data set is read. `named`: prompt, response -> column, and `marks`, where they are
+    told. A mark of several files has one scale. Raises DataError where no form fits."""
+    found = [_recognise(path, split, dict(named or {}), marks) for path in paths]
+    own = [one.config.scales for one in found if one.config.format == "generic"]
+    shared: dict[str, Scale] = {}
+    for scales in own:
+        for name, (low, high) in scales.items():
+            before = shared.get(name, (low, high))
+            shared[name] = (min(low, before[0]), max(high, before[1]))
+    return [
+        Recognised(
+            one.config.model_copy(update={"scales": {name: shared[name] for name in one.config.scales}}),
+            one.said,
+            one.unread,
+        )
+        for one in found
+    ]
+
+
+def plain(name: str) -> str:
+    """A column's name in small letters, words apart by `_`."""
+    return re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()).strip("_")
+
+
+def _recognise(path: str, split: str, named: dict[str, str], marks: Sequence[str]) -> Recognised:
+    first = list(islice(_rows(path, split), PEEKED))
+    names = {name for row in first for name in row}
+    if not first:
+        raise DataError(f"data: {path} has no row that can be read; is it the right file?")
+    where: dict[str, Any] = {"path": path, "split": split} if is_hub_id(path) else {"path": path}
+    if not named and not marks:
+        if {"instruction", "completions"} <= names:
+            config = RatingsConfig(**where, format="ultrafeedback")
+            return Recognised(config, "UltraFeedback: an instruction and its rated completions")
+        if _is_helpsteer(first, names):
+            second = re.search(r"(?i)helpsteer-?_?2", path) is not None
+            config = RatingsConfig(**where, format="helpsteer2" if second else "helpsteer")
+            return Recognised(config, f"HelpSteer{'2' if second else ''}: prompt, response, five marks on 0..4")
+    columns: dict[str, Column] = {}
+    for row in _rows(path, split):
+        for name, value in row.items():
+            columns.setdefault(name, Column(name)).add(value)
+    return _generic(path, where, columns, named, marks)
+
+
+def _generic(
+    path: str, where: dict[str, Any], columns: dict[str, Column], named: dict[str, str], marks: Sequence[str]
+) -> Recognised:
+    for name in (*named.values(), *marks):
+        if name not in columns:
+            raise DataError(f"data: {path} has no column {name!r}; it has: {_listed(columns)}.")
+    renamed: dict[str, str] = {}
+    conversation = _pick([one for one in columns.values() if one.mostly(one.conversations)], ("messages",))
+    if conversation is not None and "prompt" not in named:
+        renamed["messages"] = conversation.name
+    asked = _prompt_and_response(path, columns, named, conversation)
+    renamed |= asked
+    given = [columns[name] for name in marks] or [one for one in columns.values() if one.is_mark]
+    if not given:
+        raise DataError(_no_marks(path, columns))
+    source = columns.get("source")
+    if source is not None and not (source.mostly(source.texts) or (source.mostly(source.numbers) and source.whole)):
+        renamed["source"] = "(none)"
+    scales = _scales(given)
+    read = {*renamed.values(), *scales, "source", "prompt", "response", "messages"}
+    config = RatingsConfig(
+        **where,
+        columns={name: column for name, column in renamed.items() if name != column},  # type: ignore[misc]
+        scales=scales,
+    )
+    texts = [f"{column!r} is the {name}" for name, column in renamed.items() if name in ("prompt", "response")]
+    if "messages" in renamed:
+        texts.insert(0, f"{renamed['messages']!r} are the messages" + ("" if asked else ", the last one the response"))
+    return Recognised(config, f"own columns: {', '.join(texts)}", tuple(name for name in columns if name not in read))
+
+
+def _prompt_and_response(
+    path: str, columns: dict[str, Column], named: dict[str, str], conversation: Column | None
+) -> dict[str, str]:
+    """prompt and response -> column; what the conversation holds is not looked for. Raises DataError."""
+    texts = [one for one in columns.values() if one.mostly(one.texts) and one.name != "source"]
+    if conversation is not None and "prompt" not in named:
+        if conversation.answered > conversation.present / 2:
+            return {"response": "(last message)"} if "response" in columns else {}
+        response = named.get("response") or _named(texts, RESPONSE_NAMES)
+        if response is None:
+            raise DataError(
+                f"data: {path}: {conversation.name!r} ends with the user's turn and no column looks like the response; "
+                f"name it with --response-column (it has: {_listed(columns)})."
+            )
+        return {"response": response}
+    prompt = named.get("prompt") or _named([one for one in texts if one.name != named.get("response")], PROMPT_NAMES)
+    rest = [one for one in texts if one.name != prompt]
+    response = named.get("response") or _named(rest, RESPONSE_NAMES)
+    if response is None and rest:  # every row has a response of its own
+        response = max(rest, key=lambda one: (len(one.distinct), one.characters)).name
+    others = [one for one in rest if one.name != response]
+    if prompt is None and others:
+        prompt = max(others, key=lambda one: one.characters).name
+    if prompt is None or response is None:
+        what, option = ("prompt", "--prompt-column") if prompt is None else ("response", "--response-column")
+        raise DataError(_no_text(path, columns, what, option))
+    return {"prompt": prompt, "response": response}
+
+
+def _no_text(path: str, columns: dict[str, Column], what: str, option: str) -> str:
+    pairs = {"chosen", "rejected"} <= {plain(name) for name in columns}
+    if pairs:
+        return (
+            f"data: {path} holds pairs (chosen, rejected), not marks; rate the responses with numbers, one row each, "
+            "or take a data set that has them, such as nvidia/HelpSteer2."
+        )
+    return f"data: {path}: no column looks like the {what}; name it with {option} (it has: {_listed(columns)})."
+
+
+def _no_marks(path: str, columns: dict[str, Column]) -> str:
+    if {"chosen", "rejected"} <= {plain(name) for name in columns}:
+        return _no_text(path, columns, "prompt", "")
+    inside = [one.name for one in columns.values() if one.mostly(one.nested)]
+    hint = f" Marks inside {inside[0]!r} are not seen: give each a column of its own." if inside else ""
+    return (
+        f"data: {path}: no column looks like a mark (numbers that differ from row to row); name one with --mark (it "
+        f"has: {_listed(columns)}).{hint}"
+    )
+
+
+def _scales(marks: Iterable[Column]) -> dict[str, Scale]:
+    """A usual scale that holds each mark; marks in whole numbers share one where it fits, so that a 5 nobody gave for
+    one of them is not forgotten."""
+    own = {one.name: usual_scale(one.low, one.high, one.whole) for one in marks}
+    graded = [one for one in marks if one.whole and own[one.name] in USUAL_SCALES and own[one.name] != (0, 1)]
+    if not graded:
+        return own
+    low, high = min(one.low for one in graded), max(one.high for one in graded)
+    shared = usual_scale(low, high, whole=True)
+    for one in graded:
+        width = own[one.name][1] - own[one.name][0]
+        if shared in USUAL_SCALES and 2 * width >= shared[1] - shared[0]:
+            own[one.name] = shared
+    return own
+
+
+def usual_scale(low: float, high: float, whole: bool) -> Scale:
+    """The narrowest scale in use that holds these marks; where they fill none, whole numbers around them."""
+    around: Scale = (float(_floor(low)), float(max(_floor(low) + 1, -_floor(-high))))
+    for scale in sorted(USUAL_SCALES, key=lambda scale: (scale[1] - scale[0], abs(scale[0] - low))):
+        if scale[0] <= low and high <= scale[1]:
+            few_steps = whole and scale[1] <= 10
+            fits = few_steps or scale[1] - scale[0] <= 1.5 * (high - low) or scale == (0, 1)
+            return scale if fits or high > 50 else around
+    return around
+
+
+def _floor(value: float) -> int:
+    return int(value // 1)
+
+
+def _is_helpsteer(first: Sequence[Mapping[str, Any]], names: set[str]) -> bool:
+    if {"text", "label"} <= names:
+        return any(isinstance(row.get("label"), list) for row in first)
+    if not {"prompt", "response", *HELPSTEER_MARKS} <= names:
+        return False
+    marks = [number for row in first for name in HELPSTEER_MARKS if (number := _number(row.get(name))) is not None]
+    return bool(marks) and min(marks) >= 0 and max(marks) <= 4
+
+
+def _rows(path: str, split: str) -> Iterable[dict[str, Any]]:
+    """Every row that can be read, all its columns."""
+    if is_hub_id(path):
+        read = (read_hub_rows(path, split, "data", None),)
+    else:
+        read = tuple(read_rows(file) for file in find_files(Path(path)))  # type: ignore[assignment]
+    return (row for rows in read for _, row in rows if isinstance(row, dict))
+
+
+def _pick(columns: Sequence[Column], names: Sequence[str]) -> Column | None:
+    """The column of one of these names, else the first one."""
+    named = {plain(one.name): one for one in columns}
+    return next((named[name] for name in names if name in named), columns[0] if columns else None)
+
+
+def _named(columns: Sequence[Column], names: Sequence[str]) -> str | None:
+    """The column called by the surest of these names, else one whose name holds it as a word."""
+    called = {plain(one.name): one.name for one in reversed(columns)}
+    whole = next((called[name] for name in names if name in called), None)
+    return whole or next((called[own] for name in names for own in called if name in own.split("_")), None)
+
+
+def _messages(value: Any) -> list[Any] | None:
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        return None
+    try:
+        messages = given_messages(value)
+    except BadRow:
+        return None
+    good = isinstance(messages, list) and messages and all(isinstance(one, dict) and "role" in one for one in messages)
+    return messages if good else None
+
+
+def _number(value: Any) -> float | None:
+    if not isinstance(value, bool | int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if abs(number) < float("inf") else None
+
+
+def _listed(columns: Mapping[str, Column]) -> str:
+    return ", ".join(quoted(name) for name in list(columns)[:20])

@@ -1,0 +1,291 @@
+"""`dpa init` looks at rated files of every form and writes a configuration that runs as it is.
+Run: pytest tests/test_init.py
+"""
+
+import json
+import re
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from random import Random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from tiny_models import save_tiny_model
+
+from dpa.core.config import RunConfig, load_config, load_run, parse_config, resolved
+from dpa.core.errors import ConfigError, DataError, DpaError
+from dpa.recipes.checks import check_run
+from dpa.recipes.costs.devices import Device
+from dpa.recipes.dpa import Loop
+from dpa.recipes.init import Wanted, init
+from dpa.recipes.rated_rows import RewardRun
+from dpa.scoring.wordiness import wordiness
+from dpa.stages.prompts import read_prompts
+from dpa.stages.ratings import prompt_id_of
+from dpa.storage.recognising import recognise, usual_scale
+
+TOY = Device("a toy", peak=1e13, bandwidth=1e12, memory=8e9, card=False)
+SLOW = Device("a slow toy", peak=1e6, bandwidth=1e7, memory=8e9, card=False)
+CARD = Device("a card", peak=1e15, bandwidth=3e12, memory=80e9)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def answers(n: int) -> list[tuple[str, int, int]]:
+    """Three responses to prompt n: text, and marks 0..4 for how good and how long; the longer, the worse."""
+    rng = Random(n)
+    found = []
+    for words in rng.sample(range(5), 3):
+        found.append(("word " * (1 + 3 * words) + "!" * rng.randrange(3), max(0, 4 - words - rng.randrange(2)), words))
+    return found
+
+
+PAIRS = [(f"question {n}?", *answer) for n in range(40) for answer in answers(n)]
+
+
+def csv_with_own_columns(folder: Path) -> list[Path]:
+    lines = ["id,Question,Model Answer,Clarity,Word Count Rating,annotator_id"]
+    lines += [f'{n},"{q}","{a.strip()}",{good + 1},{long + 1},{n % 3}' for n, (q, a, good, long) in enumerate(PAIRS)]
+    (folder / "own.csv").write_text("\n".join(lines) + "\n")
+    return [folder / "own.csv"]
+
+
+def jsonl_of_this_project(folder: Path) -> list[Path]:
+    rows = [{"prompt": q, "response": a, "helpfulness": good, "verbosity": long} for q, a, good, long in PAIRS]
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, rows[0], {"prompt": "", "response": "x", "verbosity": 1}])
+    (folder / "mine.jsonl").write_text(text + "not JSON\n" * 9)
+    return [folder / "mine.jsonl"]
+
+
+def parquet_like_helpsteer(folder: Path) -> list[Path]:
+    marks = {"helpfulness": 2, "correctness": 2, "coherence": 2, "complexity": 3, "verbosity": 3}
+    columns = {"prompt": [row[0] for row in PAIRS], "response": [row[1] for row in PAIRS]}
+    columns |= {name: [row[place] for row in PAIRS] for name, place in marks.items()}
+    pq.write_table(pa.table(columns), folder / "helpsteer2.parquet")
+    return [folder / "helpsteer2.parquet"]
+
+
+def like_ultrafeedback(folder: Path) -> list[Path]:
+    with (folder / "feedback.jsonl").open("w") as file:
+        for n in range(40):
+            completions = []
+            for text, good, long in answers(n):
+                aspects = {"instruction_following": good, "truthfulness": long, "honesty": good, "helpfulness": good}
+                given = {name: {"Rating": str(value + 1)} for name, value in aspects.items()}
+                completions.append({"response": text, "overall_score": 2 * good + 1, "annotations": given})
+            file.write(json.dumps({"instruction": f"question {n}?", "source": "x", "completions": completions}) + "\n")
+    return [folder / "feedback.jsonl"]
+
+
+def conversations_and_a_csv(folder: Path) -> list[Path]:
+    with (folder / "talks.jsonl").open("w") as file:
+        for n, (q, a, good, _) in enumerate(PAIRS):
+            turns = [("user", "Hello."), ("assistant", "Yes?"), ("user", q), ("assistant", a)]
+            row = {
+                "conversation": [{"role": r, "content": c} for r, c in turns],
+                "rating": good / 4,
+                "n_tokens": len(a) + n,
+            }
+            file.write(json.dumps(row) + "\n")
+    (folder / "more.csv").write_text(
+        "prompt,completion,rating\n" + "".join(f"alone {n},{'word ' * (n % 7)}x,{n % 5 / 4}\n" for n in range(30))
+    )
+    return [folder / "talks.jsonl", folder / "more.csv"]
+
+
+FIVE = [
+    csv_with_own_columns,
+    jsonl_of_this_project,
+    parquet_like_helpsteer,
+    like_ultrafeedback,
+    conversations_and_a_csv,
+]
+
+
+def begun(files: list[Path], model: Path, device: Device = TOY, **more: object) -> tuple[Path, str]:
+    """The configuration written, and what was printed."""
+    out = StringIO()
+    wanted = Wanted(tuple(map(str, files)), str(model), files[0].with_suffix(".yaml"), **more)
+    return init(wanted, Console(file=out, width=100), device), re.sub(r"\s+", " ", out.getvalue())
+
+
+@pytest.mark.parametrize("write", FIVE, ids=lambda write: write.__name__)
+def test_what_it_wrote_runs_from_rated_rows_to_a_report(
+    tmp_path: Path, model: Path, write: Callable[[Path], list[Path]]
+) -> None:
+    file, printed = begun(write(tmp_path), model)
+    config = load_config(file)
+    check_run(config)
+    for path in (config.prompts.path, config.evaluate.prompts.path):
+        assert read_prompts(path)[1] == []
+    fields = resolved(config)
+    toy = {"rollout": {"max_new_tokens": 4, "directions": 1, "samples": 2}, "evaluate": {"directions": 3}}
+    for section, changes in toy.items():
+        fields[section] |= changes
+    fields |= {"out": str(tmp_path / "run"), "iterations": 1 if write is csv_with_own_columns else 0}
+    fields["prompts"]["count"] = fields["evaluate"]["prompts"]["count"] = 2
+    fields["ratings"] = [{**one, "count": 24} for one in fields["ratings"]]
+    fields["evaluate"]["resamples"] = 5
+    fields["finetune"] |= {"learning_rate": 1e-3, "epochs": 0.2}
+    fields["reward"]["train"]["allow_worse_than_mean"] = True
+    with Loop(parse_config(fields)) as loop:
+        assert loop.run().is_file()
+    assert f"dpa run {file}" in printed and "iter_1/policy" in printed
+
+
+def test_each_form_is_recognised_and_said(tmp_path: Path) -> None:
+    found = {write.__name__: recognise([str(file) for file in write(tmp_path)]) for write in FIVE}
+    (own,) = found["csv_with_own_columns"]
+    assert own.config.columns == {"prompt": "Question", "response": "Model Answer"}
+    assert own.config.scales == {"Clarity": (1, 5), "Word Count Rating": (1, 5)}
+    assert own.unread == ("id", "annotator_id") and "'Question' is the prompt" in own.said
+    (ours,) = found["jsonl_of_this_project"]
+    assert ours.config.columns == {} and ours.config.scales == {"helpfulness": (0, 4), "verbosity": (0, 4)}
+    assert found["parquet_like_helpsteer"][0].config.format == "helpsteer2"
+    assert found["like_ultrafeedback"][0].config.format == "ultrafeedback"
+    talks, more = found["conversations_and_a_csv"]
+    assert talks.config.columns == {"messages": "conversation"} and "the last one the response" in talks.said
+    assert more.config.columns == {"response": "completion"} and more.config.scales == {"rating": (0, 1)}
+
+
+def test_the_look_says_what_is_there_and_what_pulls_against_what(tmp_path: Path, model: Path) -> None:
+    file, printed = begun(jsonl_of_this_project(tmp_path), model)
+    assert "121 rated responses to 40 prompts, usually 3 a prompt" in printed
+    assert "10 bad rows, left out: 9 x not JSON" in printed and "1 rows repeat a prompt" in printed
+    assert "correlations between responses to the same prompt" in printed and "helpfulness and verbosity" in printed
+    config = load_config(file)
+    assert list(config.space.objectives) == ["helpfulness", "verbosity"] and "terse" in config.space.presets
+    assert config.ratings[0].max_reject_rate == pytest.approx(0.09), "the share of bad rows is put up with, and said"
+
+
+def test_held_out_prompts_are_in_no_other_set_and_their_rows_are_counted(tmp_path: Path, model: Path) -> None:
+    file, printed = begun(csv_with_own_columns(tmp_path), model)
+    config = load_config(file)
+    held_out, online = (read_prompts(path)[0] for path in (config.evaluate.prompts.path, config.prompts.path))
+    assert len(held_out) == 4 and len(online) == 36
+    assert not {prompt_id_of(p.messages) for p in held_out} & {prompt_id_of(p.messages) for p in online}
+    assert "4 prompts to measure on, drawn from the data; their 12 rated rows (10.0%) train nothing" in printed
+
+
+def test_where_more_is_rated_than_fits_the_held_out_prompts_cost_no_rated_row(tmp_path: Path, model: Path) -> None:
+    rows = [{"prompt": f"{q} {n}", "response": a, "good": g, "long": w} for n in range(3) for q, a, g, w in PAIRS]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file, printed = begun([tmp_path / "more.jsonl"], model, SLOW)
+    assert load_config(file).ratings[0].count == 67, "200 rated rows are the least"
+    assert "none of the rated rows used is theirs" in printed and "more than --hours 1" in printed
+    quick, _ = begun([tmp_path / "more.jsonl"], model, TOY, force=True)
+    assert load_config(quick).ratings[0].count is None
+
+
+def test_marks_that_agree_get_the_length_as_what_pulls_against_them(tmp_path: Path, model: Path) -> None:
+    rows = [{"prompt": q, "response": a, "overall": good, "clarity": good} for q, a, good, _ in PAIRS]
+    (tmp_path / "agree.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file, printed = begun([tmp_path / "agree.jsonl"], model)
+    config = load_config(file)
+    assert list(config.space.objectives) == ["overall", "verbosity"]
+    assert config.reward.functions == {"verbosity": "dpa.scoring.wordiness:wordiness"}
+    assert "verbosity is added" in printed and "# clarity: {clarity: 1.0}" in file.read_text()
+    assert [round(wordiness([], "word " * count)) for count in (0, 10, 400, 900)] == [0, 40, 100, 100]
+
+
+def test_reward_only_needs_no_policy_and_trains(tmp_path: Path, model: Path) -> None:
+    file, printed = begun(jsonl_of_this_project(tmp_path), model, reward_only=True)
+    assert not list(tmp_path.glob("*-prompts.jsonl")) and "reward_model" in printed
+    config = load_run(file)
+    assert not isinstance(config, RunConfig)
+    with RewardRun(config.model_copy(update={"out": str(tmp_path / "run")})) as run:
+        assert (run.run() / "dpa_reward.json").is_file()
+
+
+def test_nothing_is_written_over_unless_told(tmp_path: Path, model: Path) -> None:
+    files = jsonl_of_this_project(tmp_path)
+    first, _ = begun(files, model)
+    with pytest.raises(ConfigError, match=r"mine.yaml is there already; pass --force"):
+        begun(files, model)
+    again, _ = begun(files, model, force=True)
+    assert again.read_text() == first.read_text()
+
+
+def test_a_policy_that_is_not_here_is_named_with_what_to_do(tmp_path: Path) -> None:
+    file, printed = begun(csv_with_own_columns(tmp_path), Path("Qwen/Qwen2.5-7B-Instruct"), CARD)
+    config = load_config(file)
+    assert config.policy == "Qwen/Qwen2.5-7B-Instruct" and config.finetune.lora is not None
+    assert (
+        "not on this machine: the run fetches it from the Hub" in printed and "tokens guessed at 1.4 a word" in printed
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "holds pairs"),
+        ('{"prompt": "a", "response": "b", "scores": {"x": 1}}\n', "Marks inside 'scores' are not seen"),
+        (
+            '{"response": "b", "mark": 1}\n{"response": "c", "mark": 2}\n',
+            "no column looks like the prompt; name it with",
+        ),
+        ("nothing\n", "has no row that can be read"),
+    ],
+)
+def test_a_file_that_fits_no_form_is_refused_with_what_to_do(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "odd.jsonl").write_text(text)
+    with pytest.raises(DataError, match=said):
+        recognise([str(tmp_path / "odd.jsonl")])
+
+
+def test_columns_that_are_told_are_believed(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("ask,first,second,n\n" + "".join(f"a{n},b{n},c{n},{n % 3}\n" for n in range(9)))
+    (found,) = recognise([str(tmp_path / "a.csv")], named={"prompt": "ask", "response": "second"}, marks=["n"])
+    assert found.config.columns == {"prompt": "ask", "response": "second"} and found.config.scales == {"n": (0, 2)}
+    with pytest.raises(DataError, match="no column 'third'"):
+        recognise([str(tmp_path / "a.csv")], named={"response": "third"})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "whole", "scale"),
+    [
+        *((0, 1, True, (0, 1)), (0.1, 0.9, False, (0, 1)), (1, 4, True, (1, 4)), (1, 5, True, (1, 5))),
+        *((2, 9, True, (1, 10)), (0.5, 98, False, (0, 100)), (-3.2, 27.5, False, (-4, 28)), (1.3, 4.7, False, (1, 5))),
+    ],
+)
+def test_scales_are_those_in_use(low: float, high: float, whole: bool, scale: tuple[float, float]) -> None:
+    assert usual_scale(low, high, whole) == scale
+
+
+def test_names_that_yaml_or_a_direction_cannot_take_are_written_safely(tmp_path: Path, model: Path) -> None:
+    odd = {"Überblick: #1": 2, "no": 3, "2nd, [try]": 2}
+    rows = [{"prompt": row[0], "response": row[1], **{k: row[v] for k, v in odd.items()}} for row in PAIRS]
+    (tmp_path / "o'dd: file.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file, _ = begun([tmp_path / "o'dd: file.jsonl"], model)
+    config = load_config(file)
+    assert set(config.ratings[0].scales) == set(odd)
+    check_run(config)
+
+
+def test_a_card_gets_a_reward_model_of_all_weights_where_rows_suffice(tmp_path: Path, model: Path) -> None:
+    rows = [{"prompt": f"{q} {n}", "response": a, "good": g, "long": w} for n in range(20) for q, a, g, w in PAIRS]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file, _ = begun([tmp_path / "many.jsonl"], model, CARD)
+    config = load_config(file)
+    assert config.reward.train is not None and config.reward.train.method == "full" and config.iterations == 2
+
+
+def test_every_refusal_is_a_users_mistake(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "few.csv").write_text("prompt,response,good\na,b,1\nc,d,2\n")
+    for wanted in (
+        Wanted((str(tmp_path / "few.csv"),), str(model), tmp_path / "few.yaml"),
+        Wanted((str(tmp_path / "few.csv"),), str(tmp_path / "no model"), tmp_path / "few.yaml"),
+        Wanted((str(tmp_path / "few.csv"),), str(model), tmp_path / "few.txt"),
+        Wanted((str(tmp_path / "none.csv"),), str(model), tmp_path / "few.yaml"),
+        Wanted(("nobody/nothing",), str(model), tmp_path / "few.yaml"),
+    ):
+        with pytest.raises(DpaError) as refused:
+            init(wanted, Console(file=StringIO()), TOY)
+        assert refused.value.exit_code == 2
+    assert not list(tmp_path.glob("few*.jsonl")), "nothing is left of what was refused"
