@@ -16,7 +16,7 @@ from dpa.core.errors import ConfigError
 NO_PATHS = {
     *("overrides", "shard", "prompt", "direction", "upstream", "upstream_model", "name", "host", "allow_host"),
     *("remote_code_revision", "directions", "form", "format", "bake", "preset", "hub_id", "preference", "judge_model"),
-    *("base_url", "seeds", "device"),
+    *("base_url", "seeds", "device", "split", "prompt_column", "response_column", "mark"),
 }
 """Texts of commands that hold no path. A new text is either in PATHS_AS_TEXT or named here."""
 
