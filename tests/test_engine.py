@@ -276,7 +276,7 @@ def test_completions_continue_text_and_tokens(client: httpx.Client) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{}]},
+        {"tools": [{}], "tool_choice": "required"},
         {"logprobs": True},
         {"frequency_penalty": 1.0},
         {"chat_template_kwargs": {"preference": {"x": 1}}},

@@ -4,6 +4,7 @@ pytest tests/test_guides.py
 """
 
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -18,8 +19,8 @@ import pytest
 pytest.importorskip("fastapi", reason="the server's libraries are not installed: pip install 'dpa[serve]'")
 pytest.importorskip("openai", reason="the openai client is not installed: pip install 'dpa[dev]'")
 pytest.importorskip("litellm", reason="litellm is not installed: pip install 'dpa[dev]'")
-from obedient_policy import QUESTIONS, save_obedient_policy
-from serving import ServeProcess
+from obedient_policy import QUESTIONS, SPACE, save_obedient_policy
+from serving import FakeUpstream, ServeProcess, events_of, gateway_before, in_thread, settings_with
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else importing it asks the network for prices
 
@@ -129,6 +130,62 @@ def test_open_webui_lists_the_presets_and_its_filter_writes_the_direction(gatewa
     assert ask(model="demo:wordy", valves=valves(verbosity="Less"))["dpa"]["source"] == "model"
     chat = ask(valves=valves(verbosity="Less"), dpa="helpfulness*0.8 + verbosity*0.6")
     assert chat["dpa"]["direction"] == "helpfulness*80 + verbosity*60 + warmth*0"
+
+
+def test_open_webuis_own_requests_are_answered_steered_or_not(gateway: str) -> None:
+    """The fields that open-webui 0.12.4 leaves in a request when it has taken its own out (read in its main.py,
+    utils/middleware.py, utils/payload.py, routers/openai.py and routers/tasks.py): streams, the tools that it offers
+    with every chat, custom parameters as text or JSON, and its own tasks."""
+    import httpx
+
+    question = [{"role": "user", "content": QUESTIONS[0].text}]
+    offered = {"type": "function", "function": {"name": "search_chats", "parameters": {"type": "object"}}}
+    usual = {"stream": True, "stream_options": {"include_usage": True}, "tools": [offered]}
+    center, asked = "helpfulness*100 + verbosity*0 + warmth*0", "helpfulness*0.8 - verbosity*0.6"
+    weights = {"helpfulness": 0.8, "verbosity": -0.6}
+    chats: list[tuple[dict[str, Any], str]] = [
+        (usual, center),
+        ({**usual, "temperature": 0.5, "top_p": 0.9, "max_tokens": 40, "seed": 3, "stop": ["\n"]}, center),
+        ({**usual, "dpa": asked}, TERSE),
+        ({**usual, "dpa": weights}, TERSE),
+        ({**usual, "chat_template_kwargs": {"preference": weights}}, TERSE),
+        ({**usual, "messages": [{"role": "system", "content": f"<dpa>{asked}</dpa>"}, *question]}, TERSE),
+        (
+            {**usual, "messages": [{"role": "user", "content": [{"type": "text", "text": question[0]["content"]}]}]},
+            center,
+        ),
+        ({"stream": False, "max_tokens": 1000}, center),  # its task of writing a title
+    ]
+    who = {"Authorization": "Bearer none", "X-OpenWebUI-User-Name": "Ada", "X-OpenWebUI-User-Role": "admin"}
+    with httpx.Client(base_url=gateway, headers=who, timeout=60) as client:
+        for fields, direction in chats:
+            body = {"model": "demo", "messages": question, **fields}
+            answer = client.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["X-DPA-Direction"] == direction
+            if body["stream"]:
+                assert answer.headers["Content-Type"].startswith("text/event-stream")
+                *chunks, done = events_of(answer)
+                assert done == "[DONE]" and chunks[-1]["usage"]["completion_tokens"] > 0
+                assert "".join(one["delta"].get("content") or "" for chunk in chunks for one in chunk["choices"])
+        refused = client.post("/v1/chat/completions", json={"model": "demo", "messages": question, "dpa": "wit"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_direction")
+
+
+def test_what_the_litellm_proxy_sends_is_understood() -> None:
+    """Its requests as scripts/check_guides.py kept them from a real proxy (litellm 1.108.7)."""
+    import httpx
+
+    sent = json.loads((Path(__file__).parent / "litellm_requests.json").read_text(encoding="utf-8"))
+    assert {request["body"].get("stream", False) for request in sent} == {False, True}
+    settings = settings_with(space=SPACE, default=SPACE.direction(SPACE.center))
+    with in_thread(FakeUpstream().app) as upstream, gateway_before(upstream, settings) as url, httpx.Client() as client:
+        for request in sent:
+            answer = client.post(url + request["path"], headers=request["headers"], json=request["body"])
+            if request["expected"] == "400":
+                assert answer.status_code == 400, request["way"]
+            else:
+                assert answer.headers["X-DPA-Direction"] == request["expected"], request["way"]
 
 
 def test_every_guide_is_listed_and_every_link_leads_somewhere() -> None:

@@ -67,7 +67,6 @@ MAX_BODY = 64_000_000  # bytes; the gateway's own limit is far below
 MAX_ANSWERS = 1024  # to one request
 _KEEP_ALIVE_S = 60  # the gateway lets its idle connections go long before
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
     "functions": (None, []),
     "logprobs": (None, False, 0),
     "logit_bias": (None, {}),
@@ -79,6 +78,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}),
 }
 """Fields that would change the answer if they were honoured, and the values that mean nothing is asked."""
+_NO_TOOL_NEEDED = (None, "auto", "none")
+"""Values of `tool_choice` that an answer in words satisfies: programs (Open WebUI, say) offer tools with every chat."""
 
 Pieces = asyncio.Queue[tuple[int, Piece]]
 """Of several answers, each with the number of its answer."""
@@ -175,6 +176,10 @@ class Engine:
         for field, idle in _UNSUPPORTED.items():
             if raw.get(field) not in idle:
                 raise RefusedError(f"{field}: this engine does not know it; leave it out.", param=field)
+        if raw.get("tools") and raw.get("tool_choice") not in _NO_TOOL_NEEDED:
+            raise RefusedError(
+                'tool_choice: this engine calls no tools; take "auto" or leave it out.', param="tool_choice"
+            )
         prompts = await self._prompts.read(body)
         together = raw.get(TOGETHER)
         answers, pieces = self._answers(body, prompts, together if isinstance(together, str) else uuid.uuid4().hex)
