@@ -148,6 +148,11 @@ def check_safetensors(file: Path) -> list[list[int]]:
         ) from None
 
 
+def count_parameters(folder: Path) -> int:
+    """Numbers in a folder's safetensors files, from their headers. Raises ModelFileError."""
+    return sum(prod(shape) for file in _weight_files(folder) for shape in check_safetensors(file))
+
+
 def integer_tensors(folder: Path) -> set[str]:
     """Names of the tensors of a checked folder that are stored as whole numbers or booleans."""
     names: set[str] = set()

@@ -17,7 +17,7 @@ import numpy as np
 from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import ConfigError, DpaError, ModelFileError
 from dpa.core.reference import ModelReference
-from dpa.models.files import load_space, resolve_model
+from dpa.models.files import count_parameters, load_space, resolve_model
 from dpa.serve.settings import EngineSettings, Served, ServeSettings
 from dpa.serve.supervisor import EngineProcess
 from dpa.storage.seals import check_in_run
@@ -180,6 +180,7 @@ def _server(
         front=front.points,
         front_reward=front.reward,
         examples=front.examples,
+        parameters=None if folder is None else count_parameters(Path(folder)),
     )
     gateway = Gateway(served, engines, lambda: all(one.ready.is_set() for one in children.values()))
     log_json()

@@ -133,6 +133,7 @@ class Gateway:
                 "front": served.front,
                 "front_reward": served.front_reward,
                 "examples": list(served.examples),
+                "parameters": served.parameters,
                 "scorer": self._engines.scorer is not None,
                 "base": True,
                 "limits": {

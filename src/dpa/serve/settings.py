@@ -124,3 +124,5 @@ class Served:
     front_reward: str | None = None
     examples: tuple[str, ...] = ()
     """Questions the page offers to try."""
+    parameters: int | None = None
+    """Of the served model; None where its weights are not here."""

@@ -19,6 +19,7 @@ export class Front {
     this.space = space;
     this.x = x;
     this.y = space.anchor >= 0 && space.anchor !== x ? space.anchor : x === 0 ? 1 : 0;
+    this.reward = space.data.front_reward === "gold" ? "true reward" : "model reward";
     const [xName, yName] = [space.names[x], space.names[this.y]];
     const known = (space.data.front ?? []).filter(
       (point) => point.objectives[xName]?.value != null && point.objectives[yName]?.value != null,
@@ -44,7 +45,8 @@ export class Front {
     const [x, y] = point.at;
     const length = point.words == null ? "" : `, ${Math.round(point.words)} words`;
     const { names } = this.space;
-    return `${this.space.words(point.weights)}: ${names[this.y]} ${shown(y.value)}, ${names[this.x]} ${shown(x.value)}${length}`;
+    const scores = `${names[this.y]} ${shown(y.value)}, ${names[this.x]} ${shown(x.value)}`;
+    return `${this.space.words(point.weights)}: ${this.reward} ${scores}${length}`;
   }
 
   // Where a direction should come out: at its measured point, or between its nearest ones.
@@ -75,7 +77,7 @@ export function drawFront(box, front, weights, pick) {
   const { space } = front;
   const focused = box.contains(document.activeElement);
   const width = Math.max(240, box.clientWidth);
-  const height = Math.round(Math.min(250, Math.max(220, width * 0.68)));
+  const height = Math.round(Math.min(250, Math.max(196, width * 0.56)));
   const edge = { left: 44, right: 12, top: 12, bottom: 42 };
   const spread = (i) => front.points.flatMap((point) => [point.at[i].value, point.at[i].low, point.at[i].high]);
   const xs = limits(spread(0).filter((v) => v != null), 0.07);
@@ -90,7 +92,7 @@ export function drawFront(box, front, weights, pick) {
     height,
     class: "front",
     role: "group",
-    "aria-label": `Measured: ${space.names[front.y]} against ${space.names[front.x]}`,
+    "aria-label": `Measured: ${space.names[front.y]} against ${space.names[front.x]}, by the ${front.reward}`,
   });
   // What lies beyond the ends of the trained arc was never asked for in training.
   if (front.arc.length > 1) {
@@ -117,7 +119,7 @@ export function drawFront(box, front, weights, pick) {
       svg("text", { class: "tick", x: edge.left - 7, y: toY(tick) + 4, "text-anchor": "end" }, String(tick)),
     );
   root.append(
-    svg("text", { class: "axis", x: (edge.left + width - edge.right) / 2, y: height - 6, "text-anchor": "middle" }, `${space.names[front.x]} →`),
+    svg("text", { class: "axis", x: (edge.left + width - edge.right) / 2, y: height - 6, "text-anchor": "middle" }, `${space.names[front.x]}, ${front.reward} →`),
     svg(
       "text",
       { class: "axis", transform: `translate(12 ${(edge.top + height - edge.bottom) / 2}) rotate(-90)`, "text-anchor": "middle" },

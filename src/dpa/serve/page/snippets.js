@@ -3,11 +3,11 @@
 const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 const pretty = (body) => `{\n${Object.entries(body).map(([name, value]) => `    "${name}": ${JSON.stringify(value)}`).join(",\n")}\n  }`;
 
-// The body of the steered request. `settings`: question, seed, temperature, maxTokens.
-export function bodyOf(model, settings, direction) {
+// A request's body. `settings`: seed, temperature, maxTokens; `direction`: a mapping, or null to state none.
+export function bodyOf(model, messages, settings, direction) {
   return {
     model,
-    messages: [{ role: "user", content: settings.question }],
+    messages,
     ...(direction ? { dpa: direction } : {}),
     seed: settings.seed,
     temperature: settings.temperature,

@@ -4,7 +4,7 @@
 // divided by the cone's half-angle. The trained directions are exactly the ball |u| <= 1.
 
 const LEANS = 0.15; // of the cone's half-angle: less than this is no leaning
-const NUDGE = 0.7; // where More and Less lead
+export const NUDGE = 0.7; // where More and Less lead
 
 export const dot = (a, b) => a.reduce((sum, value, k) => sum + value * b[k], 0);
 export const norm = (a) => Math.sqrt(dot(a, a));
@@ -28,6 +28,10 @@ export class Space {
       return norm(across) > 1e-6 ? unit(across) : null;
     });
     this.anchor = this.poles.indexOf(null);
+    // The objective whose arc is seen first, and the one the center stands for above all; of two they are each other's.
+    this.arc = this.poles[1] ? 1 : this.poles.findIndex((pole) => pole !== null);
+    const shares = this.center.map(Math.abs);
+    this.main = this.names.length === 2 ? 1 - this.arc : shares.indexOf(Math.max(...shares));
     this.reference = data.default ? this.weightsOf(data.default.weights) : this.rounded(this.center);
   }
 
@@ -89,73 +93,73 @@ export class Space {
     return this.fromTangent(add(kept, pole, lean));
   }
 
-  // K = 2: the signed angle from the center towards the last objective with a pole, in degrees.
-  get arc() {
-    return this.poles.findLastIndex((pole) => pole !== null);
-  }
 
-  // --- More / Default / Less: +1, 0, -1 for each objective, against the server's default (or the center) ---
+  // --- in words: what a direction asks for ---
+  //
+  // A direction is so much of the center and what is asked for beyond it. It is a unit vector, so whatever is asked for,
+  // all else weighs less; that is no wish. So the center's share is chosen such that one of the center's objectives keeps
+  // exactly its part of it and as few as possible are asked for; of equal ways, the one that `main` keeps. A center that
+  // is one objective's axis keeps it always, so that one is never asked for. What `pressed` ({k, level}) says, is.
 
-  levels(weights) {
-    const leaning = this.leanings(weights);
-    const usual = this.leanings(this.reference);
-    return this.names.map((_, k) => {
-      if (leaning[k] === null) return this.#anchorLevel(weights);
-      const lean = leaning[k] - usual[k];
-      return lean > LEANS ? 1 : lean < -LEANS ? -1 : 0;
-    });
-  }
-
-  // The center's own objective: More of it is nearer to the center, and nothing can be nearer than the center is.
-  canChange(weights, k) {
-    return this.poles[k] !== null || norm(this.tangent(weights)) > LEANS;
-  }
-
-  withLevel(weights, k, level) {
+  asked(weights, pressed = null) {
     const u = this.tangent(weights);
-    const pole = this.poles[k];
-    if (!pole) return this.fromTangent(scale(u, this.#radius(level) / norm(u)));
-    const usual = this.leanings(this.reference)[k];
-    const target = clip(usual + NUDGE * level, -1, 1);
-    const moved = add(u, pole, target - dot(u, pole));
-    const others = this.levels(this.fromTangent(moved)).filter((_, j) => j !== this.anchor);
-    if (others.every((value) => value === 0)) return this.reference;
-    if (norm(this.tangent(this.reference)) > LEANS || norm(moved) < 0.05) return this.fromTangent(moved);
-    const radius = this.anchor >= 0 ? this.#radius(this.#anchorLevel(weights)) : NUDGE;
-    return this.fromTangent(scale(moved, radius / norm(moved)));
+    const radius = norm(u);
+    if (radius < 1e-9) return u;
+    const w = unit(weights);
+    const keepers = this.names.map((_, k) => k).filter((k) => this.center[k] !== 0 && w[k] / this.center[k] > 1e-6);
+    // Beyond 90 degrees nothing of the center may be left.
+    if (!keepers.length) return scale(w, radius);
+    const ways = keepers.map((k) => {
+      const asked = add(u, this.center, -u[k] / this.center[k]);
+      asked[k] = 0;
+      const meant = pressed === null || levelOf(asked[pressed.k]) === pressed.level ? 0 : 100;
+      const cost = meant + asked.filter((value) => levelOf(value) !== 0).length + (k === this.main ? 0 : 0.5);
+      return { asked, cost };
+    });
+    return ways.reduce((best, way) => (way.cost < best.cost ? way : best)).asked;
   }
 
-  #sign() {
-    return this.center[this.anchor] < 0 ? -1 : 1;
-  }
-
-  #anchorLevel(weights) {
-    const radius = norm(this.tangent(weights));
-    const usual = norm(this.tangent(this.reference));
-    if (radius < LEANS) return 0;
-    const [low, high] = usual < LEANS ? [0.55, 0.85] : [usual - LEANS, usual + LEANS];
-    return this.#sign() * (radius < low ? 1 : radius > high ? -1 : 0);
-  }
-
-  #radius(level) {
-    const usual = norm(this.tangent(this.reference));
-    const [near, middle, far] = usual < LEANS ? [0.4, NUDGE, 1] : [usual / 2, usual, Math.min(1, usual + 0.4)];
-    return [far, middle, near][this.#sign() * level + 1];
-  }
-
-  // --- in words ---
-
-  words(weights) {
+  words(weights, pressed = null) {
     const parts = [];
-    this.leanings(weights).forEach((lean, k) => {
-      if (lean === null || Math.abs(lean) < LEANS) return;
-      const much = Math.abs(lean) < 0.4 ? "a little " : Math.abs(lean) < 0.8 ? "" : "much ";
-      parts.push(`${much}${lean > 0 ? "more" : "less"} ${this.names[k]}`);
+    this.asked(weights, pressed).forEach((value, k) => {
+      if (levelOf(value) === 0) return;
+      const much = Math.abs(value) < 0.4 ? "a little " : Math.abs(value) < 0.8 ? "" : "much ";
+      parts.push(`${much}${value > 0 ? "more" : "less"} ${this.names[k]}`);
     });
     if (parts.length) return sentence(parts);
     return this.anchor >= 0 ? `${capital(this.names[this.anchor])} first` : "No leaning: the middle";
   }
+
+  // --- More / Default / Less: +1, 0, -1 for each objective, against the server's default (or the center) ---
+
+  // Objectives with such a control. What the center alone stands for has none: every leaning is away from it.
+  get adjustable() {
+    const all = this.names.map((_, k) => k);
+    return this.names.length === 2 ? all.filter((k) => k !== this.main) : all.filter((k) => this.poles[k]);
+  }
+
+  levels(weights, pressed = null) {
+    const usual = this.asked(this.reference);
+    return this.asked(weights, pressed).map((value, k) => levelOf(value - usual[k]));
+  }
+
+  withLevel(weights, k, level) {
+    const asked = this.asked(weights);
+    const usual = this.asked(this.reference);
+    const others = asked.some((value, j) => j !== k && levelOf(value - usual[j]) !== 0);
+    if (level === 0 && !others) return this.reference;
+    asked[k] = clip(usual[k] + NUDGE * level, -1, 1);
+    return this.fromTangent(add(asked, this.center, -dot(asked, this.center)));
+  }
+
+  // Five directions along the arc towards objective k, from one end of what was trained to the other.
+  across(k) {
+    return [-1, -0.5, 0, 0.5, 1].map((lean) => this.fromTangent(scale(this.poles[k], lean)));
+  }
 }
+
+// More, nothing said, less.
+const levelOf = (asked) => (asked > LEANS ? 1 : asked < -LEANS ? -1 : 0);
 
 export function signedDegrees(angle) {
   const whole = Math.round(angle);

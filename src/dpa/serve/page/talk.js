@@ -1,0 +1,310 @@
+// The conversation on the page: the turn that is being answered, the earlier ones above it, and what is asked for each.
+// The live turn has two answers (default and steered) or, as a sweep, five; what a turn is: conversation.js.
+
+import { Answer, kept, rangeOf } from "./answer.js";
+import { messagesOf, newConversation } from "./conversation.js";
+import { $, announce, button, leadTo, make, plural } from "./dom.js";
+import { bodyOf } from "./snippets.js";
+import { add, norm } from "./space.js";
+import { fitting, key, state } from "./state.js";
+import { sweeps } from "./sweep.js";
+import { differences } from "./words.js";
+
+export class Talk {
+  // `changed(refusal)` is called whenever something began or ended, `steer(weights)` sets the direction shown.
+  constructor(space, store, { changed, steer }) {
+    this.space = space;
+    this.store = store;
+    this.changed = changed;
+    this.steer = steer;
+    this.sweeps = sweeps(space);
+    $("along").replaceChildren(...this.sweeps.map(({ name }) => make("option", { value: name, textContent: name })));
+    $("along").addEventListener("change", () => this.sweep(""));
+    $("reseed").addEventListener("click", () => {
+      state.seed = Math.floor(Math.random() * 2 ** 31);
+      this.again();
+    });
+    $("marks").addEventListener("change", () => {
+      state.marks = $("marks").checked;
+      this.#mark();
+    });
+    this.clear();
+  }
+
+  get running() {
+    return this.cards.some((card) => card.running);
+  }
+
+  get isPair() {
+    return this.turn?.kind === "pair";
+  }
+
+  // --- what the user does ---
+
+  // Ask this in the default direction and in the one that is set; nothing: the last question again.
+  ask(question) {
+    if (!question && !this.turn) return;
+    const anew = question || !this.isPair;
+    if (anew) this.#begin(question || this.turn.question, "pair", Boolean(question));
+    this.#askPair();
+    if (anew) leadTo($("answers"));
+  }
+
+  // ... or in five directions.
+  sweep(question) {
+    if (!question && !this.turn) return;
+    this.#begin(question || this.turn.question, "sweep", Boolean(question));
+    this.#askSweep();
+    leadTo($("answers"));
+  }
+
+  again() {
+    if (this.isPair) this.#askPair();
+    else this.#askSweep();
+  }
+
+  stop() {
+    for (const card of this.cards) card.stop();
+  }
+
+  // Whether the steered answer is that of another direction than the one that is set.
+  get isEarlier() {
+    if (!this.isPair) return false;
+    return JSON.stringify(this.steeredCard.direction) !== JSON.stringify(this.space.mapping(state.weights));
+  }
+
+  showEarlier() {
+    if (this.isPair) this.steeredCard.card.classList.toggle("earlier", this.isEarlier);
+  }
+
+  // Keep the steered answer in sight of whoever steers from beside it.
+  showAnswer() {
+    if (this.isPair) leadTo(this.steeredCard.card, "nearest");
+  }
+
+  clear() {
+    this.cards?.forEach((card) => card.stop());
+    this.conversation = null;
+    this.turn = null;
+    this.cards = [];
+    $("past").replaceChildren();
+    $("cards").replaceChildren();
+    this.#show();
+  }
+
+  // Whether there was such a conversation.
+  open(id) {
+    const conversation = this.store.read(id);
+    if (!conversation) return false;
+    this.clear();
+    const last = conversation.turns.at(-1);
+    this.conversation = { ...conversation, turns: conversation.turns.slice(0, -1) };
+    $("past").replaceChildren(...this.conversation.turns.map((turn) => this.#past(turn)));
+    this.#live({ ...last });
+    last.answers.forEach((answer, place) => {
+      this.cards[place].restore(answer);
+      if (this.cards[place] !== this.steeredCard) this.cards[place].label(answer.label);
+    });
+    const weights = fitting(this.space, last.answers[last.kept].direction);
+    if (weights) this.steer(weights);
+    this.#compare();
+    return true;
+  }
+
+  // --- what is asked ---
+
+  // The steered request of `question`, or of the live turn where it is empty; what the snippets show.
+  request(question) {
+    const before = this.#before(Boolean(question) || !this.turn);
+    const asked = question || this.turn?.question || "…";
+    return { question: question || this.turn?.question || "", body: this.#body(before, asked, state.weights) };
+  }
+
+  #before(isNew) {
+    if (!state.memory || !this.conversation) return [];
+    return isNew && this.turn ? [...this.conversation.turns, this.#record()] : this.conversation.turns;
+  }
+
+  #body(before, question, weights, model = this.space.data.model) {
+    return bodyOf(model, messagesOf(before, question), state, weights && this.space.mapping(weights));
+  }
+
+  #bodies(directions = { steered: state.weights }) {
+    const before = this.#before(false);
+    const scored = this.space.data.scorer ? { dpa_options: { scores: true } } : {};
+    const of = (weights, model) => ({ ...this.#body(before, this.turn.question, weights, model), ...scored });
+    const plain = state.compare === "base" ? of(null, `${this.space.data.model}@base`) : of(this.space.reference);
+    return { plain, ...Object.fromEntries(Object.entries(directions).map(([name, weights]) => [name, of(weights)])) };
+  }
+
+  #settings() {
+    return { seed: state.seed, temperature: state.temperature, maxTokens: state.maxTokens };
+  }
+
+  #begin(question, kind, isNew) {
+    this.stop();
+    this.conversation ??= newConversation(this.space.data.model);
+    if (isNew && this.turn) {
+      const turn = this.#record();
+      if (turn.answers.some((answer) => answer.text)) {
+        this.conversation.turns.push(turn);
+        $("past").append(this.#past(turn));
+      }
+    }
+    this.#live({ question, ...this.#settings(), kind, along: $("along").value, kept: 1, answers: [] });
+  }
+
+  #askPair() {
+    const { plain, steered } = this.#bodies();
+    Object.assign(this.turn, this.#settings());
+    this.plainCard.label(state.compare === "base" ? "Told no direction" : "Default");
+    this.#mark(false);
+    this.steeredCard.run(steered, key());
+    // The other answer does not depend on the direction: it is kept while only the direction changes.
+    const stays = this.plainCard.asked === JSON.stringify(plain) && (this.plainCard.done || this.plainCard.running);
+    if (!stays) this.plainCard.run(plain, key());
+    announce(stays ? "Answering again in the new direction." : "Both answers are being written.");
+    this.changed();
+  }
+
+  #askSweep() {
+    const { directions } = this.sweeps.find(({ name }) => name === $("along").value) ?? this.sweeps[0];
+    Object.assign(this.turn, this.#settings());
+    const bodies = this.#bodies(directions.map(({ weights }) => weights));
+    this.cards.forEach((card, place) => card.run(bodies[place], key()));
+    announce(`${directions.length} directions are being answered.`);
+    this.changed();
+  }
+
+  // --- what is shown ---
+
+  #live(turn) {
+    this.turn = turn;
+    const pair = turn.kind === "pair";
+    const { names } = this.space;
+    const ended = (card, how) => this.#ended(card, how);
+    if (pair) {
+      this.plainCard = new Answer("Default", names, ended, { id: "default" });
+      this.steeredCard = new Answer("Steered", names, ended, { id: "steered" });
+      this.steeredCard.card.classList.add("steered");
+      this.cards = [this.plainCard, this.steeredCard];
+    } else {
+      const sweep = this.sweeps.find(({ name }) => name === turn.along) ?? this.sweeps[0];
+      $("along").value = sweep.name;
+      const count = turn.answers.length || sweep.directions.length;
+      this.cards = Array.from({ length: count }, (_, place) => new Answer(sweep.directions[place]?.label ?? "", names, ended));
+      if (!turn.answers.length) turn.kept = nearest(sweep.directions, state.weights);
+      this.cards.forEach((card, place) =>
+        card.part("footer").append(button("Go on with this", () => this.#keep(place), { className: "keep" })),
+      );
+    }
+    $("cards").className = pair ? "cards" : "cards sweep";
+    $("cards").replaceChildren(...this.cards.map(({ card }) => card));
+    this.#show();
+  }
+
+  #show() {
+    const sweep = this.turn?.kind === "sweep";
+    $("welcome").hidden = Boolean(this.turn);
+    $("answers").hidden = !this.turn;
+    $("asked").textContent = this.turn?.question ?? "";
+    $("along-pick").hidden = !sweep;
+    $("mark-pick").hidden = sweep;
+    $("columns").classList.toggle("wide", sweep);
+    $("mark-note").textContent = "";
+    if (sweep) this.#showKept();
+  }
+
+  #showKept() {
+    this.cards.forEach(({ card, part }, place) => {
+      const chosen = place === this.turn.kept;
+      card.classList.toggle("steered", chosen);
+      part(".keep").setAttribute("aria-pressed", chosen);
+      part(".keep").textContent = chosen ? "Going on with this" : "Go on with this";
+    });
+  }
+
+  #keep(place) {
+    this.turn.kept = place;
+    this.#showKept();
+    const weights = fitting(this.space, this.cards[place].direction);
+    if (weights) this.steer(weights);
+    this.#save();
+  }
+
+  #past(turn) {
+    const { names } = this.space;
+    const others = turn.answers.filter((_, place) => place !== turn.kept).map((answer) => kept(answer, names));
+    const summary = others.length === 1 ? "The other answer" : `The other ${others.length} answers`;
+    return make(
+      "article",
+      { className: "past" },
+      make("h3", { className: "question", textContent: turn.question }),
+      kept(turn.answers[turn.kept], names),
+      make("details", { className: "finer" }, make("summary", { textContent: summary }), ...others),
+    );
+  }
+
+  #ended(card, how) {
+    if (!this.cards.includes(card)) return;
+    this.#compare();
+    this.changed(card.refusal);
+    if (this.running) return;
+    this.#save();
+    const trouble = this.cards.map(({ refusal }) => refusal).findLast(Boolean);
+    if (trouble) announce(trouble.message);
+    else if (how === "stopped") announce("Stopped.");
+    else if (this.isPair) announce(`Both answers are there: ${plural(this.plainCard.words, "word")}, and steered ${plural(this.steeredCard.words, "word")}.`);
+    else announce(`${this.cards.length} answers are there: ${this.cards.map(({ words }) => words ?? 0).join(", ")} words.`);
+  }
+
+  #compare() {
+    const range = rangeOf(this.cards);
+    for (const card of this.cards) card.showScores(range);
+    if (!this.isPair) return;
+    this.steeredCard.showDifference(this.plainCard, state.compare === "base" ? "without one" : "the default");
+    if (!this.running) this.#mark();
+  }
+
+  // Mark the words that the other answer lacks; once, when both are there.
+  #mark(wanted = state.marks) {
+    if (!this.isPair) return;
+    const [plain, steered] = this.cards;
+    const both = wanted && plain.text && steered.text && !this.running;
+    const runs = both ? differences(plain.text, steered.text) : null;
+    plain.mark(runs?.[0], "del");
+    steered.mark(runs?.[1], "ins");
+    const differ = runs?.some((list) => list.some(([, only]) => only));
+    $("mark-note").textContent = !both
+      ? ""
+      : !runs
+        ? "Too long to compare by word."
+        : differ
+          ? "Underlined: words the other answer lacks."
+          : "The two answers are the same, word for word.";
+  }
+
+  // --- what is kept ---
+
+  #record() {
+    const answers = this.cards.map((card) => card.record());
+    const [, steered] = answers;
+    const weights = this.isPair && fitting(this.space, steered.direction);
+    if (weights) steered.label = this.space.words(weights);
+    return { ...this.turn, kept: Math.min(this.turn.kept, answers.length - 1), answers };
+  }
+
+  #save() {
+    const turn = this.#record();
+    if (!turn.answers.some((answer) => answer.text)) return;
+    this.conversation.changed = Date.now();
+    const whole = { ...this.conversation, turns: [...this.conversation.turns, turn] };
+    $("unkept").hidden = this.store.write(whole);
+  }
+}
+
+// The place of the direction nearest to these weights.
+function nearest(directions, weights) {
+  const far = directions.map((direction) => norm(add(direction.weights, weights, -1)));
+  return far.indexOf(Math.min(...far));
+}
