@@ -1,9 +1,9 @@
-"""Writes docs/page-desktop.png and docs/page-phone.png: the page, as `dpa serve` shows it, with a question answered.
+"""Writes docs/page-desktop.png, docs/page-tablet.png and docs/page-phone.png: the page, as `dpa serve` shows it.
 
     python scripts/make_screenshots.py runs/demo/iter_3/policy --reward runs/demo/reward_model
 
-It starts the server, asks a question of the demo world in a direction picked on the front, and looks with Debian's
-Chromium (`apt-get install chromium`) through Playwright. `--all FOLDER` keeps every width in light and dark.
+It starts the server, asks a question of the demo world in a preset's direction (on the tablet in five), and looks with
+Debian's Chromium (`apt-get install chromium`) through Playwright. `--all FOLDER` keeps every width in light and dark.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from playwright.sync_api import Browser, sync_playwright
 from dpa.world.questions import make_questions
 
 DOCS = Path(__file__).parents[1] / "docs"
-SIZES = {"desktop": (1240, 1130), "phone": (360, 780)}
-KEPT = {("desktop", "light"), ("phone", "dark")}
+SIZES = {"desktop": (1440, 900), "tablet": (820, 1100), "phone": (390, 780)}
+KEPT = {("desktop", "light"), ("tablet", "light"), ("phone", "dark")}
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
 
@@ -60,11 +60,13 @@ def _look(browser: Browser, address: str, preset: str, size: str, scheme: str, f
     page.wait_for_selector("html[data-ready]")
     page.fill("#question", make_questions(1, seed=77)[0].text)
     page.click(f"#presets >> text={preset}")
-    page.click("#go")
+    page.click("#sweep" if size == "tablet" else "#go")
     page.wait_for_selector("article[aria-busy]", state="detached", timeout=60_000)
     page.wait_for_timeout(600)
     page.evaluate("document.activeElement.blur()")
-    page.screenshot(path=file, full_page=size == "phone")
+    if size == "desktop":
+        page.evaluate("scrollTo(0, 0)")
+    page.screenshot(path=file)
     print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
     context.close()
 

@@ -38,11 +38,16 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
-def watched_page(browser: Any, url: str, **context: Any) -> Iterator[Any]:
-    """The page at `url`; by the end nothing may have gone wrong in its console, nor another host been asked."""
+def watched_page(browser: Any, url: str, script: str | None = None, **context: Any) -> Iterator[Any]:
+    """The page at `url`; by the end nothing may have gone wrong in its console, nor another host been asked.
+
+    `script` runs before the page's own.
+    """
     wrong: list[str] = []
     opened = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
     try:
+        if script:
+            opened.add_init_script(script)
         page = opened.new_page()
         page.set_default_timeout(10_000)
         home = urlsplit(url).netloc

@@ -25,7 +25,8 @@ class FakeGateway:
     """Interface of the gateway over a space. A question's text chooses what happens:
 
     "busy" 429 (once), "broken" 500, "dies" an error event after three words, "cut" the stream just ends,
-    "slow" a word every 50 ms for ever, "markup" an answer of HTML; any other: 10 words and the leaning's worth more.
+    "slow" a word every 50 ms for ever, "markup" an answer of HTML, "long" 2,000 words within two seconds; any other: 20
+    words and the leaning's worth more or fewer.
     """
 
     def __init__(self, space: DirectionSpace, key: str | None = None, **extra: Any) -> None:
@@ -118,6 +119,8 @@ class FakeGateway:
         words = [f"word{n}" for n in range(round(20 + 20 * leaning))]
         if question == "markup":
             words = [MARKUP]
+        if question == "long":
+            words = [f"{'word' if n % 9 else 'longerword'}{n}{'.' if n % 12 == 11 else ''}" for n in range(2000)]
         about = {
             "direction": str(direction) if direction else None,
             "weights": direction.as_mapping() if direction else None,
@@ -150,6 +153,8 @@ class FakeGateway:
         try:
             for place, word in enumerate(words if question != "slow" else words * 10_000):
                 yield event({"content": word if place == 0 else f" {word}"})
+                if question == "long" and place % 8:
+                    continue
                 await asyncio.sleep(0.05 if question == "slow" else 0.002)
                 if place == 2 and question == "dies":
                     yield f"data: {json.dumps({'error': {'message': 'engine: it died; ask again.', 'type': 'x'}})}\n\n"

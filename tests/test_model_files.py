@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpa.core.errors import ModelFileError
 from dpa.core.reference import ModelReference
-from dpa.models.files import check_safetensors, folder_revision, resolve_model
+from dpa.models.files import check_safetensors, count_parameters, folder_revision, resolve_model
 
 REVISION = "a" * 40
 
@@ -175,6 +175,15 @@ def test_revision_names_the_content(folder: Path, tmp_path: Path) -> None:
     save_file({"w": np.arange(6, dtype=np.float32)}, folder / "model.safetensors")
     moved = folder.rename(tmp_path / "elsewhere")
     assert folder_revision(moved) == first
+
+
+def test_parameters_are_counted_from_the_headers_of_all_shards(tmp_path: Path) -> None:
+    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    for (name, file), shape in zip(shards.items(), ((3, 4), (5,)), strict=True):
+        save_file({name: np.zeros(shape, np.float32)}, tmp_path / file)
+    assert count_parameters(tmp_path) == 0, "no model.safetensors, no index"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert count_parameters(tmp_path) == 17
 
 
 def test_check_safetensors_accepts_an_empty_tensor(tmp_path: Path) -> None:

@@ -7,85 +7,13 @@ pytest tests/test_page.py
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 import pytest
-from browser import chromium, watched_page
+from fake_gateway import MARKUP, PAGE
+from opened_page import THREE, TWO, Opened, browser, space_of, visit
 
-from dpa.core.directions import DirectionSpace, Objective
-
-pytest.importorskip("fastapi", reason="the server's libraries are not installed: pip install 'dpa[serve]'")
-from fake_gateway import MARKUP, PAGE, FakeGateway
-from serving import in_thread
-
-PRESETS = {"terse": {"helpfulness": 0.75, "verbosity": -0.66}, "full": {"helpfulness": 1.0}}
-
-
-def space_of(*names: str, **options: Any) -> DirectionSpace:
-    return DirectionSpace(tuple(Objective(name, {name: 1.0}, f"how much {name}") for name in names), **options)
-
-
-TWO = space_of("helpfulness", "verbosity", presets=PRESETS)
-THREE = space_of("helpfulness", "verbosity", "warmth", presets=PRESETS)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as opened:
-        yield opened
-
-
-class Opened:
-    """A page, the gateway behind it, and the words for what a user does."""
-
-    def __init__(self, page: Any, gateway: FakeGateway, url: str) -> None:
-        self.page, self.gateway, self.url = page, gateway, url
-
-    def ready(self) -> "Opened":
-        self.page.wait_for_selector("html[data-ready]")
-        return self
-
-    def text(self, selector: str) -> str:
-        return self.page.locator(selector).inner_text()
-
-    def ask(self, question: str) -> None:
-        self.page.fill("#question", question)
-        self.page.click("#go")
-        self.finished()
-
-    def finished(self) -> None:
-        self.page.wait_for_selector("article[aria-busy]", state="detached")
-
-    def axis(self) -> str:
-        return self.page.locator("#front .axis").first.text_content()
-
-    def press_level(self, k: int, level: int) -> None:
-        self.page.locator(f'input[name="level-{k}"][value="{level}"]').check(force=True)
-
-    def levels(self) -> list[int]:
-        return [int(box.get_attribute("value")) for box in self.page.locator("#levels input:checked").all()]
-
-    def no_sideways_scrolling(self) -> None:
-        assert self.page.evaluate("document.documentElement.scrollWidth") <= self.page.viewport_size["width"]
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Callable[..., Opened]]:
-    with ExitStack() as stack:
-
-        def visit(
-            space: DirectionSpace = TWO, key: str | None = None, extra: Any = None, at: str = "/", **context: Any
-        ):
-            gateway = FakeGateway(space, key, **(extra or {}))
-            url = stack.enter_context(in_thread(gateway.app))
-            page = stack.enter_context(watched_page(browser, url + at, **context))
-            return Opened(page, gateway, url)
-
-        yield visit
-
+__all__ = ["browser", "visit"]  # fixtures
 
 # --- one direction, every control ---
 
@@ -93,7 +21,8 @@ def visit(browser: Any) -> Iterator[Callable[..., Opened]]:
 def test_every_control_shows_the_same_direction(visit):
     opened = visit().ready()
     page = opened.page
-    assert opened.levels() == [0, 0]
+    page.click("#presets >> text=full")
+    assert opened.levels() == [0]
     assert opened.text("#numbers") == "helpfulness*100 + verbosity*0"
     assert page.locator("#presets >> text=full").get_attribute("aria-pressed") == "true"
 
@@ -106,7 +35,7 @@ def test_every_control_shows_the_same_direction(visit):
     assert page.locator("#presets >> text=full").get_attribute("aria-pressed") == "false"
 
     page.click("#presets >> text=terse")
-    assert opened.levels() == [-1, -1]
+    assert opened.levels() == [-1]
     assert opened.text("#numbers") == "helpfulness*75 + verbosity*-66"
     assert page.locator(".dial").get_attribute("aria-valuenow") == "-41"
 
@@ -114,15 +43,16 @@ def test_every_control_shows_the_same_direction(visit):
     page.click("#expert button")
     page.wait_for_selector('.dial[aria-valuenow="18"]')
     assert opened.text("#numbers") == "helpfulness*95 + verbosity*32"
-    assert opened.levels() == [1, 1]
+    assert opened.levels() == [1]
 
     opened.press_level(1, 0)
-    assert opened.levels() == [0, 0]
+    assert opened.levels() == [0]
     assert opened.text("#words") == "Helpfulness first."
 
 
 def test_the_dial_turns_by_keys_and_by_dragging_and_stops_where_training_stopped(visit):
     opened = visit().ready()
+    opened.page.click("#presets >> text=full")
     dial = opened.page.locator(".dial")
     dial.focus()
     opened.page.keyboard.press("ArrowLeft")
@@ -148,6 +78,7 @@ def test_the_dial_turns_by_keys_and_by_dragging_and_stops_where_training_stopped
 
 def test_more_objectives_have_sliders_and_the_others_give_way_at_the_end_of_the_cone(visit):
     opened = visit(THREE).ready()
+    opened.page.click("#presets >> text=full")
     sliders = opened.page.locator("#sliders input")
     assert sliders.count() == 2, "the center's own objective has no arc"
     sliders.nth(0).focus()
@@ -162,20 +93,19 @@ def test_more_objectives_have_sliders_and_the_others_give_way_at_the_end_of_the_
     assert THREE.angle_to_center(np.array([direction.weights]))[0] == pytest.approx(45, abs=0.6)
 
     opened.press_level(2, 1)
-    assert opened.levels()[1:] == [1, 1]
-    opened.press_level(0, 1)
-    assert opened.levels() == [1, 1, 1]
-    assert opened.text("#words") == "A little more verbosity and a little more warmth."
+    assert opened.levels() == [1, 1]
+    assert opened.text("#words") == "More verbosity and more warmth."
 
 
 def test_the_front_is_picked_by_click_and_by_key_and_shows_where_the_direction_stands(visit):
     opened = visit().ready()
+    opened.page.click("#presets >> text=full")
     points = opened.page.locator("#front [role=radio]")
     assert points.count() == 9
     assert points.nth(4).get_attribute("aria-checked") == "true"
     points.nth(0).locator(".dot").click()
     assert opened.text("#numbers") == "helpfulness*71 + verbosity*-71"
-    assert "Much less verbosity" in points.nth(0).get_attribute("aria-label")
+    assert "Much less verbosity: true reward helpfulness" in points.nth(0).get_attribute("aria-label")
     points.nth(0).focus()
     opened.page.keyboard.press("ArrowRight")
     assert points.nth(1).get_attribute("aria-checked") == "true"
@@ -186,14 +116,14 @@ def test_the_front_is_picked_by_click_and_by_key_and_shows_where_the_direction_s
     between = [sum(end[side] + end[size] / 2 for end in ends) / 2 for side, size in (("x", "width"), ("y", "height"))]
     opened.page.mouse.click(*between)
     assert opened.page.locator("#front .here.between").count() == 1
-    assert 5 < int(opened.page.locator(".dial").get_attribute("aria-valuenow")) < 6.5
+    assert 4 < int(opened.page.locator(".dial").get_attribute("aria-valuenow")) < 7.5
 
 
 def test_the_objective_along_the_front_is_chosen_where_there_are_several(visit):
     opened = visit(THREE).ready()
-    assert opened.axis() == "verbosity →"
+    assert opened.axis() == "verbosity, true reward →"
     opened.page.select_option("#x-axis", "warmth")
-    assert opened.axis() == "warmth →"
+    assert opened.axis() == "warmth, true reward →"
     opened.page.locator("#front [role=radio]").nth(0).locator(".dot").click()
     assert opened.text("#numbers") == "helpfulness*71 + verbosity*0 + warmth*-71"
     assert opened.page.locator("#front [role=radio]").count() == len(THREE.grid(9))
@@ -210,6 +140,7 @@ def test_without_a_measured_front_everything_else_works(visit):
 
 def test_an_expression_is_refused_in_the_servers_words_and_the_nearest_trained_one_offered(visit):
     opened = visit().ready()
+    opened.page.click("#presets >> text=full")
     opened.page.fill("#expression", "helpfulness*0.1 - verbosity")
     opened.page.click("#expert button[type=submit]")
     opened.page.wait_for_selector("#expression-error button")
@@ -245,10 +176,15 @@ def test_the_pages_arithmetic_is_that_of_the_package(visit, space):
         return weights.map((weight) => {
             const w = space.rounded(weight);
             const reached = space.names.flatMap((_, k) => [
-                ...(space.canChange(w, k) ? [-1, 0, 1].map((level) => [k, level, space.withLevel(w, k, level)]) : []),
+                ...(space.adjustable.includes(k) ? [-1, 0, 1] : [])
+                    .map((level) => [k, level, space.withLevel(w, k, level)]),
                 ...(space.poles[k] ? [-1, 0.5].map((lean) => [k, null, space.withLeaning(w, k, lean)]) : []),
+                ...(space.poles[k] ? space.across(k).map((to) => [k, null, to]) : []),
             ]);
-            return { ...of(w), reached: reached.map(([k, level, to]) => [level, space.levels(to)[k], of(to)]) };
+            // Where the center is several objectives, one direction can be said in several ways.
+            const one = space.anchor >= 0 || space.names.length === 2;
+            const shown = (k, level, to) => space.levels(to, one ? null : { k, level })[k];
+            return { ...of(w), reached: reached.map(([k, level, to]) => [level, shown(k, level, to), of(to)]) };
         });
     }"""
     data = {
@@ -289,6 +225,7 @@ def test_both_answers_come_with_the_same_seed_and_differ_in_the_direction_only(v
 
 def test_steering_asks_again_for_the_steered_answer_only(visit):
     opened = visit().ready()
+    opened.page.click("#presets >> text=full")
     opened.ask("What is the home of Ivy?")
     assert len(opened.gateway.bodies) == 2
     opened.page.click("#presets >> text=terse")
@@ -310,7 +247,7 @@ def test_the_base_model_stands_beside_it_on_request(visit):
     opened.page.click("#presets >> text=terse")
     opened.ask("What is the home of Ivy?")
     assert {body["model"]: "dpa" in body for body in opened.gateway.bodies} == {"fake": True, "fake@base": False}
-    assert opened.text("#default-title") == "Told no direction"
+    assert opened.text("#default h3") == "Told no direction"
     assert opened.text("#default .told") == "no direction stated"
     for _ in range(100):  # the link follows after a moment
         if "vs=base" in opened.page.evaluate("location.href"):
@@ -323,7 +260,6 @@ def test_another_seed_asks_both_again(visit):
     opened = visit().ready()
     opened.ask("What is the home of Ivy?")
     opened.page.click("#reseed")
-    opened.page.wait_for_selector("#stop", state="hidden")
     opened.finished()
     seeds = [body["seed"] for body in opened.gateway.bodies]
     assert len(seeds) == 4
@@ -333,12 +269,20 @@ def test_another_seed_asks_both_again(visit):
 
 def test_stop_ends_the_answers_here_and_on_the_server(visit):
     opened = visit().ready()
+    stop = opened.page.locator("#stop")
+    assert stop.is_visible() and stop.is_disabled()
     opened.page.fill("#question", "slow")
     opened.page.keyboard.press("Control+Enter")
     opened.page.wait_for_selector("#steered .text:has-text('word2')")
     assert opened.page.locator("#steered").get_attribute("aria-busy") == "true"
-    opened.page.click("#stop")
+    opened.page.mouse.wheel(0, 4000)
+    opened.page.wait_for_timeout(100)
+    assert stop.is_enabled()
+    box = stop.bounding_box()
+    assert 0 < box["y"] < 900 - box["height"], "it is in sight wherever one has scrolled to"
+    stop.click()
     opened.finished()
+    assert opened.page.evaluate("document.activeElement.id") == "question", "nobody loses the focus"
     assert opened.text("#steered .state") == "stopped"
     assert opened.text("#status") == "Stopped."
     assert "word0 word1 word2" in opened.text("#steered .text")
@@ -353,7 +297,7 @@ def test_a_busy_server_is_said_kindly_and_can_be_asked_again_when_it_said(visit)
     assert "in 1 s" in opened.text("#steered .trouble")
     assert again.is_disabled()
     again.click()  # waits until it can be pressed
-    opened.page.wait_for_selector("#steered .count:has-text('20 words')")
+    opened.page.wait_for_selector("#steered .count:has-text('7 words')")
     assert not opened.page.locator("#steered .trouble").is_visible()
 
 
@@ -378,7 +322,7 @@ def test_what_a_model_writes_is_text_never_markup(visit):
     opened = visit().ready()
     opened.ask("markup")
     assert opened.text("#steered .text") == MARKUP
-    assert opened.page.locator(".text *").count() == 0
+    assert opened.page.locator(".text :not(ins, del)").count() == 0
     assert opened.page.title() == "fake: ask, and say which way to go"
     for file in PAGE.glob("*.js"):
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(", file.read_text())
@@ -408,7 +352,7 @@ def test_a_link_restores_the_whole_state_and_asks_nothing_by_itself(visit):
     restored = Opened(second, opened.gateway, opened.url)
     for selector in ("#numbers", "#words"):
         assert restored.text(selector) == opened.text(selector)
-    assert restored.axis() == opened.axis() == "warmth →"
+    assert restored.axis() == opened.axis() == "warmth, true reward →"
     assert restored.levels() == opened.levels()
     assert second.input_value("#question") == 'What\'s "home" & <Ivy>?\nSecond line + 100%'
     assert [second.input_value(field) for field in ("#seed", "#temperature", "#max-tokens")] == ["77", "0.3", "99"]
@@ -422,7 +366,7 @@ def test_a_link_restores_the_whole_state_and_asks_nothing_by_itself(visit):
 def test_a_link_that_does_not_fit_the_model_says_so(visit, direction):
     opened = visit(at=f"/#d={direction}&seed=-4&t=900&n=1e9").ready()
     assert "does not fit this model" in opened.text("#notice")
-    assert opened.text("#numbers") == "helpfulness*100 + verbosity*0"
+    assert opened.text("#numbers") == "helpfulness*75 + verbosity*-66"
     assert [opened.page.input_value(field) for field in ("#seed", "#temperature")] == ["1", "0.7"]
 
 
@@ -463,11 +407,10 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_never_written_into_a_snippet(vis
     opened.ready()
     opened.ask("What is the home of Ivy?")
     assert opened.text("#default .count") == "20 words"
-    assert page.evaluate("[sessionStorage.getItem('dpa-key'), localStorage.length, document.cookie]") == [
-        "open-sesame",
-        0,
-        "",
-    ]
+    assert page.evaluate("[sessionStorage.getItem('dpa-key'), document.cookie]") == ["open-sesame", ""]
+    kept = page.evaluate("JSON.stringify(localStorage)")
+    assert "What is the home of Ivy?" in kept
+    assert "sesame" not in kept
     page.wait_for_timeout(400)
     assert "sesame" not in page.evaluate("location.href")
     for kind, variable in (("curl", "$DPA_API_KEY"), ("python", 'os.environ["DPA_API_KEY"]')):
@@ -485,17 +428,26 @@ def test_no_accessibility_rule_is_broken(visit, space, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python")
     opened = visit(space, color_scheme=scheme).ready()
     opened.page.click("#presets >> text=terse")
-    opened.ask("What is the home of Ivy?")
-    opened.page.click("#settings summary")
-    found = axe.Axe().run(opened.page)
-    assert found.response["passes"], "axe looked at nothing"
-    assert found.violations_count == 0, found.generate_report()
+    for sight in ("first", "asked", "swept"):
+        if sight == "asked":
+            opened.ask("What is the home of Ivy?")
+            opened.ask("What is the fear of Ivy?")
+            opened.page.click("#settings summary")
+        if sight == "swept":
+            opened.page.click("#sweep")
+            opened.finished()
+            opened.page.click("#history summary")
+        found = axe.Axe().run(opened.page)
+        assert found.response["passes"], "axe looked at nothing"
+        assert found.violations_count == 0, f"{sight}: {found.generate_report()}"
 
 
 def test_everything_is_reached_by_tab_and_the_focus_is_seen(visit):
     opened = visit().ready()
+    opened.ask("What is the home of Ivy?")
+    opened.page.click("h1")  # Tab goes on from there
     reached = []
-    for _ in range(40):
+    for _ in range(60):
         opened.page.keyboard.press("Tab")
         place, seen = opened.page.evaluate(
             """() => { const node = document.activeElement, style = getComputedStyle(node);
@@ -509,7 +461,8 @@ def test_everything_is_reached_by_tab_and_the_focus_is_seen(visit):
             break
         assert seen, f"{place} is focused and nothing shows it"
         reached.append(place)
-    expected = ["question", "go", "reseed", "level-0", "level-1", "dial", "expression", "point", "tab-curl", "snippet"]
+    expected = ["new", "question", "go", "sweep", "marks", "reseed", "text", "text", "level-1", "dial", "expression"]
+    expected += ["point", "tab-curl", "snippet"]
     assert [place for place in reached if place in expected] == expected
 
 
@@ -517,14 +470,17 @@ def test_phone_width_needs_no_sideways_scrolling(visit):
     long = space_of("helpfulness", "a-very-long-objective-name-without-any-break-in-it", "warmth", "honesty")
     opened = visit(long, viewport={"width": 360, "height": 740}, reduced_motion="reduce").ready()
     opened.no_sideways_scrolling()
-    opened.page.click("#finer summary")
     opened.press_level(1, 1)
     opened.ask("W" * 300)
     opened.no_sideways_scrolling()
     assert 0 <= opened.page.locator("#answers").bounding_box()["y"] < 740, "asking leads to the answers"
     opened.page.click("#settings summary")
     opened.no_sideways_scrolling()
-    opened.page.click("#key-box summary")
+    for menu in ("#key-box summary", "#history summary"):
+        opened.page.click(menu)
+        opened.no_sideways_scrolling()
+    opened.page.click("#sweep")
+    opened.finished()
     opened.no_sideways_scrolling()
 
 

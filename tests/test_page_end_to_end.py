@@ -42,12 +42,12 @@ def test_the_two_answers_differ_as_the_direction_picked_on_the_front_says(url: s
         def answer_at(point: int) -> tuple[str, str]:
             points.nth(point).locator(".dot").click()
             page.wait_for_timeout(500)  # it answers again by itself, a moment after the last turn
-            page.click("#go")
             page.wait_for_selector("article[aria-busy]", state="detached", timeout=30_000)
             return tuple(page.locator(f"#{card} .text").inner_text() for card in ("default", "steered"))
 
         for question in QUESTIONS[:2]:
             page.fill("#question", question.text)
+            page.press("#question", "Enter")
             plain, terse = answer_at(0)
             assert page.locator("#numbers").inner_text() == "helpfulness*71 + verbosity*-71 + warmth*0"
             assert page.locator("#steered .told").inner_text() == "helpfulness*71 + verbosity*-71 + warmth*0"
@@ -69,6 +69,7 @@ def test_the_two_answers_differ_as_the_direction_picked_on_the_front_says(url: s
 def test_a_direction_the_policy_was_not_trained_for_is_refused_in_the_servers_words(url: str, browser: Any) -> None:
     with watched_page(browser, url) as page:
         page.wait_for_selector("html[data-ready]")
+        page.click("#finer summary")
         page.fill("#expression", "warmth")
         page.click("#expert button")
         page.wait_for_selector("#expression-error button")

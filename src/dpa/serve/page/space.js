@@ -106,7 +106,9 @@ export class Space {
     const radius = norm(u);
     if (radius < 1e-9) return u;
     const w = unit(weights);
-    const keepers = this.names.map((_, k) => k).filter((k) => this.center[k] !== 0 && w[k] / this.center[k] > 1e-6);
+    const able = this.names.map((_, k) => k).filter((k) => this.center[k] !== 0 && w[k] / this.center[k] > 1e-6);
+    const others = able.filter((k) => k !== pressed?.k);
+    const keepers = others.length ? others : able;
     // Beyond 90 degrees nothing of the center may be left.
     if (!keepers.length) return scale(w, radius);
     const ways = keepers.map((k) => {
@@ -127,7 +129,7 @@ export class Space {
       parts.push(`${much}${value > 0 ? "more" : "less"} ${this.names[k]}`);
     });
     if (parts.length) return sentence(parts);
-    return this.anchor >= 0 ? `${capital(this.names[this.anchor])} first` : "No leaning: the middle";
+    return this.center[this.anchor] > 0 ? `${capital(this.names[this.anchor])} first` : "No leaning: the middle";
   }
 
   // --- More / Default / Less: +1, 0, -1 for each objective, against the server's default (or the center) ---
@@ -140,16 +142,20 @@ export class Space {
 
   levels(weights, pressed = null) {
     const usual = this.asked(this.reference);
-    return this.asked(weights, pressed).map((value, k) => levelOf(value - usual[k]));
+    return this.asked(weights, pressed).map((value, k) => (k === pressed?.k ? pressed.level : levelOf(value - usual[k])));
   }
 
   withLevel(weights, k, level) {
-    const asked = this.asked(weights);
+    const asked = this.asked(weights, { k, level });
     const usual = this.asked(this.reference);
     const others = asked.some((value, j) => j !== k && levelOf(value - usual[j]) !== 0);
     if (level === 0 && !others) return this.reference;
-    asked[k] = clip(usual[k] + NUDGE * level, -1, 1);
-    return this.fromTangent(add(asked, this.center, -dot(asked, this.center)));
+    const across = (vector) => add(vector, this.center, -dot(vector, this.center));
+    const wish = across(asked.map((_, j) => (j === k ? clip(usual[k] + NUDGE * level, -1, 1) : 0)));
+    let rest = across(asked.map((value, j) => (j === k ? 0 : value)));
+    // The others give way where the cone ends.
+    while (norm(add(wish, rest)) > 1 && norm(rest) > 0.01) rest = scale(rest, 0.95);
+    return this.fromTangent(add(wish, rest));
   }
 
   // Five directions along the arc towards objective k, from one end of what was trained to the other.

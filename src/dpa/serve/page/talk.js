@@ -77,9 +77,9 @@ export class Talk {
     if (this.isPair) this.steeredCard.card.classList.toggle("earlier", this.isEarlier);
   }
 
-  // Keep the steered answer in sight of whoever steers from beside it.
+  // Where one column is all there is, keep the steered answer in sight of whoever taps a preset.
   showAnswer() {
-    if (this.isPair) leadTo(this.steeredCard.card, "nearest");
+    if (this.isPair && matchMedia("(max-width: 899px)").matches) leadTo(this.steeredCard.card, "nearest");
   }
 
   clear() {
@@ -239,7 +239,7 @@ export class Talk {
     return make(
       "article",
       { className: "past" },
-      make("h3", { className: "question", textContent: turn.question }),
+      make("h2", { className: "question", textContent: turn.question }),
       kept(turn.answers[turn.kept], names),
       make("details", { className: "finer" }, make("summary", { textContent: summary }), ...others),
     );

@@ -39,6 +39,9 @@ const pieces = (text) => text.match(/\s*\S+|\s+$/g) ?? [];
 function common(a, b) {
   const width = b.length + 1;
   if ((a.length + 1) * width > MOST_CELLS) return null;
+  const numbers = new Map(); // numbers are compared ten times faster than words
+  const numbered = (list) => Int32Array.from(list, (word) => numbers.get(word) ?? numbers.set(word, numbers.size).size - 1);
+  [a, b] = [numbered(a), numbered(b)];
   const longest = new Uint16Array((a.length + 1) * width); // of a[i..] and b[j..]
   for (let i = a.length - 1; i >= 0; i--)
     for (let j = b.length - 1; j >= 0; j--)
