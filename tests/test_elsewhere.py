@@ -109,7 +109,7 @@ def own_ids(loop: Loop, row: dict[str, Any]) -> tuple[list[int], list[int]]:
 def test_trl_trains_by_the_cards_lines_on_dpas_own_tokens_and_the_run_goes_on_from_what_it_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with open_run(tmp_path) as loop:
+    with open_run(tmp_path, iterations=2) as loop:
         rows = fill(loop)
         written = hand_over(loop, 1, tmp_path / "data", DataSettings())
         assert (written.rows, written.checked, written.other, written.after) == ({"train": 18}, 18, 0, "")
@@ -138,9 +138,10 @@ def test_trl_trains_by_the_cards_lines_on_dpas_own_tokens_and_the_run_goes_on_fr
         sampler = SamplerSpec(str(policy), loop.space, 4, revision="x").build()
         asked = SampleRequest([{"role": "user", "content": "Why?"}], (0.8, -0.6), (1,))
         assert len(sampler.sample([asked])[0]) == 1
+        assert loop.rollout(2).rows == 16  # the next iteration samples from what came back
         with pytest.raises(RunFolderError, match="has a policy already"):
             take_in(loop, 1, trained)
-    with open_run(tmp_path) as again:
+    with open_run(tmp_path, iterations=2) as again:
         assert again.stage(1, "finetune").done  # sealed: `dpa run` goes on from it
         (again.policy_folder(1) / "model.safetensors").write_bytes(b"damaged")
         assert not again.stage(1, "finetune").done

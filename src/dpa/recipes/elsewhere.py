@@ -102,8 +102,8 @@ def take_in(loop: LoopRun, t: int, trained: Path) -> list[str]:
     stage, begun = loop.stage(t, "finetune"), time.monotonic()
     if stage.done:
         raise RunFolderError(
-            f"iteration {t} of {loop.path} has a policy already; to put this one in its place, delete "
-            f"{stage.path} and what was made from it (iter_{t}/evaluate, later iterations)."
+            f"iteration {t} of {loop.path} has a policy already; make this one a policy by itself with --out, or, to "
+            f"put it in its place, delete {stage.path} and what was made from it (iter_{t}/evaluate, later iterations)."
         )
     notes = adopt(trained, loop.policy(t - 1), loop.space, loop.policy_folder(t), from_data(trained))
     stage.finish(Ledger(wall_s=time.monotonic() - begun, peak_memory=peak_memory()), sealed=[loop.policy_folder(t)])
