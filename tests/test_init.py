@@ -231,6 +231,10 @@ def test_a_policy_that_is_not_here_is_named_with_what_to_do(tmp_path: Path) -> N
             "no column looks like the prompt; name it with",
         ),
         ("nothing\n", "has no row that can be read"),
+        (
+            '{"prompt": "a", "response_a": "b", "response_b": "c", "score_a": 1, "score_b": 2}\n',
+            "several responses in a row .*'response_a', 'response_b'",
+        ),
     ],
 )
 def test_a_file_that_fits_no_form_is_refused_with_what_to_do(tmp_path: Path, text: str, said: str) -> None:

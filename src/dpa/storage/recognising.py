@@ -55,8 +55,8 @@ MOST_GRADES = 12
 """Values of a mark whose name says that it counts something (`word_count`); with more of them, it does."""
 
 _NAMES_A_ROW = re.compile(
-    r"(?:^|_)(?:id|ids|idx|index|uuid|hash|seed|timestamp|date|created|row|annotator|worker|rater|version|split|fold"
-    r"|temperature|rank)(?:_|$)|^unnamed"
+    r"(?:^|_)(?:id|ids|idx|index|uuid|hash|seed|timestamp|date|created|row|version|split|fold"
+    r"|temperature|rank)(?:_|$)|(?:^|_)(?:annotator|worker|rater)$|^unnamed"
 )
 _COUNTS = re.compile(
     r"(?:^|_)(?:n|k|num|number|count|tokens?|chars?|words?|length|len|time|year|price|cost|latency|turns?)(?:_|$)"
@@ -78,6 +78,8 @@ class Column:
     """Conversations that end with the assistant's turn."""
     nested: int = 0
     """Objects, such as marks by their names."""
+    lists: int = 0
+    """Lists that are no chat messages."""
     low: float = float("inf")
     high: float = float("-inf")
     whole: bool = True
@@ -107,6 +109,8 @@ class Column:
             self.characters += len(value)
         elif isinstance(value, dict):
             self.nested += 1
+        elif isinstance(value, list):
+            self.lists += 1
 
     def mostly(self, count: int) -> bool:
         """Whether so many of the values are nearly all of them."""
@@ -185,6 +189,8 @@ def _generic(
     for name in (*named.values(), *marks):
         if name not in columns:
             raise DataError(f"data: {path} has no column {name!r}; it has: {_listed(columns)}.")
+    if "response" not in named and not marks:
+        _check_one_response_a_row(path, columns)
     renamed: dict[str, str] = {}
     conversation = _pick([one for one in columns.values() if one.mostly(one.conversations)], ("messages",))
     if conversation is not None and "prompt" not in named:
@@ -240,24 +246,39 @@ def _prompt_and_response(
 
 
 def _no_text(path: str, columns: dict[str, Column], what: str, option: str) -> str:
-    pairs = {"chosen", "rejected"} <= {plain(name) for name in columns}
-    if pairs:
-        return (
-            f"data: {path} holds pairs (chosen, rejected), not marks; rate the responses with numbers, one row each, "
-            "or take a data set that has them, such as nvidia/HelpSteer2."
-        )
-    return f"data: {path}: no column looks like the {what}; name it with {option} (it has: {_listed(columns)})."
+    hint = ""
+    lists = [one.name for one in columns.values() if one.mostly(one.lists)]
+    if lists:
+        hint = f" Messages in {lists[0]!r} would be read if each had a role (system, user, assistant) and its content."
+    elif len(columns) == 1 and any(sign in next(iter(columns)) for sign in ";\t"):
+        hint = " Columns of a CSV are parted by commas."
+    return f"data: {path}: no column looks like the {what}; name it with {option} (it has: {_listed(columns)}).{hint}"
 
 
 def _no_marks(path: str, columns: dict[str, Column]) -> str:
-    if {"chosen", "rejected"} <= {plain(name) for name in columns}:
-        return _no_text(path, columns, "prompt", "")
     inside = [one.name for one in columns.values() if one.mostly(one.nested)]
     hint = f" Marks inside {inside[0]!r} are not seen: give each a column of its own." if inside else ""
     return (
         f"data: {path}: no column looks like a mark (numbers that differ from row to row); name one with --mark (it "
         f"has: {_listed(columns)}).{hint}"
     )
+
+
+def _check_one_response_a_row(path: str, columns: dict[str, Column]) -> None:
+    """Pairs are no marks, and of several responses in a row nobody knows whose the marks are. Raises DataError."""
+    called = {plain(name): name for name in columns}
+    if {"chosen", "rejected"} <= called.keys():
+        raise DataError(
+            f"data: {path} holds pairs (chosen, rejected), not marks; rate the responses with numbers, one row each, "
+            "or take a data set that has them, such as nvidia/HelpSteer2."
+        )
+    for stem in RESPONSE_NAMES:
+        several = [name for own, name in called.items() if re.fullmatch(rf"{stem}s?_?(?:[a-d]|[0-9])", own)]
+        if len(several) > 1:
+            raise DataError(
+                f"data: {path} has several responses in a row ({', '.join(map(repr, several[:4]))}); write a row for "
+                "each, with the prompt and its own marks, or name one with --response-column and --mark."
+            )
 
 
 def _scales(marks: Iterable[Column]) -> dict[str, Scale]:
