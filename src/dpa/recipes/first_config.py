@@ -11,10 +11,12 @@ from typing import Any
 
 from dpa.core.config import RatingsConfig
 from dpa.recipes.first_objectives import Objectives, is_bad, objective_name
-from dpa.recipes.first_sizes import First, Sizes
+from dpa.recipes.first_sizes import ROOM, First, Sizes
 
 FEW_RATED_ROWS = 2000
 """Rows below which a ridge on frozen features makes the better reward model."""
+FEWEST_STEPS = 40
+"""Optimizer steps that t = 0 should have: a direction is not read after a handful."""
 _YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
 
 
@@ -156,6 +158,9 @@ def _loop(first: First, sizes: Sizes) -> list[str]:
     theirs = f"{sizes.held_out_rows:,} of the rated rows are theirs and train nothing"
     theirs = theirs if sizes.held_out_rows else "none of the rated rows used above is theirs"
     directions = 4 if card else 2
+    longest = max(sizes.max_length, min(first.start.context, 512))
+    rated = len(first.look.prompts) if sizes.rated is None else sum(sizes.rated)
+    rows = rated * directions * (first.look.row_tokens[0] + ROOM) / longest
     grid = 9 if card and len(first.objectives.marks) == 2 else 5
     lines = ["", "# The policy: first t = 0, then so many iterations of answering, scoring and learning from the best."]
     if first.single:
@@ -173,12 +178,15 @@ def _loop(first: First, sizes: Sizes) -> list[str]:
         f"  directions: {directions}   # of each prompt",
         "  samples: 4   # of each direction; all answers to a prompt are compared under every direction",
         f"  max_new_tokens: {sizes.max_new_tokens}   # {answers}",
-        f"selection: {{directions: {directions}}}   # winners kept of each prompt",
+        "selection:",
+        f"  directions: {directions}   # winners kept of each prompt",
+        "  ends_until: 1   # t = 0 learns from the ends of the cone, where winners differ most",
         "finetune:",
         f"  learning_rate: {rate:.1e}",
         "  contrastive: 0.3   # a winner must be likelier under its own direction than under another",
-        f"  max_length: {max(sizes.max_length, min(first.start.context, 512))}",
-        f"  packed_rows_per_step: {8 if card else 4}",
+        f"  max_length: {longest}",
+        f"  packed_rows_per_step: {max(1, min(8 if card else 4, int(rows / FEWEST_STEPS)))}   # small for many steps",
+        *(["  epochs: 2"] if rows < 2 * FEWEST_STEPS else []),
     ]
     lines += ["  bf16: true"] if mixed else []
     if not first.full:
