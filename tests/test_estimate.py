@@ -28,8 +28,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 SHARDED = RECIPES / "accelerate" / "fsdp2.yaml"
 GB = 10**9
 HOUR = 3600
-PROMPT = 40 + 10 / 4
-"""Tokens of `question N` with its direction, as the estimate takes them."""
+PROMPT, ANSWER = 40 + 10, 30
+"""Tokens of `question N` with its direction and of a rated response: the tiny tokenizer's, a byte each."""
 
 
 def stages_of(*args: Any, **more: Any) -> dict[str, StageEstimate]:
@@ -44,7 +44,7 @@ def recipe(tmp_path: Path) -> Path:
     (tmp_path / "prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": f"question {n % 10}"}) + "\n" for n in range(30))
     )
-    rows = "".join(f'why {n % 10},"two\nlines",1\n' for n in range(40))
+    rows = "".join(f'why {n % 10},"{"in two" * 4}\nlines",1\n' for n in range(40))
     (tmp_path / "rated.csv").write_text("prompt,response,a\n" + rows)
     config = {
         "out": str(tmp_path / "run"),
@@ -71,9 +71,9 @@ def test_amounts_are_those_of_the_loop(recipe: Path) -> None:
     assert stages["iter_0/score"].rows == 40
     assert stages["iter_0/finetune"].rows == 10 * 3, "each prompt of the ratings serves three directions"
     assert stages["iter_1/rollout"].rows == stages["iter_2/score"].rows == 20 * 2 * 4
-    assert stages["iter_1/rollout"].tokens == 20 * 2 * 4 * 50, "half of max_new_tokens"
+    assert stages["iter_1/rollout"].tokens == 20 * 2 * 4 * ANSWER, "answers are as long as those that were rated"
     assert stages["iter_2/finetune"].rows == 20 * 3
-    assert stages["iter_2/finetune"].tokens == 20 * 3 * (PROMPT + 50) * 2, "the prompts' own length"
+    assert stages["iter_2/finetune"].tokens == 20 * 3 * (PROMPT + ANSWER) * 2, "the prompts' own length"
     grid = len(load_config(recipe).space.build().grid(3))
     assert stages["iter_1/evaluate"].rows == 30 * grid
     assert not any(stage.measured or stage.misfit or stage.unknown for stage in stages.values())
@@ -82,6 +82,8 @@ def test_amounts_are_those_of_the_loop(recipe: Path) -> None:
     assert memory > 0 and disk > 0
     low, high = run_span(list(stages.values()))
     assert low < seconds < high < 20 * low
+    unrated = stages_of(load_config(recipe, {"ratings": "[]"}))
+    assert unrated["iter_1/rollout"].tokens == 20 * 2 * 4 * 50, "half of max_new_tokens"
 
 
 def test_measured_speeds_replace_arithmetic(recipe: Path) -> None:
@@ -115,7 +117,7 @@ def test_dpo_counts_both_responses_of_a_pair_and_the_reference(recipe: Path) -> 
     config = load_config(recipe, {"learner": "dpo", "dpo.epochs": "3"})
     pairs = stages_of(config)
     assert pairs["iter_0/finetune"].tokens == winners["iter_0/finetune"].tokens, "t = 0 learns from winners"
-    assert pairs["iter_1/finetune"].tokens == 2 * 20 * 3 * (PROMPT + 50) * 3
+    assert pairs["iter_1/finetune"].tokens == 2 * 20 * 3 * (PROMPT + ANSWER) * 3
     large = {"policy": "somebody/secret-model"}
     alone, held = (
         stages_of(load_config(recipe, {**large, "learner": learner}), parameters=7e9)["iter_1/finetune"].memory
@@ -135,7 +137,7 @@ def test_grpo_counts_the_answers_it_makes_scores_and_reads_as_its_finetuning(rec
     stages = stages_of(config)
     assert [name for name in stages if name.startswith("iter_1/")] == ["iter_1/finetune", "iter_1/evaluate"]
     assert stages["iter_1/finetune"].rows == 20 * 2, "a prompt under each of its directions"
-    assert stages["iter_1/finetune"].tokens == 20 * 2 * 4 * (PROMPT + 50) * 3
+    assert stages["iter_1/finetune"].tokens == 20 * 2 * 4 * (PROMPT + ANSWER) * 3
     winners = stages_of(load_config(recipe))
     learned, finetuned = stages["iter_1/finetune"].seconds, winners["iter_1/finetune"].seconds
     assert learned is not None and finetuned is not None and learned > finetuned
@@ -150,6 +152,9 @@ def test_what_a_winner_is_contrasted_with_is_trained_on_too_and_so_are_replayed_
     more = {"finetune.contrastive": "0.3", "finetune.contrastive_negatives": "2", "finetune.replay": "0.5"}
     dearer = stages_of(load_config(recipe, more))["iter_2/finetune"].tokens
     assert plain is not None and dearer == plain * 3 * 1.5
+    pairs = {"learner": "dpo", "dpo.replay": "0.5"}
+    first, second = (stages_of(load_config(recipe, pairs))[f"iter_{t}/finetune"].tokens for t in (1, 2))
+    assert first is not None and second == 1.5 * first, "no earlier pairs, only winners"
 
 
 def test_sizes_are_read_from_headers_from_config_json_or_known_by_name(recipe: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def inputs_of(
         backbone = backbone or config.reward.train.backbone
     if backbone is not None:
         scorer = policy if backbone == config.policy else size_of(backbone, None, "reward", "a folder that is here")
-    rated = [rated_size(ratings) for ratings in config.ratings]
+    rated = [rated_size(ratings, config.policy) for ratings in config.ratings]
     known = [one for one in rated if one is not None]
     rows = sum(one.rows for one in known)
     together = None
@@ -82,7 +82,7 @@ def inputs_of(
         scorer,
         together,
         prompt_count(config.prompts, "prompts"),
-        prompt_tokens(config.prompts),
+        prompt_tokens(config.prompts, config.policy),
         prompt_count(config.evaluate.prompts, "evaluate.prompts"),
         device or this_device(mixed),
         cards or config.cluster.processes,

@@ -1,10 +1,12 @@
 """How much data there is: rows, prompts and their lengths, counted here or published for a data set of the Hub.
 Run its tests: pytest tests/test_estimate.py
 
-What is neither here nor published below is unknown (None), and never 0. A token is taken for four characters.
+What is neither here nor published below is unknown (None), and never 0. Lengths are counted by the policy's tokenizer
+where its folder is here; else a token is taken for four characters.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -12,12 +14,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+from tokenizers import Tokenizer
 
 from dpa.core.config import PromptsConfig, RatingsConfig
 from dpa.core.errors import ConfigError, DataError
 from dpa.stages.judge import CHARACTERS_PER_TOKEN
 from dpa.storage.rating_forms import RatedRow, declared_scales, named_columns, read_row
 from dpa.storage.rows import SUFFIXES, is_hub_id, read_rows
+
+_log = logging.getLogger(__name__)
 
 DIRECTION_TOKENS = 40
 """The sentence that states a direction, and what a chat template puts around a prompt and an answer."""
@@ -50,15 +55,15 @@ class Rated:
     response_tokens: float = RESPONSE_TOKENS
 
 
-def rated_size(ratings: RatingsConfig) -> Rated | None:
-    """How much rated data a section uses; None where it is not known."""
-    there = _rated_there(ratings)
+def rated_size(ratings: RatingsConfig, policy: str = "") -> Rated | None:
+    """How much rated data a section uses, in tokens of the policy; None where it is not known."""
+    there = _rated_there(ratings, policy)
     if there is None or ratings.count is None or ratings.count >= there.prompts:
         return there
     return replace(there, rows=round(there.rows * ratings.count / there.prompts), prompts=ratings.count)
 
 
-def _rated_there(ratings: RatingsConfig) -> Rated | None:
+def _rated_there(ratings: RatingsConfig, policy: str) -> Rated | None:
     if is_hub_id(ratings.path):
         known = PUBLISHED_RATINGS.get(ratings.path)
         return Rated(*known) if known else None
@@ -82,8 +87,8 @@ def _rated_there(ratings: RatingsConfig) -> Rated | None:
     return Rated(
         round(len(rows) * more),
         round(len(set(prompts)) * more),
-        DIRECTION_TOKENS + sum(map(len, prompts)) / len(rows) / CHARACTERS_PER_TOKEN,
-        sum(len(row.response) for row in rows) / len(rows) / CHARACTERS_PER_TOKEN,
+        DIRECTION_TOKENS + _mean_tokens(prompts, policy),
+        _mean_tokens([row.response for row in rows], policy),
     )
 
 
@@ -100,19 +105,32 @@ def prompt_count(prompts: PromptsConfig, where: str) -> int | None:
     return min(counts) if counts else None
 
 
-def prompt_tokens(prompts: PromptsConfig) -> float:
+def prompt_tokens(prompts: PromptsConfig, policy: str = "") -> float:
     """Tokens of a prompt with its direction: of the first ones where they are here."""
-    lengths: list[int] = []
+    texts: list[str] = []
     try:
         for file in _files(Path(prompts.path)):
             for _, row in islice(read_rows(file, [prompts.column, "messages"]), SAMPLED // 100):
                 text = (row.get("messages") or row.get(prompts.column)) if isinstance(row, dict) else None
-                lengths += [len(str(text))] if text else []
+                texts += [str(text)] if text else []
     except DataError:
-        lengths = []
-    if not lengths:
-        return PROMPT_TOKENS
-    return DIRECTION_TOKENS + sum(lengths) / len(lengths) / CHARACTERS_PER_TOKEN
+        texts = []
+    return DIRECTION_TOKENS + _mean_tokens(texts, policy) if texts else PROMPT_TOKENS
+
+
+def _mean_tokens(texts: Sequence[str], policy: str) -> float:
+    """Mean length of some of the texts, by the tokenizer in a folder."""
+    some = texts[:: max(1, len(texts) // 200)]
+    file = Path(policy) / "tokenizer.json"
+    if policy and file.is_file():
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            return sum(len(one.ids) for one in tokenizer.encode_batch(list(some), add_special_tokens=False)) / len(some)
+        except Exception as error:  # the library raises no narrower kind for a file that is no tokenizer
+            _log.debug("%s is not read (%s); four characters a token", file, error)
+    return sum(map(len, some)) / len(some) / CHARACTERS_PER_TOKEN
 
 
 def count_rows(path: str) -> int | None:

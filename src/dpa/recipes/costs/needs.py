@@ -48,9 +48,11 @@ def training_need(
     references: int = 0,
     logits: bool = False,
     shards: int = 1,
+    sampled: float = 0,
 ) -> TrainingNeed:
     """Of a training whose passes hold at most `most` units of `longest` tokens. `references`: models held beside it in
-    fp32; `logits`: all of a pass are made at once; `shards`: devices that share weights and optimizer."""
+    fp32; `logits`: all of a pass are made at once; `shards`: devices that share weights and optimizer; `sampled`: bytes
+    of keys and values where it samples between its passes."""
     trained = size.adapters(lora.rank) if lora else size.parameters
     frozen = size.parameters if lora else 0.0
     weights = 4 * trained + (2 if mixed else 4) * frozen + 4 * references * size.parameters
@@ -63,7 +65,7 @@ def training_need(
         units = int(max(0.0, room) // (longest * (each + (memory.recomputed if twice else memory.kept))))
         if units:
             break
-    least = held + longest * (each + (memory.recomputed if twice else memory.kept))
+    least = held + max(sampled, longest * (each + (memory.recomputed if twice else memory.kept)))
     misfit = ""
     if least > device.memory:
         fewer = "" if lora else f"train {section.removesuffix('.train')} with {section}.lora"

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpa.core.config import RunConfig, TrainingConfig
 from dpa.models.compiling import TRAINING_STEPS
-from dpa.recipes.checks import BYTES_PER_CANDIDATE
+from dpa.recipes.checks import BYTES_PER_CANDIDATE, first_iteration
 from dpa.recipes.costs.data_sizes import DIRECTION_TOKENS, PROMPT_TOKENS, RESPONSE_TOKENS, Rated
 from dpa.recipes.costs.devices import Device
 from dpa.recipes.costs.model_sizes import Size
@@ -73,7 +73,9 @@ class Stages:
     def __init__(self, config: RunConfig, speeds: Speeds, inputs: Inputs, assume: Assumptions) -> None:
         self.config, self.speeds, self.given, self.assume = config, speeds, inputs, assume
         self.clock = Clock(inputs.device, inputs.cards, assume, speeds.card)
-        self.answer = speeds.mean("tokens sampled", "answers") or config.rollout.max_new_tokens * assume.answer
+        most = config.rollout.max_new_tokens
+        answer = (inputs.rated.response_tokens if inputs.rated else most / 2) * assume.answer
+        self.answer = speeds.mean("tokens sampled", "answers") or min(answer, most)
         self.example = speeds.mean("tokens trained", "examples") or inputs.prompt + self.answer
         self.start = assume.start * (1.0 if inputs.device.card else PROCESSOR_START)
         self.shards = shards_of(config.cluster, inputs.cards)
@@ -103,9 +105,10 @@ class Stages:
         train, size, rated = self.config.reward.train, self.given.scorer, self.given.rated
         assert train is not None and size is not None
         ridge = train.method == "ridge"
-        example = self._rated_example(train.max_length)
+        example = max(1.0, self._rated_example(train.max_length) - DIRECTION_TOKENS)  # no direction is stated
         longest = min(train.max_length, 4 * example)
-        tokens = None if rated is None else int(rated.rows * example * (1.0 if ridge else train.epochs))
+        learnt = (1 - train.held_out) * (1.0 if ridge else train.epochs)
+        tokens = None if rated is None else int(rated.rows * example * learnt)
         mixed = train.bf16 or self.given.device.card
         need = training_need(
             size, self.given.device, "reward.train", longest=longest, most=train.batch_size, mixed=mixed,
@@ -221,6 +224,7 @@ class Stages:
             size, given.device, learn.section, longest=longest, most=most, mixed=mixed, lora=config.lora,
             optimizer=config.optimizer, checkpointing=self._checkpointing(config),
             references=int(reference and config.lora is None), logits=learn.reads != "winners", shards=self.shards,
+            sampled=most * longest * 4 * size.cache_bytes if learn.reads == "prompts" else 0,
         )  # fmt: skip
         memory = self.speeds.memory.get(kind) or int(need.memory)
         checkpoints = 0 if config.lora else 3 * CHECKPOINT_BYTES  # two kept, one being written
@@ -228,7 +232,8 @@ class Stages:
         if rows is None:
             why = "rated rows are not here" if t == 0 else "prompts are not here"
             return StageEstimate(name, None, None, None, memory, disk, misfit=need.misfit, unknown=why)
-        replayed = config.replay if t > (1 if self.config.ratings else 2) else 0
+        earlier = (learner_of(self.config, before) for before in range(first_iteration(self.config), t))
+        replayed = config.replay if any(one.reads == learn.reads for one in earlier) else 0
         contrast = 1 + getattr(config, "contrastive_negatives", 0) * bool(getattr(config, "contrastive", 0))
         tokens = int(rows * (1 + replayed) * responses * example * config.epochs * contrast)
         seconds, measured = self._measured(kind, tokens)
@@ -275,12 +280,12 @@ class Stages:
         return self.clock.training(self.given.policy, work)
 
     def _samples_while_learning(self, answers: int, config: Any) -> float:
-        """Seconds in which a learner of prompts samples: a step's answers at a time, in this process."""
+        """Seconds in which a learner of prompts samples: a step's answers at a time, by the weights it trains."""
         rollout = self.config.rollout
         together = min(answers, config.prompts_per_step * rollout.samples)
         work = Sampling(
             answers, self.answer, rollout.max_new_tokens, answers / rollout.samples, self.given.prompt, together,
-            -(-answers // together),
+            -(-answers // together), exact=config.lora is None,
         )  # fmt: skip
         return self.clock.sampling(self.given.policy, work)
 

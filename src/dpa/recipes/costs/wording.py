@@ -5,7 +5,7 @@ Run its tests: pytest tests/test_estimate.py
 from collections.abc import Sequence
 
 from dpa.recipes.costs.stages import Inputs, StageEstimate
-from dpa.recipes.costs.work import LIKELY, QUICK, SLOW
+from dpa.recipes.costs.work import QUICK, SLOW
 from dpa.recipes.estimate import run_needs, run_span
 
 HEADINGS = ("stage", "rows", "tokens", r"time \[quick, slow]", "memory", "disk", "speed from")
@@ -17,9 +17,9 @@ def heading(inputs: Inputs) -> str:
     many = f"{inputs.cards} x " if inputs.cards > 1 else ""
     rates = f"{device.peak / 1e12:,.3g} TFLOP/s, {device.bandwidth / 1e9:,.0f} GB/s, {device.memory / 1e9:,.0f} GB"
     lines = [f"on {many}{device.name}: {rates} ({device.source})"]
-    lines.append(f"policy: {inputs.policy.parameters / 1e9:.3g} B parameters ({inputs.policy.source})")
+    lines.append(f"policy: {_amount(inputs.policy.parameters)} parameters, {inputs.policy.source}")
     if inputs.scorer is not None:
-        lines[-1] += f"; reward model: {inputs.scorer.parameters / 1e9:.3g} B"
+        lines[-1] += f"; reward model: {_amount(inputs.scorer.parameters)}, {inputs.scorer.source}"
     return "\n".join(lines)
 
 
@@ -60,9 +60,9 @@ def notes(stages: Sequence[StageEstimate], inputs: Inputs) -> list[str]:
         found.append(f"the judge: {asked:,} requests, {_amount(reads)} tokens read, {_amount(writes)} written.")
     if not all(stage.measured for stage in stages):
         found.append(
-            f"arithmetic (docs/estimate.md): an answer has {LIKELY.answer:.0%} of rollout.max_new_tokens; "
-            f"{QUICK.answer:.0%} in the quick case, on a well-filled device, {SLOW.answer:.0%} in the slow one. Run a "
-            "small iteration and give its folder with --from."
+            "arithmetic (docs/estimate.md): an answer is as long as a rated response, or half of "
+            f"rollout.max_new_tokens; {QUICK.answer:g} of that in the quick case, on a well-filled device, "
+            f"{SLOW.answer:g} in the slow one. Run a small iteration and give its folder with --from."
         )
     return found
 
@@ -99,7 +99,7 @@ def _two(value: float) -> str:
 
 
 def _amount(count: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M")):
+    for size, letter in ((1e9, "B"), (1e6, "M")):
         if count >= size:
             return f"{count / size:.3g} {letter}"
     return f"{count:,.0f}"

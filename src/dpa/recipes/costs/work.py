@@ -26,7 +26,8 @@ from dpa.recipes.costs.speeds import CardFigures
 
 @dataclass(frozen=True)
 class Assumptions:
-    """`answer`: share of rollout.max_new_tokens an answer has. `training`, `scoring`: shares of the peak; `sampling`:
+    """`answer`: factor on the length of an answer: a rated response's where there are rated rows, else half of
+    rollout.max_new_tokens. `training`, `scoring`: shares of the peak; `sampling`:
     of the bandwidth. `start`: seconds before a stage is at work. `spread`: what each further card adds to a training.
     `measured`: factor on the time that a ledger's speed gives. `reply`: tokens of a judge's reply for each attribute;
     `asked`: times it is asked for a row."""
@@ -42,10 +43,10 @@ class Assumptions:
     asked: float = 1
 
 
-LIKELY = Assumptions(answer=0.5, training=0.4, scoring=0.6, sampling=0.7, start=30, spread=0.9, measured=1)
-QUICK = Assumptions(answer=0.3, training=0.55, scoring=0.8, sampling=1, start=10, spread=1, measured=0.85)
+LIKELY = Assumptions(answer=1, training=0.4, scoring=0.6, sampling=0.7, start=30, spread=0.9, measured=1)
+QUICK = Assumptions(answer=0.6, training=0.55, scoring=0.8, sampling=1, start=10, spread=1, measured=0.85)
 SLOW = Assumptions(
-    answer=0.8, training=0.22, scoring=0.35, sampling=0.35, start=120, spread=0.7, measured=1.25, asked=2
+    answer=1.6, training=0.22, scoring=0.35, sampling=0.35, start=120, spread=0.7, measured=1.25, asked=2
 )
 
 NARROW, LARGE = 720, 1.5e9
@@ -63,6 +64,8 @@ PROCESSOR_LAUNCH, PROCESSOR_SAMPLING = 1e-3, 0.35
 """The same on a processor, whose products reach what was measured: seconds a layer, and the share while sampling."""
 PROCESSOR_START = 0.1
 """The part of a stage's start that is left where nothing is brought to a card."""
+EXACT_PRODUCTS = 0.1
+"""Of a card's bf16 peak what products in fp32 reach: by datasheets 0.06 of an A100's, 0.25 of an A6000's."""
 FUNCTION_ROW_S = 1e-3
 """A Python function's seconds for a row; unknown, and hardly ever what a run takes."""
 
@@ -71,7 +74,7 @@ FUNCTION_ROW_S = 1e-3
 class Sampling:
     """Sampling of `rows` answers of `answer` tokens (at most `longest`) to `prompts` of `prompt` tokens: `together` are
     decoded at once, in `batches` that each wait for their longest; `copies` of the policy share the work.
-    `continuous`: an engine fills a place that is free at once."""
+    `continuous`: an engine fills a free place at once; `exact`: the weights are those of a training, in fp32."""
 
     rows: float
     answer: float
@@ -82,6 +85,7 @@ class Sampling:
     batches: float
     copies: float = 1
     continuous: bool = False
+    exact: bool = False
 
     @property
     def steps(self) -> float:
@@ -138,9 +142,10 @@ class Clock:
 
     def sampling(self, size: Size, work: Sampling) -> float:
         """Of a rollout without its start."""
-        device, wide = self.device, 2 if self.device.card else 4
+        device, wide = self.device, 2 if self.device.card and not work.exact else 4
         launch = (DECODING_LAUNCH if device.card else PROCESSOR_LAUNCH) * size.num_hidden_layers
         products = self._share("scoring", size) if device.card else PROCESSOR_SAMPLING
+        products *= EXACT_PRODUCTS if device.card and work.exact else 1
         tokens = work.rows * work.answer
         steps = max(work.steps, 1e-9)
         weights = wide * (size.body + size.head) / (WEIGHTS_SHARE * device.bandwidth)
