@@ -7,7 +7,8 @@ The record, all of it JSON:
   config                  the resolved configuration
   policies                in order of time: {name ("start", "t = 0", ...), evaluation (stages.evaluate.evaluate),
                           ledger {stage: Ledger as a mapping}, listening (stages.finetune.listening_curve)}
-  samples                 {policy, questions (stages.evaluate.side_by_side)}, or null
+  samples                 {policy, questions (stages.evaluate.side_by_side), typical (stages.evaluate.typical_question,
+                          or null, or absent)}, or null
   ledger                  {stage: Ledger as a mapping} of what is done once: ratings, train_reward
   reward_model            {attribute: {figure: number or null}}, the held-out quality; or null
   reward_precision        what the reward model loses in half precision (dpa_reward.json); or null, or absent
@@ -24,9 +25,11 @@ from typing import Any
 from dpa.core.comparison import main_objective
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import JUDGE_COSTS
+from dpa.pages.achievement import achievement
 from dpa.pages.charts import ramp
 from dpa.pages.rendering import render
-from dpa.pages.report_charts import achieved_chart, front_chart, listening_charts, measure_chart
+from dpa.pages.report_charts import achieved_chart, asked_signs, front_chart, listening_charts, measure_chart
+from dpa.pages.writing import listed
 from dpa.storage.tables import write_bytes, write_json
 
 LEDGER = (
@@ -97,15 +100,24 @@ def report_html(results: Record) -> str:
     space, policies = DirectionSpace.from_dict(results["space"]), results["policies"]
     upward = main_objective(space)
     rewards = list(_best_first(policies[0]["evaluation"]["measures"])) if policies else []
-    panels = [(reward, arc) for reward in rewards for arc in space.arc_names if arc != upward]
+    arcs = [arc for arc in space.arc_names if arc != upward]
+    signs = asked_signs(policies, space.names)
     return render(
         "report.html",
         record=results,
         names=list(space.names),
         rewards=rewards,
         colors=ramp(len(policies)),
-        fronts=[front_chart(policies, reward, arc, upward, space.max_angle) for reward, arc in panels],
-        achieved=[achieved_chart(policies, reward, arc, space.max_angle) for reward, arc in panels],
+        achievement=achievement(policies, space) if policies else None,
+        typical=_typical(results["samples"]),
+        fronts={
+            reward: [front_chart(policies, reward, arc, upward, space.max_angle, signs) for arc in arcs]
+            for reward in rewards
+        },
+        how_to_read=_how_to_read(upward, arcs, signs),
+        achieved={
+            reward: [achieved_chart(policies, reward, arc, space.max_angle) for arc in arcs] for reward in rewards
+        },
         listening=listening_charts(policies),
         questions=_questions(results["samples"]),
         measures=[
@@ -119,16 +131,46 @@ def report_html(results: Record) -> str:
     )
 
 
+def _how_to_read(upward: str, arcs: Sequence[str], signs: Mapping[str, int]) -> str:
+    """Which way is better in the fronts, and that is not up and to the right where less is asked for too."""
+    if all(signs[name] == 1 for name in (upward, *arcs)):
+        return "Up and to the right is better."
+    sides = {1: "more {} is better", -1: "less {} is better", 0: "more and less {} are asked for, so neither is better"}
+    said = {side: [name for name in (upward, *arcs) if signs[name] == side] for side in sides}
+    better = "; ".join(sides[side].format(listed(names)) for side, names in said.items() if names)
+    wider = ": the further a line reaches to both sides, the more a user can choose" if said[0] else ""
+    return f"{better[0].upper()}{better[1:]}{wider}."
+
+
 def _questions(samples: Record | None) -> list[dict[str, Any]]:
     """The questions asked, each answer with its scores by the best reward, and the arc its direction leans to most."""
-
-    def shown(answer: Record) -> dict[str, Any]:
-        towards, angle = max(answer["angles"].items(), key=lambda item: abs(item[1]))
-        by_reward = list(_best_first(answer["objectives"]).values())
-        return {**answer, "towards": towards, "angle": angle, "scores": by_reward[0] if by_reward else {}}
-
     questions = samples["questions"] if samples else []
-    return [{**question, "answers": [shown(answer) for answer in question["answers"]]} for question in questions]
+    return [{**question, "answers": [_shown(answer) for answer in question["answers"]]} for question in questions]
+
+
+def _typical(samples: Record | None) -> dict[str, Any] | None:
+    """The question at the top, each of its answers under a heading that says what was asked for."""
+    question = samples.get("typical") if samples else None
+    if not question:
+        return None
+
+    def heading(angle: float) -> str:
+        return f"{'more' if angle > 0 else 'less'} {question['arc']}" if angle else "the center"
+
+    answers = [
+        {**_shown(answer), "towards": question["arc"], "angle": angle, "heading": heading(angle)}
+        for answer in question["answers"]
+        for angle in [answer["angles"][question["arc"]]]
+    ]
+    return {**question, "answers": answers}
+
+
+def _shown(answer: Record) -> dict[str, Any]:
+    towards, angle = max(answer["angles"].items(), key=lambda item: abs(item[1]))
+    by_reward = _best_first(answer["objectives"])
+    reward = next(iter(by_reward), None)
+    scores = by_reward[reward] if reward else {}
+    return {**answer, "towards": towards, "angle": angle, "heading": "", "reward": reward, "scores": scores}
 
 
 def _widest_spans(policies: Sequence[Record], reward: str) -> dict[str, float]:

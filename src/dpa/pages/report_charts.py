@@ -10,8 +10,24 @@ from dpa.pages.writing import degrees, number, reward_title, spread
 
 Policies = Sequence[Mapping[str, Any]]
 
+SIDES = {1: "more is better", -1: "less is better", 0: "asked both ways"}
+"""Sign of what is asked of an objective -> what its axis says."""
 
-def front_chart(policies: Policies, reward: str, arc: str, upward: str, max_angle: float) -> Chart:
+
+def asked_signs(policies: Policies, names: Sequence[str]) -> dict[str, int]:
+    """Objective -> 1 where no direction measured weighs it below 0, so that more of it is better for every user;
+    -1 where none weighs it above 0; 0 where it is asked both ways, and neither is better by itself."""
+    directions = policies[-1]["evaluation"]["directions"] if policies else []
+    weights_KD = [[direction["weights"][k] for direction in directions] for k in range(len(names))]
+    return {
+        name: int(all(w > -1e-9 for w in weights_D)) - int(all(w < 1e-9 for w in weights_D))
+        for name, weights_D in zip(names, weights_KD, strict=True)
+    }
+
+
+def front_chart(
+    policies: Policies, reward: str, arc: str, upward: str, max_angle: float, signs: Mapping[str, int]
+) -> Chart:
     """Achieved (arc's objective, center's objective) along the arc, the asked angle at both ends of the last policy."""
 
     def points(policy: Mapping[str, Any]) -> list[Point]:
@@ -29,8 +45,8 @@ def front_chart(policies: Policies, reward: str, arc: str, upward: str, max_angl
     return Chart(
         [Series(policy["name"], index, points(policy)) for index, policy in enumerate(policies)],
         f"Fronts by {reward_title(reward)}: {upward} against {arc}",
-        f"{arc} (mean, 0 to 100)",
-        f"{upward} (mean, 0 to 100)",
+        f"{arc}: {SIDES[signs[arc]]}",
+        f"{upward}: {SIDES[signs[upward]]}",
         f"One line for each policy, one mark for each direction asked from -{max_angle:g} to {max_angle:g} degrees, "
         "with 95% intervals; the numbers are in the table Every direction.",
     )

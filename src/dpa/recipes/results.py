@@ -16,7 +16,7 @@ from dpa.recipes.checks import first_iteration
 from dpa.recipes.run import Run
 from dpa.scoring.reward_model import RECORD
 from dpa.scoring.scorers import scored_by
-from dpa.stages.evaluate import EVALUATION, side_by_side
+from dpa.stages.evaluate import EVALUATION, side_by_side, typical_question
 from dpa.stages.finetune import listening_curve
 from dpa.storage.tables import json_bytes, read_json, read_record, write_if_new
 from dpa.version import __version__
@@ -119,7 +119,5 @@ def _samples(run: Run, t: int) -> dict[str, Any]:
     prompts = {prompt.prompt_id: prompt.messages for prompt in run.held_out}
     answers = run.stage(t, "evaluate/rollout").whole_table()
     scores = run.measured(lambda name: run.stage(t, f"evaluate/{name}"))
-    return {
-        "policy": policy_name(run, t),
-        "questions": side_by_side(answers, scores, prompts, run.space, run.config.evaluate),
-    }
+    found = answers, scores, prompts, run.space, run.config.evaluate
+    return {"policy": policy_name(run, t), "questions": side_by_side(*found), "typical": typical_question(*found)}

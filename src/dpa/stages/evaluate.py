@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dpa.core.comparison import main_objective
 from dpa.core.config import EvaluateConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError
@@ -116,7 +117,7 @@ def scores_by_prompt(
 
 def verdict(measures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Does the policy listen? Judged by the gold reward where there is one; a reversed order is not listening."""
-    by = "gold" if "gold" in measures else next(iter(measures))
+    by = deciding_reward(measures)
     tau = {arc: found["value"] for arc, found in measures[by]["kendall_tau"].items()}
     listens = any(value is not None and value >= LISTENS_AT for value in tau.values())
     listed = ", ".join(f"{arc} {'unknown' if value is None else format(value, '.2f')}" for arc, value in tau.items())
@@ -143,33 +144,91 @@ def side_by_side(
     Chosen by position, never by how well they came out. Each: prompt_id, prompt (the last user turn), answers: a list
     of direction, angles, response, words, tokens, objectives {reward: {name: score or None}}.
     """
-    grid_DK = space.grid(config.directions)
-    shown = _showcase(grid_DK, space)
-    cell_N = _cells(rollout, grid_DK)
-    scores_by_reward = {name: _objectives(table, rollout, space) for name, table in scores.items()}
-    prompt_ids, responses = rollout["prompt_id"].to_pylist(), rollout["response"].to_pylist()
-    first_row: dict[tuple[int, int], int] = {}
-    for row, (d, p) in enumerate(cell_N.T.tolist()):
-        first_row.setdefault((d, p), row)
+    asked = _FirstAnswers(rollout, scores, space, space.grid(config.directions))
+    shown = _showcase(asked.grid_DK, space)
+    return [asked.question(p, shown, prompts) for p in range(min(count, len(asked.prompt_ids)))]
 
-    def answer(d: int, row: int) -> dict[str, Any]:
+
+def typical_question(
+    rollout: pa.Table,
+    scores: Mapping[str, pa.Table],
+    prompts: Mapping[str, Messages],
+    space: DirectionSpace,
+    config: EvaluateConfig,
+) -> dict[str, Any] | None:
+    """The question that shows what a direction does to one answer, neither the best nor the worst of them.
+
+    Along the arc whose ends differ most on average, every prompt has a difference: its answer's score in the arc's
+    objective at the high end minus that at the low end, by the gold reward where there is one. The prompt with the
+    median difference (of two the lower, of equal ones the first) is it, under the low end, the center and the high
+    end. As in `side_by_side`, and beside it: arc, by (the reward), difference, questions (how many were in question).
+    None where no prompt has a scored answer at both ends and an answer at the center.
+    """
+    asked = _FirstAnswers(rollout, scores, space, space.grid(config.directions))
+    by = deciding_reward(scores)
+    center = int(space.angle_to_center(asked.grid_DK).argmin())
+    found: tuple[float, str, list[int], dict[int, float]] | None = None
+    for arc in space.arc_names:
+        if arc == main_objective(space):
+            continue
+        low, high = _ends(asked.grid_DK, space, arc)
+        score_N = asked.scores[by][:, space.names.index(arc)]
+        complete = [p for p in range(len(asked.prompt_ids)) if all((d, p) in asked.row for d in (low, center, high))]
+        differences = {p: float(score_N[asked.row[high, p]] - score_N[asked.row[low, p]]) for p in complete}
+        differences = {p: difference for p, difference in differences.items() if np.isfinite(difference)}
+        if differences:
+            apart = abs(sum(differences.values()) / len(differences))
+            if found is None or apart > found[0]:
+                found = apart, arc, list(dict.fromkeys([low, center, high])), differences
+    if found is None:
+        return None
+    _, arc, shown, differences = found
+    chosen = sorted(differences, key=lambda p: (differences[p], p))[(len(differences) - 1) // 2]
+    about = {"arc": arc, "by": by, "difference": differences[chosen], "questions": len(differences)}
+    return {**asked.question(chosen, shown, prompts), **about}
+
+
+def deciding_reward(rewards: Mapping[str, Any]) -> str:
+    """The name of the reward that verdicts rest on: the gold one where there is one."""
+    return "gold" if "gold" in rewards else next(iter(rewards))
+
+
+class _FirstAnswers:
+    """The first answer to each prompt under each direction of the grid."""
+
+    def __init__(
+        self, rollout: pa.Table, scores: Mapping[str, pa.Table], space: DirectionSpace, grid_DK: np.ndarray
+    ) -> None:
+        self.space, self.grid_DK = space, grid_DK
+        self.scores = {name: _objectives(table, rollout, space) for name, table in scores.items()}
+        self.responses, self.tokens = rollout["response"].to_pylist(), rollout["tokens"].to_pylist()
+        prompt_ids = rollout["prompt_id"].to_pylist()
+        self.prompt_ids = list(dict.fromkeys(prompt_ids))
+        self.row: dict[tuple[int, int], int] = {}
+        """(direction of the grid, prompt in order of appearance) -> row of the rollout."""
+        for row, (d, p) in enumerate(_cells(rollout, grid_DK).T.tolist()):
+            self.row.setdefault((d, p), row)
+
+    def question(self, p: int, directions: Sequence[int], prompts: Mapping[str, Messages]) -> dict[str, Any]:
+        """The prompt and its answers under these directions, those that there are."""
+        prompt_id = self.prompt_ids[p]
+        answers = [self._answer(d, self.row[d, p]) for d in directions if (d, p) in self.row]
+        return {"prompt_id": prompt_id, "prompt": prompts[prompt_id][-1]["content"], "answers": answers}
+
+    def _answer(self, d: int, row: int) -> dict[str, Any]:
         return {
-            "direction": str(space.direction(grid_DK[d])),
-            "angles": _angles(grid_DK[d], space),
-            "response": responses[row],
-            "words": len(responses[row].split()),
-            "tokens": rollout["tokens"][row].as_py(),
+            "direction": str(self.space.direction(self.grid_DK[d])),
+            "angles": _angles(self.grid_DK[d], self.space),
+            "response": self.responses[row],
+            "words": len(self.responses[row].split()),
+            "tokens": self.tokens[row],
             "objectives": {
-                reward: {name: finite_or_none(score) for name, score in zip(space.names, scores_NK[row], strict=True)}
-                for reward, scores_NK in scores_by_reward.items()
+                reward: {
+                    name: finite_or_none(score) for name, score in zip(self.space.names, scores_NK[row], strict=True)
+                }
+                for reward, scores_NK in self.scores.items()
             },
         }
-
-    questions = []
-    for p, prompt_id in enumerate(list(dict.fromkeys(prompt_ids))[:count]):
-        answers = [answer(d, first_row[d, p]) for d in shown if (d, p) in first_row]
-        questions.append({"prompt_id": prompt_id, "prompt": prompts[prompt_id][-1]["content"], "answers": answers})
-    return questions
 
 
 def _angles(weights_K: np.ndarray, space: DirectionSpace) -> dict[str, float]:
@@ -183,13 +242,16 @@ def _angles(weights_K: np.ndarray, space: DirectionSpace) -> dict[str, float]:
 
 def _showcase(grid_DK: np.ndarray, space: DirectionSpace) -> list[int]:
     """Grid points to show side by side: the low ends of the arcs, the center, the high ends."""
-    ends = []
-    for arc in space.arc_names[-1:] if space.K == 2 else space.arc_names:
-        rows = np.flatnonzero(space.on_arc(grid_DK, arc))
-        asked = space.asked_angle(grid_DK[rows], arc)
-        ends.append((int(rows[asked.argmin()]), int(rows[asked.argmax()])))
+    ends = [_ends(grid_DK, space, arc) for arc in (space.arc_names[-1:] if space.K == 2 else space.arc_names)]
     center = int(space.angle_to_center(grid_DK).argmin())
     return list(dict.fromkeys([low for low, _ in ends] + [center] + [high for _, high in ends]))
+
+
+def _ends(grid_DK: np.ndarray, space: DirectionSpace, arc: str) -> tuple[int, int]:
+    """Grid points at the low and the high end of an arc."""
+    rows = np.flatnonzero(space.on_arc(grid_DK, arc))
+    asked = space.asked_angle(grid_DK[rows], arc)
+    return int(rows[asked.argmin()]), int(rows[asked.argmax()])
 
 
 def _cells(rollout: pa.Table, grid_DK: np.ndarray) -> np.ndarray:
