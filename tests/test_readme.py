@@ -80,6 +80,7 @@ ALTERED: dict[str, tuple[list[str], str | None]] = {
     "dpa chat ": ([], "Who are you?\n/direction wordy\n/quit\n"),
     "dpa generate runs/my": (["--max-new-tokens", "4"], None),
     "dpa export ": (["--max-new-tokens", "4"], None),
+    "dpa data ": (["--keep-cut"], None),  # answers of four tokens are all cut
 }
 """How a command starts -> (arguments that make it small, what is typed into it)."""
 
