@@ -77,6 +77,7 @@ CHECKED: dict[str, Callable[[str], None]] = {
 """How a command starts -> how it is checked instead of run."""
 
 ALTERED: dict[str, tuple[list[str], str | None]] = {
+    "dpa init ": (["--policy", "start", "--out", "written.yaml"], None),  # my.yaml here is smaller than it would be
     "dpa chat ": ([], "Who are you?\n/direction wordy\n/quit\n"),
     "dpa generate runs/my": (["--max-new-tokens", "4"], None),
     "dpa export ": (["--max-new-tokens", "4"], None),
@@ -91,23 +92,23 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_tiny_model(tmp_path / "start")
     save_obedient_policy(tmp_path / "runs" / "demo" / "iter_3" / "policy")
     rows = [
-        {"prompt": f"Why {p}?", "response": "so " * (n + 1), "helpfulness": 10.0 * p, "verbosity": 30.0 * n}
-        for p in range(4)
+        {"prompt": f"Why {p}?", "response": "so " * (n + 1), "helpfulness": p % 5, "verbosity": 2 * n}
+        for p in range(40)
         for n in range(2)
     ]
-    write_lines(tmp_path / "rated.jsonl", rows)
+    write_lines(tmp_path / "my.jsonl", rows)
     write_lines(tmp_path / "prompts.jsonl", [{"id": f"q{n}", "prompt": f"And why {n}?"} for n in range(2)])
     write_lines(tmp_path / "held_out.jsonl", [{"id": "h0", "prompt": "And how?"}])
     (tmp_path / "questions.json").write_text(json.dumps([{"instruction": "Why?", "dataset": "toy"}]))
     config = {
         "out": "runs/my",
-        "iterations": 3,
+        "iterations": 1,
         "policy": "start",
         "space": {
             "objectives": {"helpfulness": None, "verbosity": None},
             "presets": {"terse": {"helpfulness": 0.75, "verbosity": -0.66}, "wordy": "40deg"},
         },
-        "ratings": [{"path": "rated.jsonl", "attributes": ["helpfulness", "verbosity"]}],
+        "ratings": [{"path": "my.jsonl", "scales": {"helpfulness": [0, 4], "verbosity": [0, 4]}}],
         "reward": {"train": {"backbone": "start", "method": "ridge", "max_length": 64, "allow_worse_than_mean": True}},
         "prompts": {"path": "prompts.jsonl"},
         "rollout": {"directions": 2, "samples": 1, "max_new_tokens": 4},
