@@ -11,7 +11,7 @@ import pytest
 from dpa.core.config import EvaluateConfig
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.errors import DataError, DirectionError
-from dpa.stages.evaluate import evaluate, side_by_side
+from dpa.stages.evaluate import evaluate, side_by_side, typical_question
 
 TWO = DirectionSpace((Objective("helpfulness", {"help": 1}), Objective("verbosity", {"words": 1})), max_angle=60)
 THREE = DirectionSpace(
@@ -147,3 +147,21 @@ def test_the_same_question_at_the_ends_and_the_center(space, answers):
         assert words[0] < words[-1]
         for answer in question["answers"]:
             assert answer["objectives"]["gold"].keys() == set(space.names)
+
+
+def test_the_typical_question_is_the_one_in_the_middle_and_not_the_best() -> None:
+    rollout, scores = policy_tables(TWO, follow=0, prompts=5)
+    rise = {"p0": 90.0, "p1": -5.0, "p2": 20.0, "p3": 0.0, "p4": 10.0}
+    weights = [direction[1] for direction in rollout["direction"].to_pylist()]
+    top = max(weights)
+    ids = rollout["prompt_id"].to_pylist()
+    words = [rise[p] / 2 * weight / top for p, weight in zip(ids, weights, strict=True)]
+    scores = replaced(scores, "words", words)
+    prompts = {p: [{"role": "user", "content": f"question {p}"}] for p in rise}
+    found = typical_question(rollout, {"model": scores}, prompts, TWO, CONFIG)
+    assert found is not None
+    assert (found["prompt_id"], found["arc"], found["by"], found["questions"]) == ("p4", "verbosity", "model", 5)
+    assert found["difference"] == pytest.approx(10.0)
+    assert [answer["angles"]["verbosity"] for answer in found["answers"]] == [-60, 0, 60]
+    nothing = replaced(scores, "valid", [False] * len(scores))
+    assert typical_question(rollout, {"model": nothing}, prompts, TWO, CONFIG) is None
