@@ -422,8 +422,7 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_never_written_into_a_snippet(vis
 # --- for everyone ---
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("space", [TWO, THREE], ids=["dial", "sliders"])
+@pytest.mark.parametrize(("space", "scheme"), [(TWO, "light"), (THREE, "dark")], ids=["dial", "sliders"])
 def test_no_accessibility_rule_is_broken(visit, space, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python")
     opened = visit(space, color_scheme=scheme).ready()
