@@ -360,13 +360,22 @@ def test_a_link_restores_the_whole_state_and_asks_nothing_by_itself(visit):
     assert opened.gateway.bodies == []
 
 
-@pytest.mark.parametrize(
-    "direction", ["honesty:1", "helpfulness:0.1,verbosity:-1", "helpfulness:x", "helpfulness:0", ""]
-)
-def test_a_link_that_does_not_fit_the_model_says_so(visit, direction):
-    opened = visit(at=f"/#d={direction}&seed=-4&t=900&n=1e9").ready()
-    assert "does not fit this model" in opened.text("#notice")
-    assert opened.text("#numbers") == "helpfulness*75 + verbosity*-66"
+def test_a_link_that_does_not_fit_the_model_says_so(visit):
+    opened = visit(at="/#d=honesty:1&seed=-4&t=900&n=1e9").ready()
+    for direction in (
+        "",
+        "helpfulness:0.1,verbosity:-1",
+        "helpfulness:x",
+        "helpfulness:0",
+        "helpfulness:1",
+        "honesty:1",
+    ):
+        opened.page.evaluate("(d) => { location.hash = `d=${d}&seed=-4&t=900&n=1e9`; }", direction)
+        fits = direction == "helpfulness:1"
+        opened.page.wait_for_selector("#notice", state="hidden" if fits else "visible")
+        if not fits:
+            assert "does not fit this model" in opened.text("#notice")
+    assert opened.text("#numbers") == "helpfulness*100 + verbosity*0", "the last that did"
     assert [opened.page.input_value(field) for field in ("#seed", "#temperature")] == ["1", "0.7"]
 
 

@@ -43,25 +43,21 @@ def test_every_turn_has_its_own_direction_and_the_whole_conversation_is_sent(vis
     assert json.dumps(before[0][1]) in opened.page.locator("#snippet").text_content(), "the snippet sends it too"
 
 
-def test_earlier_turns_stay_behind_where_that_is_set(visit):
-    opened = visit().ready()
+def test_a_turn_that_was_never_answered_is_not_sent_along_nor_any_where_that_is_set(visit):
+    opened = visit(extra={"parameters": 135_000_000}).ready()
+    assert not opened.page.locator("#toy").is_visible()
+    opened.ask("broken")
     opened.ask(IVY)
+    assert opened.said() == [("user", IVY)]
+    assert opened.page.locator(".past").count() == 0
     opened.page.click("#settings summary")
     opened.page.uncheck("#memory")
     opened.ask(BEE)
     assert opened.said() == [("user", BEE)]
 
 
-def test_a_turn_that_was_never_answered_is_not_sent_along(visit):
-    opened = visit().ready()
-    opened.ask("broken")
-    opened.ask(IVY)
-    assert opened.said() == [("user", IVY)]
-    assert opened.page.locator(".past").count() == 0
-
-
-def test_enter_asks_and_shift_enter_breaks_the_line_and_a_word_being_composed_is_left_alone(visit):
-    opened = visit().ready()
+def test_enter_asks_shift_enter_breaks_the_line_a_word_being_composed_is_left_alone_an_example_asks_at_once(visit):
+    opened = visit(extra={"examples": [IVY, BEE]}).ready()
     box = opened.page.locator("#question")
     box.focus()
     opened.page.keyboard.type("one")
@@ -79,32 +75,34 @@ def test_enter_asks_and_shift_enter_breaks_the_line_and_a_word_being_composed_is
     opened.finished()
     assert opened.said() == [("user", "one\ntwo")]
     assert opened.page.evaluate("document.activeElement.id") == "question"
-
-
-def test_an_example_asks_at_once(visit):
-    opened = visit(extra={"examples": [IVY, BEE]}).ready()
+    opened.page.click("#new")
     opened.page.click("#examples >> text=Bee")
-    opened.page.wait_for_selector("#steered .count:has-text('7 words')")
+    opened.page.wait_for_selector("#asked:has-text('Bee')")
     opened.finished()
-    assert [opened.said(place) for place in (0, 1)] == [[("user", BEE)]] * 2
+    assert opened.said() == [("user", BEE)]
     assert not opened.page.locator("#welcome").is_visible()
 
 
-@pytest.mark.parametrize(
-    ("presets", "numbers"),
-    [
-        ({"full": {"helpfulness": 1}, "wordy": "30deg", "terse": "-30deg"}, "helpfulness*87 + verbosity*-50"),
-        ({"full": {"helpfulness": 1}, "wordy": "30deg"}, "helpfulness*87 + verbosity*50"),
-        ({}, "helpfulness*85 + verbosity*52"),
-    ],
-    ids=["terse", "the first that differs", "no presets"],
-)
-def test_the_first_view_is_a_direction_whose_answer_differs(visit, presets, numbers):
-    opened = visit(space_of("helpfulness", "verbosity", presets=presets)).ready()
-    assert opened.text("#numbers") == numbers
+def test_the_first_view_is_a_direction_whose_answer_differs(visit):
+    opened = visit().ready()
+    assert opened.text("#numbers") == "helpfulness*75 + verbosity*-66"
     assert opened.page.locator(".answer").count() == 0, "no empty cards"
     opened.ask(IVY)
     assert opened.text("#steered .text") != opened.text("#default .text")
+    full, wordy, terse = {"helpfulness": 1}, {"helpfulness": 0.8, "verbosity": 0.6}, {"helpfulness": 1, "verbosity": -1}
+    found = opened.page.evaluate(
+        """async (cases) => { const { firstWeights } = await import("/state.js");
+        const { Space } = await import("/space.js");
+        const objectives = [{ name: "helpfulness" }, { name: "verbosity" }];
+        return cases.map((presets) => {
+            const space = new Space({ objectives, center: { helpfulness: 1 }, max_angle: 45, presets });
+            return space.text(firstWeights(space)); }); }""",
+        [
+            {name: {"weights": weights} for name, weights in presets.items()}
+            for presets in ({"full": full, "wordy": wordy, "terse": terse}, {"full": full, "wordy": wordy}, {})
+        ],
+    )
+    assert found == [f"helpfulness*{h} + verbosity*{v}" for h, v in ((71, -71), (80, 60), (85, 52))]
 
 
 # --- history ---
@@ -165,8 +163,6 @@ FULL = """Storage.prototype.setItem = () => { throw new DOMException("full", "Qu
 def test_where_nothing_can_be_kept_the_conversation_goes_on_and_says_so(visit, script):
     opened = visit(script=script).ready()
     opened.ask(IVY)
-    opened.ask(BEE)
-    assert len(opened.said()) == 3
     assert opened.page.locator("#unkept").is_visible()
     opened.page.click("#history summary")
     assert opened.page.locator("#talks li").count() == 0
@@ -265,24 +261,28 @@ def test_a_sweep_is_stopped_and_taken_along_another_objective_or_the_presets(vis
     assert page.locator("#cards h3").all_inner_texts() == list(PRESETS)
 
 
-@pytest.mark.parametrize(("width", "rows"), [(1440, 1), (820, 2), (390, 5)])
-def test_a_sweep_reads_well_at_every_width(visit, width, rows):
-    opened = visit(viewport={"width": width, "height": 900}, reduced_motion="reduce").ready(finer=False)
+def test_a_sweep_reads_well_at_every_width(visit):
+    opened = visit(reduced_motion="reduce").ready(finer=False)
     opened.page.fill("#question", IVY)
     opened.page.click("#sweep")
     opened.finished()
-    boxes = [card.bounding_box() for card in opened.page.locator("#cards .answer").all()]
-    assert len({round(box["y"]) for box in boxes}) == rows
-    assert min(box["width"] for box in boxes) > 190
-    opened.no_sideways_scrolling()
+    for width, rows in ((1440, 1), (820, 2), (390, 5)):
+        opened.page.set_viewport_size({"width": width, "height": 900})
+        boxes = [card.bounding_box() for card in opened.page.locator("#cards .answer").all()]
+        assert len({round(box["y"]) for box in boxes}) == rows
+        assert min(box["width"] for box in boxes) > 190
+        opened.no_sideways_scrolling()
 
 
 # --- two answers ---
 
 
-def test_what_differs_between_the_answers_is_marked_by_word_and_can_be_switched_off(visit):
-    opened = visit().ready()
+def test_what_differs_between_the_answers_is_marked_by_word_and_an_answer_is_copied_without(visit):
+    opened = visit(permissions=["clipboard-read", "clipboard-write"]).ready()
     opened.ask(IVY)
+    opened.page.click("#default .copy")
+    opened.page.wait_for_selector("#default .copy:has-text('Copied')")
+    assert opened.page.evaluate("navigator.clipboard.readText()") == words(20)
     assert opened.page.locator("#default .text del").all_inner_texts() == [" ".join(f"word{n}" for n in range(7, 20))]
     assert opened.page.locator("#steered .text ins").count() == 0
     assert opened.text("#default .text") == words(20)
@@ -321,14 +321,6 @@ def test_differences_of_words_are_a_shortest_edit_and_lose_no_character(visit):
     assert sum(len(piece.split()) for piece, only in found[1][0] if not only) == 4
 
 
-def test_an_answer_is_copied(visit):
-    opened = visit(permissions=["clipboard-read", "clipboard-write"]).ready()
-    opened.ask(IVY)
-    opened.page.click("#steered .copy")
-    opened.page.wait_for_selector("#steered .copy:has-text('Copied')")
-    assert opened.page.evaluate("navigator.clipboard.readText()") == words(7)
-
-
 # --- what is said ---
 
 
@@ -356,24 +348,16 @@ def test_a_direction_is_said_to_ask_for_no_more_than_it_asks_for(visit):
     assert found == ["More c", "More a", "Less c", "More v", "Much more v"]
 
 
-@pytest.mark.parametrize(("measured", "by"), [("gold", "true reward"), ("model", "model reward")])
-def test_every_score_says_whose_it_is(visit, measured, by):
-    opened = visit(extra={"front_reward": measured}).ready()
-    assert opened.axis() == f"verbosity, {by} →"
-    assert f"held-out questions: {by}" in opened.text("#front-note")
+def test_every_score_says_whose_it_is_and_a_toy_is_called_one_and_asked_each_question_by_itself(visit):
+    opened = visit(extra={"front_reward": "model", "parameters": 712_000}).ready()
+    assert opened.axis() == "verbosity, model reward →"
+    assert "held-out questions: model reward" in opened.text("#front-note")
+    assert "0.7 million" in opened.text("#toy")
+    assert "only what the question gives it" in opened.text("#toy")
     opened.ask(IVY)
     assert opened.page.locator(".answer .by").all_inner_texts() == ["Model reward"] * 2
-
-
-@pytest.mark.parametrize(("parameters", "note"), [(712_000, "0.7 million"), (135_000_000, None), (None, None)])
-def test_a_toy_is_called_one_and_is_asked_each_question_by_itself(visit, parameters, note):
-    opened = visit(extra={"parameters": parameters}).ready()
-    assert opened.page.locator("#toy").is_visible() == bool(note)
-    if note:
-        assert note in opened.text("#toy") and "only what the question gives it" in opened.text("#toy")
-    opened.ask(IVY)
     opened.ask(BEE)
-    assert len(opened.said()) == (1 if note else 3)
+    assert opened.said() == [("user", BEE)]
 
 
 # --- wherever it is used ---
