@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from forks import fork_of, interpreter
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -168,7 +168,7 @@ class ServeProcess:
         self.log = log
         self._stderr = log.open("wb") if log is not None else subprocess.PIPE
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dpa", "serve", *map(str, arguments), "--port", "0"],
+            [interpreter(), "-m", "dpa", "serve", *map(str, arguments), "--port", "0"],
             env={**os.environ, "PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})},
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -199,7 +199,7 @@ class ServeProcess:
 
 def children_of(pid: int) -> list[int]:
     """Process ids of the children of a process."""
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(fork_of(pid))], capture_output=True, text=True).stdout
     return [int(line) for line in found.split()]
 
 

@@ -6,14 +6,13 @@ pytest tests/test_compare.py
 import json
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 from xml.etree import ElementTree
 
 import psutil
 import pytest
-from forks import python
+from forks import interpreter, python
 
 from dpa.core.compare_config import load_comparison
 from dpa.core.errors import ConfigError
@@ -42,7 +41,7 @@ def done_jobs(out: Path) -> list[Path]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results folder of a quick comparison that was killed on its way and resumed."""
     out = tmp_path_factory.mktemp("compare") / "results"
-    command = [sys.executable, *COMMAND, str(out)]
+    command = [interpreter(), *COMMAND, str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while len(done_jobs(out)) < 3 and process.poll() is None:

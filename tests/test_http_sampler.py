@@ -16,6 +16,7 @@ import psutil
 import pytest
 from fake_server import ChatServer, FakeServer
 from fakes import all_rows, prompts_of, space_of
+from forks import interpreter
 from tiny_models import CHAT_TEMPLATE, SPACE, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
@@ -420,7 +421,9 @@ def real_server(start_policy: Path) -> Iterator[ServerProcess]:
     pytest.importorskip("uvicorn")
     if not TRANSFORMERS.exists():
         pytest.skip("transformers' command is not installed")
-    process = ServerProcess(f"'{TRANSFORMERS}' serve {{policy}} --port {{port}} --device cpu", str(start_policy))
+    process = ServerProcess(
+        f"'{interpreter()}' '{TRANSFORMERS}' serve {{policy}} --port {{port}} --device cpu", str(start_policy)
+    )
     process.start()
     process.wait_until_healthy()
     yield process

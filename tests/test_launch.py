@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from forks import start
+from forks import interpreter, start
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
@@ -114,7 +113,7 @@ def test_accelerate_launch_of_two_processes_learns_and_contrasts_as_one_does(sel
             loop.select(0)
             if folder == alone:
                 loop.finetune(0)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [interpreter(), "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     sets = [f"--set={name}={value}" for name, value in {**CONTRASTED, "out": str(run)}.items()]
     done = subprocess.run(
@@ -159,7 +158,7 @@ def test_fsdp2_shards_the_weights_and_saves_a_whole_policy(
 ) -> None:
     """By its preset, over gloo, through a checkpoint every second step."""
     (tmp_path / "rank.py").write_text(FSDP)
-    command = [sys.executable, "-m", "dpa.training.launching", "--config_file", str(PRESETS / "fsdp2.yaml")]
+    command = [interpreter(), "-m", "dpa.training.launching", "--config_file", str(PRESETS / "fsdp2.yaml")]
     command += ["--main_process_port", "0", str(tmp_path / "rank.py")]
     done = subprocess.run(
         [*command, "finetune", str(selected), "-t", "0", "--set", f"out={run}"], text=True, capture_output=True
@@ -175,7 +174,7 @@ def test_kill_9_of_the_loop_ends_the_ranks_and_one_process_resumes(selected: Pat
     while not list(work.glob("checkpoint-*/trainer_state.json")):
         assert time.monotonic() < deadline and loop.poll() is None
         time.sleep(0.005)
-    ranks = psutil.Process(loop.pid).children(recursive=True)
+    ranks = [process for process in psutil.process_iter(["cmdline"]) if str(run) in " ".join(process.info["cmdline"])]
     assert len(ranks) >= 3, "the launcher and two ranks"
     loop.send_signal(signal.SIGKILL)
     loop.wait()
@@ -218,7 +217,7 @@ def test_the_other_ranks_leave_when_the_first_cannot_open_the_folder(tmp_path: P
     both = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, rank],
+            [interpreter(), "-c", RANK, rank],
             env={**both, "RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

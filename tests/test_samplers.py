@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from forks import interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
@@ -327,7 +327,7 @@ def test_fault_11_no_orphans_after_kill_9_of_the_parent(folder: Path) -> None:
         "        worker.sample([SampleRequest([{'role': 'user', 'content': 'Why?'}], None, tuple(range(2000)))])\n"
     )
     repository = Path(__file__).parents[1]
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=repository, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([interpreter(), "-c", code], cwd=repository, stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())
     parent.kill()
     parent.wait()

@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from forks import interpreter
 from hypothesis import HealthCheck, Phase, given, settings
 from serving import CHAT, ServeProcess, alive, children_of, within
 from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
@@ -166,6 +167,7 @@ def test_the_same_folder_is_steered_by_stock_transformers_without_a_gateway(poli
         port = probe.getsockname()[1]
     stock = subprocess.Popen(
         [
+            interpreter(),
             Path(sys.executable).with_name("transformers"),
             "serve",
             str(policy),
