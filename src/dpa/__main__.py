@@ -1,10 +1,13 @@
 """`dpa`, which is also `python -m dpa`. Nothing heavy is imported before a command needs it."""
 
+import os
 import sys
 
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2, never a traceback."""
+    # Read where torch is loaded. Threads that spin while they wait for each other starve each other beside other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from dpa.cli.commands import app
     from dpa.core.errors import DpaError, Interrupted
     from dpa.storage.stopping import end_process, end_process_by_error
