@@ -48,6 +48,16 @@ def test_equal_keys_in_different_mappings_and_merged_ones_are_no_repetition() ->
     assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: *a", "x")["b"] == {"x": 3, "y": 2}
 
 
+def test_an_override_reaches_into_a_list(tmp_path: Path) -> None:
+    file = yaml_of(tmp_path)
+    rated = "{path: r.jsonl, scales: {a: [0, 4]}}"
+    file.write_text(file.read_text()[:-1] + f", ratings: [{rated}]}}")
+    assert load_config(file, {"ratings.0.count": "16"}).ratings[0].count == 16
+    for dotted, said in (("ratings.1.count", "number one of its parts, 0 to 0"), ("ratings.count", "asked of a list")):
+        with pytest.raises(ConfigError, match=said):
+            load_config(file, {dotted: "16"})
+
+
 def test_an_override_with_a_key_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("out: x\n")

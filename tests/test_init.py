@@ -2,6 +2,7 @@
 Run: pytest tests/test_init.py
 """
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -178,7 +179,8 @@ def test_where_more_is_rated_than_fits_the_held_out_prompts_cost_no_rated_row(tm
     (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     file, printed = begun([tmp_path / "more.jsonl"], model, SLOW)
     assert load_config(file).ratings[0].count == 67, "200 rated rows are the least"
-    assert "none of the rated rows used is theirs" in printed and "more than --hours 1" in printed
+    assert "none of the rated rows used is theirs" in printed and "more than --hours 1;" in printed
+    assert "Even the smallest run, over 67 of" in printed and "gets through" not in printed
     quick, _ = begun([tmp_path / "more.jsonl"], model, TOY, force=True)
     assert load_config(quick).ratings[0].count is None
 
@@ -260,6 +262,22 @@ def test_columns_that_are_told_are_believed(tmp_path: Path) -> None:
 )
 def test_scales_are_those_in_use(low: float, high: float, whole: bool, scale: tuple[float, float]) -> None:
     assert usual_scale(low, high, whole) == scale
+
+
+def test_a_scale_in_a_marks_name_is_believed_unless_the_marks_are_others(tmp_path: Path, model: Path) -> None:
+    heads = ("quality (1-5)", "brevity [0 to 10]", "warmth (1-3)", "politeness")
+    rows = [(q, a, good + 1, 10 - 2 * long, 10 * good, 5 - good) for q, a, good, long in PAIRS]
+    rows[0] = (*rows[0][:2], 7, *rows[0][3:])  # off the scale
+    with (tmp_path / "form.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("question", "reply", *heads), *rows])
+    written, printed = begun([tmp_path / "form.csv"], model)
+    config = load_config(written)
+    scales = config.ratings[0].scales
+    assert scales["quality (1-5)"] == (1, 5) and scales["brevity [0 to 10]"] == (0, 10)
+    assert scales["warmth (1-3)"] == (0, 40)
+    assert "1 bad rows, left out: 1 x quality (1-5) is 7, outside [1, 5]" in printed
+    names = list(config.space.objectives)
+    assert names[0] == "quality" and not any(letter.isdigit() for name in names for letter in name)
 
 
 def test_names_that_yaml_or_a_direction_cannot_take_are_written_safely(tmp_path: Path, model: Path) -> None:

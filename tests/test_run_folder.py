@@ -103,7 +103,7 @@ def test_rejects_of_all_shards_stand_in_one_file(tmp_path: Path) -> None:
 
 def test_reasons_are_counted_commonest_first() -> None:
     rejects = [Reject("1", "a"), Reject("2", "b"), Reject("3", "b"), Reject("4", "c")]
-    assert count_reasons(rejects, most=2) == "2 x b, 1 x a, and 1 other reasons"
+    assert count_reasons(rejects, most=2) == "2 x b, 1 x a, and 1 other reason"
     assert count_reasons([]) == ""
 
 

@@ -833,14 +833,25 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def set_dotted(data: dict[str, Any], dotted: str, text: str) -> None:
-    """Set the field `a.b` of nested mappings to a YAML value, written as text. Raises ConfigError."""
-    node, keys = data, dotted.split(".")
+    """Set the field `a.b`, or `a.0.b` inside a list, of nested mappings to a YAML value, written as text. Raises
+    ConfigError."""
+    node: Any = data
+    keys = dotted.split(".")
     for key in keys[:-1]:
-        child = node.setdefault(key, {})
-        if not isinstance(child, dict):
+        child = node[_place(node, key, dotted)] if isinstance(node, list) else node.setdefault(key, {})
+        if not isinstance(child, dict | list):
             raise ConfigError(f"{dotted}: `{key}` is not a section; check the dotted name.")
         node = child
-    node[keys[-1]] = parse_yaml(text, f"{dotted}: {text if len(text) < 80 else text[:77] + '...'!r}")
+    last = _place(node, keys[-1], dotted) if isinstance(node, list) else keys[-1]
+    node[last] = parse_yaml(text, f"{dotted}: {text if len(text) < 80 else text[:77] + '...'!r}")
+
+
+def _place(items: list[Any], key: str, dotted: str) -> int:
+    """Which one of a list a part of a dotted name means: 0, 1, ... Raises ConfigError."""
+    if key.isdecimal() and int(key) < len(items):
+        return int(key)
+    within = "it is empty" if not items else f"number one of its parts, 0 to {len(items) - 1}"
+    raise ConfigError(f"{dotted}: `{key}` is asked of a list; {within}.")
 
 
 def _explain(item: Any, root: type[BaseModel]) -> str:

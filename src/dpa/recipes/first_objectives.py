@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dpa.recipes.first_look import LENGTH, FirstLook, Mark
-from dpa.storage.recognising import plain
+from dpa.storage.recognising import plain, without_scale
 
 WORDINESS = "dpa.scoring.wordiness:wordiness"
 MOST_OBJECTIVES = 3
@@ -109,13 +109,13 @@ def _named(marks: Sequence[str]) -> dict[str, str]:
 
 
 def objective_name(mark: str) -> str:
-    """What a mark is called as an objective: without the name of its data set."""
+    """What a mark is called as an objective: without the name of its data set, and without its scale."""
     name = plain(_short(mark))[:40].strip("_")
     return name if name[:1].isalpha() else f"mark_{name}".strip("_")
 
 
 def _short(mark: str) -> str:
-    return mark.rpartition("-")[2] if mark.startswith(("helpsteer", "ultrafeedback")) else mark
+    return mark.rpartition("-")[2] if mark.startswith(("helpsteer", "ultrafeedback")) else without_scale(mark)
 
 
 def _free(name: str, taken: Iterable[str]) -> str:

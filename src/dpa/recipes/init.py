@@ -174,11 +174,17 @@ def _say_what_was_written(first: First, sizes: Sizes | None, console: Console) -
             kept = f"their {sizes.held_out_rows:,} rated rows ({sizes.held_out_rows / look.rows:.1%}) train nothing"
         say(f"{files.held_out}: {sizes.held_out:,} prompts to measure on, drawn from the data; {kept}.")
         say(f"{files.prompts}: the other {len(first.online):,}, which the policy is asked while it learns.")
-        if sizes.rated is not None:
-            used, there = sum(sizes.rated), len(look.prompts)
-            say(f"In {in_words(3600 * first.hours)} this machine gets through {used:,} of {there:,} prompts (--hours).")
+        there = len(look.prompts)
+        used = there if sizes.rated is None else sum(sizes.rated)
         if (sizes.seconds or 0) > 3600 * first.hours:
-            say(f"The smallest run takes about {in_words(sizes.seconds or 0)} here, more than --hours {first.hours:g}.")
+            say(
+                f"Even the smallest run, over {used:,} of {there:,} prompts, takes about "
+                f"{in_words(sizes.seconds or 0)} here, more than --hours {first.hours:g}; with a smaller model "
+                "(--policy) less."
+            )
+        elif sizes.rated is not None:
+            given = in_words(3600 * first.hours)
+            say(f"In {given} this machine gets through {used:,} of {there:,} prompts (--hours).")
     if not start.here:
         say(
             f"\n{start.name} is not on this machine: the run fetches it from the Hub. Where that cannot be reached, "

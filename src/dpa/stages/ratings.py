@@ -162,7 +162,7 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     """Print what `summarise_ratings` found: a table of attributes, then their correlations."""
     console = console or Console()
     title = f"{summary['rows']:,} rated rows of {summary['prompts']:,} prompts, {summary['rejects']:,} rejected"
-    table = Table(title=title)
+    table = Table(title=title, caption="mean, std, range: of the marks on 0-100, as they are learned")
     for heading in ("attribute", "scale", "rated", "mean", "std", "range"):
         table.add_column(heading, justify="left" if heading == "attribute" else "right")
     for name, facts in summary["attributes"].items():
@@ -270,8 +270,9 @@ def _pearson(a_N: np.ndarray, b_N: np.ndarray) -> dict[str, Any]:
 
 
 def _kind(reason: str) -> str:
-    """A reason without its particular numbers and values, to count by."""
-    return re.sub(r"'[^']*'|-?\d+(?:[.,]\d+)*", "…", reason)
+    """A reason without its particular numbers and values, to count by; the scale in a column's name stays."""
+    kept = r"\(\d+ ?(?:-|to|\.\.) ?\d+\)"
+    return re.sub(rf"({kept})|'[^']*'|-?\d+(?:[.,]\d+)*", lambda found: found[1] or "…", reason)
 
 
 def _kinds(rejects: Sequence[Reject]) -> list[Reject]:

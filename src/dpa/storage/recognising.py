@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_init.py
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -61,6 +62,8 @@ _NAMES_A_ROW = re.compile(
 _COUNTS = re.compile(
     r"(?:^|_)(?:n|k|num|number|count|tokens?|chars?|words?|length|len|time|year|price|cost|latency|turns?)(?:_|$)"
 )
+_SCALE_IN_NAME = re.compile(r"[(\[]\s*(-?\d{1,3})\s*(?:-|–|—|\.\.+|to|/)\s*(-?\d{1,3})\s*[)\]]")
+"""`quality (1-5)`: the scale as a form's column says it."""
 _SHARE = 0.9
 """Of a column's values that must be alike for it to be of that kind."""
 
@@ -83,7 +86,8 @@ class Column:
     low: float = float("inf")
     high: float = float("-inf")
     whole: bool = True
-    steps: set[float] = field(default_factory=set)
+    steps: Counter[float] = field(default_factory=Counter)
+    """Its first numbers that differ, and how often each stands there."""
     distinct: set[int] = field(default_factory=set)
     """Hashes of its values."""
     characters: int = 0
@@ -102,8 +106,8 @@ class Column:
             self.numbers += 1
             self.low, self.high = min(self.low, number), max(self.high, number)
             self.whole = self.whole and number.is_integer()
-            if len(self.steps) <= 100:
-                self.steps.add(number)
+            if number in self.steps or len(self.steps) <= 100:
+                self.steps[number] += 1
         elif isinstance(value, str):
             self.texts += 1
             self.characters += len(value)
@@ -115,6 +119,17 @@ class Column:
     def mostly(self, count: int) -> bool:
         """Whether so many of the values are nearly all of them."""
         return self.present > 0 and count >= _SHARE * self.present
+
+    @property
+    def said_scale(self) -> Scale | None:
+        """The scale that its name says, where nearly all of its numbers are on it; the others are then bad rows."""
+        found = _SCALE_IN_NAME.search(self.name)
+        if found is None or not float(found[1]) < float(found[2]):
+            return None
+        low, high = float(found[1]), float(found[2])
+        on_it = sum(count for number, count in self.steps.items() if low <= number <= high)
+        fits = (low <= self.low and self.high <= high) or on_it >= _SHARE * self.numbers
+        return (low, high) if fits else None
 
     @property
     def is_mark(self) -> bool:
@@ -155,6 +170,11 @@ def recognise(
         )
         for one in found
     ]
+
+
+def without_scale(name: str) -> str:
+    """A mark's name without the scale that it says: `quality (1-5)` is quality."""
+    return " ".join(_SCALE_IN_NAME.sub(" ", name).split()) or name
 
 
 def plain(name: str) -> str:
@@ -282,15 +302,18 @@ def _check_one_response_a_row(path: str, columns: dict[str, Column]) -> None:
 
 
 def _scales(marks: Iterable[Column]) -> dict[str, Scale]:
-    """A usual scale that holds each mark; marks in whole numbers share one where it fits, so that a 5 nobody gave for
-    one of them is not forgotten."""
-    own = {one.name: usual_scale(one.low, one.high, one.whole) for one in marks}
+    """The scale that a mark's name says, else a usual one that holds it; marks in whole numbers share one where it
+    fits, so that a 5 nobody gave for one of them is not forgotten."""
+    marks = list(marks)
+    said = {one.name: scale for one in marks if (scale := one.said_scale) is not None}
+    own = {one.name: said.get(one.name) or usual_scale(one.low, one.high, one.whole) for one in marks}
     graded = [one for one in marks if one.whole and own[one.name] in USUAL_SCALES and own[one.name] != (0, 1)]
     if not graded:
         return own
-    low, high = min(one.low for one in graded), max(one.high for one in graded)
+    ends = [said.get(one.name, (one.low, one.high)) for one in graded]
+    low, high = min(end[0] for end in ends), max(end[1] for end in ends)
     shared = usual_scale(low, high, whole=True)
-    for one in graded:
+    for one in (one for one in graded if one.name not in said):
         width = own[one.name][1] - own[one.name][0]
         if shared in USUAL_SCALES and 2 * width >= shared[1] - shared[0]:
             own[one.name] = shared

@@ -88,4 +88,5 @@ def count_reasons(rejects: Sequence[Reject], most: int = 5) -> str:
     """The commonest reasons with their counts, as text: `3 x prompt is empty, 1 x id 'a' is a duplicate`."""
     counts = Counter(reject.reason for reject in rejects).most_common()
     text = ", ".join(f"{count} x {reason}" for reason, count in counts[:most])
-    return f"{text}, and {len(counts) - most} other reasons" if len(counts) > most else text
+    more = len(counts) - most
+    return f"{text}, and {more} other reason{'s' if more > 1 else ''}" if more > 0 else text
