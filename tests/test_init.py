@@ -21,8 +21,8 @@ from dpa.core.errors import ConfigError, DataError, DpaError
 from dpa.recipes.checks import check_run
 from dpa.recipes.costs.devices import Device
 from dpa.recipes.dpa import Loop
-from dpa.recipes.init import Wanted, init
 from dpa.recipes.rated_rows import RewardRun
+from dpa.recipes.starting.init import Wanted, init
 from dpa.scoring.wordiness import wordiness
 from dpa.stages.prompts import read_prompts
 from dpa.stages.ratings import prompt_id_of

@@ -32,8 +32,8 @@ def init(
     """Look at rated data and write a configuration that runs: objectives, sizes for this machine, held-out prompts."""
     from rich.console import Console
 
-    from dpa.recipes.init import Wanted
-    from dpa.recipes.init import init as begin
+    from dpa.recipes.starting.init import Wanted
+    from dpa.recipes.starting.init import init as begin
 
     named = {"prompt": prompt_column, "response": response_column}
     columns = tuple((name, column) for name, column in named.items() if column is not None)

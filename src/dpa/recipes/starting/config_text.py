@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpa.core.config import RatingsConfig
-from dpa.recipes.first_objectives import Objectives, is_bad, objective_name
-from dpa.recipes.first_sizes import ROOM, First, Sizes
+from dpa.recipes.starting.objectives import Objectives, is_bad, objective_name
+from dpa.recipes.starting.sizes import ROOM, First, Sizes
 
 FEW_RATED_ROWS = 2000
 """Rows below which a ridge on frozen features makes the better reward model."""

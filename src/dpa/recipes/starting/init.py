@@ -19,10 +19,10 @@ from dpa.models.policy import check_policy, load_prompting
 from dpa.recipes.costs.devices import Device, this_device
 from dpa.recipes.costs.model_sizes import size_of
 from dpa.recipes.estimate import estimate, run_needs
-from dpa.recipes.first_config import in_words, reward_yaml, whole_yaml
-from dpa.recipes.first_look import look_at, print_look
-from dpa.recipes.first_objectives import choose
-from dpa.recipes.first_sizes import Files, First, Sizes, Start
+from dpa.recipes.starting.config_text import in_words, reward_yaml, whole_yaml
+from dpa.recipes.starting.look import look_at, print_look
+from dpa.recipes.starting.objectives import choose
+from dpa.recipes.starting.sizes import Files, First, Sizes, Start
 from dpa.storage.recognising import recognise
 from dpa.storage.rows import has_hub_form
 from dpa.storage.tables import write_if_new

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dpa.recipes.first_look import LENGTH, FirstLook, Mark
+from dpa.recipes.starting.look import LENGTH, FirstLook, Mark
 from dpa.storage.recognising import plain, without_scale
 
 WORDINESS = "dpa.scoring.wordiness:wordiness"

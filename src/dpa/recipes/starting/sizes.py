@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpa.recipes.costs.devices import Device
-from dpa.recipes.first_look import FirstLook
-from dpa.recipes.first_objectives import Objectives
+from dpa.recipes.starting.look import FirstLook
+from dpa.recipes.starting.objectives import Objectives
 from dpa.storage.recognising import Recognised
 
 SCALES = [2.0 ** (-step / 2) for step in range(17)]

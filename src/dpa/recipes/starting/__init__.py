@@ -1,0 +1,1 @@
+"""From rated files to a configuration that runs: what `dpa init` does."""
