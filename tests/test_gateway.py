@@ -547,6 +547,9 @@ def test_questions_to_try_travel_with_the_front(tmp_path: Path) -> None:
     assert load_front(tmp_path, SPACE).examples == ()
     (tmp_path / EVALUATION_FILE).write_text(json.dumps({"directions": [], "examples": ["Where does Ivy live?"]}))
     assert load_front(tmp_path, SPACE).examples == ("Where does Ivy live?",)
+    assert load_front(tmp_path, SPACE).follows is None
+    (tmp_path / EVALUATION_FILE).write_text(json.dumps({"directions": [], "listens": {"verdict": False}}))
+    assert load_front(tmp_path, SPACE).follows is False
     (tmp_path / EVALUATION_FILE).write_text("[1, 2]")
     assert load_front(tmp_path, SPACE).examples == ()
 

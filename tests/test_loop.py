@@ -5,6 +5,7 @@ pytest tests/test_loop.py
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from forks import python
@@ -15,6 +16,7 @@ from dpa.core.config import load_config
 from dpa.core.errors import ConfigError, RunFolderError, UserError
 from dpa.core.reference import ModelReference
 from dpa.recipes.dpa import Loop
+from dpa.recipes.results import next_step
 from dpa.world.demo import write_world
 
 SMALL = {
@@ -58,6 +60,25 @@ def test_every_iteration_is_measured_and_reported(finished: tuple[Path, Path]) -
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert (run / "table.csv").read_text().count("\n") > 10
     assert json.loads((run / "samples.jsonl").read_text().splitlines()[0])["response"] is not None
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said"),
+    [
+        ((True, True), "dpa serve run/iter_1/policy"),
+        ((True, False), "dpa serve run/iter_0/policy    # t = 0; those after it do not follow their direction"),
+        ((False, False), "dpa serve run/iter_1/policy    # it does not follow its direction yet"),
+        ((None, None), "dpa serve run/iter_1/policy    # it does not follow its direction yet"),
+    ],
+)
+def test_the_next_step_is_the_last_policy_that_follows_its_direction(
+    verdicts: tuple[bool | None, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [None if one is None else {"listens": {"verdict": one}} for one in verdicts]
+    monkeypatch.setattr("dpa.recipes.results.evaluation_of", lambda run, t: found[t])
+    monkeypatch.setattr("dpa.recipes.results.first_iteration", lambda config: 0)
+    run = SimpleNamespace(config=SimpleNamespace(iterations=1), policy_folder=lambda t: Path(f"run/iter_{t}/policy"))
+    assert next_step(run).startswith(said)
 
 
 def test_the_same_call_again_does_no_work_and_changes_nothing(finished: tuple[Path, Path]) -> None:

@@ -348,10 +348,16 @@ def test_a_direction_is_said_to_ask_for_no_more_than_it_asks_for(visit):
     assert found == ["More c", "More a", "Less c", "More v", "Much more v"]
 
 
+def test_a_model_that_was_found_not_to_follow_its_direction_is_said_to(visit):
+    opened = visit(extra={"front_follows": False}).ready()
+    assert opened.text("#front-note").startswith("As measured, this model does not follow its direction.")
+
+
 def test_every_score_says_whose_it_is_and_a_toy_is_called_one_and_asked_each_question_by_itself(visit):
     opened = visit(extra={"front_reward": "model", "parameters": 712_000}).ready()
     assert opened.axis() == "verbosity, model reward →"
     assert "held-out questions: model reward" in opened.text("#front-note")
+    assert "does not follow" not in opened.text("#front-note")
     assert "0.7 million" in opened.text("#toy")
     assert "only what the question gives it" in opened.text("#toy")
     opened.ask(IVY)

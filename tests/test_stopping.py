@@ -129,4 +129,5 @@ def test_ctrl_c_in_a_run_ends_with_130_and_the_same_command_goes_on_to_the_repor
     for _ in range(2):  # the second time there is nothing left to do
         done = python(*command)
         assert done.returncode == 0, done.stderr
+        assert f"try it: dpa serve {tmp_path / 'run' / 'iter_'}" in done.stdout
         assert done.stdout.splitlines()[-1] == f"report: {tmp_path / 'run' / 'report.html'}"

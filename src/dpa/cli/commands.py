@@ -81,6 +81,10 @@ def run(
     given = {name: str(value) for name, value in flags.items() if value is not None}
     with _any_run(config, overrides, given, ignore_free_space) as opened:
         made = opened.run()
+        if made.is_file():
+            from dpa.recipes.results import next_step
+
+            typer.echo(f"try it: {next_step(opened)}")  # type: ignore[arg-type]
     typer.echo(f"{'report' if made.is_file() else 'reward model'}: {made}")
 
 

@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_loop.py
 """
 
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -61,6 +62,20 @@ def trained_elsewhere(run: Run, t: int) -> dict[str, Any] | None:
 def policy_name(run: Run, t: int) -> str:
     """How pages call the policy of t."""
     return f"t = {t}, trained elsewhere" if trained_elsewhere(run, t) else f"t = {t}"
+
+
+def next_step(run: Run) -> str:
+    """The command that opens the page on the last policy that follows its direction; on the last, where none does."""
+    last = run.config.iterations
+    measured = {t: evaluation_of(run, t) for t in range(first_iteration(run.config), last + 1)}
+    following = [t for t, found in measured.items() if found is not None and found["listens"]["verdict"]]
+    t = following[-1] if following else last
+    note = (
+        "" if t in following else "    # it does not follow its direction yet: more rated rows or more steps may help"
+    )
+    if t < last:
+        note = f"    # t = {t}; those after it do not follow their direction"
+    return f"dpa serve {shlex.quote(str(run.policy_folder(t)))}{note}"
 
 
 def write_policy_card(run: Run, t: int, evaluation: Mapping[str, Any] | None = None) -> None:

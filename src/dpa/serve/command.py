@@ -179,6 +179,7 @@ def _server(
         log_text=settings.log_text,
         front=front.points,
         front_reward=front.reward,
+        front_follows=front.follows,
         examples=front.examples,
         parameters=None if folder is None else count_parameters(Path(folder)),
     )

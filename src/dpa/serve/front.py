@@ -23,6 +23,8 @@ class Front(NamedTuple):
     points: list[dict[str, Any]] | None = None
     reward: str | None = None
     examples: tuple[str, ...] = ()
+    follows: bool | None = None
+    """Whether the model was found to follow its direction (stages.evaluate); None where nothing says so."""
 
 
 def load_front(folder: Path, space: DirectionSpace) -> Front:
@@ -34,7 +36,8 @@ def load_front(folder: Path, space: DirectionSpace) -> Front:
         record = json.loads(file.read_text(encoding="utf-8"))
         reward = "gold" if all("gold" in point["objectives"] for point in record["directions"]) else "model"
         points = [_point(point, reward, space) for point in record["directions"]]
-        return Front(points, reward, tuple(map(str, record.get("examples", ()))))
+        follows = record["listens"]["verdict"] is True if "listens" in record else None
+        return Front(points, reward, tuple(map(str, record.get("examples", ()))), follows)
     except FileNotFoundError:
         return Front()
     except (OSError, ValueError, KeyError, TypeError, RecursionError, DirectionError) as error:

@@ -132,6 +132,7 @@ class Gateway:
                 "default": direction_json(served.default) if served.default else None,
                 "front": served.front,
                 "front_reward": served.front_reward,
+                "front_follows": served.front_follows,
                 "examples": list(served.examples),
                 "parameters": served.parameters,
                 "scorer": self._engines.scorer is not None,

@@ -122,6 +122,8 @@ class Served:
     """Whether logs may hold what users and the model say."""
     front: list[dict] | None = None
     front_reward: str | None = None
+    front_follows: bool | None = None
+    """Whether the model was found to follow its direction."""
     examples: tuple[str, ...] = ()
     """Questions the page offers to try."""
     parameters: int | None = None

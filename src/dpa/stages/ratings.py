@@ -162,7 +162,7 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     """Print what `summarise_ratings` found: a table of attributes, then their correlations."""
     console = console or Console()
     title = f"{summary['rows']:,} rated rows of {summary['prompts']:,} prompts, {summary['rejects']:,} rejected"
-    table = Table(title=title, caption="mean, std, range: of the marks on 0-100, as they are learned")
+    table = Table(title=title, caption="mean, std and range on 0-100")
     for heading in ("attribute", "scale", "rated", "mean", "std", "range"):
         table.add_column(heading, justify="left" if heading == "attribute" else "right")
     for name, facts in summary["attributes"].items():

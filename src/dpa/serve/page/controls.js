@@ -61,8 +61,9 @@ export class Controls {
     this.front = new Front(this.space, state.x);
     const count = this.front.points.length;
     $("front").hidden = !count;
+    const deaf = this.space.data.front_follows === false ? "As measured, this model does not follow its direction. " : "";
     $("front-note").textContent = count
-      ? `${count} directions on held-out questions: ${this.front.reward}, 95% intervals. Click to pick. Grey: not trained.`
+      ? `${deaf}${count} directions on held-out questions: ${this.front.reward}, 95% intervals. Click to pick. Grey: not trained.`
       : "No measurement travels with this model. The loop’s evaluation writes one beside it; the controls work without.";
   }
 
