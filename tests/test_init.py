@@ -4,6 +4,7 @@ Run: pytest tests/test_init.py
 
 import csv
 import json
+import math
 import re
 from collections.abc import Callable
 from io import StringIO
@@ -290,6 +291,65 @@ def test_names_that_yaml_or_a_direction_cannot_take_are_written_safely(tmp_path:
     check_run(config)
 
 
+ODD_NAMES = [
+    *(
+        "a\nlearner: dpo",
+        "a\u2028learner: dpo",
+        "a\x85learner: dpo",
+        "a\u2029b",
+        "\x7f",
+        "\x1b[31m",
+        "\ufffe",
+        "\ufeff",
+        "[/bold]",
+        "[bold]x",
+    ),
+    *(".5", ".inf", ".nan", "...", "~", "1:30", "<<", "٣", "a}b", "{x}", "*a", "!!x", "x" * 200),
+]
+
+
+@pytest.mark.parametrize("reward_only", [False, True])
+def test_what_a_mark_is_called_never_becomes_yaml_of_its_own(tmp_path: Path, model: Path, reward_only: bool) -> None:
+    marks = [*ODD_NAMES, "score", "long"]
+    rows = [
+        {"prompt": row[0], "response": row[1], **{name: row[2 + n % 2] for n, name in enumerate(marks)}}
+        for row in PAIRS
+    ]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file, printed = begun([tmp_path / "odd.jsonl"], model, reward_only=reward_only)
+    config = load_run(file)
+    assert set(config.ratings[0].scales) == set(marks) and getattr(config, "learner", "sft") == "sft"
+    assert "[/bold]" in printed and "[bold]x" in printed
+
+
+@pytest.mark.parametrize("name", ["a\nseed: 7.jsonl", "a\u2028seed: 7.jsonl", "~x.jsonl", ".5.jsonl", "a #b.jsonl"])
+def test_what_a_file_is_called_never_becomes_yaml_of_its_own(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    jsonl_of_this_project(tmp_path)[0].rename(name)
+    file = init(Wanted((name,), str(model)), Console(file=StringIO(), width=100), TOY)
+    config = load_config(file)
+    assert config.name == Path(name).stem and config.seed == 0
+    assert Path(config.ratings[0].path) == Path(name) and Path(config.prompts.path).is_file()
+    check_run(config)
+
+
+def test_a_name_that_no_configuration_holds_is_not_read(tmp_path: Path) -> None:
+    marks = {"good": 2, "\ud800": 2, "x" * 2000: 3}
+    rows = [{"prompt": row[0], "response": row[1], **{k: row[v] for k, v in marks.items()}} for row in PAIRS]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = recognise([str(tmp_path / "odd.jsonl")])
+    assert set(found.config.scales) == {"good"} and set(found.unread) == set(marks) - {"good"}
+
+
+def test_large_marks_keep_every_digit_of_their_scale(tmp_path: Path, model: Path) -> None:
+    rows = [{"prompt": row[0], "response": row[1], "elo": 1234567.5 + row[2], "long": row[3]} for row in PAIRS]
+    (tmp_path / "large.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file, _ = begun([tmp_path / "large.jsonl"], model)
+    assert load_config(file).ratings[0].scales["elo"] == (1234567.0, 1234572.0)
+
+
 def test_a_card_gets_a_reward_model_of_all_weights_where_rows_suffice(tmp_path: Path, model: Path) -> None:
     rows = [{"prompt": f"{q} {n}", "response": a, "good": g, "long": w} for n in range(20) for q, a, g, w in PAIRS]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -300,12 +360,18 @@ def test_a_card_gets_a_reward_model_of_all_weights_where_rows_suffice(tmp_path: 
 
 def test_every_refusal_is_a_users_mistake(tmp_path: Path, model: Path) -> None:
     (tmp_path / "few.csv").write_text("prompt,response,good\na,b,1\nc,d,2\n")
+    (mine,) = jsonl_of_this_project(tmp_path)
     for wanted in (
         Wanted((str(tmp_path / "few.csv"),), str(model), tmp_path / "few.yaml"),
         Wanted((str(tmp_path / "few.csv"),), str(tmp_path / "no model"), tmp_path / "few.yaml"),
         Wanted((str(tmp_path / "few.csv"),), str(model), tmp_path / "few.txt"),
         Wanted((str(tmp_path / "none.csv"),), str(model), tmp_path / "few.yaml"),
         Wanted(("nobody/nothing",), str(model), tmp_path / "few.yaml"),
+        Wanted((str(tmp_path / "few.csv"),), str(model), tmp_path / f"{'x' * 300}.yaml"),
+        Wanted((str(tmp_path / "few.csv"),), str(model), tmp_path / "few.yaml", hours=math.nan),
+        Wanted((str(tmp_path / "few.csv"),), str(model), tmp_path / "few.yaml", marks=("response",)),
+        Wanted((str(tmp_path / "few.csv"),), str(model), tmp_path / "few.yaml", columns=(("prompt", "response"),)),
+        Wanted((str(mine),), str(model), mine / "under-a-file.yaml"),
     ):
         with pytest.raises(DpaError) as refused:
             init(wanted, Console(file=StringIO()), TOY)

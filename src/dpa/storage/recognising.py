@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dpa.core.config import RatingsConfig
-from dpa.core.errors import DataError
+from dpa.core.config import RatingsConfig, parse_config
+from dpa.core.errors import ConfigError, DataError
 from dpa.storage.rating_forms import HELPSTEER_MARKS, Scale
 from dpa.storage.rows import BadRow, find_files, given_messages, is_hub_id, quoted, read_hub_rows, read_rows
 
@@ -51,6 +51,9 @@ USUAL_SCALES: tuple[Scale, ...] = (
 )
 MOST_STEPS = 20
 """A whole number with more values than this, each once, numbers the rows."""
+
+MOST_OF_A_NAME = 200
+"""Characters of a mark's name."""
 
 MOST_GRADES = 12
 """Values of a mark whose name says that it counts something (`word_count`); with more of them, it does."""
@@ -138,6 +141,7 @@ class Column:
         names_rows = self.whole and self.present > MOST_STEPS and len(self.distinct) == self.present
         counts = _COUNTS.search(name) is not None and len(self.distinct) > MOST_GRADES
         differ = len(self.distinct) > 1
+        differ = differ and _can_be_written(self.name)
         return self.mostly(self.numbers) and differ and not (names_rows or counts or _NAMES_A_ROW.search(name))
 
 
@@ -187,7 +191,8 @@ def _recognise(path: str, split: str, named: dict[str, str], marks: Sequence[str
     names = {name for row in first for name in row}
     if not first:
         raise DataError(f"data: {path} has no row that can be read; is it the right file?")
-    where: dict[str, Any] = {"path": path, "split": split} if is_hub_id(path) else {"path": path}
+    here = f"./{path}" if path.startswith("~") else path  # a file, not a home folder
+    where: dict[str, Any] = {"path": path, "split": split} if is_hub_id(path) else {"path": here}
     if not named and not marks:
         if {"instruction", "completions"} <= names:
             config = RatingsConfig(**where, format="ultrafeedback")
@@ -217,6 +222,9 @@ def _generic(
         renamed["messages"] = conversation.name
     asked = _prompt_and_response(path, columns, named, conversation)
     renamed |= asked
+    for name in marks:
+        if not columns[name].numbers:
+            raise DataError(f"data: {path}: {name!r} holds no numbers, so it is no mark; it has: {_listed(columns)}.")
     given = [columns[name] for name in marks] or [one for one in columns.values() if one.is_mark]
     if not given:
         raise DataError(_no_marks(path, columns))
@@ -225,11 +233,14 @@ def _generic(
         renamed["source"] = "(none)"
     scales = _scales(given)
     read = {*renamed.values(), *scales, "source", "prompt", "response", "messages"}
-    config = RatingsConfig(
-        **where,
-        columns={name: column for name, column in renamed.items() if name != column},  # type: ignore[misc]
-        scales=scales,
-    )
+    section = where | {
+        "columns": {name: column for name, column in renamed.items() if name != column},
+        "scales": scales,
+    }
+    try:
+        config = parse_config(section, RatingsConfig)
+    except ConfigError as error:
+        raise DataError(f"data: {path}: {error}") from None
     texts = [f"{column!r} is the {name}" for name, column in renamed.items() if name in ("prompt", "response")]
     if "messages" in renamed:
         texts.insert(0, f"{renamed['messages']!r} are the messages" + ("" if asked else ", the last one the response"))
@@ -385,6 +396,11 @@ def _number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if abs(number) < float("inf") else None
+
+
+def _can_be_written(name: str) -> bool:
+    """Whether a column's name can be a key of a configuration: YAML takes no longer one, and UTF-8 no half letter."""
+    return len(name) <= MOST_OF_A_NAME and name.encode("utf-8", "replace").decode() == name
 
 
 def _listed(columns: Mapping[str, Column]) -> str:

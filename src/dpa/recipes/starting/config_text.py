@@ -5,6 +5,7 @@ Run its tests: pytest tests/test_init.py
 import json
 import math
 import re
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,9 +53,9 @@ def _head(first: First, what: str) -> list[str]:
         *_comment(
             f"Written by `dpa init`: from rated responses to {what}. docs/configuration.md explains every field."
         ),
-        f"#   dpa run {config}     (the same command resumes it)",
+        f"#   dpa run {_escaped(shlex.quote(str(config)))}     (the same command resumes it)",
         f"name: {_text(config.stem)}",
-        f"out: {_text(first.files.run)}   # everything the run makes",
+        f"out: {_path(first.files.run)}   # everything the run makes",
         "seed: 0",
     ]
 
@@ -99,7 +100,7 @@ def _ratings(first: First, counts: Sequence[int] | None = None) -> list[str]:
 
 
 def _data_set(config: RatingsConfig, count: int | None, bad: float) -> list[str]:
-    lines = [f"  - path: {_text(config.path)}"]
+    lines = [f"  - path: {_path(config.path)}"]
     if config.format != "generic":
         lines += [f"    format: {config.format}"]
     if config.split != "train":
@@ -108,7 +109,7 @@ def _data_set(config: RatingsConfig, count: int | None, bad: float) -> list[str]
         lines += [f"    columns: {_flow(config.columns)}"]
     if config.scales:
         lines += ["    scales:   # lowest and highest mark there can be, guessed from those given; mend what is not so"]
-        lines += [f"      {_text(name)}: [{low:g}, {high:g}]" for name, (low, high) in config.scales.items()]
+        lines += [f"      {_text(name)}: [{low:.0f}, {high:.0f}]" for name, (low, high) in config.scales.items()]
     if count is not None:
         lines += [f"    count: {count}"]
     if bad > RatingsConfig.model_fields["max_reject_rate"].default:
@@ -172,7 +173,7 @@ def _loop(first: First, sizes: Sizes) -> list[str]:
         f"policy: {_text(first.start.name)}",
         f"iterations: {first.iterations}",
         "prompts:   # asked in the iterations: all of the data's own but those held out",
-        f"  path: {_text(files.prompts)}",
+        f"  path: {_path(files.prompts)}",
         f"  count: {sizes.online}   # drawn for each iteration",
         "rollout:",
         f"  directions: {directions}   # of each prompt",
@@ -194,13 +195,14 @@ def _loop(first: First, sizes: Sizes) -> list[str]:
     return [
         *lines,
         f"evaluate:   # {sizes.held_out:,} prompts of the data, kept aside: {theirs}",
-        f"  prompts: {{path: {_text(files.held_out)}}}",
+        f"  prompts: {{path: {_path(files.held_out)}}}",
         f"  directions: {grid}",
         "",
     ]
 
 
 def _comment(text: str) -> list[str]:
+    text = _escaped(" ".join(text.split()))
     return textwrap.wrap(text, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
 
 
@@ -210,8 +212,19 @@ def _flow(mapping: Mapping[Any, object]) -> str:
     return f"{{{', '.join(parts)}}}"
 
 
+def _path(value: object) -> str:
+    """A path as YAML has it; `~x` is a file here and nobody's home folder."""
+    text = str(value)
+    return _text(f"./{text}" if text.startswith("~") else text)
+
+
 def _text(value: object) -> str:
     """A text as YAML has it: plain where that is safe, else quoted."""
     text = str(value)
-    safe = re.fullmatch(r"[A-Za-z_./][\w./-]*(?: [\w./-]+)*", text) and text.lower() not in _YAML_WORDS
-    return text if safe else json.dumps(text, ensure_ascii=False)
+    safe = re.fullmatch(r"(?:[A-Za-z_/]|\.{1,2}/)[\w./-]*(?: [\w./-]+)*", text, re.ASCII)
+    return text if safe and text.lower() not in _YAML_WORDS else _escaped(json.dumps(text, ensure_ascii=False))
+
+
+def _escaped(text: str) -> str:
+    """What is no letter, such as an end of a line that only YAML knows (U+0085, U+2028), by its number."""
+    return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text)

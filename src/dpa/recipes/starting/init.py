@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_init.py
 """
 
 import json
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from dpa.recipes.starting.objectives import choose
 from dpa.recipes.starting.sizes import Files, First, Sizes, Start
 from dpa.storage.recognising import recognise
 from dpa.storage.rows import has_hub_form
-from dpa.storage.tables import write_if_new
+from dpa.storage.tables import disk_error, write_if_new
 
 LEAST_DATA = 24
 """Prompts below which there is nothing to learn from and nothing to measure on."""
@@ -61,6 +62,8 @@ def init(wanted: Wanted, console: Console, device: Device | None = None) -> Path
 
     Raises ConfigError, DataError, ModelFileError.
     """
+    if not 0 < wanted.hours < math.inf:
+        raise ConfigError(f"--hours: {wanted.hours:g} is no time; give a number of hours.")
     files = _places(wanted)
     device = device or this_device(mixed=True)
     policy = wanted.policy or next(name for bytes_, name in START_POLICIES if bytes_ <= _card_memory(device))
@@ -73,6 +76,7 @@ def init(wanted: Wanted, console: Console, device: Device | None = None) -> Path
             f"data: {len(look.prompts)} prompts are too few to learn from and to measure on; rate responses to "
             f"{LEAST_DATA} or more."
         )
+    _make_folder(files.config.parent)
     first = First(data, look, choose(look), start, device, files, wanted.hours)
     if wanted.reward_only:
         sizes, text = None, reward_yaml(first)
@@ -81,7 +85,6 @@ def init(wanted: Wanted, console: Console, device: Device | None = None) -> Path
         _write_prompts(files.prompts, first.online)
         sizes = first.fit(lambda sizes: _seconds(first, sizes))
         text = whole_yaml(first, sizes)
-    files.config.parent.mkdir(parents=True, exist_ok=True)
     write_if_new(files.config, text.encode())
     _say_what_was_written(first, sizes, console)
     return files.config
@@ -107,9 +110,26 @@ def _places(wanted: Wanted) -> Files:
         where / f"{config.stem}-held-out.jsonl",
     )
     for file in (files.config, files.prompts, files.held_out):
-        if file.exists() and not wanted.force:
+        if _is_there(file) and not wanted.force:
             raise ConfigError(f"--out: {file} is there already; pass --force to write it anew, or another --out.")
     return files
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, folder, "making") from None
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        file.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--out: {str(file)!r:.60} is no name of a file ({type(error).__name__}).") from None
+    return True
 
 
 def _card_memory(device: Device) -> float:
@@ -157,7 +177,6 @@ def _parameters(policy: str) -> float:
 
 def _write_prompts(file: Path, prompts: Sequence[str]) -> None:
     lines = [json.dumps({"messages": json.loads(text)}, ensure_ascii=False) + "\n" for text in prompts]
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_if_new(file, "".join(lines).encode())
 
 

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dpa.core.errors import DataError
 from dpa.stages.ratings import Ratings, read_ratings
@@ -89,8 +91,11 @@ class FirstLook:
 
     def correlation(self, first: str, second: str) -> float | None:
         """r of two names; None where it is not known."""
-        pairs = {frozenset((one.first, one.second)): one.r for one in self.correlations}
-        return pairs.get(frozenset((first, second)))
+        return self._r.get(frozenset((first, second)))
+
+    @cached_property
+    def _r(self) -> dict[frozenset[str], float]:
+        return {frozenset((one.first, one.second)): one.r for one in self.correlations}
 
 
 def look_at(data: Sequence[Recognised], count: Callable[[Sequence[str]], list[int]] | None) -> FirstLook:
@@ -159,7 +164,7 @@ def print_look(look: FirstLook, data: Sequence[Recognised], console: Console) ->
         table.add_column(heading, justify="left" if heading == "mark" else "right", no_wrap=True)
     for mark in look.marks:
         scale, given = (f"{low:g} to {high:g}" for low, high in (mark.scale, (mark.low, mark.high)))
-        table.add_row(mark.name, scale, given, _steps(mark.steps), f"{mark.mean:.2f}", f"{mark.missing:.0%}")
+        table.add_row(Text(mark.name), scale, given, _steps(mark.steps), f"{mark.mean:.2f}", f"{mark.missing:.0%}")
     print_table(table, console)
     _print_correlations(look, console)
     for what, found in (("prompts", look.prompt_tokens), ("responses", look.response_tokens)):
