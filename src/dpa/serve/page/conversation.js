@@ -57,7 +57,7 @@ export function readConversation(value) {
   if (typeof value.id !== "string" || !/^[\w-]{1,40}$/.test(value.id)) return null;
   const turns = value.turns.slice(0, MOST_TURNS).map(readTurn);
   if (!turns.length || turns.includes(null)) return null;
-  return { id: value.id, model: text(value.model), changed: number(value.changed, 0), turns };
+  return { id: value.id, model: text(value.model), changed: time(value.changed), turns };
 }
 
 function readTurn(value) {
@@ -92,6 +92,7 @@ function readAnswer(value) {
 
 const text = (value) => (typeof value === "string" ? value.slice(0, MOST_TEXT) : "");
 const number = (value, otherwise) => (Number.isFinite(value) ? value : otherwise);
+const time = (value) => (Number.isFinite(new Date(number(value, 0)).getTime()) ? number(value, 0) : 0); // of a day that there is
 
 function numbers(value) {
   if (!value || typeof value !== "object") return null;

@@ -77,7 +77,8 @@ export class Store {
 
   #read(key) {
     try {
-      return readConversation(JSON.parse(this.storage.getItem(key)));
+      const found = readConversation(JSON.parse(this.storage.getItem(key)));
+      return found && PREFIX + found.id === key ? found : null; // another id would open and delete another one
     } catch {
       return null;
     }
