@@ -12,7 +12,7 @@ from forks import python
 from tiny_models import save_tiny_model, tiny_model
 
 from dpa.core.config import load_config
-from dpa.core.errors import ConfigError, RunFolderError
+from dpa.core.errors import ConfigError, DpaError, RunFolderError
 from dpa.core.records import Ledger
 from dpa.recipes.costs.data_sizes import count_rows, rated_size
 from dpa.recipes.costs.devices import DEVICES, device_named, matrix_rate
@@ -368,3 +368,33 @@ def test_the_command_prints_a_table_of_a_hundred_columns_and_starts_nothing(reci
     assert max(map(len, done.stdout.splitlines())) <= 100
     assert len(HEADINGS) == 7
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "weights"),
+    [
+        ({"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}, b"no header"),
+        ({"hidden_size": 10**400, "num_hidden_layers": 2, "num_attention_heads": 2}, None),
+        ("[" * 100_000, None),
+    ],
+)
+def test_a_damaged_model_is_said_in_one_sentence(tmp_path: Path, config: Any, weights: bytes | None) -> None:
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    if weights is not None:
+        (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(DpaError) as refused:
+        size_of(str(tmp_path), None, "policy", "--parameters 7.2e9")
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("figure", ["1" + "0" * 400, "[]", "[" * 100_000, "1}, 3, {"])
+def test_a_damaged_bench_is_said_in_one_sentence(tmp_path: Path, figure: str) -> None:
+    (tmp_path / "rates.json").write_text(f'{{"rows": [{{"what": "x", "figure": {figure}}}]}}')
+    with pytest.raises(RunFolderError, match=r"is no result of bench/card.py"):
+        read_speeds([tmp_path])
+
+
+def test_a_figure_that_is_not_finite_is_not_believed(tmp_path: Path) -> None:
+    (tmp_path / "rates.json").write_text('{"rows": [{"what": "x", "figure": Infinity}, {"what": "y", "figure": 3}]}')
+    card = read_speeds([tmp_path]).card
+    assert card is not None and dict(card.rates) == {"y": 3.0}

@@ -41,6 +41,7 @@ def estimate(
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from dpa.core.config import load_config
     from dpa.recipes.costs.devices import device_named
@@ -48,6 +49,8 @@ def estimate(
     from dpa.recipes.estimate import estimate_of
     from dpa.storage.console import print_table
 
+    if parameters is not None and not parameters < 1e15:
+        raise ConfigError(f"--parameters: {parameters:g} is no size of a model; give a number such as 7.2e9.")
     for run in runs or []:
         if not run.is_dir():
             raise ConfigError(f"--from: there is no run folder at {run}; check the path.")
@@ -58,16 +61,16 @@ def estimate(
         table.add_column(name, justify="left" if name in {"stage", "speed from"} else "right", no_wrap=True)
     *rows, whole = cells(stages)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     table.add_section()
-    table.add_row(*whole)
+    table.add_row(*map(Text, whole))
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(highlight=False, width=max(console.width, 100))  # a file or a pipe has no edge
-    console.print(heading(inputs))
+    console.print(heading(inputs), markup=False)
     print_table(table, console)
     for note in notes(stages, inputs):
-        console.print(note)
+        console.print(note, markup=False)
 
 
 @app.command()

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from dpa.core.errors import ConfigError
+from dpa.models.files import check_safetensors
+
+MOST_OF_A_WIDTH = 10**9
+"""A larger one in a config.json is not believed."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ KNOWN = {
 
 
 def size_of(model: str, parameters: float | None, where: str, fix: str) -> Size:
-    """The size of a model folder, or of a model known by its name. Raises ConfigError: it says `where` and the `fix`.
+    """The size of a model folder, or of a model known by its name. Raises ModelFileError, and ConfigError, which says
+    `where` and the `fix`.
 
     Read from config.json and the headers of the weights; of a folder without weights the parameters are counted from
     its shape. `parameters`, where given, are believed; the widths are then those of the nearest model that is known.
@@ -133,7 +136,7 @@ def _config(file: Path, where: str) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
         config = config.get("text_config") or config
         return {**config}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"{where}: {file} is no model's config.json; mend it, or name another model.") from None
 
 
@@ -142,7 +145,11 @@ def _read(config: Mapping[str, Any]) -> Size | None:
 
     def width(name: str, otherwise: int = 0) -> int:
         value = config.get(name)
-        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else otherwise
+        return (
+            value
+            if isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST_OF_A_WIDTH
+            else otherwise
+        )
 
     hidden, layers, heads = width("hidden_size"), width("num_hidden_layers"), width("num_attention_heads")
     if not (hidden and layers and heads):
@@ -154,9 +161,6 @@ def _read(config: Mapping[str, Any]) -> Size | None:
 
 
 def _weights(folder: Path) -> float:
-    """Numbers in a folder's safetensors, by their headers; 0 where there are none."""
-    count = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as weights:
-            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return count
+    """Numbers in a folder's safetensors, by their headers; 0 where there are none. Raises ModelFileError."""
+    files = sorted(folder.glob("*.safetensors"))
+    return sum(math.prod(shape) for file in files for shape in check_safetensors(file))

@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_estimate.py
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,9 +66,9 @@ def read_speeds(folders: Iterable[Path]) -> Speeds:
             try:
                 config = read_record(run / "fingerprint.json", ("config",), optional=None)["config"]
                 ledger = read_ledger(read_record(done, ("ledger",), optional=None)["ledger"])
+                _count(speeds, done.parent.relative_to(run).parts, asdict(ledger), config)
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise RunFolderError(f"--from: {run} holds a damaged record ({done}); name another run.") from None
-            _count(speeds, done.parent.relative_to(run).parts, asdict(ledger), config)
         sources += [run.name] if found else []
     speeds.source = ", ".join(sources)
     return speeds
@@ -121,7 +122,7 @@ def _card(folder: Path) -> CardFigures:
                     rates[str(row["what"])] = float(row["figure"])
                 elif (phase, row["what"]) in _CARD_ROWS and "share" in row:
                     shares[_CARD_ROWS[phase, row["what"]]] = float(row["share"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise RunFolderError(f"--from: {file} is no result of bench/card.py; name another folder.") from None
-    usable = {name: rate for name, rate in rates.items() if rate > 0}
+    usable = {name: rate for name, rate in rates.items() if 0 < rate < math.inf}
     return CardFigures(folder.name, usable, {key: share for key, share in shares.items() if 0 < share < 1})
