@@ -308,6 +308,8 @@ def broken(folder: Path, how: str) -> Path:
         kind = "IA3" if how == "adapters of another kind" else "LORA"
         start = "pissa" if how == "adapters over changed weights" else True
         said = {"peft_type": kind, "init_lora_weights": start, "r": 4, "target_modules": ["q_proj"]}
+        said |= {"adapters by another library": {"megatron_config": {"a": 1}}}.get(how, {})
+        said |= {"adapters of no pattern": {"target_modules": "["}}.get(how, {})
         (folder / "adapter_config.json").write_text(json.dumps(said))
         tensor = torch.ones(4, 7 if how == "adapters of another model" else 32)
         name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -328,6 +330,8 @@ def broken(folder: Path, how: str) -> Path:
         ("adapters over changed weights", "init_lora_weights='pissa'"),
         ("adapters of another model", "do not fit"),
         ("adapters with parts missing", "do not fit"),
+        ("adapters by another library", "do not fit .*megatron"),
+        ("adapters of no pattern", "do not fit .*unterminated"),
     ],
 )
 def test_what_cannot_be_a_policy_is_refused_in_one_sentence(tmp_path: Path, how: str, said: str) -> None:

@@ -2,6 +2,7 @@
 Run its tests: pytest tests/test_elsewhere.py
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _merged(trained: Path, base: Model | None) -> PreTrainedModel:
         adapted = get_peft_model(model, config)
         weights = load_file(file)
         found: Any = set_peft_model_state_dict(adapted, weights)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError, re.error) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelFileError(
             f"model: the adapters of {trained} do not fit {base} ({reason}); give the run and the iteration they were "
