@@ -208,7 +208,7 @@ def test_front_comes_from_the_record_beside_the_model(tmp_path: Path) -> None:
     point = {"weights": [0.8, -0.6], "objectives": {"model": measured, "gold": measured}, "words": value}
     assert load_front(tmp_path, SPACE) == Front()
     (tmp_path / EVALUATION_FILE).write_text(json.dumps({"directions": [point]}))
-    (found,), reward, _ = load_front(tmp_path, SPACE)
+    (found,), reward, *_ = load_front(tmp_path, SPACE)
     assert reward == "gold" and found["text"] == "helpfulness*80 + verbosity*-60" and found["words"] == 2.0
     assert found["objectives"]["verbosity"] == value
     for damaged in ("{", "[]", '{"directions": [{"weights": [1], "objectives": {}}]}', '{"directions": 3}'):
@@ -526,7 +526,9 @@ def test_metrics_count_and_no_client_can_make_more_of_them(fake: FakeUpstream, c
     assert 'dpa_requests_total{route="/v1/chat/completions",status="200"}' in text
 
 
-def test_text_is_logged_only_when_asked(engine: tuple[FakeUpstream, str], fake: FakeUpstream) -> None:
+def test_text_is_logged_only_when_asked_and_the_pages_own_files_are_not(
+    engine: tuple[FakeUpstream, str], fake: FakeUpstream
+) -> None:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
@@ -538,7 +540,9 @@ def test_text_is_logged_only_when_asked(engine: tuple[FakeUpstream, str], fake: 
             stream.truncate(0)
             with gateway_before(engine[1], settings_with(log_text=log_text)) as url:
                 httpx.post(url + CHAT, json=chat())
+                assert httpx.get(url + "/page.js").status_code == 200
             assert ("Why?" in stream.getvalue()) is log_text
+            assert stream.getvalue().count("\n") == 1
     finally:
         logger.removeHandler(handler)
 

@@ -136,6 +136,8 @@ class Gate:
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(seconds)
             level = logging.ERROR if "failure" in facts else logging.INFO
+            if status == 200 and scope["path"].endswith((".js", ".css")):
+                level = logging.DEBUG  # the page's own files, twenty of them whenever it is opened
             logging.getLogger("dpa.serve").log(
                 level,
                 "request",

@@ -39,12 +39,18 @@ class Objectives:
 
     @property
     def presets(self) -> dict[str, dict[str, float]]:
-        """Directions with a name: the main objective alone, and each other one wished more or less of."""
+        """Directions with a name: the main objective alone, and each other one wished more or less of.
+
+        First what most people want: fewer words, but more of any other mark.
+        """
         main, *others = self.marks
         found: dict[str, dict[str, float]] = {}
         for name in others:
-            less, more = ("terse", "full") if _has_word(name, _LONG) else (f"less-{name}", f"more-{name}")
-            found |= {less: {main: 0.77, name: -ASIDE}, more: {main: 0.77, name: ASIDE}}
+            if _has_word(name, _LONG):
+                wishes = {"terse": -ASIDE, "full": ASIDE}
+            else:
+                wishes = {f"more-{name}": ASIDE, f"less-{name}": -ASIDE}
+            found |= {wish: {main: 0.77, name: weight} for wish, weight in wishes.items()}
         return {"balanced": {main: 1.0}} | found
 
 
