@@ -29,7 +29,7 @@ from dpa.storage.stopping import StopOnSignal
 
 SPACE = space_of(max_angle=60)
 CONFIG = RolloutConfig(directions=2, samples=2, prompts_per_shard=8, max_reject_rate=1.0)
-KILLS = 30
+KILLS = 15
 STAGES = ("rollout", "score", "select")
 
 
