@@ -144,7 +144,8 @@ def interpreter() -> str:
 
     def answer(client: socket.socket) -> None:
         size, streams, _, _ = socket.recv_fds(client, 8, 3)
-        arguments, cwd, environment = json.loads(_read(client, int.from_bytes(size, "big")))
+        with client.makefile("rb") as asked:
+            arguments, cwd, environment = json.loads(asked.read(int.from_bytes(size, "big")))
         environment["DPA_TEST_PYTHON"] = str(program)
         passed = [_Descriptor(stream) for stream in streams]
         process = _context.Process(target=_work, args=(arguments, cwd, environment, passed, client), daemon=False)
@@ -182,14 +183,6 @@ class _Descriptor:
 
 def _detached(duplicate: Any) -> int:
     return duplicate.detach()
-
-
-def _read(client: socket.socket, size: int) -> bytes:
-    parts, missing = [], size
-    while missing and (part := client.recv(missing)):
-        parts.append(part)
-        missing -= len(part)
-    return b"".join(parts)
 
 
 def _unless_hung_up(answer: Any, client: socket.socket) -> None:

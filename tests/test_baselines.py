@@ -44,7 +44,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     folder = tmp_path_factory.mktemp("lab")
     recipe = write_recipe(folder / "world", folder / "run")
     flags = {**QUICK, "budget": "60000", "run.finetune.packed_rows_per_step": "2"}
-    flags |= {"run.finetune.optimizer": "adamw"}  # Muon's steps are slow on a processor
+    flags |= {"run.finetune.optimizer": "adamw"}
     config = load_comparison(recipe, flags)
     write_worlds(folder / "world", folder / "run", [0], quick=True)
     ComparisonJob(config, None, 0).run()

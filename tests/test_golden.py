@@ -179,7 +179,7 @@ TOY = {
     "evaluate.resamples": "10",
     "reward.train.method": "ridge",
     "reward.train.allow_worse_than_mean": "true",
-    "finetune.optimizer": "adamw",  # Muon's steps are slow on a processor, and in bf16
+    "finetune.optimizer": "adamw",  # what the figures were made with
     "finetune.learning_rate": "2.0e-3",
     "finetune.packed_rows_per_step": "1",
 }

@@ -32,7 +32,7 @@ SMALL = {
     "evaluate.prompts.count": "6",
     "evaluate.resamples": "50",
     "reward.train.method": "ridge",
-    "finetune.optimizer": "adamw",  # Muon's steps are slow on a processor
+    "finetune.optimizer": "adamw",
 }
 
 

@@ -278,7 +278,7 @@ def test_the_loop_learns_from_pairs_with_every_option_on(tmp_path: Path) -> None
     settings = {
         "iterations": "2",
         "learner": "dpo",
-        "finetune.optimizer": "adamw",  # Muon's steps are slow on a processor
+        "finetune.optimizer": "adamw",
         "dpo": "{learning_rate: 1.0e-4, optimizer: muon, pairs_per_step: 8, pairs_per_device: 8, replay: 0.5}",
         "space.training_angle": "55",
         "space.training_ends": "0.3",

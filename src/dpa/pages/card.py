@@ -2,7 +2,6 @@
 Run its tests: pytest tests/test_card.py
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import yaml
 
 from dpa.core.directions import DirectionSpace
 from dpa.pages.rendering import render
-from dpa.pages.writing import duration, number, spread
+from dpa.pages.writing import duration, example_preference, number, spread
 from dpa.storage.rows import has_hub_form, is_hub_id
 
 CARD = "README.md"
@@ -65,7 +64,7 @@ def card(
             [f"`{one.name}`", " + ".join(f"{weight:g} {name}" for name, weight in one.attributes.items())]
             for one in space.objectives
         ],
-        asked=json.dumps({name: round(float(w), 3) for name, w in zip(space.names, space.grid(3)[0], strict=True)}),
+        asked=example_preference(space),
         evaluation=evaluation,
         elsewhere=elsewhere,
         front=front,

@@ -2,7 +2,6 @@
 Run its tests: pytest tests/test_elsewhere.py
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import yaml
 
 from dpa.core.directions import DirectionSpace
 from dpa.pages.rendering import render
+from dpa.pages.writing import example_preference
 
 
 def dataset_card(
@@ -41,7 +41,7 @@ def dataset_card(
         facts=facts,
         training=training,
         policy=policy,
-        asked=json.dumps({name: round(float(w), 3) for name, w in zip(space.names, space.grid(3)[0], strict=True)}),
+        asked=example_preference(space),
     )
 
 

@@ -2,8 +2,11 @@
 Run its tests: pytest tests/test_report.py
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from dpa.core.directions import DirectionSpace
 
 
 def number(value: float | None, digits: int | None = 1) -> str:
@@ -89,3 +92,8 @@ def titled_measures(measures: Mapping[str, Any]) -> dict[str, tuple[Mapping[str,
 def listed(names: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def example_preference(space: DirectionSpace) -> str:
+    """A direction off the center as JSON: what a card's example hands to the chat template."""
+    return json.dumps({name: round(float(w), 3) for name, w in zip(space.names, space.grid(3)[0], strict=True)})

@@ -6,7 +6,7 @@ where its folder is here; else a token is taken for four characters.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from dpa.core.config import PromptsConfig, RatingsConfig
 from dpa.core.errors import ConfigError, DataError
 from dpa.stages.judge import CHARACTERS_PER_TOKEN
 from dpa.storage.rating_forms import RatedRow, declared_scales, named_columns, read_row
-from dpa.storage.rows import SUFFIXES, is_hub_id, read_rows
+from dpa.storage.rows import find_files, is_hub_id, read_rows
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def _rated_there(ratings: RatingsConfig, policy: str) -> Rated | None:
     names = list(declared_scales(ratings))
     read, rows = 0, []
     try:
-        for file in _files(Path(ratings.path)):
+        for file in find_files(Path(ratings.path)):
             for _, raw in islice(read_rows(file, *named_columns(ratings, names)), SAMPLED - read):
                 read += 1
                 if isinstance(raw, dict):
@@ -109,7 +109,7 @@ def prompt_tokens(prompts: PromptsConfig, policy: str = "") -> float:
     """Tokens of a prompt with its direction: of the first ones where they are here."""
     texts: list[str] = []
     try:
-        for file in _files(Path(prompts.path)):
+        for file in find_files(Path(prompts.path)):
             for _, row in islice(read_rows(file, [prompts.column, "messages"]), SAMPLED // 100):
                 text = (row.get("messages") or row.get(prompts.column)) if isinstance(row, dict) else None
                 texts += [str(text)] if text else []
@@ -153,9 +153,3 @@ def count_rows(path: str) -> int | None:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"data: {place} cannot be read ({type(error).__name__}); mend or replace it.") from None
     return 0
-
-
-def _files(path: Path) -> Iterator[Path]:
-    """The row files at a path, in the order of their names."""
-    found = sorted(path.iterdir()) if path.is_dir() else [path]
-    yield from (file for file in found if file.is_file() and file.suffix in SUFFIXES)
