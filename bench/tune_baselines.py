@@ -2,6 +2,7 @@
 
     python bench/tune_baselines.py [--out runs/tune] [--methods steerlm,ric] [--trials 0,3] [--set budget=...] [--table]
 
+A method that stands on another's training does in its trials what that one's have trained, where both are named.
 A trial is a few of the method's settings; the best is the one with the highest expected utility by the true reward (for
 methods that know no direction: the highest helpfulness along the center, which is all they can be asked for). Four
 trials a method, three where nothing is sampled. Resumable, as everything; `--table` prints the trials that are done.
@@ -49,6 +50,19 @@ TRIALS: dict[str, list[dict[str, str]]] = {
         common("2.0e-3", temperature=temperature) | {"dpo.learning_rate": rate}
         for temperature, rate in (("1.0", "5.0e-5"), ("1.0", "1.5e-4"), ("1.0", "5.0e-4"), ("0.8", "5.0e-5"))
     ],
+    "modpo": [
+        common(before) | {"dpo.learning_rate": rate, "dpo.beta": beta}
+        for before, rate, beta in (
+            ("4.0e-3", "5.0e-5", "0.1"),
+            ("4.0e-3", "1.5e-4", "0.1"),
+            ("4.0e-3", "5.0e-4", "0.1"),
+            ("4.0e-3", "1.5e-4", "0.3"),
+        )
+    ],
+    "moc": [
+        {"grpo.learning_rate": rate, "rollout.temperature": temperature}
+        for rate, temperature in (("2.0e-4", "1.0"), ("5.0e-4", "1.0"), ("1.0e-3", "1.0"), ("5.0e-4", "0.8"))
+    ],
 }
 """Method -> its trials, each a few fields of the run; the others are those of world/assets/compare.yaml."""
 AS_POOLED = ("pooled_third", "random_candidate")
@@ -70,6 +84,13 @@ class Trial(ComparisonJob):
     def folder(self) -> Path:
         """Beside the other trials of its method."""
         return Path(self.config.out) / f"seed_{self.seed}" / f"{self.place} {self.label}"
+
+    @property
+    def ground(self) -> ComparisonJob | None:
+        """The same trial of the method it stands on, where that one has it."""
+        below = super().ground
+        same = below is not None and below.method is not None and self.changes in TRIALS[below.method.name]
+        return below if same else None
 
     @property
     def settings(self) -> RunConfig:
@@ -154,6 +175,7 @@ def main() -> None:
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     config = development_config(args.out, seeds, dict(flag.split("=", 1) for flag in args.flags))
+    config = config.model_copy(update={"methods": args.methods.split(",")})
     places = [int(place) for place in args.trials.split(",")] if args.trials else range(len(COMMON))
     trials = [
         Trial(config, METHODS[method], seed, TRIALS[method][place])

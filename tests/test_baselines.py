@@ -20,10 +20,18 @@ from dpa.core.config import RatingsConfig
 from dpa.core.errors import DataError, ModelFileError
 from dpa.core.records import Sample, SampleRequest
 from dpa.models.policy import load_policy
-from dpa.recipes.baselines import demonstrations, dpo, prompted, soups, steerlm
-from dpa.recipes.baselines.asking import TranslatingSampler, with_system, without_direction
+from dpa.recipes.baselines import demonstrations, dpo, moc, modpo, prompted, soups, steerlm
+from dpa.recipes.baselines.asking import NearestSampler, TranslatingSampler, with_system, without_direction
 from dpa.recipes.baselines.lab import Lab, spent, unstated
-from dpa.recipes.baselines.labels import asking, labelled, target_rule, weight_range
+from dpa.recipes.baselines.labels import (
+    Labelled,
+    asking,
+    asking_best,
+    candidate_targets,
+    labelled,
+    target_rule,
+    weight_range,
+)
 from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.baselines.ric import near_front
 from dpa.recipes.compare import ComparisonJob
@@ -162,6 +170,53 @@ def test_rewards_in_context_keeps_what_no_other_answer_to_the_prompt_dominates()
     assert near_front(["p", "p", "p", "q"], scores_RK, SPACE3).tolist() == [0, 2, 3]
 
 
+def test_candidate_labels_are_apart_and_as_many_as_are_asked_for() -> None:
+    scores_RK = np.random.default_rng(0).uniform(0, 100, (1000, 3))
+    write = partial(steerlm.write_label, SPACE3)
+    targets_LK = candidate_targets(scores_RK, SPACE3, write, seed=0)
+    texts = [write(target_K) for target_K in targets_LK]
+    assert len(set(texts)) == len(texts) == 75
+    assert min(int(text[len("helpfulness:")]) for text in texts) >= 5, "more of it is always wished"
+    assert {int(text[-1]) for text in texts} >= {0, 9}, "of warmth less may be wished"
+    assert len(candidate_targets(scores_RK, SPACE3, write, seed=0, most=20)) == 20
+
+
+def test_the_best_label_is_the_one_whose_answers_score_highest_under_the_direction(lab: Lab, tmp_path: Path) -> None:
+    """The policy answers its label and the scorer reads there what that label gives: not what it asks for."""
+    gives = {"a": (80.0, 10.0, 0.0), "b": (60.0, 90.0, 0.0), "c": (70.0, 50.0, 95.0)}
+    targets = {name: np.array(asked) for name, asked in zip(gives, np.eye(3), strict=True)}
+
+    def write(scores_K: np.ndarray) -> str:
+        return min(targets, key=lambda name: float(np.abs(targets[name] - scores_K).sum()))
+
+    class Repeats:
+        revision = "repeats"
+
+        def sample(self, requests: list[SampleRequest]) -> list[list[Sample]]:
+            return [[Sample(r.messages[0]["content"], 5, "stop") for _ in r.seeds] for r in requests]
+
+    class Gives:
+        attributes, revision = lab.scorer.attributes, "gives"
+
+        def score(self, prompts: list, responses: list[str]) -> np.ndarray:
+            helpful, wordy, warm = np.array([gives[text] for text in responses]).T
+            of = {"readers-helpfulness": helpful, "critics-overall": helpful, "readers-verbosity": wordy}
+            return np.stack([{**of, "critics-warmth": warm}[name] for name in self.attributes], axis=1)
+
+    class Bench(Lab):
+        scorer = Gives()  # type: ignore[assignment]
+
+        def sampler(self, policy: object, measuring: bool = False, translate: object = None) -> TranslatingSampler:
+            return TranslatingSampler(Repeats(), translate)  # type: ignore[arg-type]
+
+    bench = Bench(lab.config, lab.shared, tmp_path, lab.budget)
+    ask = asking_best(bench, 3, Labelled(Path("policy"), write, np.array([[0.0] * 3, [1.0] * 3])))
+    half = 0.5**0.5
+    for direction, label in (((half, -half, 0.0), "a"), ((half, half, 0.0), "b"), ((half, 0.0, half), "c")):
+        assert ask(SampleRequest(QUESTION.messages, direction, (1,))).messages[0]["content"] == label
+    assert spent(tmp_path).tokens_generated == 5 * len(bench.stage(3, "rollout").whole_table()) > 0
+
+
 # --- soups -----------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +268,76 @@ def test_soups_differ_by_mix_and_their_ends_are_the_specialists(tmp_path: Path) 
         assert [sample.text for sample in alone] == mixed
     with pytest.raises(ModelFileError, match="same weights"):
         SoupSampler([folders[0], folders[0]], share, spec)
+
+
+# --- MODPO -----------------------------------------------------------------------------------------------------------
+
+
+def test_modpos_pairs_follow_the_largest_objective_and_their_margin_is_what_the_others_account_for() -> None:
+    scores_RK = np.array([[90.0, 10.0, 0.0], [10.0, 60.0, 40.0]])
+    rated = pa.table(
+        {
+            "prompt_id": ["p", "p"],
+            "messages": ["[]", "[]"],
+            "response": ["good", "bad"],
+            "complete": [True, False],
+        }
+    )
+    wish_K = np.array([0.8, -0.6, 0.0])
+    pairs, share = modpo.margin_pairs(rated, scores_RK, wish_K, seed=0)
+    assert share == pytest.approx(0.8) and len(pairs) == modpo.PAIRS
+    for row in pairs.to_pylist():
+        assert (row["chosen"], row["rejected"], row["direction"]) == ("good", "bad", None)
+        assert (row["chosen_complete"], row["rejected_complete"]) == (True, False)
+        assert row["margin"] == pytest.approx(-0.6 * (10 - 60) / modpo.POINTS / 0.8)
+    less, _ = modpo.margin_pairs(rated, scores_RK, np.array([-0.8, 0.6, 0.0]), seed=0)
+    assert less["chosen"].to_pylist() == ["bad"] * modpo.PAIRS, "less of it is wished"
+
+
+def test_a_direction_is_answered_by_the_policy_of_the_nearest_wish() -> None:
+    class Named:
+        def __init__(self, revision: str) -> None:
+            self.revision = revision
+
+        def sample(self, requests: list[SampleRequest]) -> list[list[Sample]]:
+            return [[Sample(f"{self.revision} {r.seeds[0]}", 1)] for r in requests]
+
+    sampler = NearestSampler([Named("first"), Named("second"), Named("third")], np.eye(3))
+    directions = [(0.6, 0.8, 0.0), (0.8, 0.6, 0.0), (0.0, 0.6, 0.8), (0.9, 0.1, 0.2)]
+    answers = sampler.sample([SampleRequest([], v, (seed,)) for seed, v in enumerate(directions)])
+    assert [answer[0].text for answer in answers] == ["second 0", "first 1", "third 2", "first 3"]
+
+
+# --- MOC -------------------------------------------------------------------------------------------------------------
+
+
+def test_min_norm_weights_are_those_of_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        vectors_JN = rng.normal(size=(3, 6)) + 0.7
+        unit_JN = vectors_JN / np.linalg.norm(vectors_JN, axis=1, keepdims=True)
+        steps = np.linspace(0, 1, 101)
+        every = np.array([(a, b, 1 - a - b) for a in steps for b in steps if a + b <= 1 + 1e-9])
+        least = np.linalg.norm(every @ unit_JN, axis=1).min()
+        weight_J = moc.min_norm(vectors_JN)
+        assert weight_J.sum() == pytest.approx(1) and (weight_J >= 0).all()
+        assert np.linalg.norm(weight_J @ unit_JN) <= least + 1e-3
+    np.testing.assert_allclose(moc.min_norm(np.array([[1.0, 0.0], [0.0, 5.0]])), [0.5, 0.5])
+    np.testing.assert_allclose(moc.min_norm(np.array([[2.0, 0.0]])), [1.0])
+
+
+def test_moc_aims_are_signed_and_an_objective_that_is_not_named_does_not_matter() -> None:
+    scores_NK = np.array([[50.0, 10.0, 5.0], [60.0, 30.0, 95.0], [70.0, 20.0, 1.0], [80.0, 40.0, 60.0]])
+    directions_NK = np.array([[0.8, -0.6, 0.0]] * 4)
+    targets_NK = np.array([[80.0, 10.0, 50.0]] * 4)
+    advantages_JN = moc.aims(scores_NK, directions_NK, targets_NK, group=4)
+    assert len(advantages_JN) == 4, "of warmth none"
+    more, less, near, low = advantages_JN
+    assert more.argmax() == 3 and less.argmax() == 0 and near.argmax() == 3 and low.argmax() == 0
+    np.testing.assert_allclose(advantages_JN.mean(axis=1), 0, atol=1e-9)
+    scores_NK[1] = np.nan
+    assert (moc.aims(scores_NK, directions_NK, targets_NK, group=4)[:, 1] == 0).all()
+    assert moc.aims(np.full((4, 3), 7.0), directions_NK, targets_NK, group=4).shape == (0, 4)
 
 
 # --- selection of the offline rows, budgets, DPO ---------------------------------------------------------------------

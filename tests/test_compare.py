@@ -23,6 +23,7 @@ from dpa.world.comparison import QUICK, RECIPE, write_recipe
 SMALLER = {
     "budget": "8000",
     "changes.ric": "{prompts.count: 4}",
+    "changes.ric_best": "{prompts.count: 4}",
     "run.rollout.max_new_tokens": "40",
     "run.evaluate.prompts.count": "4",
 }
@@ -58,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = python(*COMMAND, out, timeout=1000)
     assert done.returncode == 0, done.stderr
     assert "report.html" in done.stdout
-    assert re.search(r"compare: [3-6] of 12 jobs are done", done.stderr), done.stderr
+    assert re.search(r"compare: [3-6] of 17 jobs are done", done.stderr), done.stderr
     return out
 
 
@@ -91,7 +92,7 @@ def test_methods_that_are_given_a_budget_spend_it(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     budget = results["config"]["budget"]
     for row in results["costs"]:
-        if row["method"] in ("sft", "dpo", "steerlm", "ric", "soups", "scalar_rsf"):
+        if row["method"] in ("sft", "dpo", "steerlm", "ric", "soups", "mod", "modpo", "scalar_rsf"):
             assert row["total"] == pytest.approx(budget, rel=0.1), row
         assert row["equal"] == (abs(row["total"] - budget) <= 0.1 * budget)
     by_method = {row["method"]: row for row in results["costs"]}

@@ -6,6 +6,7 @@ pytest tests/test_methods.py
 import json
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from toy_run import toy_config
 from dpa.core.compare_config import load_comparison
 from dpa.core.config import resolved
 from dpa.core.errors import ConfigError
+from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.methods import METHODS, compared
 from dpa.recipes.compare import Comparison
 
@@ -37,26 +39,38 @@ def toy_comparison(folder: Path, **fields: object) -> Path:
     return file
 
 
+def train_above(lab: Lab) -> list[Trained]:
+    """The toy's policy, under another name."""
+    return [lab.as_point("above", lab.ground.policy_folder(0))]
+
+
 @pytest.fixture
 def registered() -> Iterator[None]:
-    """The one line."""
+    """The one line, and one of a method that stands on it."""
     METHODS["toy"] = toy_method.METHOD
+    METHODS["above"] = Method(name="above", title="above", color=("#1", "#2"), stands_on="toy", train=train_above)
     yield
-    del METHODS["toy"]
+    del METHODS["toy"], METHODS["above"]
 
 
 def test_a_method_that_is_a_file_and_a_line_is_trained_measured_and_reported(tmp_path: Path, registered: None) -> None:
-    comparison = Comparison(load_comparison(toy_comparison(tmp_path, methods=["toy", "pooled"])))
+    comparison = Comparison(load_comparison(toy_comparison(tmp_path, methods=["toy", "above", "pooled"])))
+    above = comparison.jobs[-1]
     for job in (*comparison.shared, *comparison.jobs):
+        assert job.ready and (above.ready or job is not above)
         pickle.loads(pickle.dumps(job)).run()  # as it comes to a process of its own
+        assert above.ready == (job.place in ("toy", "above")), "it waits for what it stands on"
     page = comparison.report()
     results = json.loads(page.with_name("results.json").read_text())
-    assert [policy["method"] for policy in results["policies"]] == ["pooled", "pooled", "toy"]
-    assert results["policies"][-1]["point"] and len(results["policies"][-1]["fronts"]["model"]["verbosity"]) == 1
-    (lead,) = results["leads"]["verbosity"]
+    assert [policy["method"] for policy in results["policies"]] == ["pooled", "pooled", "toy", "above"]
+    assert results["policies"][2]["point"] and len(results["policies"][2]["fronts"]["model"]["verbosity"]) == 1
+    lead, _ = results["leads"]["verbosity"]
     assert (lead["method"], lead["title"], lead["bar"]) == ("toy", "a toy", 50.0)
     (cost,) = [row for row in results["costs"] if row["method"] == "toy"]
     assert cost["total"] == pytest.approx(3000, rel=0.1)
+    assert above.record and above.record["cost"]["training_tokens"] == cost["training"], "charged for it, too"
+    other = comparison.config.model_copy(update={"changes": {"toy": {"iterations": 2}}})
+    assert replace(above, config=other).ground is None, "other settings train another policy"
     assert "a toy" in page.read_text() and "#123456" in page.read_text() and "#abcdef" in page.read_text()
     assert (tmp_path / "out" / "seed_0" / "toy" / "job.json").is_file()
 
@@ -72,3 +86,4 @@ def test_methods_are_named_apart_and_one_of_them_is_the_subject() -> None:
     assert len({method.color for method in METHODS.values()}) == len(METHODS)
     assert [name for name, method in METHODS.items() if method.kind == "subject"] == ["pooled"]
     assert all(method.saves_on in METHODS for method in METHODS.values() if method.saves_on)
+    assert all(method.stands_on in METHODS for method in METHODS.values() if method.stands_on)

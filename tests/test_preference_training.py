@@ -176,6 +176,30 @@ def test_the_loss_and_its_gradient_are_those_written_by_hand(sft_weight: float, 
         torch.testing.assert_close(parameter.grad, hand.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_a_pairs_margin_is_taken_from_what_the_sigmoid_is_of(tmp_path: Path) -> None:
+    """-log sigmoid(beta * difference - margin), equal to one written by hand; with a margin of 0 it is plain DPO."""
+    ids = ([2, 7, 9, 4], [11, 12, 13, 1], [30, 1]), ([2, 5, 4], [40, 1], [21, 22, 23, 24, 25, 1])
+    config = CONFIG.model_copy(update={"beta": 0.3, "pairs_per_step": 2, "pairs_per_device": 2})
+
+    def loss(margins: tuple[float, float]) -> float:
+        pairs = [EncodedPair(*own, margin=margin) for own, margin in zip(ids, margins, strict=True)]
+        model, reference = tiny_model(seed=0), tiny_model(seed=1)
+        trainer = DPO(config, SPACE, 0).trainer(model, tiny_tokenizer(), pairs, tmp_path, lambda: reference)
+        (batch,) = trainer.get_train_dataloader()
+        return trainer.compute_loss(model, batch).item()
+
+    model, reference = tiny_model(seed=0), tiny_model(seed=1)
+    with torch.no_grad():
+        difference = [
+            (_log_probability(model, prompt, chosen) - _log_probability(reference, prompt, chosen))
+            - (_log_probability(model, prompt, rejected) - _log_probability(reference, prompt, rejected))
+            for prompt, chosen, rejected in ids
+        ]
+    for margins in ((0.0, 0.0), (1.5, -2.0), (0.0, 3.0)):
+        inner = torch.stack([0.3 * d - m for d, m in zip(difference, margins, strict=True)])
+        assert loss(margins) == pytest.approx(-nn.functional.logsigmoid(inner).mean().item(), rel=1e-4)
+
+
 def test_the_margin_grows_from_nothing(whole: tuple[Path, TrainingRecord]) -> None:
     folder, result = whole
     assert result.steps == 6

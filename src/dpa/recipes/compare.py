@@ -12,7 +12,7 @@ A job is done when its job.json stands. Every job resumes where it was stopped, 
 
 import logging
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from dpa.core.compare_config import CompareConfig
 from dpa.core.config import RunConfig, resolved
 from dpa.core.errors import DpaError, EngineError, RunFolderError
 from dpa.pages.comparison import write_comparison
-from dpa.recipes.baselines.lab import Lab, Method, Trained, spent
-from dpa.recipes.baselines.methods import compared
+from dpa.recipes.baselines.lab import Lab, Method, Trained
+from dpa.recipes.baselines.methods import METHODS, compared
 from dpa.recipes.dpa import Loop
 from dpa.recipes.job_processes import do_jobs
 from dpa.stages.compare import summarise
@@ -71,12 +71,23 @@ class ComparisonJob:
     @property
     def ready(self) -> bool:
         """Whether what it needs is made."""
-        return self.method is None or self.shared.done
+        return self.method is None or (self.shared.done and (self.ground is None or self.ground.done))
+
+    @property
+    def ground(self) -> "ComparisonJob | None":
+        """The job of the method that its own stands on, where that one is compared with the same settings."""
+        below = self.method.stands_on if self.method else None
+        changes = self.config.changes
+        if self.method is None or below is None or below not in (self.config.methods or ()):
+            return None
+        same = changes.get(below, {}) == changes.get(self.method.name, {})
+        return replace(self, method=METHODS[below]) if same else None
 
     @property
     def lab(self) -> Lab:
         """Where its method works."""
-        return Lab(self.settings, self.shared.folder, self.folder, self.config.budget)
+        ground = self.ground.lab if self.ground else None
+        return Lab(self.settings, self.shared.folder, self.folder, self.config.budget, ground)
 
     @property
     def name(self) -> str:
@@ -116,12 +127,11 @@ class ComparisonJob:
         with RunFolder(self.folder).open(self.settings):
             lab = self.lab
             policies = [(trained.name, measure(lab, trained)) for trained in self.method.train(lab)]
-            cost = spent(self.folder)
             write_record(
                 self.folder / "job.json",
                 {
                     "policies": [{"name": name, "evaluation": evaluation} for name, evaluation in policies],
-                    "cost": asdict(cost),
+                    "cost": asdict(lab.cost),
                 },
             )
 

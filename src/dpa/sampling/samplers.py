@@ -153,13 +153,17 @@ class SamplerSpec:
     threads: int | None = None
     device: str | None = None
 
-    def build(self) -> TransformersSampler:
-        """Load the policy, in bf16 on a card that has it, else in fp32. Raises ModelFileError."""
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The policy's model, in bf16 on a card that has it, else in fp32, and its tokenizer. Raises ModelFileError."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = self.device or default_device()
         dtype = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
-        model, tokenizer = load_policy(self.policy, dtype=dtype, device=device)
+        return load_policy(self.policy, dtype=dtype, device=device)
+
+    def build(self) -> TransformersSampler:
+        """Load the policy. Raises ModelFileError."""
+        model, tokenizer = self.load()
         return TransformersSampler(
             model,
             tokenizer,

@@ -10,6 +10,9 @@ over the pairs of an optimizer step, however it is cut into passes. With `sft_we
 token of the chosen responses is added (arXiv 2404.19733 adds it per response): it keeps the chosen ones likely, which
 the difference alone does not.
 
+A pair may carry a margin m, nats of its difference that something else accounts for: the loss is then
+-log sigmoid(beta * (difference) - m), as multi-objective DPO has it (arXiv 2310.03708; recipes/baselines/modpo.py).
+
 The reference is held beside the policy (with adapters: the policy with its adapters switched off). It is the policy
 training starts from, also when an interrupted training goes on.
 """
@@ -17,6 +20,7 @@ training starts from, also when an interrupted training goes on.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
@@ -42,6 +46,7 @@ class EncodedPair:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    margin: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -50,20 +55,37 @@ class EncodedPair:
 
     def __repr__(self) -> str:
         """What names the examples beside a checkpoint (policy_training.py); an earlier version called them so."""
-        return f"Pair(prompt={self.prompt}, chosen={self.chosen}, rejected={self.rejected})"
+        margin = f", margin={self.margin}" if self.margin else ""
+        return f"Pair(prompt={self.prompt}, chosen={self.chosen}, rejected={self.rejected}{margin})"
 
 
 class _Trainer(StopsAtBadStep, DPOTrainer):
     """DPOTrainer that never takes a step from a NaN."""
+
+    def with_margins(self, columns: dict[str, list[Any]], margins: Sequence[float], together: int) -> None:
+        """Take a margin from beta * (difference) of each pair: its reference prefers the chosen one by margin / beta
+        more than it does. The reference reads the pairs now, `together` at a time, and not again."""
+        chosen, rejected = [], []
+        for first in range(0, len(margins), together):
+            part = range(first, min(first + together, len(margins)))
+            batch = self.data_collator([{name: values[place] for name, values in columns.items()} for place in part])
+            inputs = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+            of_chosen, of_rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            chosen += of_chosen.tolist()
+            rejected += of_rejected.tolist()
+        moved = [logp + margin / self.beta for logp, margin in zip(chosen, margins, strict=True)]
+        self.train_dataset = Dataset.from_dict({**columns, "ref_chosen_logps": moved, "ref_rejected_logps": rejected})
+        self.precompute_ref_logps = True
 
 
 class DPO(Learner[EncodedPair]):
     """Learns to prefer what was chosen to what was rejected.
 
     Rows have the columns `prompt_id, messages, direction (a list, or null: no preference is stated), chosen, rejected`,
-    and may have `chosen_complete, rejected_complete` (else all are). The log has, for each optimizer step, `loss`
-    (nats), `rewards/margins`, the mean of beta * (log-ratio of chosen - log-ratio of rejected), 0 at the start, and
-    `rewards/accuracies`, the share of pairs with a positive margin.
+    and may have `chosen_complete, rejected_complete` (else all are) and `margin` (else 0). The log has, for each
+    optimizer step, `loss` (nats), `rewards/margins`, the mean of what the sigmoid is of, beta * (log-ratio of chosen -
+    log-ratio of rejected) - margin, its first part 0 at the start, and `rewards/accuracies`, the share of pairs where
+    it is positive.
     """
 
     reads = "pairs"
@@ -84,14 +106,15 @@ class DPO(Learner[EncodedPair]):
         pairs, rejects = [], []
         columns = ("prompt_id", "messages", "direction", "chosen", "rejected")
         ends = zip(completeness(rows, "chosen_complete"), completeness(rows, "rejected_complete"), strict=True)
-        texts = zip(*(rows[name].to_pylist() for name in columns), ends, strict=True)
-        for identity, messages, direction, chosen_text, rejected_text, complete in texts:
+        margins = rows["margin"].to_pylist() if "margin" in rows.column_names else [0.0] * len(rows)
+        texts = zip(*(rows[name].to_pylist() for name in columns), ends, margins, strict=True)
+        for identity, messages, direction, chosen_text, rejected_text, complete, margin in texts:
             encoded = encoder.encode(messages, direction, [chosen_text, rejected_text], complete)
             if isinstance(encoded, str):
                 rejects.append(Reject(identity, encoded))
             else:
                 prompt, (chosen, rejected) = encoded
-                pairs.append(EncodedPair(prompt, chosen, rejected))
+                pairs.append(EncodedPair(prompt, chosen, rejected, margin))
         return pairs, rejects
 
     def trainer(
@@ -138,13 +161,15 @@ class DPO(Learner[EncodedPair]):
             peft_config=adapters(config),
         )
         trainer.optimizer_cls_and_kwargs = optimizer_class(config)  # unlike SFTTrainer, it takes no such argument
-        trainer.train_dataset = Dataset.from_dict(
-            {
-                "prompt_ids": [pair.prompt for pair in pairs],
-                "chosen_ids": [pair.chosen for pair in pairs],
-                "rejected_ids": [pair.rejected for pair in pairs],
-            }
-        )
+        columns = {
+            "prompt_ids": [pair.prompt for pair in pairs],
+            "chosen_ids": [pair.chosen for pair in pairs],
+            "rejected_ids": [pair.rejected for pair in pairs],
+        }
+        if any(pair.margin for pair in pairs):
+            trainer.with_margins(columns, [pair.margin for pair in pairs], together)
+        else:
+            trainer.train_dataset = Dataset.from_dict(columns)
         return trainer
 
     def cost(self, done: TrainingRecord) -> Ledger:

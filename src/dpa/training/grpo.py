@@ -187,12 +187,16 @@ class GRPO(Learner[Question]):
         asked = [questions[int(number)] for number in prompts]
         given = score_in_full(self.scorer, [json.loads(question.messages) for question in asked], response)
         scores_NK = self.space.combine(given.scores_NM, self.scorer.attributes)
-        utility_N = np.einsum("nk,nk->n", scores_NK, np.array([question.direction for question in asked]))
+        utility_N = self.rewards(scores_NK, np.array([question.direction for question in asked]))
         log_metric("answers", len(asked))
         log_metric("answer_tokens", sum(map(len, completion_ids)))
         for name, amount in given.costs.items():
             log_metric(f"{_PAID}{name}", amount)
         return [float(utility) if np.isfinite(utility) else None for utility in utility_N]
+
+    def rewards(self, scores_NK: np.ndarray, directions_NK: np.ndarray) -> np.ndarray:
+        """reward_N of the answers of one optimizer step, a group's in a row; NaN where one cannot be scored."""
+        return np.einsum("nk,nk->n", scores_NK, directions_NK)
 
     def cost(self, done: TrainingRecord) -> Ledger:
         """Each answer is scored and, with its prompt, trained on once; a reference reads the same, forward only. What

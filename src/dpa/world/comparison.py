@@ -31,6 +31,8 @@ QUICK = {
     "changes.random_candidate": "{selection.method: random}",
     "changes.pooled_third": "{prompts.count: 3, selection.directions: 8}",
     "changes.soups": "{rollout.directions: 1}",
+    "changes.mod": "{rollout.directions: 1}",
+    "changes.moc": "{rollout.directions: 1, rollout.samples: 4}",
     "changes.scalar_rsf": "{rollout.directions: 1}",
 }
 """A comparison of everything in a few minutes: it shows that all of it works, and nothing about which is better."""

@@ -5,7 +5,9 @@ Run its tests: pytest tests/test_baselines.py
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from dpa.core.records import Messages, Sample, Sampler, SampleRequest
+import numpy as np
+
+from dpa.core.records import Messages, Sample, Sampler, SampleRequest, stable_hash
 
 
 class TranslatingSampler:
@@ -18,6 +20,25 @@ class TranslatingSampler:
     def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
         """The samples of the translated requests, in order."""
         return self._sampler.sample([self._translate(request) for request in requests])
+
+
+class NearestSampler:
+    """Hands every request to the sampler whose wish is nearest its direction in angle: one policy for each wish."""
+
+    def __init__(self, samplers: Sequence[Sampler], wishes_IK: np.ndarray) -> None:
+        self.revision = stable_hash("nearest", *(sampler.revision for sampler in samplers))
+        self._samplers, self._wishes_IK = samplers, wishes_IK
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
+        """The samples of every request, in order. Each must carry a direction."""
+        answers: list[list[Sample]] = [[] for _ in requests]
+        directions_RK = np.array([request.direction for request in requests], dtype=float)
+        nearest_R = (directions_RK @ self._wishes_IK.T).argmax(axis=1)
+        for i, sampler in enumerate(self._samplers):
+            places = np.flatnonzero(nearest_R == i).tolist()
+            for place, samples in zip(places, sampler.sample([requests[place] for place in places]), strict=True):
+                answers[place] = samples
+        return answers
 
 
 def without_direction(request: SampleRequest) -> SampleRequest:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpa.core.comparison import Entry
-from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfig, SelectionConfig
+from dpa.core.config import PromptsConfig, RewardConfig, RunConfig, SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import RunFolderError, TrainingError
 from dpa.core.records import Ledger, Prompt, Sampler, messages_text, stable_hash
@@ -25,15 +25,17 @@ from dpa.recipes.baselines.asking import TranslatingSampler, without_direction
 from dpa.recipes.run import Run
 from dpa.sampling.samplers import SamplerSpec, sampler_spec
 from dpa.stages.finetune import finetune_policy
-from dpa.stages.prompts import prompts_from_table
+from dpa.stages.prompts import draw_prompts, prompts_from_table
 from dpa.stages.ratings import load_ratings
-from dpa.stages.rollout import rollout
+from dpa.stages.rollout import ask, rollout
 from dpa.stages.score import score
 from dpa.stages.select import select_rated, select_winners
 from dpa.storage.run_folder import RunFolder, StageFolder
 from dpa.storage.schemas import completeness
 from dpa.storage.stage_records import read_ledger
 from dpa.storage.tables import read_record
+from dpa.training.grpo import GRPO
+from dpa.training.learner import Learner
 from dpa.training.learners import learner_named
 
 NARROWEST = 1e-6
@@ -52,17 +54,26 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Method(Entry):
-    """A method as its file states it: what a report must know of it, and how it trains. Line it up in methods.py."""
+    """A method as its file states it: what a report must know of it, and how it trains. Line it up in methods.py.
+
+    `stands_on` names the method whose training it begins with. Where that one is compared with the same settings, its
+    job is waited for and its policies are read (`Lab.ground`); what they cost is charged to both.
+    """
 
     train: Callable[["Lab"], list[Trained]]
+    stands_on: str | None = None
 
 
 class Lab(Run):
-    """One (method, seed). `budget`: tokens generated and trained on that it may spend, what it takes over included."""
+    """One (method, seed). `budget`: tokens generated and trained on that it may spend, what it takes over included.
 
-    def __init__(self, config: RunConfig, shared: Path, folder: Path, budget: int) -> None:
+    `ground` is the lab of the method it stands on, that one's work being done; its own where there is none.
+    """
+
+    def __init__(self, config: RunConfig, shared: Path, folder: Path, budget: int, ground: "Lab | None" = None) -> None:
         super().__init__(config, RunFolder(folder), made=RunFolder(shared))
         self.shared, self.folder, self.budget = shared, folder, budget
+        self.ground = ground or self
 
     # --- what the methods of a seed share ----------------------------------------------------------------------------
 
@@ -126,11 +137,11 @@ class Lab(Run):
         return sampler_spec(self.config.reference(policy), self.config.rollout.model_copy(update=changes), self.space)
 
     def rollout(
-        self, t: int, sampler: Sampler, directions_DK: np.ndarray | None = None, how: RolloutConfig | None = None
+        self, t: int, sampler: Sampler, directions_DK: np.ndarray | None = None, count: int | None = None
     ) -> None:
-        """Sample the prompts of iteration t and score every candidate."""
-        prompts, candidates = self.prompts(t), self.stage(t, "rollout")
-        rollout(candidates, prompts, self.space, [sampler], how or self.config.rollout, self.config.seed, directions_DK)
+        """Sample the prompts of iteration t, the first `count` of them where one is given; score every candidate."""
+        prompts, candidates = self.prompts(t)[:count], self.stage(t, "rollout")
+        rollout(candidates, prompts, self.space, [sampler], self.config.rollout, self.config.seed, directions_DK)
         score(self.stage(t, "score"), candidates, prompts, self.scorer)
 
     def candidates(self, t: int) -> tuple[pa.Table, np.ndarray]:
@@ -162,30 +173,48 @@ class Lab(Run):
         Rows have the columns of a select shard; a null direction means that none is stated.
         """
         epochs = tokens / count_tokens(self.config.reference(policy), rows, self.space)
-        return self._train(t, policy, rows, "sft", epochs)
+        return self._train(t, policy, rows, learner_named("sft"), epochs=epochs)
 
-    def prefer(self, t: int, policy: str | Path, pairs: pa.Table, tokens: float) -> Path:
-        """The same by DPO on pairs (columns `chosen` and `rejected` instead of `response`), `config.dpo` saying how."""
+    def prefer(self, t: int, policy: str | Path, pairs: pa.Table, tokens: float, **changes: Any) -> Path:
+        """The same by DPO on pairs (columns `chosen` and `rejected` instead of `response`), `config.dpo` and `changes`
+        of it saying how."""
         sides = [pairs.append_column("response", pairs[side]) for side in ("chosen", "rejected")]
         epochs = tokens / sum(count_tokens(self.config.reference(policy), rows, self.space) for rows in sides)
-        return self._train(t, policy, pairs, "dpo", epochs)
+        return self._train(t, policy, pairs, learner_named("dpo"), epochs=epochs, **changes)
 
-    def _train(self, t: int, policy: str | Path, rows: pa.Table, name: str, epochs: float) -> Path:
+    def practise(self, t: int, policy: str | Path, count: int, learn: type[GRPO], **fields: Any) -> tuple[Path, Ledger]:
+        """Let a learner that samples for itself, with these `fields`, learn from `count` prompts under directions drawn
+        for them, `config.grpo` saying how. Returns the policy and what it cost."""
+        asked = self.stage(t, "rollout")
+        if not asked.done:
+            prompts = draw_prompts(self.training_prompts, t, count, self.config.seed)
+            ask(asked, prompts, self.space, self.config.rollout, self.config.seed)
+        how = self.config.rollout, None if self.stage(t, "finetune").done else self.scorer
+        rows, config = asked.whole_table(), getattr(self.config, learn.section)
+        out = self._learn(t, policy, rows, learn(config, self.space, self.config.seed + t, *how, **fields))
+        return out, self.stage(t, "finetune").ledger
+
+    def _train(
+        self, t: int, policy: str | Path, rows: pa.Table, learn: type[Learner[Any]], *, epochs: float, **changes: Any
+    ) -> Path:
+        if epochs <= 0 and not self.stage(t, "finetune").done:  # a job that goes on has spent what it did before
+            raise TrainingError(
+                f"iter_{t}: nothing of the budget of {self.budget:,} tokens is left to train on; raise `budget`, or "
+                "lower this method's prompts or samples in `changes`."
+            )
+        # Several methods state no direction, or not as ours.
+        config = getattr(self.config, learn.section).model_copy(
+            update={"epochs": epochs, "listening_rows": 0, **changes}
+        )
+        return self._learn(t, policy, rows, learn(config, self.space, self.config.seed + t))
+
+    def _learn(self, t: int, policy: str | Path, rows: pa.Table, learner: Learner[Any]) -> Path:
         stage, out = self.stage(t, "rows"), self.policy_folder(t)
         made_from = stable_hash(*(text for name in ("messages", "prompt_id") for text in rows[name].to_pylist()))
         if stage.shard_digest(0, made_from) is None:
             stage.write_shard(0, rows, Ledger(rows=len(rows)), made_from=made_from)
         if not stage.done:
             stage.finish(shards=1)
-        if epochs <= 0:
-            raise TrainingError(
-                f"iter_{t}: nothing of the budget of {self.budget:,} tokens is left to train on; raise `budget`, or "
-                "lower this method's prompts or samples in `changes`."
-            )
-        learn = learner_named(name)
-        changes = {"epochs": epochs, "listening_rows": 0}  # several methods state no direction, or not as ours
-        config = getattr(self.config, learn.section).model_copy(update=changes)
-        learner = learn(config, self.space, self.config.seed + t)
         finetune_policy(self.stage(t, "finetune"), stage, self.config.reference(policy), learner, out)
         return out
 
@@ -204,8 +233,15 @@ class Lab(Run):
     @property
     def left(self) -> int:
         """Tokens of the budget that are not spent yet."""
-        cost = spent(self.folder)
-        return self.budget - cost.tokens_generated - cost.training_tokens
+        return self.budget - self.cost.tokens_generated - self.cost.training_tokens
+
+    @property
+    def cost(self) -> Ledger:
+        """What it has spent, and what it stands on."""
+        total = spent(self.folder)
+        if self.ground is not self:
+            total.add(self.ground.cost)
+        return total
 
     def measuring(self, policy: str) -> Callable[[str], StageFolder]:
         """The folders of what a policy of that name is asked to be measured."""

@@ -1,24 +1,47 @@
 """What SteerLM and Rewards-in-Context share: scores written into the prompt, and which scores to ask for.
-Run its tests: pytest tests/test_baselines.py -k labels
+Run its tests: pytest tests/test_baselines.py -k label
+
+Which ones: those of a rule (`asking`), or of all candidates those whose answers are best under v (`asking_best`).
 """
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from dpa.core.directions import DirectionSpace
-from dpa.core.records import SampleRequest, messages_text
+from dpa.core.records import SampleRequest, messages_text, places_of
+from dpa.models.policy import count_tokens
 from dpa.recipes.baselines.asking import with_system
+from dpa.recipes.baselines.lab import Lab, unstated
 from dpa.storage.schemas import ANSWERS, WINNERS
 
 LOWEST, HIGHEST = 0.02, 0.98
 """Quantiles of the scores seen in training that count as the least and the most that can be asked for."""
 
+WISHED, ALWAYS_WISHED = (0.0, 0.25, 0.5, 0.75, 1.0), (0.6, 0.8, 1.0)
+"""Shares of the way from the least to the most at which candidates stand, for an objective of which less may be wished
+and for one of which more always is."""
+CANDIDATES, SHARE = 80, 0.1
+"""Labels that are tried at most, and the share of the budget that trying them would cost if every answer were as long
+as a rated row, prompt included; answers alone are counted, so that it costs less than half of that."""
+
 Write = Callable[[np.ndarray], str]
 """Writes scores_K as the label the policy reads."""
+Translate = Callable[[SampleRequest], SampleRequest]
+
+
+class Labelled(NamedTuple):
+    """A policy that reads labels, how they are written, and the scores_RK it was trained under."""
+
+    policy: Path
+    write: Write
+    scores_RK: np.ndarray
 
 
 def labelled(rows: pa.Table, scores_RK: np.ndarray, write: Write) -> pa.Table:
@@ -64,9 +87,13 @@ def weight_range(space: DirectionSpace) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(np.radians(farthest_K)), np.cos(np.radians(nearest_K))
 
 
-def asking(space: DirectionSpace, scores_RK: np.ndarray, write: Write) -> Callable[[SampleRequest], SampleRequest]:
+def asking(space: DirectionSpace, scores_RK: np.ndarray, write: Write) -> Translate:
     """Translate a request's direction into a label that asks for its targets."""
-    targets = target_rule(scores_RK, space)
+    return asking_for(target_rule(scores_RK, space), write)
+
+
+def asking_for(targets: Callable[[Sequence[float]], np.ndarray], write: Write) -> Translate:
+    """Translate a request's direction into a label that asks for `targets` of it."""
 
     def translate(request: SampleRequest) -> SampleRequest:
         assert request.direction is not None
@@ -74,3 +101,47 @@ def asking(space: DirectionSpace, scores_RK: np.ndarray, write: Write) -> Callab
         return replace(request, direction=None, messages=with_system(request.messages, text))
 
     return translate
+
+
+def candidate_targets(
+    scores_RK: np.ndarray, space: DirectionSpace, write: Write, seed: int, most: int = CANDIDATES
+) -> np.ndarray:
+    """targets_LK that are labels apart: combinations of a few values of each objective, `most` of them, or all."""
+    least_K, most_K = np.nanquantile(scores_RK, [LOWEST, HIGHEST], axis=0)
+    lowest_K, _ = weight_range(space)
+    shares_LK = np.array(list(product(*(ALWAYS_WISHED if lowest > 0 else WISHED for lowest in lowest_K))))
+    targets_LK = least_K + shares_LK * (most_K - least_K)
+    targets_LK = targets_LK[[places[0] for places in places_of(map(write, targets_LK)).values()]]
+    if len(targets_LK) <= most:
+        return targets_LK
+    return targets_LK[np.sort(np.random.default_rng(seed).choice(len(targets_LK), most, replace=False))]
+
+
+def asking_best(lab: Lab, t: int, labelled: Labelled) -> Translate:
+    """Translate a direction v into the label whose answers the reward model scores highest: argmax_l v . mean r(y_l).
+
+    The means are over answers to training prompts, the same under every label, sampled once in iteration t of `lab` and
+    charged to it.
+    """
+    row_tokens = count_tokens(lab.config.reference(lab.config.policy), unstated(lab.rated), lab.space) / len(lab.rated)
+    answers = max(2, int(SHARE * lab.budget / row_tokens))
+    targets_LK = candidate_targets(
+        labelled.scores_RK, lab.space, labelled.write, lab.config.seed, min(CANDIDATES, answers)
+    )
+
+    def as_asked(target: Sequence[float]) -> np.ndarray:
+        return np.asarray(target)
+
+    ask = lab.sampler(labelled.policy, measuring=True, translate=asking_for(as_asked, labelled.write))
+    lab.rollout(
+        t, ask, targets_LK, count=max(1, answers // len(targets_LK))
+    )  # in the column `direction` stand the scores that were asked for
+    asked, scores_RK = lab.stage(t, "rollout").whole_table(), lab.objectives(lab.stage(t, "score"))
+    places = places_of(map(tuple, asked["direction"].to_pylist()))
+    known = {label: np.nanmean(scores_RK[own], axis=0) for label, own in places.items()}
+    tried_LK, mean_LK = np.array(list(known)), np.array(list(known.values()))
+
+    def best(direction: Sequence[float]) -> np.ndarray:
+        return tried_LK[int((mean_LK @ np.asarray(direction, dtype=float)).argmax())]
+
+    return asking_for(best, labelled.write)

@@ -19,7 +19,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.measures import edge_directions, pareto_front
 from dpa.core.records import places_of
 from dpa.recipes.baselines.lab import Lab, Method, Trained
-from dpa.recipes.baselines.labels import asking, labelled
+from dpa.recipes.baselines.labels import Labelled, asking, labelled
 from dpa.storage.schemas import ANSWERS
 
 OFFLINE, ROUNDS = 0.5, 2
@@ -27,7 +27,14 @@ OFFLINE, ROUNDS = 0.5, 2
 
 
 def train(lab: Lab) -> list[Trained]:
-    """The policy after the last round."""
+    """The policy after the last round, asked by the rule."""
+    policy, write, kept_RK = labelled_policy(lab)
+    ask = asking(lab.space, kept_RK, write)
+    return [Trained("RiC", lambda: lab.sampler(policy, measuring=True, translate=ask))]
+
+
+def labelled_policy(lab: Lab) -> Labelled:
+    """The policy after the last of the ROUNDS."""
     rated, scores_RK = lab.rated, lab.rated_scores()
     mean_K, spread_K = np.nanmean(scores_RK, axis=0), np.nanstd(scores_RK, axis=0)
 
@@ -47,8 +54,7 @@ def train(lab: Lab) -> list[Trained]:
         kept = pa.concat_tables([table.select(ANSWERS.names) for table in (kept, own.take(pa.array(good)))])
         kept_RK = np.concatenate([kept_RK, own_RK[good]])
         policy = lab.finetune(t, policy, labelled(kept, kept_RK, write), lab.left - goal)
-    ask = asking(lab.space, kept_RK, write)
-    return [Trained("RiC", lambda: lab.sampler(policy, measuring=True, translate=ask))]
+    return Labelled(policy, write, kept_RK)
 
 
 def near_front(prompt_ids: list[str], scores_RK: np.ndarray, space: DirectionSpace) -> np.ndarray:

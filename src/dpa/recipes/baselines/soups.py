@@ -24,10 +24,17 @@ SFT_SHARE, OFFLINE = 0.2, 0.4
 
 def train(lab: Lab) -> list[Trained]:
     """The soup of the specialists."""
+    folders = specialists(lab)
+    spec = lab.spec(folders[0], measuring=True)
+    return [Trained("soup", lambda: SoupSampler(folders, lambda v: mixture(v, lab.space), spec))]
+
+
+def specialists(lab: Lab) -> list[str]:
+    """The folders of the policies trained for each of the `wishes`, in their order."""
     start = lab.finetune(0, lab.config.policy, unstated(lab.best_rated(lab.space.center_K)), SFT_SHARE * lab.budget)
     wishes_IK = wishes(lab.space)
     part = (1 - SFT_SHARE) * lab.budget / len(wishes_IK)
-    specialists = []
+    folders = []
     for i, wish_K in enumerate(wishes_IK):
         offline, online = 1 + 2 * i, 2 + 2 * i
         goal = part * (len(wishes_IK) - i - 1)  # what must be left after this specialist
@@ -35,9 +42,8 @@ def train(lab: Lab) -> list[Trained]:
         policy = lab.finetune(offline, start, rows, OFFLINE * part)
         lab.rollout(online, lab.sampler(policy, translate=without_direction), wish_K[None])
         policy = lab.finetune(online, policy, unstated(lab.best_sampled(wish_K, online)), lab.left - goal)
-        specialists.append(str(policy))
-    spec = lab.spec(specialists[0], measuring=True)
-    return [Trained("soup", lambda: SoupSampler(specialists, lambda v: mixture(v, lab.space), spec))]
+        folders.append(str(policy))
+    return folders
 
 
 def wishes(space: DirectionSpace) -> np.ndarray:

@@ -17,24 +17,33 @@ import numpy as np
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import SCALE
 from dpa.recipes.baselines.lab import Lab, Method, Trained
-from dpa.recipes.baselines.labels import asking, labelled
+from dpa.recipes.baselines.labels import Labelled, asking, labelled
 
 OFFLINE = 0.67
 """Share of the budget for the rated rows."""
 STEPS = 9
 """The highest label."""
+BOOTSTRAP = 1
+"""The iteration that bootstraps."""
 
 
 def train(lab: Lab) -> list[Trained]:
-    """The policy after bootstrapping."""
+    """The policy after bootstrapping, asked by the rule."""
+    policy, write, scores_RK = labelled_policy(lab)
+    ask = asking(lab.space, scores_RK, write)
+    return [Trained("SteerLM", lambda: lab.sampler(policy, measuring=True, translate=ask))]
+
+
+def labelled_policy(lab: Lab) -> Labelled:
+    """The policy after bootstrapping, which is the last iteration, BOOTSTRAP."""
     write = partial(write_label, lab.space)
     rated, scores_RK = lab.rated, lab.rated_scores()
     ask = asking(lab.space, scores_RK, write)
     policy = lab.finetune(0, lab.config.policy, labelled(rated, scores_RK, write), OFFLINE * lab.budget)
-    lab.rollout(1, lab.sampler(policy, translate=ask))
-    own, own_RK = lab.candidates(1)
-    policy = lab.finetune(1, policy, labelled(own, own_RK, write), lab.left)
-    return [Trained("SteerLM", lambda: lab.sampler(policy, measuring=True, translate=ask))]
+    lab.rollout(BOOTSTRAP, lab.sampler(policy, translate=ask))
+    own, own_RK = lab.candidates(BOOTSTRAP)
+    policy = lab.finetune(BOOTSTRAP, policy, labelled(own, own_RK, write), lab.left)
+    return Labelled(policy, write, scores_RK)
 
 
 def write_label(space: DirectionSpace, scores_K: np.ndarray) -> str:
