@@ -5,6 +5,7 @@ pytest tests/test_chat_template.py
 import math
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.errors import ModelFileError
+from dpa.core.targets import read_wish, sentence
 from dpa.models.chat_template import PLAIN_TEMPLATE, has_system_role, render_chat, steerable_template
 from dpa.models.chat_template import render as render_bounded
 
@@ -304,3 +306,25 @@ def test_the_worker_ends_with_its_process_and_a_fork_gets_its_own() -> None:
     while Path(f"/proc/{done.stdout.strip()}").exists():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_that_knows_targets_is_told_them_byte_for_byte(render) -> None:
+    space = replace(SPACE, target_template="Be kind, reach {weighted_rating} {and} {values}.")
+    template = steerable_template(None, space)
+    for wish in ("helpfulness; verbosity=40", "helpfulness*0.8 - verbosity*0.6", "helpfulness; verbosity=0.5"):
+        preference = read_wish(space, wish).as_mapping()
+        told = render(template, QUESTION, preference=preference)
+        assert told.startswith(sentence(space, read_wish(space, wish)) + "\n")
+    for wrong, said in (("=140", "from 0 to 100"), ("=x", "from 0 to 100"), ("40", "is not a number")):
+        with pytest.raises(TemplateError, match=said):
+            render(template, QUESTION, preference={"helpfulness": 1, "verbosity": wrong})
+
+
+def test_a_policy_that_knows_none_refuses_them_and_its_template_is_as_it_was(render) -> None:
+    template = steerable_template(None, SPACE)
+    assert "@" not in template and "held" not in template
+    with pytest.raises(TemplateError, match="the weight of `verbosity` is not a number"):
+        render(template, QUESTION, preference={"helpfulness": 1, "verbosity": "=40"})

@@ -23,12 +23,13 @@ from pydantic import (
     model_validator,
 )
 
-from dpa.core.directions import PUBLISHED_TEMPLATE, DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.errors import ConfigError
 from dpa.core.lookup import nearest
 from dpa.core.presets import SPACES
 from dpa.core.records import stable_hash
 from dpa.core.reference import ModelReference
+from dpa.core.sentences import PUBLISHED_TEMPLATE, target_template_of
 from dpa.core.yaml_text import parse_yaml
 
 
@@ -123,6 +124,11 @@ class SpaceConfig(_Section):
     template: str = Field(
         PUBLISHED_TEMPLATE, description="System sentence; {weighted_rating} becomes `helpfulness*97 + verbosity*-26`."
     )
+    target_template: str | None = Field(
+        None,
+        description="System sentence of a target, where selection.targets trains some; {weighted_rating} as above, "
+        "{values} becomes `verbosity = 40`. Default: `template` with {weighted_rating} followed by ` with {values}`.",
+    )
     presets: dict[str, str | dict[str, float]] = Field(
         default_factory=dict, description="Name -> direction, in any form a direction can be written."
     )
@@ -143,8 +149,8 @@ class SpaceConfig(_Section):
             "presets": dict(space.presets),
         }
 
-    def build(self) -> DirectionSpace:
-        """Make the DirectionSpace this section describes."""
+    def build(self, targets: bool = False) -> DirectionSpace:
+        """Make the DirectionSpace this section describes; with `targets`, one that states them."""
         objectives = tuple(Objective(name, dict(parts or {name: 1.0})) for name, parts in self.objectives.items())
         return DirectionSpace(
             objectives=objectives,
@@ -155,6 +161,7 @@ class SpaceConfig(_Section):
             training_angle=self.training_angle,
             training_ends=self.training_ends,
             training_arcs=self.training_arcs,
+            target_template=(self.target_template or target_template_of(self.template)) if targets else None,
         )
 
 
@@ -501,6 +508,20 @@ class SelectionConfig(_Section):
         description="Iterations t below this one draw all their directions from the outer fifth of the training cone, "
         "where winners differ most; later ones from the whole cone.",
     )
+    targets: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        repr=False,  # in the identity of a shard only where there are some
+        description="Share of the winners of each prompt that are those of a target instead of a direction, such as "
+        "`helpfulness; verbosity=40` (docs/method.md); the policy then takes both. method pooled and learner sft only: "
+        "others hold none.",
+    )
+
+    @property
+    def target_share(self) -> float:
+        """`targets`, where the method keeps winners of targets."""
+        return self.targets if self.method == "pooled" else 0.0
 
 
 class TrainingConfig(_Section):

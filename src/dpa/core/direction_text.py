@@ -18,7 +18,7 @@ MAX_TEXT = 4000  # characters: far more than a real direction, few enough to ref
 MAX_NAME = 64
 
 _NAME = re.compile(r"[A-Za-z_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?", re.ASCII)
-_NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?", re.ASCII)
+NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?", re.ASCII)
 _NAME_END = re.compile(r"(?![A-Za-z0-9_])", re.ASCII)
 
 
@@ -59,7 +59,7 @@ def read_degrees(text: str) -> float:
     """Read `-15deg`: a number from -180 to 180. Raises DirectionError."""
     number = text.removesuffix("deg").strip()
     unsigned = number[1:] if number[:1] in ("+", "-") else number
-    if len(text) > MAX_NAME or not _NUMBER.fullmatch(unsigned) or not -180 <= float(number) <= 180:
+    if len(text) > MAX_NAME or not NUMBER.fullmatch(unsigned) or not -180 <= float(number) <= 180:
         raise DirectionError(f"direction {shown(text)} is not an angle; write a number from -180 to 180, then `deg`.")
     return float(number)
 
@@ -139,7 +139,7 @@ def _tokens(text: str, names: Sequence[str], presets: Sequence[str], example: st
     tokens: list[str | float] = []
     at = 0
     while at < len(text):
-        number = _NUMBER.match(text, at)
+        number = NUMBER.match(text, at)
         name = next((n for n in longest_first if text.startswith(n, at) and _NAME_END.match(text, at + len(n))), None)
         if text[at] in " \t\r\n":
             at += 1

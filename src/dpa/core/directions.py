@@ -23,14 +23,7 @@ from dpa.core.direction_text import (
     unknown,
 )
 from dpa.core.errors import DirectionError, ModelFileError, OutsideConeError
-
-PUBLISHED_TEMPLATE = (
-    "You are a helpful, respectful, and honest assistant who always responds to the user in a harmless way. "
-    "Your response should maximize weighted rating = {weighted_rating}"
-)
-"""System sentence of RLHFlow/DPA-v1-Mistral-7B (arXiv 2402.18571), letter for letter as that policy knows it."""
-
-PLACEHOLDER = "{weighted_rating}"
+from dpa.core.sentences import PLACEHOLDER, PUBLISHED_TEMPLATE, checked_target_template, checked_template
 
 _KIND: dict[str, Any] = {"objectives": list, "center": dict, "max_angle": int | float, "template": str, "presets": dict}
 """Of a space's fields as they travel with a model; those of training may be absent."""
@@ -102,7 +95,8 @@ class DirectionSpace:
     half-angle that directions are drawn from in training: a wider one keeps the edge a user asks for from being the
     edge of what was learned; `training_ends` is the share of them that is moved out to the outer fifth of it, and
     `training_arcs` (K > 2) the share that is moved onto an arc, where all but one of the other objectives weigh 0.
-    `presets` name directions written in any other form.
+    `presets` name directions written in any other form. `target_template` is the sentence that states a target
+    (core/targets.py), None where the policy knows none.
 
     Raises DirectionError when a field cannot be used.
     """
@@ -115,6 +109,7 @@ class DirectionSpace:
     training_angle: float | None = None
     training_ends: float = 0.0
     training_arcs: float = 0.0
+    target_template: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objectives", tuple(self.objectives))
@@ -139,8 +134,8 @@ class DirectionSpace:
             if not 0 <= share <= 1:
                 raise DirectionError(f"{name}: {share:g} is not in [0, 1]; give a share.")
             object.__setattr__(self, name, share)
-        if not isinstance(self.template, str) or self.template.count(PLACEHOLDER) != 1:
-            raise DirectionError(f"template: it must contain {PLACEHOLDER} exactly once; add it where the weights go.")
+        checked_template(self.template)
+        checked_target_template(self.target_template)
         center = read_weights({names[0]: 1.0} if self.center is None else self.center, names, "center")
         unit(center, "center")
         object.__setattr__(self, "center", center)
@@ -312,6 +307,7 @@ class DirectionSpace:
             "training_arcs": self.training_arcs,
             "template": self.template,
             "presets": {name: value if isinstance(value, str) else dict(value) for name, value in self.presets.items()},
+            **({} if self.target_template is None else {"target_template": self.target_template}),
         }
 
     @classmethod
@@ -333,7 +329,8 @@ class DirectionSpace:
                 )
             objectives.append(Objective(item["name"], item["attributes"], str(item.get("description", ""))))
         training = data.get("training_angle"), data.get("training_ends", 0.0), data.get("training_arcs", 0.0)
-        return cls(tuple(objectives), data["center"], data["max_angle"], data["template"], data["presets"], *training)
+        sentences = data["template"], data["presets"], *training, data.get("target_template")
+        return cls(tuple(objectives), data["center"], data["max_angle"], *sentences)
 
     # --- inside ------------------------------------------------------------------------------------------------
 

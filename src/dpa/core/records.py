@@ -39,15 +39,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Ask for `len(seeds)` responses to one prompt under one direction.
+    """Ask for `len(seeds)` responses to one prompt under one direction, or under a target.
 
     `direction` is a unit vector over the objectives of the policy's own direction space (None: no preference is
-    stated). Each sample has a seed of its own, so what it says never depends on what else is in the batch.
+    stated), `held` the values of a target's held objectives (core/targets.py; None: no target). Each sample has a seed
+    of its own, so what it says never depends on what else is in the batch.
     """
 
     messages: Messages
     direction: tuple[float, ...] | None
     seeds: tuple[int, ...]
+    held: tuple[int | None, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,17 @@ def stable_hash(*parts: object, digits: int = 16) -> str:
     return hashlib.blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=digits // 2).hexdigest()
 
 
-def candidate_id(prompt_id: str, direction: Sequence[float] | None, k: int, seed: int, revision: str) -> str:
-    """Identity of one sample: hash of (prompt, direction, k, seed, policy revision)."""
+def candidate_id(
+    prompt_id: str,
+    direction: Sequence[float] | None,
+    k: int,
+    seed: int,
+    revision: str,
+    held: Sequence[int | None] | None = None,
+) -> str:
+    """Identity of one sample: hash of (prompt, direction or target, k, seed, policy revision)."""
     weights = "none" if direction is None else ",".join(f"{weight:.9f}" for weight in direction)
+    weights += "" if held is None else f";{','.join(map(str, held))}"
     return stable_hash(prompt_id, weights, k, seed, revision)
 
 

@@ -24,8 +24,9 @@ from jinja2 import TemplateError
 from jinja2.sandbox import SecurityError
 from transformers import PreTrainedTokenizerBase
 
-from dpa.core.directions import PLACEHOLDER, Direction, DirectionSpace
+from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import EngineError, ModelFileError
+from dpa.core.sentences import PLACEHOLDER, VALUES
 from dpa.models import template_worker
 from dpa.models.template_worker import CPU_S
 
@@ -51,7 +52,7 @@ _SENTENCE = """
   {%- for name in preference -%}
     {%- if name not in dpa_names -%}
       {{- raise_exception("preference: unknown objective `" ~ name ~ "`; known: " ~ dpa_names|join(", ") ~ ".") -}}
-    {%- elif preference[name] is not number or preference[name] is boolean -%}
+@held_is_checked@    {%- elif preference[name] is not number or preference[name] is boolean -%}
       {{- raise_exception("preference: the weight of `" ~ name ~ "` is not a number; give a finite one.") -}}
     {%- endif -%}
   {%- endfor -%}
@@ -69,6 +70,29 @@ _SENTENCE = """
     {%- set dpa.terms = dpa.terms + [name ~ "*" ~ percent] -%}
   {%- endfor -%}
   {%- set dpa_text = @before@ ~ dpa.terms|join(" + ") ~ @after@ -%}
+@held_is_stated@"""
+
+# Where the policy knows targets (core/targets.py), `"verbosity": "=40"` holds an objective at a value.
+_HELD_IS_CHECKED = """\
+    {%- elif preference[name] is string and preference[name].startswith("=") -%}
+      {%- set dpa_value = preference[name][1:]|float(-1) -%}
+      {%- if not (0 <= dpa_value and dpa_value <= 100) -%}
+        {{- raise_exception("preference: `" ~ name ~ "` is held at no value from 0 to 100; write e.g. '=40'.") -}}
+      {%- endif -%}
+"""
+_HELD_IS_STATED = """\
+  {%- set dpa_held = namespace(free=[], values=[]) -%}
+  {%- for name in dpa_names -%}
+    {%- if preference.get(name, 0) is string -%}
+      {%- set dpa_value = preference[name][1:]|float -%}
+      {%- set dpa_held.values = dpa_held.values + [name ~ " = " ~ (dpa_value|round|int)] -%}
+    {%- else -%}
+      {%- set dpa_held.free = dpa_held.free + [dpa.terms[loop.index0]] -%}
+    {%- endif -%}
+  {%- endfor -%}
+  {%- if dpa_held.values -%}
+    {%- set dpa_text = @target@ -%}
+  {%- endif -%}
 """
 
 _INTO_SYSTEM = """
@@ -124,6 +148,7 @@ def steerable_template(base_template: str | None, space: DirectionSpace, default
 
     The sentence leads the system message; the system prompt that was there follows after a blank line. Where the base
     template knows no system role (found out by rendering), sentence and system prompt lead the first user message.
+    Where the space knows targets, a text such as "=40" in place of a weight holds its objective at that value.
     Without `preference` the base template renders as it always did. An unknown objective, a zero vector or a weight
     that is no number raises the template's own error. `base_template` None means a plain language model
     (PLAIN_TEMPLATE). A template that is steerable already is taught the new space instead of being wrapped twice.
@@ -134,7 +159,12 @@ def steerable_template(base_template: str | None, space: DirectionSpace, default
     base = PLAIN_TEMPLATE if base_template is None else _without_preference(base_template)
     before, after = space.template.split(PLACEHOLDER)
     literals = {"@names@": _literal(list(space.names)), "@before@": _literal(before), "@after@": _literal(after)}
-    sentence = re.sub("@(?:names|before|after)@", lambda match: literals[match.group()], _SENTENCE)
+    literals |= {"@held_is_checked@": "", "@held_is_stated@": ""}
+    if space.target_template is not None:
+        stated = _HELD_IS_STATED.replace("@target@", _target_text(space.target_template))
+        literals |= {"@held_is_checked@": _HELD_IS_CHECKED, "@held_is_stated@": stated}
+    filled = "@(?:names|before|after|held_is_checked|held_is_stated)@"
+    sentence = re.sub(filled, lambda match: literals[match.group()], _SENTENCE)
     # A block that opens the base loses the blanks before it (lstrip_blocks), which it would not do in mid-line.
     base = re.sub(r"^[ \t]+(?=\{[%#])", "", base)
     if default is not None:
@@ -275,6 +305,13 @@ class _Renderer:
 _RENDERER = _Renderer()
 atexit.register(_RENDERER._stop)
 os.register_at_fork(after_in_child=_RENDERER.forget)
+
+
+def _target_text(template: str) -> str:
+    """The Jinja expression that a target's sentence is."""
+    filled = {PLACEHOLDER: 'dpa_held.free|join(" + ")', VALUES: 'dpa_held.values|join(", ")'}
+    parts = re.split(f"({re.escape(PLACEHOLDER)}|{re.escape(VALUES)})", template)
+    return " ~ ".join(filled.get(part) or _literal(part) for part in parts if part)
 
 
 def _without_preference(template: str) -> str:

@@ -22,6 +22,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.records import Messages
 from dpa.core.reference import Model, ModelReference
+from dpa.core.targets import Held, preference_of
 from dpa.models.chat_template import ending_answers, render_chat, steerable_template
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.files import CONTENT_SUFFIXES, EVALUATION_FILE, SPACE_FILE, SafeModel, resolve_model
@@ -36,6 +37,7 @@ from dpa.models.loading import (
     load_tokenizer,
 )
 from dpa.models.quiet import quiet_libraries
+from dpa.storage.schemas import held_values
 from dpa.storage.seals import check_in_run
 from dpa.storage.tables import save_folder_atomically, write_json
 
@@ -198,13 +200,15 @@ def encode_prompt(
     space: DirectionSpace,
     messages: Messages,
     direction: Sequence[float] | None,
+    held: Held | None = None,
 ) -> list[int]:
-    """Token ids the policy is shown before it answers, the direction (K weights) stated by its chat template.
+    """Token ids the policy is shown before it answers, the direction (K weights) or target (with K `held` values,
+    core/targets.py) stated by its chat template.
 
     Raises jinja2.TemplateError where the template refuses the messages, UnicodeError or TypeError where they are no
     text.
     """
-    preference = None if direction is None else dict(zip(space.names, map(float, direction), strict=True))
+    preference = None if direction is None else preference_of(space.names, direction, held)
     chat: Any = [{"role": message["role"], "content": message["content"]} for message in messages]
     return encode_chat(tokenizer, chat, preference=preference)
 
@@ -226,10 +230,10 @@ def count_tokens(policy: Model, rows: pa.Table, space: DirectionSpace) -> int:
     make_steerable(tokenizer, space)
     columns = (rows[column].to_pylist() for column in ("messages", "direction", "response"))
     return sum(
-        len(encode_prompt(tokenizer, space, json.loads(messages), direction))
+        len(encode_prompt(tokenizer, space, json.loads(messages), direction, held))
         + len(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"])
         + 1
-        for messages, direction, response in zip(*columns, strict=True)
+        for messages, direction, response, held in zip(*columns, held_values(rows), strict=True)
     )
 
 

@@ -138,7 +138,7 @@ class ComparisonJob:
 
 def measure(lab: Lab, trained: Trained) -> dict[str, Any]:
     """What a policy gets for each direction of the grid, on its seed's held-out prompts."""
-    return lab.measure(lab.measuring(trained.name), lambda _how: nullcontext([trained.open()]))
+    return lab.measure(lab.measuring(trained.name), lambda _how: nullcontext([trained.open()]), trained.targets)
 
 
 class Comparison:

@@ -15,7 +15,15 @@ from dpa.core.records import Ledger
 from dpa.pages.report import write_report
 from dpa.recipes.checks import check_candidates, check_iteration
 from dpa.recipes.loop_run import LoopRun
-from dpa.recipes.results import evaluation_file, evaluation_of, publish, results_of, write_policy_card
+from dpa.recipes.results import (
+    evaluation_file,
+    evaluation_of,
+    knows_targets,
+    measured_stages,
+    publish,
+    results_of,
+    write_policy_card,
+)
 from dpa.recipes.run import shown
 from dpa.stages.finetune import finetune_policy
 from dpa.stages.rollout import ask, rollout
@@ -116,12 +124,13 @@ class Loop(LoopRun):
     def evaluate(self, t: int) -> Mapping[str, Any]:
         """Measure the policy of t on the held-out prompts over the grid; says loudly when it does not listen."""
         check_iteration(self.config, t)
-        known, names = evaluation_of(self, t), ("rollout", "score", *(["gold"] if self.config.evaluate.gold else []))
+        known, targets = evaluation_of(self, t), knows_targets(self, t)
+        names = measured_stages(self.config.evaluate, targets)
         if known is not None and all(self.stage(t, f"evaluate/{name}").done for name in names):
             publish(self, t, known)
             return known
         found = self.measure(
-            lambda name: self.stage(t, f"evaluate/{name}"), lambda how: self.samplers(self.policy(t), how)
+            lambda name: self.stage(t, f"evaluate/{name}"), lambda how: self.samplers(self.policy(t), how), targets
         )
         write_record(evaluation_file(self, t), found)
         publish(self, t, found)

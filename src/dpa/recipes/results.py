@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpa.core.config import resolved
+from dpa.core.config import EvaluateConfig, resolved
 from dpa.core.errors import StorageError
 from dpa.models.files import EVALUATION_FILE, SPACE_FILE
 from dpa.pages.card import CARD, card
@@ -26,7 +26,11 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = 3
 """Held-out questions that travel with a policy, for people to try."""
-STAGES = ("rollout", "score", "select", "finetune", "evaluate/rollout", "evaluate/score", "evaluate/gold")
+MEASURING = ("rollout", "score", "gold")
+STAGES = (
+    *("rollout", "score", "select", "finetune"),
+    *(f"evaluate/{kind}{name}" for kind in ("", "targets/") for name in MEASURING),
+)
 
 
 def evaluation_file(run: Run, t: int) -> Path:
@@ -52,11 +56,27 @@ def publish(run: Run, t: int, found: Mapping[str, Any]) -> None:
     write_if_new(run.policy_folder(t) / EVALUATION_FILE, json_bytes({**found, "examples": examples}))
 
 
+def measured_stages(config: EvaluateConfig, targets: bool) -> list[str]:
+    """The stages of one measurement, below its folder; of one with `targets` those of the targets too."""
+    names = MEASURING if config.gold else MEASURING[:-1]
+    return [f"{kind}{name}" for kind in ("", "targets/")[: 1 + targets] for name in names]
+
+
 def trained_elsewhere(run: Run, t: int) -> dict[str, Any] | None:
     """What is known of the policy of t where `dpa adopt` took it in (stages.adopt); None where the run trained it."""
+    return (_about(run, t).get("provenance") or {}).get("trained_elsewhere")
+
+
+def knows_targets(run: Run, t: int) -> bool:
+    """Whether the policy of t was trained on targets."""
+    return "target_template" in (_about(run, t).get("space") or {})
+
+
+def _about(run: Run, t: int) -> dict[str, Any]:
+    """What stands beside the weights of the policy of t; nothing where it is not there."""
     file = run.policy_folder(t) / SPACE_FILE
     about = read_json(file) if file.is_file() else {}
-    return (about.get("provenance") or {}).get("trained_elsewhere") if isinstance(about, dict) else None
+    return about if isinstance(about, dict) else {}
 
 
 def policy_name(run: Run, t: int) -> str:

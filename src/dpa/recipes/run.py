@@ -10,6 +10,7 @@ from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
@@ -17,6 +18,8 @@ from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfi
 from dpa.core.errors import RunFolderError
 from dpa.core.records import Ledger, Prompt, Sampler, Scorer
 from dpa.core.reference import ModelReference
+from dpa.core.target_measures import target_grid
+from dpa.core.targets import Held
 from dpa.models.memory import free_memory
 from dpa.recipes.checks import check_attributes, needed_attributes
 from dpa.sampling.engines import build_samplers, engine_of
@@ -25,7 +28,7 @@ from dpa.scoring.function_scorer import FunctionScorer
 from dpa.scoring.ray_scorers import ray_scorers
 from dpa.scoring.reward_model import RECORD
 from dpa.scoring.scorers import build_scorer
-from dpa.stages.evaluate import evaluate
+from dpa.stages.evaluate import evaluate, evaluate_targets
 from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
@@ -58,7 +61,7 @@ class Run:
 
     def __init__(self, config: RunConfig, folder: RunFolder, made: RunFolder | None = None) -> None:
         self.config = config
-        self.space = config.space.build()
+        self.space = config.space.build(targets=config.selection.target_share > 0)
         self.console = Console()
         self._folder, self._made = folder, made or folder
         self._engine = engine_of(config.rollout)  # starts when it is first asked
@@ -165,22 +168,37 @@ class Run:
         self,
         stage: Callable[[str], StageFolder],
         samplers: Callable[[RolloutConfig], AbstractContextManager[list[Sampler]]],
+        targets: bool = False,
     ) -> dict[str, Any]:
         """Ask a policy the held-out prompts under every direction of the grid; the same code for every method.
 
-        `stage`: the folders of `rollout`, `score` and `gold` of this measurement; `samplers` open the policy.
+        `stage`: the folders of `rollout`, `score` and `gold` of this measurement; `samplers` open the policy. One that
+        knows `targets` is asked a grid of them too, in folders below `targets`.
         """
-        settings, answers = self.config.evaluate, stage("rollout")
-        if not answers.done:
-            changes = {"samples": settings.samples, "temperature": settings.temperature, "top_p": 1.0}
-            how, grid_DK = self.config.rollout.model_copy(update=changes), self.space.grid(settings.directions)
+        settings, grid = self.config.evaluate, target_grid(self.space) if targets else []
+        kinds: dict[str, tuple[np.ndarray, list[Held] | None]] = {"": (self.space.grid(settings.directions), None)}
+        if grid:
+            weights_DK, held_DK = zip(*((target.weights, target.held) for target in grid), strict=True)
+            kinds["targets/"] = np.array(weights_DK), list(held_DK)
+        changes = {"samples": settings.samples, "temperature": settings.temperature, "top_p": 1.0}
+        how = self.config.rollout.model_copy(update=changes)
+        if not all(stage(f"{kind}rollout").done for kind in kinds):
             with samplers(how) as opened:
-                rollout(answers, self.held_out, self.space, opened, how, self.config.seed, grid_DK)
+                for kind, asked in kinds.items():
+                    place = stage(f"{kind}rollout")
+                    rollout(place, self.held_out, self.space, opened, how, self.config.seed, *asked)
         with self.scorers() as scorers:
-            score(stage("score"), answers, self.held_out, scorers)
-        if settings.gold:
-            score(stage("gold"), answers, self.held_out, FunctionScorer(settings.gold, "evaluate.gold"))
-        return evaluate(answers.whole_table(), self.measured(stage), self.space, settings, self.config.seed)
+            for kind in kinds:
+                score(stage(f"{kind}score"), stage(f"{kind}rollout"), self.held_out, scorers)
+        for kind in kinds if settings.gold else ():
+            gold = FunctionScorer(settings.gold, "evaluate.gold")
+            score(stage(f"{kind}gold"), stage(f"{kind}rollout"), self.held_out, gold)
+
+        def found(kind: str) -> tuple[Any, ...]:
+            scores = self.measured(lambda name: stage(f"{kind}{name}"))
+            return stage(f"{kind}rollout").whole_table(), scores, self.space, settings, self.config.seed
+
+        return evaluate(*found("")) | ({"targets": evaluate_targets(*found("targets/"))} if grid else {})
 
     def measured(self, stage: Callable[[str], StageFolder]) -> dict[str, pa.Table]:
         """Scores of a finished measurement, by name of the reward."""

@@ -13,6 +13,7 @@ import numpy as np
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import Sample, Sampler, SampleRequest, Scorer, seed_of, stable_hash
 from dpa.core.selection import select
+from dpa.core.target_selection import select_targets
 
 DirectionWeights = tuple[float, ...]
 
@@ -21,8 +22,9 @@ class BestOfSampler:
     """argmax of v . r(x, y) over `candidates` answers y sampled under the asked direction v itself.
 
     r is the scorer's vector, combined into the space's objectives. Of equal candidates the first wins, and the first
-    is taken where none can be scored. A request without a direction is judged by the cone's center. A Sample's
-    `tokens` are those of all its candidates: what the answer cost.
+    is taken where none can be scored. A request without a direction is judged by the cone's center, one for a target as
+    `core.target_selection.select_targets` does. A Sample's `tokens` are those of all its candidates: what the answer
+    cost.
 
     Raises DirectionError when the scorer lacks an attribute that an objective is made of.
     """
@@ -44,8 +46,8 @@ class BestOfSampler:
         places: list[tuple[int, int]] = []  # (request, seed) of each of `asked`, which holds one candidate or several
         for i, request in enumerate(requests):
             for j, seed in enumerate(request.seeds):
-                for direction, seeds in self._ask(request.direction, seed):
-                    asked.append(SampleRequest(request.messages, direction, seeds))
+                for direction, seeds in self._ask(request, seed):
+                    asked.append(SampleRequest(request.messages, direction, seeds, request.held))
                     places.append((i, j))
         found: dict[tuple[int, int], list[Sample]] = {}
         for place, answers in zip(places, self._sampler.sample(asked), strict=True):
@@ -62,11 +64,9 @@ class BestOfSampler:
     def _settings(self) -> tuple[object, ...]:
         return (self._candidates,)
 
-    def _ask(
-        self, direction: DirectionWeights | None, seed: int
-    ) -> list[tuple[DirectionWeights | None, tuple[int, ...]]]:
+    def _ask(self, request: SampleRequest, seed: int) -> list[tuple[DirectionWeights | None, tuple[int, ...]]]:
         """What is sampled for one answer: directions, and the seeds under each; `candidates` seeds together."""
-        return [(direction, self._seeds(seed))]
+        return [(request.direction, self._seeds(seed))]
 
     def _seeds(self, seed: int) -> tuple[int, ...]:
         return (seed, *(seed_of(f"{seed}-{n}") for n in range(1, self._candidates)))
@@ -85,6 +85,11 @@ class BestOfSampler:
         center = tuple(self._space.center_K.tolist())
         directions_PDK = np.array([[requests[i].direction or center] for i, _ in pools])
         winners_P = select(scores_PNK, directions_PDK)[:, 0]
+        held = [requests[i].held for i, _ in pools]
+        if any(values is not None for values in held):
+            held_PDK = np.array([[values or [None] * self._space.K] for values in held], dtype=np.float64)
+            kept_P = select_targets(scores_PNK, directions_PDK, held_PDK)[:, 0]
+            winners_P = np.where(np.isfinite(held_PDK[:, 0]).any(axis=1), kept_P, winners_P)
         return {
             place: Sample(
                 answers[max(winner, 0)].text,
@@ -102,7 +107,7 @@ class RobustSampler(BestOfSampler):
     its range, and its answers to nearby directions may suit the asked one better. It costs what best-of-n does.
     Published: one answer for each of several directions within an angle of the asked one, the pick by the asked one.
     Ours: the first candidate is made under the asked direction itself, the others under `DirectionSpace.neighbours` at
-    most `within` degrees away, as `dpa serve` does. Without a direction this is best-of-n.
+    most `within` degrees away, as `dpa serve` does. Without a direction, or for a target, this is best-of-n.
     """
 
     def __init__(
@@ -114,12 +119,10 @@ class RobustSampler(BestOfSampler):
     def _settings(self) -> tuple[object, ...]:
         return (self._candidates, self._within)
 
-    def _ask(
-        self, direction: DirectionWeights | None, seed: int
-    ) -> list[tuple[DirectionWeights | None, tuple[int, ...]]]:
-        if direction is None:
-            return super()._ask(direction, seed)
+    def _ask(self, request: SampleRequest, seed: int) -> list[tuple[DirectionWeights | None, tuple[int, ...]]]:
+        if request.direction is None or request.held is not None:
+            return super()._ask(request, seed)
         seeds = self._seeds(seed)
-        near_DK = self._space.neighbours(self._space.direction(direction), self._within, self._candidates - 1)
-        asked = [direction, *map(tuple, near_DK.tolist())]
+        near_DK = self._space.neighbours(self._space.direction(request.direction), self._within, self._candidates - 1)
+        asked = [request.direction, *map(tuple, near_DK.tolist())]
         return [(near, (own,)) for near, own in zip(asked, seeds, strict=True)]

@@ -20,6 +20,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Messages, Sample, Sampler, SampleRequest
 from dpa.core.reference import Model
+from dpa.core.targets import preference_of, sentence, wish_of
 from dpa.models.chat_template import has_system_role, with_sentence
 from dpa.models.files import folder_revision, resolve_model
 from dpa.remote.http_exchange import Answer, Refusal, key_in
@@ -110,18 +111,18 @@ class HttpSampler:
 
     def _prompt(self, request: SampleRequest) -> "_Prompt | None":
         """What is sent, and how long the policy's own template makes it; None where that fails or fills the context."""
-        ids = self._prompting.encode(request.messages, request.direction)
+        ids = self._prompting.encode(request.messages, request.direction, request.held)
         if not ids:
             return None
         chat = [{"role": message["role"], "content": message["content"]} for message in request.messages]
-        key = json.dumps([chat, request.direction])
+        key = json.dumps([chat, request.direction, request.held])
         if request.direction is None:
             return _Prompt(chat, None, len(ids), request.messages, key)
         space = self._prompting.space
-        preference = dict(zip(space.names, map(float, request.direction), strict=True))
         if self._config.steer == "system":
-            sentence = space.prompt(space.direction(preference))
-            return _Prompt(with_sentence(chat, sentence, self._has_system_role), None, len(ids), request.messages, key)
+            stated = sentence(space, wish_of(space, request.direction, request.held))
+            return _Prompt(with_sentence(chat, stated, self._has_system_role), None, len(ids), request.messages, key)
+        preference = preference_of(space.names, request.direction, request.held)
         return _Prompt(chat, preference, len(ids), request.messages, key)
 
     def _body(
@@ -332,7 +333,7 @@ class _Prompt:
     """What is sent for one request, and how many tokens the policy's own template makes of it."""
 
     messages: list[dict[str, str]]
-    preference: dict[str, float] | None
+    preference: dict[str, float | str] | None
     """For the chat template; None where no direction is stated, or where it stands in the messages."""
     tokens: int
     plain: Messages

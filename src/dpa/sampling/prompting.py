@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import Messages
+from dpa.core.targets import Held
 from dpa.models.files import SafeModel
 from dpa.models.policy import encode_prompt, load_prompting, make_steerable
 
@@ -35,11 +36,14 @@ class Prompting:
         tokenizer, context, end_ids = load_prompting(policy)
         return cls(tokenizer, space, context, end_ids)
 
-    def encode(self, messages: Messages, direction: Sequence[float] | None) -> tuple[int, ...]:
-        """Token ids of a prompt; none where it cannot be written or leaves no room for an answer."""
+    def encode(
+        self, messages: Messages, direction: Sequence[float] | None, held: Held | None = None
+    ) -> tuple[int, ...]:
+        """Token ids of a prompt that states a direction or, with `held` values, a target; none where it cannot be
+        written or leaves no room for an answer."""
         try:
             with self._alone:  # a fast tokenizer borrows itself
-                ids = encode_prompt(self.tokenizer, self.space, messages, direction)
+                ids = encode_prompt(self.tokenizer, self.space, messages, direction, held)
         except (TemplateError, KeyError, TypeError, UnicodeError):
             return ()
         return tuple(ids) if len(ids) < self.context else ()

@@ -67,8 +67,8 @@ class SoupSampler:
         """One Sample per seed of each request (core.records.Sampler). Raises EngineError."""
         answers: list[list[Sample]] = [[] for _ in requests]
         for direction, own in places_of(request.direction for request in requests).items():
-            if direction is None:
-                raise ValueError("a soup needs a direction to be mixed for")
+            if direction is None or any(requests[i].held is not None for i in own):
+                raise ValueError("a soup needs a direction to be mixed for, and no target")
             self._stir(direction)
             asked = [SampleRequest(requests[i].messages, None, requests[i].seeds) for i in own]
             for place, samples in zip(own, self._sampler.sample(asked), strict=True):

@@ -49,7 +49,7 @@ class VllmSampler:
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
         """One Sample per seed of each request (core.records.Sampler). Raises EngineError when the engine died."""
-        prompts = [self._prompting.encode(request.messages, request.direction) for request in requests]
+        prompts = [self._prompting.encode(request.messages, request.direction, request.held) for request in requests]
         asked = [i for i, request in enumerate(requests) if prompts[i] and request.seeds]
         if not asked:
             return [[] for _ in requests]

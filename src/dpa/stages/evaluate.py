@@ -16,7 +16,8 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError
 from dpa.core.measures import bootstrap_means, finite_or_none, interval, mean_over_prompts, measure, pareto_front
 from dpa.core.records import Messages
-from dpa.storage.schemas import score_matrix
+from dpa.core.target_measures import control_errors, target_grid
+from dpa.storage.schemas import held_values, score_matrix
 
 LISTENS_AT = 0.5
 """A policy listens when Kendall's tau of asked angle against achieved mean reaches this for at least one objective."""
@@ -46,6 +47,7 @@ def evaluate(
                          front {reward: whether no other grid point dominates it}
       measures           reward -> core.measures.measure(...)
       listens            verdict, by (the reward it rests on), threshold, tau {arc: value}, sentence
+      targets            where the policy knows targets: `evaluate_targets`, added by recipes.run
 
     Raises DataError when no answer is left, or when the tables do not belong together.
     """
@@ -93,6 +95,66 @@ def evaluate(
         "measures": measures,
         "listens": verdict(measures),
     }
+
+
+def evaluate_targets(
+    rollout: pa.Table,
+    scores: Mapping[str, pa.Table],
+    space: DirectionSpace,
+    config: EvaluateConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """What a policy makes of the targets of `core.target_measures.target_grid`; tables as in `evaluate`, with `held`.
+
+    targets   one per target: target (text), objective (the held one), asked, words {value, low, high}, objectives
+              {reward: {name: {value, low, high}}} and error {reward: {value, low, high}}, the median absolute error
+              of its answers
+    errors    reward -> objective -> core.target_measures.control_errors over its targets
+    """
+    grid = target_grid(space)
+    place = {(target.weights, target.held): t for t, target in enumerate(grid)}
+    asked = zip(rollout["direction"].to_pylist(), held_values(rollout), strict=True)
+    prompts: dict[str, int] = {}
+    at_N = [prompts.setdefault(prompt_id, len(prompts)) for prompt_id in rollout["prompt_id"].to_pylist()]
+    cell = [place[tuple(weights), tuple(held or ())] for weights, held in asked], at_N, rollout["k"].to_pylist()
+    shape = len(grid), len(prompts), max(cell[2], default=-1) + 1
+
+    def in_cells(values_NX: np.ndarray) -> np.ndarray:
+        found = np.full((*shape, values_NX.shape[1]), np.nan)
+        found[cell] = values_NX
+        return found
+
+    def means(values_TPSX: np.ndarray) -> list[list[dict[str, Any]]]:
+        T, P, S, X = values_TPSX.shape
+        return _intervals(mean_over_prompts(values_TPSX.reshape(T * P, S, X)).reshape(T, P, X), config.resamples, seed)
+
+    words_N1 = np.array([[len(response.split())] for response in rollout["response"].to_pylist()], dtype=np.float64)
+    records: list[dict[str, Any]] = [
+        {
+            "target": str(target),
+            "objective": next(iter(target.values)),
+            "asked": next(iter(target.values.values())),
+            "words": words,
+            "objectives": {},
+            "error": {},
+        }
+        for target, (words,) in zip(grid, means(in_cells(words_N1)), strict=True)
+    ]
+    names_T = [record["objective"] for record in records]
+    asked_T = np.array([record["asked"] for record in records], dtype=np.float64)
+    errors: dict[str, dict[str, Any]] = {}
+    for reward, table in scores.items():
+        scores_TPSK = in_cells(_objectives(table, rollout, space))
+        for t, (record, intervals_K) in enumerate(zip(records, means(scores_TPSK), strict=True)):
+            record["objectives"][reward] = dict(zip(space.names, intervals_K, strict=True))
+            own_1PS, asked_1 = scores_TPSK[t : t + 1, ..., space.names.index(names_T[t])], asked_T[t : t + 1]
+            record["error"][reward] = control_errors(asked_1, own_1PS, config.resamples, seed)["per_response"]
+        errors[reward] = {}
+        for name in dict.fromkeys(names_T):
+            own_T = np.array([other == name for other in names_T])
+            achieved_TPS = scores_TPSK[own_T][..., space.names.index(name)]
+            errors[reward][name] = control_errors(asked_T[own_T], achieved_TPS, config.resamples, seed)
+    return {"targets": records, "errors": errors}
 
 
 def scores_by_prompt(

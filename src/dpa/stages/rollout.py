@@ -23,10 +23,11 @@ from dpa.core.records import (
     seed_of,
     stable_hash,
 )
+from dpa.core.targets import Held
 from dpa.storage.memory import peak_memory
 from dpa.storage.progress import ProgressBar
 from dpa.storage.run_folder import StageFolder
-from dpa.storage.schemas import ASKED, CANDIDATES
+from dpa.storage.schemas import ASKED, CANDIDATES, with_held
 from dpa.storage.stage_records import Reject, count_reasons
 from dpa.storage.stopping import StopOnSignal
 
@@ -47,13 +48,15 @@ def rollout(
     config: RolloutConfig,
     seed: int,
     directions_DK: np.ndarray | None = None,
+    held_DK: Sequence[Held] | None = None,
 ) -> Ledger:
     """Sample N responses to each prompt under each of its D directions; return what the stage cost.
 
-    Directions: `directions_DK` for every prompt (measuring), or `config.directions` drawn for each prompt from the
-    space, with a generator keyed by (seed, stage, prompt) (training; step 3 of arXiv 2402.18571). Shards are a fixed
-    partition of `prompts`, seeds derive from candidate ids, so rows depend on neither the number of samplers nor
-    interruptions. A prompt is kept whole (D x N rows, direction by direction) or rejected with a reason.
+    Directions: `directions_DK` for every prompt (measuring; with `held_DK` they are those of targets), or
+    `config.directions` drawn for each prompt from the space, with a generator keyed by (seed, stage, prompt) (training;
+    step 3 of arXiv 2402.18571). Shards are a fixed partition of `prompts`, seeds derive from candidate ids, so rows
+    depend on neither the number of samplers nor interruptions. A prompt is kept whole (D x N rows, direction by
+    direction) or rejected with a reason.
 
     A finished stage is left as it is and calls no sampler. A stage that is shared between processes (StageFolder.share)
     is finished by the last of them; the others return what their own shards cost. All samplers must hold the same
@@ -76,8 +79,9 @@ def rollout(
         exclude={"workers", "max_reject_rate", "engine"}
     )
     grid = None if directions_DK is None else directions_DK.tolist()
+    targets = [] if held_DK is None else [held_DK]
     made_from = [
-        stable_hash(revision, seed, space.to_dict(), settings, grid, *(prompt.prompt_id for prompt in shard))
+        stable_hash(revision, seed, space.to_dict(), settings, grid, *targets, *(prompt.prompt_id for prompt in shard))
         for shard in shards
     ]
     missing, own = stage.missing(made_from), [number for number in range(len(shards)) if stage.mine(number)]
@@ -94,7 +98,7 @@ def rollout(
             )
 
     def sample_shard(sampler: Sampler, number: int) -> ShardResult:
-        return _sample_prompts(sampler, shards[number], directions_of, config.samples, seed)
+        return _sample_prompts(sampler, shards[number], directions_of, config.samples, seed, held_DK)
 
     def directions_of(prompt: Prompt) -> np.ndarray:
         if directions_DK is not None:
@@ -161,16 +165,19 @@ def _sample_prompts(
     directions_of: Callable[[Prompt], np.ndarray],
     samples: int,
     seed: int,
+    held_DK: Sequence[Held] | None,
 ) -> ShardResult:
     """Sample one shard; a prompt any of whose requests cannot be served is rejected whole."""
     requests: list[SampleRequest] = []
     ids: list[list[str]] = []
     for prompt in prompts:
-        for direction_K in directions_of(prompt).tolist():
-            direction = tuple(direction_K)
-            candidates = [candidate_id(prompt.prompt_id, direction, k, seed, sampler.revision) for k in range(samples)]
-            ids.append(candidates)
-            requests.append(SampleRequest(prompt.messages, direction, tuple(map(seed_of, candidates))))
+        directions_DK = directions_of(prompt).tolist()
+        values_DK: Sequence[Held | None] = held_DK or [None] * len(directions_DK)
+        for direction_K, held_K in zip(directions_DK, values_DK, strict=True):
+            direction, held = tuple(direction_K), None if held_K is None else tuple(held_K)
+            named = [(prompt.prompt_id, direction, k, seed, sampler.revision, held) for k in range(samples)]
+            ids.append([candidate_id(*parts) for parts in named])
+            requests.append(SampleRequest(prompt.messages, direction, tuple(map(seed_of, ids[-1])), held))
     answers = _answers(sampler, requests)
     rows: list[dict] = []
     rejects: list[Reject] = []
@@ -194,10 +201,12 @@ def _sample_prompts(
                         "response": sample.text,
                         "tokens": sample.tokens,
                         "finish_reason": sample.finish_reason,
+                        "held": requests[i].held,
                     }
                 )
     tokens = sum(sample.tokens for answer in answers if not isinstance(answer, str) for sample in answer)
-    return ShardResult(pa.Table.from_pylist(rows, CANDIDATES), rejects, tokens)
+    schema = CANDIDATES if held_DK is None else with_held(CANDIDATES)
+    return ShardResult(pa.Table.from_pylist(rows, schema), rejects, tokens)
 
 
 def _answers(sampler: Sampler, requests: Sequence[SampleRequest]) -> list[list[Sample] | str]:

@@ -14,9 +14,10 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, RejectRateError, StorageError
 from dpa.core.records import Ledger, Prompt, messages_text, places_of, stable_hash
 from dpa.core.selection import select, select_pairs, select_per_direction, select_random, standard_deviations
+from dpa.core.target_selection import serve_targets
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
-from dpa.storage.schemas import PAIRS, WINNERS, completeness, name_taken, score_matrix, with_numbers
+from dpa.storage.schemas import PAIRS, WINNERS, completeness, name_taken, score_matrix, with_held, with_numbers
 from dpa.storage.stage_records import Reject, count_reasons
 
 NO_SCORE = "no candidate has a valid score"
@@ -48,7 +49,13 @@ class _How(NamedTuple):
     @property
     def identity(self) -> str:
         """Tells shards that would have the same rows."""
-        return stable_hash(self.space.to_dict(), self.config, self.seed, self.pairs, self.scale_K.tolist(), digits=32)
+        parts = self.space.to_dict(), self.config, self.seed, self.pairs, self.scale_K.tolist()
+        return stable_hash(*parts, *([self.config.targets] if self.targets else []), digits=32)
+
+    @property
+    def targets(self) -> bool:
+        """Whether some winners are those of targets."""
+        return self.config.target_share > 0 and not self.pairs
 
 
 def select_winners(
@@ -72,6 +79,9 @@ def select_winners(
 
     `config.standardise` weighs r / standard deviation, over all
     valid candidates of the stage; `utility` is in the units that were weighed.
+
+    `config.targets`: the share of the winners that are those of targets (core/target_selection.py), and say so in the
+    column `held`; pooled winners only.
 
     `pairs`: multi-objective online DPO (arXiv 2503.00295) instead of winners alone: (chosen, rejected) of the pool
     under the same v . r. Published: prompts carry the weights they are judged by, the pair is the better and the worse
@@ -121,7 +131,8 @@ def select_rated(
         )
     texts = dict(zip(ratings["prompt_id"].to_pylist(), ratings["messages"].to_pylist(), strict=True))
     candidates = ratings.select(["prompt_id", "response"]).append_column("candidate_id", ratings["row_id"])
-    offline = config.model_copy(update={"method": "pooled"}) if config.method == "per_direction" else config
+    pooled = {"method": "pooled", "targets": config.target_share}
+    offline = config.model_copy(update=pooled) if config.method == "per_direction" else config
     how = _How(space, offline, seed, False, _scale(score_stage, space, config))
     digests = [score_stage.shard_digest(number) for number in range(score_stage.shards)]
     made_from = stable_hash(*digests, how.identity)
@@ -165,7 +176,7 @@ def _write_winners(
         np.random.default_rng(int(stable_hash("select", how.seed, stage.name, prompt_id), 16))
         for prompt_id in pools.prompt_ids
     ]
-    losers_PD = None
+    losers_PD = held_PDK = None
     if how.config.method == "per_direction":
         directions_PDK, winners_PD, losers_PD = _per_direction(pools, candidates, how, rngs)
     else:
@@ -181,7 +192,10 @@ def _write_winners(
             )
         else:
             winners_PD = select(pools.weighed_PNK, directions_PDK, pools.valid_PN)
-    table, rejects = _winner_rows(pools, directions_PDK, winners_PD, losers_PD, candidates, texts, how.space)
+    if how.targets:
+        found = pools.scores_PNK, pools.weighed_PNK, pools.valid_PN, directions_PDK, winners_PD
+        directions_PDK, held_PDK, winners_PD = serve_targets(*found, how.config.targets, how.space, rngs)
+    table, rejects = _winner_rows(pools, directions_PDK, held_PDK, winners_PD, losers_PD, candidates, texts, how.space)
     ledger = Ledger(
         rows=table.num_rows, rejects=len(rejects), wall_s=time.monotonic() - started, peak_memory=peak_memory()
     )
@@ -246,6 +260,7 @@ def _per_direction(
 def _winner_rows(
     pools: _Pools,
     directions_PDK: np.ndarray,
+    held_PDK: np.ndarray | None,
     winners_PD: np.ndarray,
     losers_PD: np.ndarray | None,
     candidates: pa.Table,
@@ -254,6 +269,7 @@ def _winner_rows(
 ) -> tuple[pa.Table, list[Reject]]:
     """Rows of WINNERS, or of PAIRS where there are losers; rejects are the prompts that have none."""
     schema = WINNERS if losers_PD is None else PAIRS
+    schema = schema if held_PDK is None else with_held(schema)
     if taken := name_taken(schema, space.names):
         raise DataError(f"space.objectives: `{taken}` is the name of a column; rename the objective.")
     ids, responses = candidates["candidate_id"].to_pylist(), candidates["response"].to_pylist()
@@ -265,6 +281,8 @@ def _winner_rows(
             continue
         prompt_id = pools.prompt_ids[p]
         row = {"prompt_id": prompt_id, "messages": texts[prompt_id], "direction": direction_K.tolist()}
+        if held_PDK is not None and np.isfinite(held_PDK[p, d]).any():
+            row["held"] = [int(value) if np.isfinite(value) else None for value in held_PDK[p, d]]
         best, utility = pools.row_PN[p, winner], float(direction_K @ pools.weighed_PNK[p, winner])
         if losers_PD is None:
             row |= {"candidate_id": ids[best], "response": responses[best], "utility": utility}

@@ -73,6 +73,21 @@ ANSWERS = pa.schema(
 """Rated or sampled responses beside what was asked, as the baselines take them up."""
 
 
+HELD = pa.field("held", pa.list_(pa.int32()))
+"""After `direction`, where there are targets (core/targets.py): the K values of a target, null where an objective is
+free; null where the row states a direction."""
+
+
+def with_held(schema: pa.Schema) -> pa.Schema:
+    """The schema of rows that may state targets."""
+    return schema.insert(schema.get_field_index("direction") + 1, HELD)
+
+
+def held_values(table: pa.Table) -> list[list[int | None] | None]:
+    """What each row holds; None throughout in a table without targets."""
+    return table[HELD.name].to_pylist() if HELD.name in table.column_names else [None] * len(table)
+
+
 def with_numbers(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
     """The schema followed by one float column for each name (an attribute's mark, an objective's score)."""
     return pa.schema([*schema, *((name, _NUMBER) for name in names)])

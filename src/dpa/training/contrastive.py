@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import places_of
+from dpa.storage.schemas import held_values
 
 _LABELS_AT_ONCE = 1024
 """Positions whose logits are held in fp32 at a time."""
@@ -44,10 +45,15 @@ def negative_directions(rows: pa.Table, space: DirectionSpace, count: int, seed:
     have that column) that chose another response and that read differently from the row's own and from each other.
     Where the pool has none, the mirrored direction (`DirectionSpace.mirrored`), unless that is known to choose the
     response too: because the pool kept it for a direction that lies as far out on that side, or because it reads the
-    same, as the center's does. A row without a direction has no negatives.
+    same, as the center's does. A row without a direction has no negatives, nor has a target's, which is no other
+    row's negative either: which values would not choose its winner is not known.
     """
     names = rows["pool" if "pool" in rows.column_names else "prompt_id"].to_pylist()
-    directions, responses = rows["direction"].to_pylist(), rows["response"].to_pylist()
+    responses = rows["response"].to_pylist()
+    directions: list[Any] = [
+        weights if held is None else None
+        for weights, held in zip(rows["direction"].to_pylist(), held_values(rows), strict=True)
+    ]
     pools = places_of(names)
     rng = np.random.default_rng([seed, 0x1F0CE])
     found: list[list[list[float]]] = []

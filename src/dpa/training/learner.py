@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from dpa.core.config import RolloutConfig, RunConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import Ledger, Scorer
+from dpa.core.targets import Held
 from dpa.models.policy import encode_prompt, turn_end_id
 from dpa.storage.stage_records import Reject
 from dpa.training.listening import Listening
@@ -56,13 +57,15 @@ class RowEncoder:
         direction: Sequence[float] | None,
         responses: Sequence[str] = (),
         complete: Sequence[bool] = (),
+        held: Held | None = None,
     ) -> tuple[list[int], list[list[int]]] | str:
-        """Ids of the prompt (`messages`: JSON text) and of each response, or the reason why there are none.
+        """Ids of the prompt (`messages`: JSON text; with `held` values a target's) and of each response, or the reason
+        why there are none.
 
         A response that is not `complete` gets no end token: it would teach the policy to stop in mid-sentence.
         """
         try:
-            prompt = encode_prompt(self._tokenizer, self._space, json.loads(messages), direction)
+            prompt = encode_prompt(self._tokenizer, self._space, json.loads(messages), direction, held)
             texts = [
                 self._tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
                 for response in responses

@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import stable_hash
 from dpa.models.attention import pack_lengths, to_device
-from dpa.storage.schemas import completeness
+from dpa.storage.schemas import completeness, held_values
 from dpa.training.contrastive import label_log_probabilities, negative_directions
 
 LISTENING_ROWS = 64
@@ -75,8 +75,8 @@ def hold_out(rows: pa.Table, count: int | None) -> tuple[pa.Table, pa.Table]:
     """(rows to train on, rows to measure listening on) of selected rows; the latter may be none.
 
     Whole prompts are held out, those with the smallest hash, so that another iteration or seed takes the same: as many
-    as stay within `count` rows, at most half of them. `count` None: LISTENING_ROWS, LISTENING_SHARE, FEWEST. Rows that
-    state no direction are not held out.
+    as stay within `count` rows, at most half of them. `count` None: LISTENING_ROWS, LISTENING_SHARE, FEWEST. Prompts
+    whose rows state no direction, or only targets, are not held out, and a target's row is not measured on.
     """
     prompts = rows["prompt_id"].to_pylist()
     if count is None:
@@ -84,16 +84,17 @@ def hold_out(rows: pa.Table, count: int | None) -> tuple[pa.Table, pa.Table]:
         count = count if count >= FEWEST else 0
     count = min(count, len(rows) // 2)
     sizes: dict[str, int] = {}
-    for prompt, stated in zip(prompts, rows["direction"].is_valid().to_pylist(), strict=True):
-        if stated:
+    stated_R = rows["direction"].is_valid().to_pylist()
+    for prompt, stated, held in zip(prompts, stated_R, held_values(rows), strict=True):
+        if stated and held is None:
             sizes[prompt] = sizes.get(prompt, 0) + 1
-    held: set[str] = set()
+    kept_out: set[str] = set()
     for prompt in sorted(sizes, key=lambda name: stable_hash("listening", name)):
         if sizes[prompt] > count:
             break
-        held.add(prompt)
+        kept_out.add(prompt)
         count -= sizes[prompt]
-    out = pa.array([prompt in held for prompt in prompts], pa.bool_())
+    out = pa.array([prompt in kept_out for prompt in prompts], pa.bool_())
     return rows.filter(pa.array([not each for each in out.to_pylist()], pa.bool_())), rows.filter(out)
 
 

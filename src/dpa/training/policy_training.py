@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dpa.models.disk_refusals import disk_refusals
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.policy import context_length, load_policy, make_steerable, save_policy
 from dpa.models.quiet import quiet_libraries
+from dpa.storage.schemas import HELD
 from dpa.storage.stage_records import Reject, count_reasons
 from dpa.storage.stopping import StopOnSignal
 from dpa.storage.tables import read_json, write_json
@@ -59,6 +61,8 @@ def train_policy(
     Interrupted (on a signal, after a checkpoint), StorageError (disk full).
     """
     config, section, space = learner.config, learner.section, learner.space
+    if HELD.name not in rows.column_names:
+        space = replace(space, target_template=None)  # what is saved with the policy says what it was trained on
     # Frozen weights need no more than bf16, which is what lets adapters of a 7B model train on one 24 GB card.
     dtype = torch.bfloat16 if config.lora is not None and computes_in_bf16(config.bf16) else torch.float32
     with quiet_libraries():

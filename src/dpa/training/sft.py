@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from dpa.models.attention import to_device
-from dpa.storage.schemas import completeness
+from dpa.storage.schemas import completeness, held_values
 from dpa.storage.stage_records import Reject
 from dpa.training.contrastive import AccumulatesContrast, AddsContrast, negative_directions
 from dpa.training.label_logprobs import has_plain_head, label_logprobs
@@ -165,9 +165,9 @@ def encode_examples(
     """
     examples, rejects = [], []
     columns = ("candidate_id", "messages", "direction", "response")
-    texts = zip(*(rows[name].to_pylist() for name in columns), completeness(rows), strict=True)
-    for row, (identity, messages, direction, response, complete) in enumerate(texts):
-        encoded = encoder.encode(messages, direction, [response], [complete])
+    texts = zip(*(rows[name].to_pylist() for name in columns), completeness(rows), held_values(rows), strict=True)
+    for row, (identity, messages, direction, response, complete, held) in enumerate(texts):
+        encoded = encoder.encode(messages, direction, [response], [complete], held)
         if isinstance(encoded, str):
             rejects.append(Reject(identity, encoded))
         else:

@@ -46,10 +46,12 @@ MEASURING = "measure"
 
 
 class Trained(NamedTuple):
-    """A policy to be measured: its name in the report, and how to open a Sampler that takes directions."""
+    """A policy to be measured: its name in the report, how to open a Sampler that takes directions, and whether that
+    takes targets too."""
 
     name: str
     open: Callable[[], Sampler]
+    targets: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ Run its tests: pytest tests/test_compare.py
 from typing import Any
 
 from dpa.core.config import RunConfig, parse_config, resolved
+from dpa.models.files import load_space
 from dpa.recipes.baselines.lab import Lab, Trained
 from dpa.recipes.dpa import Loop
 
@@ -31,4 +32,5 @@ def _from_t0(lab: Lab, start: str, fields: dict[str, Any]) -> RunConfig:
 
 
 def _trained(lab: Lab, name: str, policy: str) -> Trained:
-    return Trained(name, lambda: lab.sampler(policy, measuring=True))
+    targets = load_space(policy).target_template is not None
+    return Trained(name, lambda: lab.sampler(policy, measuring=True), targets)

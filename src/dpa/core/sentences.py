@@ -1,0 +1,42 @@
+"""The system sentences that tell a policy what is wished: a direction's, and a target's.
+Run its tests: pytest tests/test_directions.py tests/test_targets.py
+"""
+
+from typing import Any
+
+from dpa.core.errors import DirectionError
+
+PUBLISHED_TEMPLATE = (
+    "You are a helpful, respectful, and honest assistant who always responds to the user in a harmless way. "
+    "Your response should maximize weighted rating = {weighted_rating}"
+)
+"""System sentence of RLHFlow/DPA-v1-Mistral-7B (arXiv 2402.18571), letter for letter as that policy knows it."""
+
+PLACEHOLDER = "{weighted_rating}"
+VALUES = "{values}"
+"""Where a target's sentence has the values of what is held: `verbosity = 40, warmth = 80`."""
+
+
+def checked_template(template: Any) -> str:
+    """A direction's sentence. Raises DirectionError."""
+    if not isinstance(template, str) or template.count(PLACEHOLDER) != 1:
+        raise DirectionError(f"template: it must contain {PLACEHOLDER} exactly once; add it where the weights go.")
+    return template
+
+
+def checked_target_template(template: Any) -> str | None:
+    """A target's sentence; None where the policy knows none. No direction's sentence reads like it: in an expression
+    of weights there is no `=`, and every value stands behind one. Raises DirectionError."""
+    if template is None:
+        return None
+    if not isinstance(template, str) or template.count(PLACEHOLDER) != 1 or template.count(VALUES) != 1:
+        raise DirectionError(
+            f"target_template: it must contain {PLACEHOLDER} and {VALUES} exactly once each; add them where the "
+            "weights and the held values go."
+        )
+    return template
+
+
+def target_template_of(template: str) -> str:
+    """The sentence of targets that goes with a direction's: `... = {weighted_rating} with {values}`."""
+    return checked_template(template).replace(PLACEHOLDER, f"{PLACEHOLDER} with {VALUES}")
