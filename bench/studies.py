@@ -2,42 +2,73 @@
 
     python bench/studies.py [--out runs/studies] [--seeds 0,1] [--only cone,replay] [--set budget=...] [--table]
 
-Prints one row for each variant: expected utility, hypervolumes, span and Kendall tau by the true reward, and tokens,
-as means over seeds, with the difference from the unchanged loop in every seed (the same worlds, prompts and questions).
-What holds over seeds becomes the default, and every row goes to docs/findings.md, failures included. Resumable.
+Prints one row for each variant: expected utility, hypervolumes, span, Kendall tau and the largest jump between
+neighbouring directions by the true reward, and tokens, as means over seeds, with the difference from the unchanged loop
+in every seed (the same worlds, prompts and questions). What holds over seeds becomes the default, and every row goes to
+docs/findings.md, failures included. Resumable.
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from tune_baselines import Trial, development_config
 
+from dpa.core.compare_config import CompareConfig
 from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.compare import ComparisonJob
 from dpa.recipes.job_processes import do_jobs
 from dpa.storage.tables import read_json
 
+
+class Variant(NamedTuple):
+    """`changes` of the online iterations. `offline`: of the whole run, so of the policy of t = 0 too, which those with
+    the same share."""
+
+    changes: Mapping[str, str] = {}
+    offline: Mapping[str, str] = {}
+
+
+def by_utility(utility: str, augmentation: str = "0.01") -> dict[str, str]:
+    """The fields of a selection by another utility."""
+    return {"selection.utility": utility, "selection.augmentation": augmentation}
+
+
+def whole(fields: Mapping[str, str]) -> dict[str, str]:
+    """Fields of a run as those of the comparison's configuration."""
+    return {f"run.{name}": value for name, value in fields.items()}
+
+
+RAY, CHEBYSHEV = by_utility("ray"), by_utility("chebyshev")
 UNCHANGED = "pooled, as configured"
-VARIANTS: dict[str, dict[str, str]] = {
-    UNCHANGED: {},
-    "pool: 3 candidates instead of 9": {"rollout.directions": "3"},
-    "pool: 3 samples of 3 directions": {"rollout.directions": "3", "rollout.samples": "3"},
-    "prompts: twice as many, 5 directions served": {"prompts.count": "225", "selection.directions": "5"},
-    "cone: 45 degrees in training": {"space.training_angle": "45"},
-    "cone: 65 degrees in training": {"space.training_angle": "65"},
-    "ends: no emphasis": {"space.training_ends": "0"},
-    "arcs: no emphasis": {"space.training_arcs": "0"},
-    "arcs: 0.8 of the directions": {"space.training_arcs": "0.8"},
-    "replay: half as many earlier winners": {"finetune.replay": "0.5"},
-    "standardised scores": {"selection.standardise": "true"},
-    "iterations: 5, shorter": {"iterations": "5", "prompts.count": "66"},
-    "temperature: 0.6": {"rollout.temperature": "0.6"},
-    "temperature: 1": {"rollout.temperature": "1.0"},
+VARIANTS = {
+    UNCHANGED: Variant(),
+    "utility: ray, everywhere": Variant(RAY, whole(RAY)),
+    "utility: ray at t = 0 only": Variant(by_utility("linear"), whole(RAY)),
+    "utility: ray from t = 1 on": Variant(RAY),
+    "utility: ray mixed with linear, everywhere": Variant(by_utility("ray", "1"), whole(by_utility("ray", "1"))),
+    "utility: chebyshev, everywhere": Variant(CHEBYSHEV, whole(CHEBYSHEV)),
+    "utility: chebyshev at t = 0 only": Variant(by_utility("linear"), whole(CHEBYSHEV)),
+    "utility: chebyshev from t = 1 on": Variant(CHEBYSHEV),
+    "contrastive: weight 0.3, half of the rows": Variant({"finetune.contrastive": "0.3", "prompts.count": "60"}),
+    "pool: 3 candidates instead of 9": Variant({"rollout.directions": "3"}),
+    "pool: 3 samples of 3 directions": Variant({"rollout.directions": "3", "rollout.samples": "3"}),
+    "prompts: twice as many, 5 directions served": Variant({"prompts.count": "225", "selection.directions": "5"}),
+    "cone: 45 degrees in training": Variant({"space.training_angle": "45"}),
+    "cone: 65 degrees in training": Variant({"space.training_angle": "65"}),
+    "ends: no emphasis": Variant({"space.training_ends": "0"}),
+    "arcs: no emphasis": Variant({"space.training_arcs": "0"}),
+    "arcs: 0.8 of the directions": Variant({"space.training_arcs": "0.8"}),
+    "replay: half as many earlier winners": Variant({"finetune.replay": "0.5"}),
+    "standardised scores": Variant({"selection.standardise": "true"}),
+    "iterations: 5, shorter": Variant({"iterations": "5", "prompts.count": "66"}),
+    "temperature: 0.6": Variant({"rollout.temperature": "0.6"}),
+    "temperature: 1": Variant({"rollout.temperature": "1.0"}),
 }
-"""What is changed -> fields. The policy of t = 0 is the same for all of them. The literal loop, a third of its samples,
-the random control and `learner: dpo` are methods of `dpa compare`, over more seeds."""
+"""What is changed -> fields. The literal loop, a third of its samples, the random control and `learner: dpo` are
+methods of `dpa compare`, over more seeds."""
 
 MEASURES = ("expected_utility", "hypervolume", "cone_hypervolume")
 
@@ -49,13 +80,21 @@ def measured(trial: Trial) -> dict[str, Any]:
     row = {name: measures[name]["value"] for name in MEASURES}
     row |= {f"span {name}": span["value"] for name, span in measures["span"].items()}
     row |= {f"tau {name}": tau["value"] for name, tau in measures["kendall_tau"].items()}
+    row |= {f"jump {name}": jump["value"] for name, jump in measures["largest_jump"].items()}
     row["tokens"] = record["cost"]["tokens_generated"] + record["cost"]["training_tokens"]
     return row
 
 
-def table(config: Any, seeds: list[int], names: list[str]) -> str:
+def trials_of(configs: Mapping[str, CompareConfig], seeds: list[int]) -> dict[str, list[Trial]]:
+    """The trials of each variant, one a seed."""
+    return {
+        name: [Trial(config, METHODS["pooled"], seed, dict(VARIANTS[name].changes)) for seed in seeds]
+        for name, config in configs.items()
+    }
+
+
+def table(trials: Mapping[str, list[Trial]]) -> str:
     """Markdown: means over seeds, and for the utility the difference from the unchanged loop in each seed."""
-    trials = {name: [Trial(config, METHODS["pooled"], seed, VARIANTS[name]) for seed in seeds] for name in names}
     done = {name: list(map(measured, each)) for name, each in trials.items() if all(trial.done for trial in each)}
     if UNCHANGED not in done:
         return "the unchanged loop is not done yet"
@@ -83,14 +122,18 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
+    flags = dict(flag.split("=", 1) for flag in args.flags)
     wanted = [part.strip() for part in args.only.split(",")]
     names = [name for name in VARIANTS if name == UNCHANGED or any(part in name for part in wanted)]
-    config = development_config(args.out, seeds, dict(flag.split("=", 1) for flag in args.flags))
-    trials = [Trial(config, METHODS["pooled"], seed, VARIANTS[name]) for name in names for seed in seeds]
+    offline = {str(sorted(VARIANTS[name].offline.items())): VARIANTS[name].offline for name in names}
+    folders = {key: args.out / ("-".join(fields.values()) or "as-configured") for key, fields in offline.items()}
+    shared = {key: development_config(folders[key], seeds, flags | dict(offline[key])) for key in offline}
+    trials = trials_of({name: shared[str(sorted(VARIANTS[name].offline.items()))] for name in names}, seeds)
     if not args.table:
-        failed = do_jobs([*(ComparisonJob(config, None, seed) for seed in seeds), *trials], args.workers, Console())
+        first = [ComparisonJob(config, None, seed) for config in shared.values() for seed in seeds]
+        failed = do_jobs([*first, *(trial for each in trials.values() for trial in each)], args.workers, Console())
         print("\n".join(failed))
-    print(table(config, seeds, names))
+    print(table(trials))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dpa.core.measures import (
     hypervolume,
     interval,
     kendall_tau,
+    largest_jump,
     measure,
     pareto_front,
     projection_regret,
@@ -116,6 +117,13 @@ def test_end_coverage_says_whether_the_ends_are_reached():
     assert end_coverage(asked, np.array([1.0, 5.0, 9.0])) == 0.5
     assert end_coverage(asked, np.array([5.0, 9.0, 1.0])) == -1.0
     assert end_coverage(asked, np.full(3, 2.0)) == 0.0
+
+
+def test_the_largest_jump_is_between_neighbours_by_their_angle():
+    asked = np.array([0.0, -45.0, 45.0])
+    assert largest_jump(asked, np.array([5.0, 1.0, 9.0])) == 4.0
+    assert largest_jump(asked, np.array([8.0, 1.0, 9.0])) == 7.0
+    assert largest_jump(asked, np.full(3, 2.0)) == largest_jump(asked[:1], np.ones(1)) == 0.0
 
 
 # --- bootstrap -----------------------------------------------------------------------------------------------------

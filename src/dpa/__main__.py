@@ -6,8 +6,7 @@ import sys
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2, never a traceback."""
-    # Read where torch is loaded. Threads that spin while they wait for each other starve each other beside other work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _choose_how_threads_wait()
     from dpa.cli.commands import app
     from dpa.core.errors import DpaError, Interrupted
     from dpa.storage.stopping import end_process, end_process_by_error
@@ -26,6 +25,16 @@ def main() -> None:
     except BaseException:
         end_process_by_error()
     end_process(code)
+
+
+def _choose_how_threads_wait() -> None:
+    """Before torch is loaded, which reads it: threads that spin while they wait for each other are faster on a quiet
+    machine and starve each other beside other work (docs/findings.md)."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] < cores / 2:
+        os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # where it gets busy later, the loss is bounded
+    else:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 if __name__ == "__main__":

@@ -485,6 +485,20 @@ class SelectionConfig(_Section):
         description="pooled: best of all candidates of a prompt for each direction; per_direction: best of those made "
         "under that direction (the paper read literally); random: the control.",
     )
+    utility: Literal["linear", "ray", "chebyshev"] = Field(
+        "linear",
+        repr=False,  # what was selected before there was a choice keeps its identity (stages/select.py)
+        description="What makes a candidate the best under a direction v. linear: v . r, the paper's, which never "
+        "keeps what lies inside the convex hull of a pool; ray: how far it comes along v in every objective "
+        "(Pascoletti and Serafini); chebyshev: the weighted distance to the best of the pool in each objective.",
+    )
+    augmentation: float = Field(
+        0.01,
+        ge=0,
+        repr=False,
+        description="ray, chebyshev: how much of v . r is added. A little tells candidates apart that are equal in "
+        "their weakest objective; 1 mixes the two.",
+    )
     directions: int = Field(
         4,
         ge=1,

@@ -112,6 +112,14 @@ def end_coverage(asked_D: np.ndarray, achieved_D: np.ndarray) -> float:
     return float((achieved_D[asked_D.argmax()] - achieved_D[asked_D.argmin()]) / widest)
 
 
+def largest_jump(asked_D: np.ndarray, achieved_D: np.ndarray) -> float:
+    """The largest difference of `achieved` between directions that are neighbours by their asked angle.
+
+    What a user cannot ask for in between: an even walk over the arc's range would have range / (D - 1).
+    """
+    return float(np.abs(np.diff(achieved_D[np.argsort(asked_D)])).max(initial=0.0))
+
+
 # --- all of them, with intervals -------------------------------------------------------------------------------------
 
 
@@ -160,8 +168,9 @@ def measure(
 
     `scores_DPK`: mean score of each objective for each direction and prompt, NaN where nothing could be scored.
     Returns `hypervolume`, `cone_hypervolume`, `expected_utility`, `projection_regret` (mean over the grid),
-    `projection_regret_max`, and per objective `span`; per objective with an arc of its own `kendall_tau` and
-    `end_coverage`, over the directions of that arc. A maximum, so a span or regret too, is biased upwards by noise.
+    `projection_regret_max`, and per objective `span`; per objective with an arc of its own `kendall_tau`,
+    `end_coverage` and `largest_jump`, over the directions of that arc. A maximum, so a span, jump or regret too, is
+    biased upwards by noise.
     """
     values = dict(all_measures(mean_over_prompts(scores_DPK), space, directions_DK, reference))
     draws: dict[tuple[str, str | None], list[float]] = {key: [] for key in values}
@@ -196,6 +205,7 @@ def all_measures(
         achieved_D = means_DK[arc_D, space.names.index(name)]
         yield ("kendall_tau", name), kendall_tau(asked_D, achieved_D)
         yield ("end_coverage", name), end_coverage(asked_D, achieved_D)
+        yield ("largest_jump", name), largest_jump(asked_D, achieved_D)
 
 
 def finite_or_none(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Which candidate a direction keeps: argmax of v . r over a prompt's pool.
+"""Which candidate a direction keeps: the best of a prompt's pool by its utility, v . r unless another is asked for.
 Run its tests: pytest tests/test_selection.py
 """
 
@@ -7,22 +7,28 @@ from typing import Literal
 
 import numpy as np
 
-BLOCK = 4_000_000
-"""Utilities held at a time (32 MB), so that memory stays bounded; it changes no winner."""
+from dpa.core.utility import LINEAR, Utility
+
+BLOCK = 250_000
+"""Utilities held at a time: 2 MB, which a core's cache holds. It changes no winner."""
 
 
 def select(
-    scores_PNK: np.ndarray, directions: np.ndarray, valid_PN: np.ndarray | None = None, *, block: int = BLOCK
+    scores_PNK: np.ndarray,
+    directions: np.ndarray,
+    valid_PN: np.ndarray | None = None,
+    utility: Utility = LINEAR,
+    *,
+    block: int = BLOCK,
 ) -> np.ndarray:
-    """winners_PD (int64): for each prompt and direction, the index n of the candidate with the largest v . r.
+    """winners_PD (int64): for each prompt and direction, the index n of the candidate with the largest utility.
 
     All N candidates of a prompt form one pool, whatever direction they were made under, so one pool serves any
     direction (our choice; the paper, arXiv 2402.18571 algorithm 1, does not say whether it pools).
 
     `directions`: DK, the same for every prompt, or PDK. `valid_PN` marks rows that may win (pools of unequal size
     are padded with invalid rows). A row with NaN or an infinite score never wins; -1 where no row may. Of equal
-    utilities the lowest index wins, and identical rows always have equal utilities: each is multiplied and added
-    alone (einsum without BLAS), so neither position, padding nor blocks change a bit.
+    utilities the lowest index wins; neither position, padding nor blocks change a bit.
     """
     P, N, K = scores_PNK.shape
     if directions.shape[-1] != K or directions.ndim not in (2, 3) or (directions.ndim == 3 and len(directions) != P):
@@ -37,25 +43,21 @@ def select(
     columns = max(1, block // N)
     for first in range(0, P, prompts):
         rows = slice(first, first + prompts)
-        may_win_PN = np.isfinite(scores_PNK[rows]).all(axis=2)
-        if valid_PN is not None:
-            may_win_PN &= valid_PN[rows]
-        finite_PNK = np.where(may_win_PN[..., None], scores_PNK[rows], 0.0)
-        finite_PKN = np.ascontiguousarray(finite_PNK.swapaxes(1, 2), dtype=np.float64)
+        may_win_PN = _may_win(scores_PNK[rows], None if valid_PN is None else valid_PN[rows])
+        scores_PKN = _finite(scores_PNK[rows], may_win_PN)
         for start in range(0, D, columns):
             part = np.s_[start : start + columns]
-            if directions.ndim == 2:
-                utility_PDN = np.einsum("pkn,dk->pdn", finite_PKN, directions[part])
-            else:
-                utility_PDN = np.einsum("pkn,pdk->pdn", finite_PKN, directions[rows, part])
-            np.putmask(utility_PDN, np.broadcast_to(~may_win_PN[:, None], utility_PDN.shape), -np.inf)
-            winners_PD[rows, part] = utility_PDN.argmax(axis=2)
+            directions_PDK = directions[None, part] if directions.ndim == 2 else directions[rows, part]
+            winners_PD[rows, part] = utility.of(scores_PKN, directions_PDK, may_win_PN).argmax(axis=2)
         winners_PD[rows][~may_win_PN.any(axis=1)] = -1
     return winners_PD
 
 
 def select_per_direction(
-    scores_PDNK: np.ndarray, directions_PDK: np.ndarray, valid_PDN: np.ndarray | None = None
+    scores_PDNK: np.ndarray,
+    directions_PDK: np.ndarray,
+    valid_PDN: np.ndarray | None = None,
+    utility: Utility = LINEAR,
 ) -> np.ndarray:
     """winners_PD: the best of the N samples made UNDER each direction, the literal reading of the paper's step 3.
 
@@ -66,6 +68,7 @@ def select_per_direction(
         scores_PDNK.reshape(P * D, N, K),
         directions_PDK.reshape(P * D, 1, K),
         None if valid_PDN is None else valid_PDN.reshape(P * D, N),
+        utility,
     )
     return winners.reshape(P, D)
 
@@ -86,6 +89,7 @@ def select_pairs(
     valid_PN: np.ndarray,
     rejected: Literal["worst", "random", "other_direction"] = "worst",
     rngs: Sequence[np.random.Generator] = (),
+    utility: Utility = LINEAR,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(winners_PD, losers_PD): for each prompt and direction the best candidate and one to prefer it to.
 
@@ -93,35 +97,26 @@ def select_pairs(
     index), or one drawn uniformly from those below the winner ("random", by the prompt's own generator), or the winner
     of another direction of the prompt ("other_direction", see `pair_directions`). -1 in both where there is no loser.
     """
-    winners_PD = select(scores_PNK, directions_PDK, valid_PN)
-    if rejected == "other_direction":
-        losers_PD = np.array(
-            [
-                pair_directions(scores_NK, winners_D, directions_DK, rng)
-                for scores_NK, winners_D, directions_DK, rng in zip(
-                    scores_PNK, winners_PD, directions_PDK, rngs, strict=True
-                )
-            ],
-            dtype=np.int64,
-        ).reshape(winners_PD.shape)
-        return np.where(losers_PD >= 0, winners_PD, -1), losers_PD
+    winners_PD = select(scores_PNK, directions_PDK, valid_PN, utility)
     losers_PD = np.full_like(winners_PD, -1)
-    known_PN = valid_PN & np.isfinite(scores_PNK).all(axis=2)
-    scores_PKN = np.ascontiguousarray(np.where(known_PN[..., None], scores_PNK, 0.0).swapaxes(1, 2))
-    for p, d in np.ndindex(winners_PD.shape):
-        utility_N = np.einsum("kn,k->n", scores_PKN[p], directions_PDK[p, d])
-        below = np.flatnonzero(known_PN[p] & (utility_N < utility_N[winners_PD[p, d]]))
-        if winners_PD[p, d] < 0 or len(below) == 0:
-            winners_PD[p, d] = -1
-        elif rejected == "random":
-            losers_PD[p, d] = rngs[p].choice(below)
-        else:
-            losers_PD[p, d] = below[utility_N[below].argmin()]
-    return winners_PD, losers_PD
+    may_win_PN = _may_win(scores_PNK, valid_PN)
+    scores_PKN = _finite(scores_PNK, may_win_PN)
+    for p in range(len(winners_PD)):
+        one = np.s_[p : p + 1]
+        utility_DN = utility.of(scores_PKN[one], directions_PDK[one], may_win_PN[one])[0]
+        if rejected == "other_direction":
+            losers_PD[p] = pair_directions(scores_PNK[p], winners_PD[p], utility_DN, rngs[p])
+            continue
+        for d, winner in enumerate(winners_PD[p]):
+            below = np.flatnonzero(may_win_PN[p] & (utility_DN[d] < utility_DN[d, winner]))
+            if winner >= 0 and len(below):
+                worst = below[utility_DN[d, below].argmin()]
+                losers_PD[p, d] = rngs[p].choice(below) if rejected == "random" else worst
+    return np.where(losers_PD >= 0, winners_PD, -1), losers_PD
 
 
 def pair_directions(
-    scores_NK: np.ndarray, winners_D: np.ndarray, directions_DK: np.ndarray, rng: np.random.Generator
+    scores_NK: np.ndarray, winners_D: np.ndarray, utility_DN: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """losers_D: for each direction of one prompt the winner of another direction, -1 where none is left for it.
 
@@ -137,10 +132,21 @@ def pair_directions(
             left.setdefault(tuple(scores_NK[winners_D[d]]), []).append(int(d))
     while len(groups := sorted((group for group in left.values() if group), key=len, reverse=True)) > 1:
         d, e = groups[0].pop(), groups[1].pop()
-        gain_2K = (scores_NK[winners_D[d]] - scores_NK[winners_D[e]]) * np.array([[1.0], [-1.0]])
-        if (np.einsum("dk,dk->d", gain_2K, directions_DK[[d, e]]) > 0).all():  # else a direction prefers neither
-            losers_D[d], losers_D[e] = winners_D[e], winners_D[d]
+        of_d, of_e = winners_D[d], winners_D[e]
+        if utility_DN[d, of_d] > utility_DN[d, of_e] and utility_DN[e, of_e] > utility_DN[e, of_d]:
+            losers_D[d], losers_D[e] = of_e, of_d  # else a direction prefers neither
     return losers_D
+
+
+def _may_win(scores_PNK: np.ndarray, valid_PN: np.ndarray | None) -> np.ndarray:
+    known_PN = np.isfinite(scores_PNK).all(axis=2)
+    return known_PN if valid_PN is None else known_PN & valid_PN
+
+
+def _finite(scores_PNK: np.ndarray, may_win_PN: np.ndarray) -> np.ndarray:
+    """scores_PKN, 0 where a candidate may not win."""
+    finite_PNK = np.where(may_win_PN[..., None], scores_PNK, 0.0)
+    return np.ascontiguousarray(finite_PNK.swapaxes(1, 2), dtype=np.float64)
 
 
 def standard_deviations(scores_NK: np.ndarray) -> np.ndarray:

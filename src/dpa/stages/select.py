@@ -1,4 +1,4 @@
-"""Select: for each prompt and direction keep the candidate with the largest v . r; no model is called.
+"""Select: for each prompt and direction keep the candidate with the largest utility; no model is called.
 Run its tests: pytest tests/test_score_select.py
 """
 
@@ -15,6 +15,7 @@ from dpa.core.errors import DataError, RejectRateError, StorageError
 from dpa.core.records import Ledger, Prompt, messages_text, places_of, stable_hash
 from dpa.core.selection import select, select_pairs, select_per_direction, select_random, standard_deviations
 from dpa.core.target_selection import serve_targets
+from dpa.core.utility import Utility
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
 from dpa.storage.schemas import PAIRS, WINNERS, completeness, name_taken, score_matrix, with_held, with_numbers
@@ -47,10 +48,17 @@ class _How(NamedTuple):
     scale_K: np.ndarray
 
     @property
+    def utility(self) -> Utility:
+        """Of scores that were divided by `scale_K`."""
+        return Utility(self.config.utility, self.config.augmentation, self.scale_K)
+
+    @property
     def identity(self) -> str:
         """Tells shards that would have the same rows."""
-        parts = self.space.to_dict(), self.config, self.seed, self.pairs, self.scale_K.tolist()
-        return stable_hash(*parts, *([self.config.targets] if self.targets else []), digits=32)
+        by = () if self.config.utility == "linear" else (self.config.utility, self.config.augmentation)
+        held = (self.config.targets,) if self.targets else ()
+        parts = self.space.to_dict(), self.config, self.seed, self.pairs, self.scale_K.tolist(), *by, *held
+        return stable_hash(*parts, digits=32)
 
     @property
     def targets(self) -> bool:
@@ -77,8 +85,9 @@ def select_winners(
       per_direction  the best of the samples made under each of rollout's own directions (step 3 of arXiv 2402.18571)
       random         as pooled, but a random valid candidate: the control at equal budget
 
-    `config.standardise` weighs r / standard deviation, over all
-    valid candidates of the stage; `utility` is in the units that were weighed.
+    `config.utility` says what is best under a direction (core/utility.py). `config.standardise` weighs r / standard
+    deviation, over all valid candidates of the stage; the column `utility` is v . r in the units that were weighed,
+    whatever the winner was chosen by.
 
     `config.targets`: the share of the winners that are those of targets (core/target_selection.py), and say so in the
     column `held`; pooled winners only.
@@ -188,10 +197,10 @@ def _write_winners(
             ).reshape(len(rngs), D)
         elif how.pairs:
             winners_PD, losers_PD = select_pairs(
-                pools.weighed_PNK, directions_PDK, pools.valid_PN, how.config.rejected, rngs
+                pools.weighed_PNK, directions_PDK, pools.valid_PN, how.config.rejected, rngs, how.utility
             )
         else:
-            winners_PD = select(pools.weighed_PNK, directions_PDK, pools.valid_PN)
+            winners_PD = select(pools.weighed_PNK, directions_PDK, pools.valid_PN, how.utility)
     if how.targets:
         found = pools.scores_PNK, pools.weighed_PNK, pools.valid_PN, directions_PDK, winners_PD
         directions_PDK, held_PDK, winners_PD = serve_targets(*found, how.config.targets, how.space, rngs)
@@ -246,13 +255,15 @@ def _per_direction(
         return np.where(places_PD >= 0, places_PD + N * np.arange(D), -1)
 
     if not how.pairs:
-        return directions_PDK, in_pool(select_per_direction(weighed_PDNK, directions_PDK, valid_PDN)), None
+        winners = select_per_direction(weighed_PDNK, directions_PDK, valid_PDN, how.utility)
+        return directions_PDK, in_pool(winners), None
     winners, losers = select_pairs(
         weighed_PDNK.reshape(P * D, N, K),
         directions_PDK.reshape(P * D, 1, K),
         valid_PDN.reshape(P * D, N),
         how.config.rejected,
         [rng for rng in rngs for _ in range(D)],
+        how.utility,
     )
     return directions_PDK, in_pool(winners.reshape(P, D)), in_pool(losers.reshape(P, D))
 
