@@ -25,47 +25,70 @@ FLAGS = [
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser. Closed again before other tests run: Playwright keeps an event loop in this thread."""
+    """A browser with one tab. Closed again before other tests run: Playwright keeps an event loop in this thread."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
+            browser.new_context().new_page()
             yield browser
         finally:
             browser.close()
 
 
 @contextmanager
-def watched_page(browser: Any, url: str, script: str | None = None, **context: Any) -> Iterator[Any]:
+def watched_page(
+    browser: Any,
+    url: str,
+    script: str | None = None,
+    viewport: dict[str, int] | None = None,
+    color_scheme: str = "light",
+    reduced_motion: str = "no-preference",
+    **context: Any,
+) -> Iterator[Any]:
     """The page at `url`; by the end nothing may have gone wrong in its console, nor another host been asked.
 
-    `script` runs before the page's own.
+    It is shown in the browser's first tab, where nothing of an earlier page is left but what it stored under its own
+    address; with a `script`, which runs before the page's own, or other options of a context in a context of its own.
     """
     wrong: list[str] = []
-    opened = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
+    home = urlsplit(url).netloc
+
+    def requested(request: Any) -> None:
+        if urlsplit(request.url).netloc not in ("", home):
+            wrong.append(f"another host was asked: {request.url}")
+
+    def said(message: Any) -> None:
+        # A refused request is reported by the browser itself, whatever the page does about it.
+        if message.type in ("error", "warning") and "the server responded with a status of" not in message.text:
+            wrong.append(f"console: {message.text}")
+
+    def thrown(error: Any) -> None:
+        wrong.append(f"exception: {error}")
+
+    heard = {"request": requested, "console": said, "pageerror": thrown}
+    own = browser.new_context(**context) if script or context else None
+    if own and script:
+        own.add_init_script(script)
+    page = own.new_page() if own else browser.contexts[0].pages[0]
+    page.set_default_timeout(10_000)
+    page.set_viewport_size(viewport or {"width": 1280, "height": 900})
+    page.emulate_media(color_scheme=color_scheme, reduced_motion=reduced_motion)
+    for event, listener in heard.items():
+        page.on(event, listener)
     try:
-        if script:
-            opened.add_init_script(script)
-        page = opened.new_page()
-        page.set_default_timeout(10_000)
-        home = urlsplit(url).netloc
-
-        def requested(request: Any) -> None:
-            if urlsplit(request.url).netloc not in ("", home):
-                wrong.append(f"another host was asked: {request.url}")
-
-        def said(message: Any) -> None:
-            # A refused request is reported by the browser itself, whatever the page does about it.
-            if message.type in ("error", "warning") and "the server responded with a status of" not in message.text:
-                wrong.append(f"console: {message.text}")
-
-        page.on("request", requested)
-        page.on("console", said)
-        page.on("pageerror", lambda error: wrong.append(f"exception: {error}"))
         page.goto(url)
         yield page
     finally:
-        opened.close()
+        for event, listener in heard.items():
+            page.remove_listener(event, listener)
+        if own:
+            own.close()
+        else:
+            page.goto("about:blank")
+            page.context.clear_cookies()
+            for other in page.context.pages[1:]:
+                other.close()
     assert not wrong

@@ -300,7 +300,7 @@ def test_what_differs_between_the_answers_is_marked_by_word_and_an_answer_is_cop
 
 
 def test_differences_of_words_are_a_shortest_edit_and_lose_no_character(visit):
-    opened = visit().ready()
+    opened = visit(at="/words.js")
     pairs = [
         ("The cat sat on the mat.", "The black cat lay on the mat."),
         ("a b c a b b a", "c b a b a c"),
