@@ -14,6 +14,8 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DirectionError
+from dpa.core.targets import read_wish
+from dpa.serve.shapes import direction_json
 
 PAGE = Path(__file__).parents[1] / "src" / "dpa" / "serve" / "page"
 CSP = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
@@ -82,6 +84,7 @@ class FakeGateway:
             "center": dict(zip(space.names, space.center_K.tolist(), strict=True)),
             "max_angle": space.max_angle,
             "template": space.template,
+            "targets": space.target_template is not None,
             "presets": {
                 name: {"weights": space.parse(name).as_mapping(), "text": str(space.parse(name))}
                 for name in space.presets
@@ -98,16 +101,16 @@ class FakeGateway:
     async def _read(self, request: Request) -> Any:
         asked = await request.json()
         try:
-            direction = self._space.parse(asked["direction"], asked.get("outside", "error"))
+            direction = read_wish(self._space, asked["direction"], asked.get("outside", "error"))
         except DirectionError as error:
             return _error(400, str(error))
-        return {"weights": direction.as_mapping(), "text": str(direction), "angle": 0.0, "clamped": False}
+        return {**direction_json(direction), "angle": 0.0, "clamped": False}
 
     async def _chat(self, request: Request) -> Any:
         body = await request.json()
         self.bodies.append(body)
         preference = body.get("chat_template_kwargs", {}).get("preference", body.get("dpa"))
-        direction = self._space.parse(preference) if preference is not None else None
+        direction = read_wish(self._space, preference) if preference is not None else None
         question = body["messages"][-1]["content"]
         match question:
             case "busy" if str(preference) not in self._was_busy:

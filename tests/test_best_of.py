@@ -127,3 +127,16 @@ def test_the_command_line_says_what_is_missing(tmp_path: Path) -> None:
         answer(ModelReference(str(tmp_path)), ["hello"], **how, robust=True)
     with pytest.raises(ConfigError, match="--reward: no reward model is found beside"):
         answer(ModelReference(str(tmp_path)), ["hello"], **how, best_of=2)
+
+
+@pytest.mark.parametrize("kind", [BestOfSampler, RobustSampler])
+def test_for_a_target_the_candidate_that_keeps_its_value_is_picked(kind: type) -> None:
+    inner = Recording()
+    request = SampleRequest(QUESTION, (1.0, 0.0), (5,), (None, 30))
+    ((picked,),) = kind(inner, FakeScorer(), SPACE, 6).sample([request])
+    assert {asked.held for asked in inner.asked} == {(None, 30)} and {asked.direction for asked in inner.asked} == {
+        (1, 0)
+    }
+    candidates = [sample.text for answers in FakeSampler().sample(inner.asked) for sample in answers]
+    scores = FakeScorer().score([QUESTION] * 6, candidates)
+    assert candidates.index(picked.text) == int(np.abs(scores[:, 1] - 30).argmin())

@@ -33,7 +33,7 @@ from dpa.recipes.elsewhere import hand_over, newest_selection, take_in
 from dpa.sampling.samplers import SamplerSpec
 from dpa.stages.adopt import adopt
 from dpa.stages.data import DataSettings
-from dpa.storage.schemas import PAIRS, WINNERS, with_numbers
+from dpa.storage.schemas import PAIRS, WINNERS, with_held, with_numbers
 from dpa.training.learner import RowEncoder
 
 QUESTIONS = ["Why?", "Who was it, and when?", "Où est-ce ? 🦦"]
@@ -55,10 +55,11 @@ def open_run(folder: Path, template: str | None = CHAT_TEMPLATE, **changes: Any)
     return Loop(config)
 
 
-def fill(loop: Loop, shards: int = 2, cut: int = 0, pairs: bool = False) -> list[dict[str, Any]]:
-    """Select by hand: each question under three directions; the first `cut` answers were cut at a limit."""
+def fill(loop: Loop, shards: int = 2, cut: int = 0, pairs: bool = False, targets: bool = False) -> list[dict[str, Any]]:
+    """Select by hand: each question under three directions, the last one holding verbosity where there are `targets`;
+    the first `cut` answers were cut at a limit."""
     stage, rows = loop.stage(1, "select"), []
-    schema = with_numbers(PAIRS if pairs else WINNERS, loop.space.names)
+    schema = with_numbers(PAIRS if pairs else with_held(WINNERS) if targets else WINNERS, loop.space.names)
     for shard in range(shards):
         mine = []
         for n, question in enumerate(QUESTIONS):
@@ -66,6 +67,8 @@ def fill(loop: Loop, shards: int = 2, cut: int = 0, pairs: bool = False) -> list
             messages = messages_text([*system, {"role": "user", "content": f"{question} ({shard})"}])
             for d, direction in enumerate(loop.space.grid(3)):
                 row = {"prompt_id": f"p{shard}-{n}", "messages": messages, "direction": direction.tolist()}
+                if targets and d == 2:
+                    row |= {"direction": [1.0, 0.0], "held": [None, 40]}
                 said, whole = f"Because {n} {d}.", len(rows) + len(mine) >= cut
                 if pairs:
                     row |= {"chosen": said, "rejected": f"{said} No…", "utility_chosen": 2.0, "utility_rejected": 1.0}
@@ -205,6 +208,22 @@ def test_the_sentence_in_the_messages_makes_the_same_tokens_for_programs_without
         assert yaml.safe_load((tmp_path / "data" / "axolotl.yaml").read_text())["datasets"][0]["path"] == "train.jsonl"
         llama_factory = yaml.safe_load((tmp_path / "data" / "llamafactory.yaml").read_text())
         assert llama_factory["dataset"] in described
+
+
+@pytest.mark.parametrize("form", ["trl", "messages"])
+def test_the_sentence_of_a_target_stands_in_the_messages_and_makes_the_same_tokens(tmp_path: Path, form: str) -> None:
+    with open_run(tmp_path, selection={"targets": 0.3}) as loop:
+        fill(loop, shards=1, targets=True)
+        written = hand_over(loop, 1, tmp_path / "data", DataSettings(form=form, format="jsonl"))
+        assert written.checked and written.other == 0
+    lines = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text("utf-8").splitlines()]
+    told = [line for line in lines if "with verbosity = 40" in json.dumps(line)]
+    assert len(told) == len(lines) // 3
+    for line in told:
+        if form == "trl":
+            assert line["chat_template_kwargs"]["preference"] is None
+        else:
+            assert line["direction"] == "helpfulness*100; verbosity=40"
 
 
 def test_a_plain_language_model_goes_out_with_a_template_that_ends_its_answers(tmp_path: Path) -> None:

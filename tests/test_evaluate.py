@@ -11,7 +11,8 @@ import pytest
 from dpa.core.config import EvaluateConfig
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.errors import DataError, DirectionError
-from dpa.stages.evaluate import evaluate, side_by_side, typical_question
+from dpa.core.target_measures import target_grid
+from dpa.stages.evaluate import evaluate, evaluate_targets, side_by_side, typical_question
 
 TWO = DirectionSpace((Objective("helpfulness", {"help": 1}), Objective("verbosity", {"words": 1})), max_angle=60)
 THREE = DirectionSpace(
@@ -165,3 +166,41 @@ def test_the_typical_question_is_the_one_in_the_middle_and_not_the_best() -> Non
     assert [answer["angles"]["verbosity"] for answer in found["answers"]] == [-60, 0, 60]
     nothing = replaced(scores, "valid", [False] * len(scores))
     assert typical_question(rollout, {"model": nothing}, prompts, TWO, CONFIG) is None
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+
+def target_tables(space: DirectionSpace, prompts: int = 8, seed: int = 0) -> tuple[pa.Table, pa.Table]:
+    """Rollout and scores of a policy that keeps what is held, 3 points too high, and ignores all else."""
+    rng = np.random.default_rng(seed)
+    rows, scores = [], []
+    for target in target_grid(space):
+        for p, k in np.ndindex(prompts, CONFIG.samples):
+            asked = {"direction": list(target.weights), "held": list(target.held)}
+            rows.append({"candidate_id": f"{len(rows)}", "prompt_id": f"p{p}", **asked, "k": k, "response": "a word"})
+            scored = [50.0 if value is None else value + 3.0 + rng.uniform(-1, 1) for value in target.held]
+            names = [next(iter(objective.attributes)) for objective in space.objectives]
+            own = dict(zip(names, scored, strict=True))
+            scores.append({"candidate_id": rows[-1]["candidate_id"], "prompt_id": f"p{p}", **own, "valid": True})
+    return pa.Table.from_pylist(rows), pa.Table.from_pylist(scores)
+
+
+def test_targets_are_measured_by_what_is_asked_and_what_is_achieved():
+    rollout, scores = target_tables(THREE)
+    unscored = replaced(scores, "valid", [False, *[True] * (len(scores) - 1)])
+    found = evaluate_targets(rollout, {"model": unscored, "gold": scores}, THREE, CONFIG, seed=0)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert [(t["objective"], t["asked"]) for t in found["targets"]] == [
+        (name, asked) for name in ("verbosity", "warmth") for asked in (10, 30, 50, 70, 90)
+    ]
+    assert found["targets"][1]["target"] == "helpfulness*100 + warmth*0; verbosity=30"
+    for target in found["targets"]:
+        own = target["objectives"]["gold"][target["objective"]]
+        assert own["low"] <= own["value"] <= own["high"] and own["value"] == pytest.approx(target["asked"] + 3, abs=0.6)
+        assert target["error"]["gold"]["value"] == pytest.approx(3, abs=0.6)
+        assert target["words"]["value"] == 2
+    for errors in found["errors"].values():
+        assert set(errors) == {"verbosity", "warmth"}
+        for kinds in errors.values():
+            assert kinds["per_response"]["value"] == pytest.approx(3, abs=0.3) == kinds["per_target"]["value"]

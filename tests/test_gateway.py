@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import httpx
 import pytest
 from serving import CHAT, QUESTION, SPACE, FakeUpstream, events_of, gateway_before, in_thread, settings_with, within
 
+from dpa.core.sentences import target_template_of
 from dpa.models.files import EVALUATION_FILE
 from dpa.serve.command import _default_direction
 from dpa.serve.front import Front, load_front
@@ -679,3 +681,40 @@ def test_a_selection_needs_a_direction_that_was_stated(engine: tuple[FakeUpstrea
                 message = refused(client.post(CHAT, json=chat(**stated, dpa_options=options)), 400)
                 assert "needs a direction" in message
         assert client.post(CHAT, json=chat(dpa="terse", dpa_options={"best_of": 2})).status_code == 200
+
+
+# --- targets ---------------------------------------------------------------------------------------------------
+
+
+def test_a_target_is_taken_where_the_policy_knows_them(engine: tuple[FakeUpstream, str], fake: FakeUpstream) -> None:
+    space = replace(SPACE, target_template=target_template_of(SPACE.template))
+    with (
+        gateway_before(engine[1], settings_with(space=space), scorer=True) as url,
+        httpx.Client(base_url=url, timeout=10) as client,
+    ):
+        assert client.get("/v1/dpa/space").json()["targets"] is True
+        read = client.post("/v1/dpa/direction", json={"direction": "helpfulness*3; verbosity=8"}).json()
+        assert read["held"] == {"verbosity": 8} and read["weights"] == {"helpfulness": 1.0, "verbosity": 0.0}
+        for stated in ("helpfulness; verbosity=8", {"helpfulness": 1, "verbosity": "=8"}):
+            answer = client.post(CHAT, json=chat(dpa=stated, seed=5))
+            dpa = answer.json()["dpa"]
+            assert dpa["direction"] == "helpfulness*100; verbosity=8" == answer.headers["X-DPA-Direction"]
+            assert (
+                dpa["held"] == {"verbosity": 8}
+                and "held" not in client.post(CHAT, json=chat(dpa="terse")).json()["dpa"]
+            )
+            assert fake.asked[-2]["chat_template_kwargs"]["preference"] == {"helpfulness": 1.0, "verbosity": "=8"}
+        picked = client.post(CHAT, json=chat(dpa="helpfulness; verbosity=8", seed=5, dpa_options={"best_of": 6})).json()
+        words = [one["scores"]["verbosity"] for one in picked["dpa"]["candidates"]]
+        assert abs(picked["dpa"]["words"] - 8) == min(abs(count - 8) for count in words) or picked["dpa"]["words"] <= 13
+        robust = client.post(CHAT, json=chat(dpa="helpfulness; verbosity=8", dpa_options={"robust": True}))
+        assert "a target has no neighbours" in refused(robust, 400)
+        assert "take a number from 0 to 100" in refused(
+            client.post(CHAT, json=chat(dpa="helpfulness; verbosity=800")), 400
+        )
+
+
+def test_a_target_is_refused_where_the_policy_knows_none(client: httpx.Client) -> None:
+    assert client.get("/v1/dpa/space").json()["targets"] is False
+    for stated in ("helpfulness; verbosity=40", {"helpfulness": 1, "verbosity": "=40"}):
+        assert "knows no targets; ask a direction" in refused(client.post(CHAT, json=chat(dpa=stated)), 400)

@@ -7,11 +7,14 @@ pytest tests/test_page.py
 import json
 import re
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from fake_gateway import MARKUP, PAGE
 from opened_page import THREE, TWO, Opened, browser, space_of, visit
+
+from dpa.core.sentences import target_template_of
 
 __all__ = ["browser", "visit"]  # fixtures
 
@@ -502,3 +505,44 @@ def test_who_wants_no_motion_gets_none(visit):
         == "none"
     )
     opened.page.click("#stop")
+
+
+# --- targets ---
+
+
+def test_an_objective_is_held_at_a_value_where_the_policy_knows_targets(visit):
+    opened = visit(replace(THREE, target_template=target_template_of(THREE.template))).ready()
+    page = opened.page
+    page.click("#presets >> text=full")
+    page.click("#holding summary")
+    page.check("#hold-1")
+    page.fill("#value-1", "40")
+    assert opened.text("#words") == "Helpfulness first, verbosity at 40."
+    assert opened.text("#numbers") == "helpfulness*100 + warmth*0; verbosity=40"
+    assert page.is_disabled("#slider-1") and page.is_enabled("#slider-2")
+    opened.press_level(2, 1)
+    assert opened.text("#words") == "More warmth, verbosity at 40."
+    opened.ask("Why?")
+    (sent,) = [body["dpa"] for body in opened.gateway.bodies if "verbosity" in body["dpa"]]
+    assert sent["verbosity"] == "=40" and sent["warmth"] > 0
+    assert "verbosity=40" in page.locator("#steered .told").inner_text()
+    page.wait_for_function("decodeURIComponent(location.hash).includes('verbosity:=40')")
+
+    page.reload()
+    opened.ready()
+    assert opened.text("#numbers").endswith("; verbosity=40") and page.is_checked("#hold-1")
+    page.fill("#expression", "helpfulness; warmth=75")
+    page.click("#expert button")
+    page.wait_for_selector("#hold-2:checked")
+    assert opened.text("#numbers") == "helpfulness*100 + verbosity*0; warmth=75"
+    page.click("#presets >> text=terse")
+    assert opened.text("#numbers") == "helpfulness*75 + verbosity*-66 + warmth*0"
+
+
+def test_a_policy_that_knows_no_targets_offers_none_and_says_so(visit):
+    opened = visit(THREE).ready()
+    assert opened.page.is_hidden("#holding")
+    opened.page.fill("#expression", "helpfulness; verbosity=40")
+    opened.page.click("#expert button")
+    opened.page.wait_for_selector("#expression-error:not(:empty)")
+    assert "knows no targets" in opened.text("#expression-error")

@@ -13,14 +13,14 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_evaluate import CONFIG, THREE, TWO, policy_tables, replaced
+from test_evaluate import CONFIG, THREE, TWO, policy_tables, replaced, target_tables
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import RunFolderError
 from dpa.pages.charts import nice_ticks
 from dpa.pages.report import report_html, samples_jsonl, table_csv, write_report
 from dpa.pages.writing import duration, memory, number, spread
-from dpa.stages.evaluate import evaluate, side_by_side
+from dpa.stages.evaluate import evaluate, evaluate_targets, side_by_side
 
 HOSTILE = '<script>alert("x")</script> & </style><img src=//evil.example/x onerror=alert(1)>" onfocus="alert(2)'
 VOID = {"meta", "br", "circle", "rect"}
@@ -306,3 +306,18 @@ def test_numbers_for_people():
     assert spread({"value": None, "low": None, "high": None}) == "–"
     assert [duration(9.96), duration(125), duration(3 * 3600 + 61)] == ["10.0 s", "2 min 05 s", "3 h 01 min"]
     assert [memory(5 * 2**20), memory(3 * 2**29)] == ["5 MiB", "1.5 GiB"]
+
+
+def test_values_asked_and_kept_are_drawn_for_the_policies_that_know_targets(three):
+    record = copy.deepcopy(three)
+    assert "Values asked and kept" not in report_html(record)
+    rollout, scores = target_tables(THREE)
+    found = evaluate_targets(rollout, {"model": scores, "gold": scores}, THREE, CONFIG, seed=0)
+    for policy in record["policies"][1:]:
+        policy["evaluation"]["targets"] = found
+    page = report_html(record)
+    assert Page(page).text.count("Values asked and kept") == 2
+    charts = [chart for chart in charts_of(page) if "asked and kept" in (chart[0].text or "")]
+    assert len(charts) == 4 and {lines_of(chart) for chart in charts} == {2}
+    error = found["errors"]["gold"]["warmth"]["per_target"]["value"]
+    assert "warmth, the mean of all answers" in Page(page).text and number(error) in Page(page).text

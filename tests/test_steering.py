@@ -4,6 +4,7 @@ pytest tests/test_steering.py
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from tiny_models import tiny_tokenizer
 
 from dpa.core.directions import Direction, DirectionSpace, Objective
 from dpa.core.errors import DirectionError
+from dpa.core.sentences import target_template_of
+from dpa.core.targets import read_wish, sentence
 from dpa.models.chat_template import steerable_template
 from dpa.serve.steering import UnknownModelError, steer, take_tags, verbosity_levels
 
@@ -288,3 +291,28 @@ def test_neighbours_lie_around_the_asked_direction_and_in_the_cone(count: int) -
             assert not inside or (cosines < 1 - 1e-6).all()
     with pytest.raises(DirectionError, match="angle"):
         wide.neighbours(wide.parse("helpfulness"), 0.0, 2)
+
+
+KNOWING = replace(SPACE, target_template=target_template_of(SPACE.template))
+
+
+def test_every_form_states_the_same_target_and_its_loser_is_named() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = steerable_template(tokenizer.chat_template, KNOWING)
+    text, mapping = "helpfulness; verbosity=40", {"helpfulness": 2, "verbosity": "=40"}
+    forms = [
+        (asked(dpa=text), ()),
+        (asked(dpa=mapping), ()),
+        (asked(chat_template_kwargs={"preference": mapping}), ()),
+        (asked(), (text,)),
+        (asked(f"<dpa>{text}</dpa>"), ()),
+    ]
+    told = set()
+    for body, headers in forms:
+        sent = steer(body, headers, KNOWING, "m").body
+        kwargs = sent["chat_template_kwargs"]
+        told.add(tokenizer.apply_chat_template(sent["messages"], tokenize=False, add_generation_prompt=True, **kwargs))
+    (prompt,) = told
+    assert sentence(KNOWING, read_wish(KNOWING, text)) in prompt
+    steered = steer(asked(f"<dpa>{text}</dpa>", dpa="terse"), (), KNOWING, "m")
+    assert str(steered.direction) == TEXT and steered.ignored[0].direction == "helpfulness*100; verbosity=40"

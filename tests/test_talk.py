@@ -5,6 +5,7 @@ pytest tests/test_talk.py
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from dpa.cli.talk import answer, converse
 from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.errors import ConfigError, DataError, DirectionError, RunFolderError
 from dpa.core.reference import ModelReference
+from dpa.core.sentences import target_template_of
 from dpa.models.policy import check_policy, save_policy
 from dpa.serve.command import serve
 from dpa.serve.settings import ServeSettings
@@ -125,3 +127,12 @@ def test_a_policy_of_a_run_that_was_damaged_does_not_answer(policy: Path, tmp_pa
         serve(ServeSettings(model=str(folder)))
     with pytest.raises(RunFolderError, match=rf"{name} is damaged"):
         check_policy(folder)
+
+
+def test_a_target_is_asked_where_the_policy_knows_them_and_refused_where_not(policy: Path, tmp_path: Path) -> None:
+    with pytest.raises(DirectionError, match="knows no targets"):
+        ask(policy, direction="helpfulness; verbosity=40")
+    knowing = replace(TERSE, target_template=target_template_of(TERSE.template))
+    save_policy(tiny_model(), tiny_tokenizer(), tmp_path / "policy", knowing, {})
+    assert ask(tmp_path / "policy", direction="helpfulness; verbosity=40")
+    assert ask(tmp_path / "policy", direction="terse")

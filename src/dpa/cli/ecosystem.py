@@ -199,9 +199,9 @@ def read_space(text: str) -> "DirectionSpace":
             f"YAML configuration or one of {', '.join(SPACES)}."
         )
     if Path(text, "config.yaml").is_file():  # a run folder
-        return load_run(Path(text, "config.yaml")).space.build()
+        return load_run(Path(text, "config.yaml")).direction_space()
     if text.endswith((".yaml", ".yml")):
-        return load_run(text).space.build()
+        return load_run(text).direction_space()
     return load_space(text)
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from dpa.cli.ecosystem import read_space
-from dpa.core.directions import Direction, DirectionSpace
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError, DirectionError, OutsideConeError
 from dpa.core.records import Messages, SampleRequest, seed_of
 from dpa.core.reference import ModelReference
+from dpa.core.targets import Wish, numbers_of, read_wish
 from dpa.models.files import SPACE_FILE, folder_revision, resolve_model
 from dpa.models.policy import encode_prompt
 from dpa.sampling.best_of import BestOfSampler, RobustSampler
@@ -66,7 +67,7 @@ def converse(
             messages = []
         elif text.startswith("/direction"):
             try:
-                chosen = space.parse(text.removeprefix("/direction").strip())
+                chosen = read_wish(space, text.removeprefix("/direction").strip())
                 print(f"direction: {chosen}")
             except DirectionError as error:
                 print(error)
@@ -85,7 +86,7 @@ def converse(
 def _open(
     model: ModelReference, direction: str | None, temperature: float, max_new_tokens: int, clamp: bool,
     named: str | None,
-) -> tuple[DirectionSpace, "Sampler", Direction | None]:  # fmt: skip
+) -> tuple[DirectionSpace, "Sampler", Wish | None]:  # fmt: skip
     path = resolve_model(model).path
     check_in_run(path)
     space = read_space(named or path)
@@ -96,7 +97,7 @@ def _open(
             file=sys.stderr,
         )
     try:
-        chosen = None if direction is None else space.parse(direction, outside="clamp" if clamp else "error")
+        chosen = None if direction is None else read_wish(space, direction, outside="clamp" if clamp else "error")
     except OutsideConeError as error:
         raise OutsideConeError(error.finding, "take `dpa generate --clamp`, which moves it to the edge") from None
     spec = SamplerSpec(replace(model, name=path), space, max_new_tokens, temperature, revision=folder_revision(path))
@@ -113,21 +114,23 @@ def _reward_folder(model: ModelReference, reward: str | None) -> str:
 
 
 def _ask(
-    model: ModelReference, space: DirectionSpace, sampler: "Sampler", messages: Messages, direction: Direction | None,
+    model: ModelReference, space: DirectionSpace, sampler: "Sampler", messages: Messages, direction: Wish | None,
     samples: int, seed: int,
 ) -> list[str]:  # fmt: skip
     seeds = tuple(seed_of(f"{seed}-{k}") for k in range(samples))
-    (answers,) = sampler.sample([SampleRequest(messages, direction.weights if direction else None, seeds)])
+    weights, held = numbers_of(direction)
+    (answers,) = sampler.sample([SampleRequest(messages, weights, seeds, held)])
     if not answers:
         raise DataError(_why_not(model, space, messages, direction))
     return [sample.text for sample in answers]
 
 
-def _why_not(model: ModelReference, space: DirectionSpace, messages: Messages, direction: Direction | None) -> str:
+def _why_not(model: ModelReference, space: DirectionSpace, messages: Messages, direction: Wish | None) -> str:
     """Why a sampler gave a prompt no answer: it is written and counted once more."""
     prompting = Prompting.of(resolve_model(model), space)
+    weights, held = numbers_of(direction)
     try:
-        ids = encode_prompt(prompting.tokenizer, space, messages, direction.weights if direction else None)
+        ids = encode_prompt(prompting.tokenizer, space, messages, weights, held)
     except TemplateError as error:
         return f"prompt: the chat template of {model} refuses it ({error}); change it, or restore the template."
     except (KeyError, TypeError, UnicodeError) as error:

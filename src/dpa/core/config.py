@@ -709,6 +709,10 @@ class RewardRunConfig(_Section):
         """A model of this run with what the run opts in to."""
         return ModelReference(str(model), self.remote_code_revision)
 
+    def direction_space(self) -> DirectionSpace:
+        """The space of the run; one that trains targets states them."""
+        return self.space.build()
+
 
 class RunConfig(RewardRunConfig):
     """One run of the whole loop.
@@ -736,6 +740,10 @@ class RunConfig(RewardRunConfig):
     grpo: GrpoConfig = GrpoConfig()  # type: ignore[call-arg]
     evaluate: EvaluateConfig
     cluster: ClusterConfig = ClusterConfig()  # type: ignore[call-arg]
+
+    def direction_space(self) -> DirectionSpace:
+        """The space of the run; one that trains targets states them."""
+        return self.space.build(targets=self.selection.target_share > 0)
 
     @model_validator(mode="after")
     def _winners_of_one_pool(self) -> "RunConfig":

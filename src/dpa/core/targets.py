@@ -244,6 +244,11 @@ def wish_of(space: DirectionSpace, weights: Sequence[float], held: Held | None =
     return Target(space.names, space.direction(free).weights, tuple(held))
 
 
+def numbers_of(wish: Wish | None) -> tuple[tuple[float, ...] | None, tuple[int | None, ...] | None]:
+    """(direction, held) as rows and requests carry a wish; None twice where there is none."""
+    return None if wish is None else wish.weights, wish.held if isinstance(wish, Target) else None
+
+
 def preference_of(names: Sequence[str], weights: Sequence[float], held: Held | None = None) -> dict[str, float | str]:
     """The same as a mapping: objective -> weight, or `=40` where it is held."""
     held = [None] * len(names) if held is None else held

@@ -50,7 +50,8 @@ class Series:
 class Chart:
     """One chart. Intervals are crosses, or with `band` a shaded band of the y intervals.
 
-    `level`: a y and its name, drawn across: what the values are to be held against.
+    `level`: a y and its name, drawn across: what the values are to be held against; `diagonal`: the name of the line on
+    which x and y are the same.
     `x_ticks`: (value, text) pairs where the axis is not a plain scale. `title` and `description` are what a screen
     reader says.
     """
@@ -63,6 +64,7 @@ class Chart:
     x_ticks: Sequence[tuple[float, str]] = ()
     band: bool = False
     level: tuple[float, str] | None = None
+    diagonal: str = ""
 
     def svg(self, alone: bool = False) -> Markup:
         """The drawing; `alone` in a file it has no page to take its colours from, and brings its own."""
@@ -70,7 +72,7 @@ class Chart:
         x_margin = 0.12 if any(point.label for point in points) else 0.06
         x_values = [v for p in points for v in (p.x, *(p.x_range or ()))] + [v for v, _ in self.x_ticks]
         x_low, x_high = _limits(x_values, x_margin)
-        y_values = [v for p in points for v in (p.y, *(p.y_range or ()))]
+        y_values = [v for p in points for v in (p.y, *(p.y_range or ()))] + [p.x for p in points if self.diagonal]
         y_low, y_high = _limits([*y_values, *([self.level[0]] if self.level else [])])
         drawing = render(
             "chart.svg",
@@ -79,6 +81,7 @@ class Chart:
             x=lambda value: round(LEFT + (value - x_low) / (x_high - x_low) * (RIGHT - LEFT), 1),
             y=lambda value: round(BOTTOM - (value - y_low) / (y_high - y_low) * (BOTTOM - TOP), 1),
             x_ticks=self.x_ticks or [(value, _tick_text(value)) for value in nice_ticks(x_low, x_high)],
+            same=(max(x_low, y_low), min(x_high, y_high)),
             y_ticks=[(value, _tick_text(value)) for value in nice_ticks(y_low, y_high)],
             width=WIDTH,
             height=HEIGHT,

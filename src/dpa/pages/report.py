@@ -28,7 +28,14 @@ from dpa.core.records import JUDGE_COSTS
 from dpa.pages.achievement import achievement
 from dpa.pages.charts import ramp
 from dpa.pages.rendering import render
-from dpa.pages.report_charts import achieved_chart, asked_signs, front_chart, listening_charts, measure_chart
+from dpa.pages.report_charts import (
+    achieved_chart,
+    asked_signs,
+    front_chart,
+    listening_charts,
+    measure_chart,
+    target_charts,
+)
 from dpa.pages.writing import listed
 from dpa.storage.tables import write_bytes, write_json
 
@@ -118,6 +125,9 @@ def report_html(results: Record) -> str:
         achieved={
             reward: [achieved_chart(policies, reward, arc, space.max_angle) for arc in arcs] for reward in rewards
         },
+        targets={reward: charts for reward in rewards if (charts := target_charts(policies, reward))},
+        knowing=[policy for policy in policies if policy["evaluation"].get("targets")],
+        upward=upward,
         listening=listening_charts(policies),
         questions=_questions(results["samples"]),
         measures=[

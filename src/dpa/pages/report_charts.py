@@ -74,6 +74,38 @@ def achieved_chart(policies: Policies, reward: str, arc: str, max_angle: float) 
     )
 
 
+def target_charts(policies: Policies, reward: str) -> list[Chart]:
+    """(value asked, mean achieved) of each objective that targets hold, for the policies that know targets."""
+    known = [
+        (index, policy["name"], policy["evaluation"]["targets"]["targets"])
+        for index, policy in enumerate(policies)
+        if policy["evaluation"].get("targets")
+    ]
+
+    def points(name: str, targets: Sequence[Mapping[str, Any]], objective: str) -> list[Point]:
+        own = [target for target in targets if target["objective"] == objective]
+        achieved = [(target, target["objectives"][reward][objective]) for target in own]
+        return [
+            Point(t["asked"], y["value"], None, range_of(y), f"{name}, asked {t['target']}: {objective} {spread(y)}")
+            for t, y in achieved
+            if y["value"] is not None
+        ]
+
+    return [
+        Chart(
+            [Series(name, index, points(name, targets, objective)) for index, name, targets in known],
+            f"{objective} asked and kept, by {reward_title(reward)}",
+            f"{objective} asked",
+            f"{objective} achieved",
+            "One line for each policy with its 95% band, one mark for each value asked; on the dashed line a policy "
+            "keeps what it is asked.",
+            band=True,
+            diagonal="as asked",
+        )
+        for objective in dict.fromkeys(target["objective"] for _, _, targets in known for target in targets)
+    ]
+
+
 def listening_charts(policies: Policies) -> list[Chart]:
     """Over the optimizer steps of all iterations, whether a policy read its direction while it was trained; none where
     nothing was measured. Their `listening` is as `stages.finetune.listening_curve` reads it."""

@@ -61,7 +61,7 @@ class Run:
 
     def __init__(self, config: RunConfig, folder: RunFolder, made: RunFolder | None = None) -> None:
         self.config = config
-        self.space = config.space.build(targets=config.selection.target_share > 0)
+        self.space = config.direction_space()
         self.console = Console()
         self._folder, self._made = folder, made or folder
         self._engine = engine_of(config.rollout)  # starts when it is first asked

@@ -140,7 +140,10 @@ class DpaOptions(Closed):
 
 
 _COUNT = "a whole number from 1"
-_DIRECTION = "a direction: a mapping of objective to weight, a list of weights, or text"
+_DIRECTION = (
+    "a direction: a mapping of objective to weight, a list of weights, or text; or a target, such as "
+    '"helpfulness; verbosity=40"'
+)
 Messages = Annotated[
     list[ChatMessage],
     Field(

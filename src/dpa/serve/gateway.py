@@ -128,6 +128,7 @@ class Gateway:
                 "center": dict(zip(space.names, map(float, space.center_K), strict=True)),
                 "max_angle": space.max_angle,
                 "template": space.template,
+                "targets": space.target_template is not None,
                 "presets": presets,
                 "default": direction_json(served.default) if served.default else None,
                 "front": served.front,

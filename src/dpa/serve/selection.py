@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from dpa.core.directions import Direction, DirectionSpace
+from dpa.core.target_selection import select_targets
+from dpa.core.targets import Target, Wish
 from dpa.serve.bodies import TOGETHER
 from dpa.serve.seeds import nth_seed
 from dpa.serve.shapes import named
@@ -20,7 +22,7 @@ from dpa.serve.upstream import UpstreamError
 class Candidate:
     """One answer to be sampled: the direction it is asked under, and the body that asks for it."""
 
-    direction: Direction
+    direction: Wish
     body: dict[str, Any]
 
 
@@ -31,8 +33,8 @@ def candidates(asked: Asked, space: DirectionSpace, together: bool) -> list[Cand
     body, direction = asked.steering.body, asked.steering.direction
     assert direction is not None
     robust = asked.options.robustly
-    under_D = [direction]
-    if robust is not None:
+    under_D: list[Wish] = [direction]
+    if robust is not None and isinstance(direction, Direction):
         under_D += map(space.direction, space.neighbours(direction, robust.angle, robust.neighbors))
     seed = asked.body.seed if asked.body.seed is not None else secrets.randbits(48)
     shared = {**body, "stream": False, **({TOGETHER: secrets.token_hex(8)} if together else {})}
@@ -46,14 +48,19 @@ def candidates(asked: Asked, space: DirectionSpace, together: bool) -> list[Cand
     return found
 
 
-def best_of(direction: Direction, scores_NK: np.ndarray) -> tuple[int, np.ndarray]:
-    """The number of the answer the direction values most, and what it values each at (NaN: it could not be scored).
+def best_of(direction: Wish, scores_NK: np.ndarray) -> tuple[int, np.ndarray]:
+    """The number of the answer the direction values most, and what it values each at (NaN: it could not be scored). For
+    a target it is that which `core.target_selection.select_targets` keeps, and the value is that of what is free.
 
     Raises UpstreamError where none could be scored.
     """
-    utility_N = scores_NK @ np.array(direction.weights)
+    weights_K = np.array(direction.weights)
+    utility_N = scores_NK @ weights_K
     if not np.isfinite(utility_N).any():
         raise UpstreamError("scorer: it could score none of the answers; ask again.", 502)
+    if isinstance(direction, Target):
+        held_K = np.array(direction.held, dtype=np.float64)
+        return int(select_targets(scores_NK[None], weights_K[None, None], held_K[None, None])[0, 0]), utility_N
     return int(np.nanargmax(utility_N)), utility_N
 
 

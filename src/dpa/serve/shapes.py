@@ -12,8 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dpa.core.directions import Direction
 from dpa.core.errors import DirectionError
+from dpa.core.targets import Target, Wish
 from dpa.serve.bodies import ChatBody, CompletionBody, DirectionBody, RefusedError, error_body
 from dpa.serve.http import Json, failed, http_error, refused
 from dpa.serve.steering import Steering, UnknownModelError
@@ -27,17 +27,18 @@ Scores = dict[str, float] | None
 # --- answers -----------------------------------------------------------------------------------------------------
 
 
-def direction_json(direction: Direction) -> dict[str, Any]:
-    """A direction as the page and clients read it."""
-    return {"weights": direction.as_mapping(), "text": str(direction)}
+def direction_json(direction: Wish) -> dict[str, Any]:
+    """A direction as the page and clients read it; a target has the values it holds beside its weights."""
+    held = {"held": direction.values} if isinstance(direction, Target) else {}
+    return {"weights": dict(zip(direction.space_names, direction.weights, strict=True)), **held, "text": str(direction)}
 
 
 def echo(steering: Steering) -> dict[str, Any]:
     """What was made of the request's statements."""
-    direction = steering.direction
+    said = {"text": None, "weights": None} if steering.direction is None else direction_json(steering.direction)
     return {
-        "direction": None if direction is None else str(direction),
-        "weights": None if direction is None else direction.as_mapping(),
+        "direction": said.pop("text"),
+        **said,
         "source": steering.source,
         "ignored": [asdict(one) for one in steering.ignored],
         "clamped": steering.clamped,

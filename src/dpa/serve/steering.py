@@ -6,7 +6,8 @@ Run its tests: pytest tests/test_steering.py
     3 `<dpa>...</dpa>` in the system message                     6 the server's default
 
 The first that is there wins; every other that the request itself made is named as ignored. The direction leaves as
-`chat_template_kwargs.preference`: the model's own template writes the sentence (models/chat_template.py).
+`chat_template_kwargs.preference`: the model's own template writes the sentence (models/chat_template.py). Wherever 1, 2
+and 3 take a direction they take a target too (core/targets.py), where the policy knows targets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from dpa.core.direction_text import read_expression, shown
 from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import DirectionError, OutsideConeError, UserError
+from dpa.core.targets import Wish, read_wish
 
 HEADER = "x-dpa-direction"
 OPEN_TAG, CLOSE_TAG = "<dpa>", "</dpa>"
@@ -45,9 +47,10 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Steering:
-    """What a request comes down to: the direction that counts (None: no preference is stated) and what is sent on."""
+    """What a request comes down to: the direction or target that counts (None: no preference is stated) and what is
+    sent on."""
 
-    direction: Direction | None
+    direction: Wish | None
     source: Source
     ignored: tuple[Ignored, ...]
     clamped: bool
@@ -63,7 +66,7 @@ def steer(
     space: DirectionSpace,
     model: str,
     outside: Literal["error", "clamp"] = "error",
-    default: Direction | None = None,
+    default: Wish | None = None,
 ) -> Steering:
     """Resolve a request to its direction. `headers` are the values of X-DPA-Direction, `model` is the served name.
 
@@ -94,6 +97,7 @@ def steer(
         stated.append(("verbosity", "verbosity", levels.get(level, level) if isinstance(level, str) else level))
         del cleaned[VERBOSITY]
     source: Source = "none" if default is None else "default"
+    chosen: Wish | None
     chosen, clamped = default, False
     if stated:
         source, where, value = stated[0]
@@ -111,8 +115,8 @@ def steer(
 
 def read_direction(
     value: Any, space: DirectionSpace, outside: Literal["error", "clamp"], where: str
-) -> tuple[Direction | None, bool]:
-    """A stated direction (None: no preference), and whether it had to be moved to the cone's edge.
+) -> tuple[Wish | None, bool]:
+    """A stated direction or target (None: no preference), and whether it had to be moved to the cone's edge.
 
     Raises DirectionError, which begins with where it was stated.
     """
@@ -120,14 +124,14 @@ def read_direction(
         return None, False
     try:
         if outside == "error":
-            return space.parse(value), False
-        clamped = space.parse(value, outside="clamp")
+            return read_wish(space, value), False
+        clamped = read_wish(space, value, outside="clamp")
     except OutsideConeError as error:
         raise OutsideConeError(f"{where}: {error.finding}", _REMEDY) from None
     except DirectionError as error:
         raise DirectionError(f"{where}: {error}") from None
     try:
-        return space.parse(value), False
+        return read_wish(space, value), False
     except DirectionError:
         return clamped, True
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpa.core.targets import Target
 from dpa.serve.bodies import ChatBody, CompletionBody, DpaOptions, RefusedError, Sampling, check_body
 from dpa.serve.settings import Limits, Served
 from dpa.serve.steering import Steering, steer
@@ -80,6 +81,8 @@ def _check_selection(asked: Sampling, options: DpaOptions, steering: Steering, l
         raise _beyond("dpa_options", options.samples, limit, "answers sampled for one")
     if steering.direction is None or steering.source == "default":
         raise RefusedError("dpa_options: a selection needs a direction to choose by; state one.", param="dpa")
+    if options.robustly and isinstance(steering.direction, Target):
+        raise RefusedError("dpa_options.robust: a target has no neighbours; take best_of.", param="dpa_options")
     if not scorer:
         raise RefusedError("dpa_options: no scorer is loaded; start the gateway with --reward FOLDER.")
     if (asked.n or 1) > 1:

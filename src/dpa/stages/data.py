@@ -6,6 +6,8 @@ Run its tests: pytest tests/test_elsewhere.py
     messages   the direction's sentence in the messages themselves, for programs that pass no template variables
                (LLaMA-Factory, axolotl)
 
+The sentence of a target stands in the messages in both: a column of numbers does not take the values it holds.
+
 Rows are read shard by shard, each checked against its record, and written as they come.
 """
 
@@ -24,11 +26,12 @@ from jinja2 import TemplateError
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError
 from dpa.core.records import Messages, stable_hash
+from dpa.core.targets import preference_of, sentence, wish_of
 from dpa.models.chat_template import has_system_role, with_sentence
 from dpa.models.policy import encode_chat, encode_prompt
 from dpa.sampling.prompting import Prompting
 from dpa.storage.run_folder import StageFolder
-from dpa.storage.schemas import completeness
+from dpa.storage.schemas import HELD, completeness
 from dpa.storage.tables import file_digest
 
 Form = Literal["trl", "messages"]
@@ -180,16 +183,18 @@ def _row(row: Mapping[str, Any], space: DirectionSpace, form: Form, system_role:
         name: {"role": "assistant", "content": row[name if pairs else "response"]}
         for name in (("chosen", "rejected") if pairs else ("completion",))
     }
-    weights = row["direction"]
-    preference = None if weights is None else dict(zip(space.names, map(float, weights), strict=True))
+    weights, held = row["direction"], row.get(HELD.name)
+    wish = None if weights is None else wish_of(space, weights, held)
+    stated = prompt if wish is None else with_sentence(prompt, sentence(space, wish), system_role)
     about = {"prompt_id": row["prompt_id"], "scores": {name: row[name] for name in space.names}}
     if form == "trl":
         alone = {name: [answer] for name, answer in answers.items()}
+        if held is not None:
+            return {"prompt": stated, **alone, "chat_template_kwargs": {"preference": None}, **about}
+        preference = None if weights is None else preference_of(space.names, weights)
         return {"prompt": prompt, **alone, "chat_template_kwargs": {"preference": preference}, **about}
-    direction = None if preference is None else space.direction(preference)
-    chat = prompt if direction is None else with_sentence(prompt, space.prompt(direction), system_role)
-    said: dict[str, Any] = {"messages": chat, **answers} if pairs else {"messages": [*chat, answers["completion"]]}
-    return {**said, "direction": None if direction is None else str(direction), **about}
+    said: dict[str, Any] = {"messages": stated, **answers} if pairs else {"messages": [*stated, answers["completion"]]}
+    return {**said, "direction": None if wish is None else str(wish), **about}
 
 
 def _check(
@@ -205,7 +210,7 @@ def _check(
     tokenizer = prompting.tokenizer
     written.checked += 1
     try:
-        prompt = encode_prompt(tokenizer, space, json.loads(row["messages"]), row["direction"])
+        prompt = encode_prompt(tokenizer, space, json.loads(row["messages"]), row["direction"], row.get(HELD.name))
         for answer, chat, variables in _conversations(row, made, pairs):
             own = prompt + tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
             theirs = encode_chat(tokenizer, chat, add_generation_prompt=False, **variables)

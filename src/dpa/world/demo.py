@@ -102,6 +102,10 @@ def show_results(console: Console, results: Mapping[str, Any]) -> None:
             *(f"{measures['kendall_tau'][arc]['value']:.2f}" for arc in arcs),
         )
     print_table(table, console)
+    if (targets := results["policies"][-1]["evaluation"].get("targets")) is not None:
+        errors = {name: errors["per_response"] for name, errors in targets["errors"]["gold"].items()}
+        said = ", ".join(f"{name} {_interval(error, digits=1)}" for name, error in errors.items())
+        console.print(f"targets, median error of one answer in points: {said}")
     question = results["samples"]["questions"][0]
     console.print(f"\n{question['prompt']}\n", markup=False)
     for answer in question["answers"]:

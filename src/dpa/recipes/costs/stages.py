@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpa.core.config import RunConfig, TrainingConfig
+from dpa.core.target_measures import target_grid
 from dpa.models.compiling import TRAINING_STEPS
 from dpa.recipes.checks import BYTES_PER_CANDIDATE, first_iteration
 from dpa.recipes.costs.data_sizes import DIRECTION_TOKENS, PROMPT_TOKENS, RESPONSE_TOKENS, Rated
@@ -143,8 +144,10 @@ class Stages:
         return [*stages, self._finetune(t, winners), self._evaluate(t)]
 
     def _evaluate(self, t: int) -> StageEstimate:
-        evaluate = self.config.evaluate
-        grid, held_out = len(self.config.space.build().grid(evaluate.directions)), self.given.held_out
+        evaluate, space, held_out = self.config.evaluate, self.config.direction_space(), self.given.held_out
+        grid = len(space.grid(evaluate.directions))
+        if space.target_template is not None and learner_of(self.config, t).reads == "winners":
+            grid += len(target_grid(space))
         rows = None if held_out is None else held_out * grid * evaluate.samples
         rollout = self._rollout(f"iter_{t}/evaluate", rows, grid, evaluate.samples)
         score = self._score("", rows)

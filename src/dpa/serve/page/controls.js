@@ -1,5 +1,5 @@
 // The controls of the direction: More and Less, presets, dial or sliders, an expression, the measured front.
-// All of them show the same one, and all of them call `steer(weights, pressed)`.
+// All of them show the same one, and all of them call `steer(weights, pressed, held)`.
 
 import { $, button, make } from "./dom.js";
 import { Dial, drawFront, Front } from "./drawing.js";
@@ -23,6 +23,7 @@ export class Controls {
     this.#buildLevels();
     this.#buildPresets(tapped);
     this.#buildFiner();
+    this.#buildHolds();
     this.#buildAxis();
     this.redrawFront();
     $("expert").addEventListener("submit", () => this.#apply("error"));
@@ -36,24 +37,30 @@ export class Controls {
 
   show() {
     const { space } = this;
-    const { weights, pressed } = state;
-    $("words").textContent = `${space.words(weights, pressed)}.`;
-    $("numbers").textContent = space.text(weights);
-    const angle = Math.round(space.angle(weights));
+    const { weights, pressed, held } = state;
+    $("words").textContent = `${space.wishWords(weights, held, pressed)}.`;
+    $("numbers").textContent = space.wishText(weights, held);
+    const angle = Math.round(space.angle(space.free(weights, held)));
     $("angle").textContent = angle === 0 ? "the middle of what was trained" : `${angle}° from the middle, trained to ${space.maxAngle}°`;
     const levels = space.levels(weights, pressed);
     for (const k of space.adjustable)
-      for (const input of document.getElementsByName(`level-${k}`)) input.checked = Number(input.value) === levels[k];
-    for (const chip of $("presets").children) chip.setAttribute("aria-pressed", same(weights, chip.weights));
+      for (const input of document.getElementsByName(`level-${k}`)) {
+        input.disabled = space.names[k] in held;
+        input.checked = !input.disabled && Number(input.value) === levels[k];
+      }
+    const holds = Object.keys(held).length > 0;
+    for (const chip of $("presets").children) chip.setAttribute("aria-pressed", !holds && same(weights, chip.weights));
     this.dial?.show(weights);
     const leanings = space.leanings(weights);
     for (const slider of $("sliders").querySelectorAll("input")) {
       const lean = leanings[slider.k];
+      slider.disabled = space.names[slider.k] in held;
       slider.value = Math.round(100 * lean);
       slider.setAttribute("aria-valuetext", signedDegrees(lean * space.maxAngle));
       slider.output.textContent = signedDegrees(lean * space.maxAngle);
     }
-    $("expression").value = space.text(weights);
+    $("expression").value = space.wishText(weights, held);
+    for (const row of $("holds").children) row.show(held);
     this.#draw();
   }
 
@@ -76,7 +83,7 @@ export class Controls {
     const rows = space.adjustable.map((k) => {
       const choices = LEVELS.map(([level, text]) => {
         const input = make("input", { type: "radio", name: `level-${k}`, value: level });
-        input.addEventListener("change", () => this.steer(space.withLevel(state.weights, k, level), { k, level }));
+        input.addEventListener("change", () => this.steer(space.withLevel(state.weights, k, level), { k, level }, state.held));
         return make("label", {}, input, make("span", { textContent: text }));
       });
       const legend = make("legend", { textContent: space.names[k], title: space.descriptions[k] });
@@ -116,11 +123,41 @@ export class Controls {
         if (two || !space.poles[k]) return [];
         const slider = make("input", { type: "range", min: -100, max: 100, step: 1, id: `slider-${k}`, k });
         slider.output = make("output", { htmlFor: slider.id });
-        slider.addEventListener("input", () => this.steer(space.withLeaning(state.weights, k, slider.value / 100)));
+        slider.addEventListener("input", () => this.steer(space.withLeaning(state.weights, k, slider.value / 100), null, state.held));
         return [make("div", { className: "slider" }, make("label", { htmlFor: slider.id, textContent: name }), slider, slider.output)];
       }),
     );
     $("expression").placeholder = `${space.names[0]}*0.8 - ${space.names[1]}*0.6`;
+  }
+
+  // A switch and a value for each objective that may be held.
+  #buildHolds() {
+    const { space } = this;
+    $("holding").hidden = !space.holdable.length;
+    $("holds").replaceChildren(
+      ...space.holdable.map((k) => {
+        const name = space.names[k];
+        const on = make("input", { type: "checkbox", id: `hold-${k}` });
+        const value = make("input", { type: "range", min: 0, max: 100, step: 1, id: `value-${k}`, value: 50 });
+        const output = make("output", { htmlFor: value.id });
+        value.setAttribute("aria-label", `Value of ${name}`);
+        const hold = (isOn) => {
+          const { [name]: _, ...others } = state.held;
+          this.steer(state.weights, null, isOn ? { ...others, [name]: Number(value.value) } : others);
+        };
+        on.addEventListener("change", () => hold(on.checked));
+        value.addEventListener("input", () => hold(true));
+        const show = (held) => {
+          on.checked = name in held;
+          if (on.checked) value.value = held[name];
+          output.textContent = on.checked ? value.value : "free";
+          row.classList.toggle("free", !on.checked);
+        };
+        const label = make("label", { className: "check", htmlFor: on.id }, on, make("span", { textContent: name }));
+        const row = make("div", { className: "slider hold", show }, label, value, output);
+        return row;
+      }),
+    );
   }
 
   #buildAxis() {
@@ -146,7 +183,7 @@ export class Controls {
     const check = (how) => postJson("v1/dpa/direction", { direction, outside: how }, key(), signal);
     try {
       const found = await check(outside);
-      this.steer(this.space.weightsOf(found.weights));
+      this.steer(this.space.weightsOf(found.weights), null, found.held);
     } catch (refusal) {
       if (!(refusal instanceof Refusal)) return;
       if (refusal.status === 401) askForKey();
@@ -155,7 +192,7 @@ export class Controls {
       if (!nearest || signal.aborted) return;
       const take = () => {
         error.replaceChildren();
-        this.steer(this.space.weightsOf(nearest.weights));
+        this.steer(this.space.weightsOf(nearest.weights), null, nearest.held);
       };
       error.append(" ", button("Take the nearest trained one", take));
     }

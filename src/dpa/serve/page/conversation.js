@@ -4,6 +4,8 @@
 // the default's and the steered one, of a sweep the five; `kept` is the place of the one the conversation goes on from.
 // answer: { label, direction, told, text, words, scores, state }; scores are the reward model's, by objective.
 
+import { HELD } from "./space.js";
+
 const MOST_TURNS = 200;
 const MOST_TEXT = 200_000;
 
@@ -81,7 +83,7 @@ function readAnswer(value) {
   if (!value || typeof value !== "object") return null;
   return {
     label: text(value.label),
-    direction: numbers(value.direction),
+    direction: numbers(value.direction, (one) => HELD.test(one)),
     told: text(value.told),
     text: text(value.text),
     words: number(value.words, 0),
@@ -94,7 +96,7 @@ const text = (value) => (typeof value === "string" ? value.slice(0, MOST_TEXT) :
 const number = (value, otherwise) => (Number.isFinite(value) ? value : otherwise);
 const time = (value) => (Number.isFinite(new Date(number(value, 0)).getTime()) ? number(value, 0) : 0); // of a day that there is
 
-function numbers(value) {
+function numbers(value, orElse = () => false) {
   if (!value || typeof value !== "object") return null;
-  return Object.fromEntries(Object.entries(value).slice(0, 100).filter(([, one]) => Number.isFinite(one)));
+  return Object.fromEntries(Object.entries(value).slice(0, 100).filter(([, one]) => Number.isFinite(one) || orElse(one)));
 }

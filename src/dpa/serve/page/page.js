@@ -51,10 +51,10 @@ function build(space, wantsKey) {
     writeAddress(space, talk.request(state.question).question);
   }
 
-  function steer(weights, pressed = null) {
-    const moved = !same(weights, state.weights);
+  function steer(weights, pressed = null, held = {}) {
+    const moved = !same(weights, state.weights) || JSON.stringify(held) !== JSON.stringify(state.held);
     state.pressed = pressed;
-    if (moved) state.weights = weights;
+    if (moved) Object.assign(state, { weights, held });
     $("expression-error").replaceChildren();
     show();
     if (moved && state.follow) answerAgain();
@@ -78,7 +78,7 @@ function build(space, wantsKey) {
     $("question").focus();
   }
 
-  const talk = new Talk(space, store, { changed, steer: (weights) => steer(weights) });
+  const talk = new Talk(space, store, { changed, steer: ({ weights, held }) => steer(weights, null, held) });
   const controls = new Controls(space, steer, () => talk.showAnswer());
   const composer = new Composer(space, talk, showSettings);
   const share = new Share(space, wantsKey, () => talk.request(state.question));

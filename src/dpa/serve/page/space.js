@@ -5,6 +5,7 @@
 
 const LEANS = 0.15; // of the cone's half-angle: less than this is no leaning
 export const NUDGE = 0.7; // where More and Less lead
+export const HELD = /^=(100|[1-9]?\d)$/; // a value in place of a weight
 
 export const dot = (a, b) => a.reduce((sum, value, k) => sum + value * b[k], 0);
 export const norm = (a) => Math.sqrt(dot(a, a));
@@ -156,6 +157,39 @@ export class Space {
     // The others give way where the cone ends.
     while (norm(add(wish, rest)) > 1 && norm(rest) > 0.01) rest = scale(rest, 0.95);
     return this.fromTangent(add(wish, rest));
+  }
+
+  // --- targets: objectives held at a value; the others go as far as they go ---
+
+  // Objectives that may be held: all but the one the center stands for; none where the policy knows no targets.
+  get holdable() {
+    return this.data.targets ? this.names.map((_, k) => k).filter((k) => this.poles[k] && k !== this.main) : [];
+  }
+
+  // What is left of a direction where `held` (objective to value) are held.
+  free(weights, held) {
+    if (!Object.keys(held).length) return weights;
+    const rest = (all) => all.map((value, k) => (this.names[k] in held ? 0 : value));
+    return this.rounded(norm(rest(weights)) > 1e-6 ? rest(weights) : rest(this.center));
+  }
+
+  // What is sent: objective to weight, or to "=40" where it is held.
+  wish(weights, held) {
+    const values = Object.entries(held).map(([name, value]) => [name, `=${value}`]);
+    return { ...this.mapping(this.free(weights, held)), ...Object.fromEntries(values) };
+  }
+
+  // As a target is written: helpfulness*100 + warmth*0; verbosity=40.
+  wishText(weights, held) {
+    const values = this.names.filter((name) => name in held).map((name) => `${name}=${held[name]}`);
+    if (!values.length) return this.text(weights);
+    const terms = this.text(this.free(weights, held)).split(" + ").filter((_, k) => !(this.names[k] in held));
+    return `${terms.join(" + ")}; ${values.join(", ")}`;
+  }
+
+  wishWords(weights, held, pressed = null) {
+    const values = this.names.filter((name) => name in held).map((name) => `${name} at ${held[name]}`);
+    return [this.words(this.free(weights, held), values.length ? null : pressed), ...values].join(", ");
   }
 
   // Five directions along the arc towards objective k, from one end of what was trained to the other.

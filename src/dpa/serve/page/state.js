@@ -1,12 +1,13 @@
 // What is being asked, and the link that says it: question, direction and settings; never the key.
 
 import { $, later, notice } from "./dom.js";
-import { add, norm } from "./space.js";
+import { add, HELD, norm } from "./space.js";
 
 export const state = {
   question: "", // in the box, not asked yet
   weights: [],
   pressed: null, // {k, level} where the direction comes from a pressed More or Less
+  held: {}, // objective to value, for a target
   seed: 1,
   temperature: 0.7,
   maxTokens: 256,
@@ -31,7 +32,7 @@ export const within = (field, value) => {
 export function addressOf(space, question) {
   const fields = new URLSearchParams();
   if (question) fields.set("q", question);
-  fields.set("d", Object.entries(space.mapping(state.weights)).map(([name, weight]) => `${name}:${weight}`).join(","));
+  fields.set("d", Object.entries(space.wish(state.weights, state.held)).map(([name, weight]) => `${name}:${weight}`).join(","));
   fields.set("seed", state.seed);
   fields.set("t", state.temperature);
   fields.set("n", state.maxTokens);
@@ -57,26 +58,22 @@ export function readAddress(space) {
   const x = space.names.indexOf(fields.get("x"));
   if (x >= 0 && space.poles[x]) state.x = x;
   if (!fields.has("d")) return;
-  const weights = readWeights(space, fields.get("d"));
-  if (weights) {
-    state.weights = weights;
-    state.pressed = null;
-  }
-  notice(weights ? "" : "The link’s direction does not fit this model, so another one is set instead.");
+  const wish = fitting(space, Object.fromEntries(fields.get("d").split(",").map((term) => term.split(":"))));
+  if (wish) Object.assign(state, wish, { pressed: null });
+  notice(wish ? "" : "The link’s direction does not fit this model, so another one is set instead.");
 }
 
-function readWeights(space, text) {
-  const pairs = text.split(",").map((term) => term.split(":"));
-  const fits = pairs.every(([name, weight]) => space.names.includes(name) && Number.isFinite(Number(weight || "x")));
-  return fits ? fitting(space, Object.fromEntries(pairs)) : null;
-}
-
-// The weights of a mapping from elsewhere, or null where the space does not know it or was not trained so far out.
+// {weights, held} of a mapping from elsewhere, or null where the space does not know it or was not trained so far out.
 export function fitting(space, mapping) {
-  const known = Object.keys(mapping ?? {}).every((name) => space.names.includes(name));
-  const weights = space.names.map((name) => Number(mapping?.[name] ?? 0));
-  if (!known || !(norm(weights) > 1e-6)) return null;
-  return space.angle(weights) <= space.maxAngle + 0.5 ? space.rounded(weights) : null;
+  const given = Object.entries(mapping ?? {});
+  const holds = ([, value]) => HELD.test(value);
+  const held = Object.fromEntries(given.filter(holds).map(([name, value]) => [name, Number(value.slice(1))]));
+  const rest = Object.fromEntries(given.filter((one) => !holds(one)).map(([name, weight]) => [name, weight === "" ? NaN : Number(weight)]));
+  const known = given.every(([name]) => space.names.includes(name));
+  const mayHold = Object.keys(held).every((name) => space.holdable.includes(space.names.indexOf(name)));
+  const weights = space.names.map((name) => rest[name] ?? 0);
+  if (!known || !mayHold || !(norm(weights) > 1e-6)) return null;
+  return space.angle(weights) <= space.maxAngle + 0.5 ? { weights: space.rounded(weights), held } : null;
 }
 
 // Where the page begins: a preset whose answer differs from the default one, terse where there is such.

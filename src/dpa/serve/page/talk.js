@@ -11,7 +11,7 @@ import { sweeps } from "./sweep.js";
 import { differences } from "./words.js";
 
 export class Talk {
-  // `changed(refusal)` is called whenever something began or ended, `steer(weights)` sets the direction shown.
+  // `changed(refusal)` is called whenever something began or ended, `steer({weights, held})` sets the direction shown.
   constructor(space, store, { changed, steer }) {
     this.space = space;
     this.store = store;
@@ -70,7 +70,7 @@ export class Talk {
   // Whether the steered answer is that of another direction than the one that is set.
   get isEarlier() {
     if (!this.isPair) return false;
-    return JSON.stringify(this.steeredCard.direction) !== JSON.stringify(this.space.mapping(state.weights));
+    return JSON.stringify(this.steeredCard.direction) !== JSON.stringify(this.#wish());
   }
 
   showEarlier() {
@@ -105,8 +105,8 @@ export class Talk {
       this.cards[place].restore(answer);
       if (this.cards[place] !== this.steeredCard) this.cards[place].label(answer.label);
     });
-    const weights = fitting(this.space, last.answers[last.kept].direction);
-    if (weights) this.steer(weights);
+    const wish = fitting(this.space, last.answers[last.kept].direction);
+    if (wish) this.steer(wish);
     this.#compare();
     return true;
   }
@@ -117,7 +117,12 @@ export class Talk {
   request(question) {
     const before = this.#before(Boolean(question) || !this.turn);
     const asked = question || this.turn?.question || "…";
-    return { question: question || this.turn?.question || "", body: this.#body(before, asked, state.weights) };
+    return { question: question || this.turn?.question || "", body: this.#body(before, asked, this.#wish()) };
+  }
+
+  // The direction that is set, or the target.
+  #wish() {
+    return this.space.wish(state.weights, state.held);
   }
 
   #before(isNew) {
@@ -125,16 +130,17 @@ export class Talk {
     return isNew && this.turn ? [...this.conversation.turns, this.#record()] : this.conversation.turns;
   }
 
-  #body(before, question, weights, model = this.space.data.model) {
-    return bodyOf(model, messagesOf(before, question), state, weights && this.space.mapping(weights));
+  #body(before, question, wish, model = this.space.data.model) {
+    return bodyOf(model, messagesOf(before, question), state, wish);
   }
 
-  #bodies(directions = { steered: state.weights }) {
+  #bodies(wishes = { steered: this.#wish() }) {
     const before = this.#before(false);
     const scored = this.space.data.scorer ? { dpa_options: { scores: true } } : {};
-    const of = (weights, model) => ({ ...this.#body(before, this.turn.question, weights, model), ...scored });
-    const plain = state.compare === "base" ? of(null, `${this.space.data.model}@base`) : of(this.space.reference);
-    return { plain, ...Object.fromEntries(Object.entries(directions).map(([name, weights]) => [name, of(weights)])) };
+    const of = (wish, model) => ({ ...this.#body(before, this.turn.question, wish, model), ...scored });
+    const usual = this.space.mapping(this.space.reference);
+    const plain = state.compare === "base" ? of(null, `${this.space.data.model}@base`) : of(usual);
+    return { plain, ...Object.fromEntries(Object.entries(wishes).map(([name, wish]) => [name, of(wish)])) };
   }
 
   #settings() {
@@ -170,7 +176,7 @@ export class Talk {
   #askSweep() {
     const { directions } = this.sweeps.find(({ name }) => name === $("along").value) ?? this.sweeps[0];
     Object.assign(this.turn, this.#settings());
-    const bodies = this.#bodies(directions.map(({ weights }) => weights));
+    const bodies = this.#bodies(directions.map(({ weights }) => this.space.mapping(weights)));
     this.cards.forEach((card, place) => card.run(bodies[place], key()));
     announce(`${directions.length} directions are being answered.`);
     this.changed();
@@ -227,8 +233,8 @@ export class Talk {
   #keep(place) {
     this.turn.kept = place;
     this.#showKept();
-    const weights = fitting(this.space, this.cards[place].direction);
-    if (weights) this.steer(weights);
+    const wish = fitting(this.space, this.cards[place].direction);
+    if (wish) this.steer(wish);
     this.#save();
   }
 
@@ -289,8 +295,8 @@ export class Talk {
   #record() {
     const answers = this.cards.map((card) => card.record());
     const [, steered] = answers;
-    const weights = this.isPair && fitting(this.space, steered.direction);
-    if (weights) steered.label = this.space.words(weights);
+    const wish = this.isPair && fitting(this.space, steered.direction);
+    if (wish) steered.label = this.space.wishWords(wish.weights, wish.held);
     return { ...this.turn, kept: Math.min(this.turn.kept, answers.length - 1), answers };
   }
 
