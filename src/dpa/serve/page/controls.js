@@ -49,6 +49,8 @@ export class Controls {
         input.checked = !input.disabled && Number(input.value) === levels[k];
       }
     const holds = Object.keys(held).length > 0;
+    if (holds && !this.holds) $("holding").open = true; // by a link or an expression
+    this.holds = holds;
     for (const chip of $("presets").children) chip.setAttribute("aria-pressed", !holds && same(weights, chip.weights));
     this.dial?.show(weights);
     const leanings = space.leanings(weights);
