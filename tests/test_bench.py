@@ -64,16 +64,16 @@ def test_a_phase_that_fails_costs_no_other_and_is_made_again_while_finished_ones
 ) -> None:
     out = tmp_path / "card"
     out.mkdir()
-    (out / "loop.files").write_text("in the way")  # where the loop would write
-    broken = card(inputs, out, "--phases=loop,rates")
+    (out / "gateway.files").write_text("in the way")  # where the gateway's phase would write
+    broken = card(inputs, out, "--phases=gateway,rates")
     assert broken.returncode == 1
-    loop, rates = (json.loads((out / f"{name}.json").read_text()) for name in ("loop", "rates"))
-    assert loop["status"] == "failed" and "FileExistsError" in loop["reason"] and rates["status"] == "done"
-    (out / "loop.files").unlink()
-    mended = card(inputs, out, "--phases=loop,rates")
+    gateway, rates = (json.loads((out / f"{name}.json").read_text()) for name in ("gateway", "rates"))
+    assert gateway["status"] == "failed" and "FileExistsError" in gateway["reason"] and rates["status"] == "done"
+    (out / "gateway.files").unlink()
+    mended = card(inputs, out, "--phases=gateway,rates")
     assert mended.returncode == 0 and "rates: " not in mended.stdout  # kept, not made again
     assert json.loads((out / "rates.json").read_text()) == rates
-    assert json.loads((out / "loop.json").read_text())["status"] == "done"
+    assert json.loads((out / "gateway.json").read_text())["status"] == "done"
 
 
 def test_a_phase_over_its_limit_is_ended_and_says_so(inputs: list[str], tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def gateway(card: Card) -> None:
     for name in ("fastapi", "uvicorn", "httpx", "prometheus_client"):
         if not has(name):
             raise Absent(f"{name} is not installed (extra serve)")
-    policy, count, longest = card.steerable(), (64 if card.tiny else 512), 32
+    policy, count, longest = card.steerable(), (16 if card.tiny else 512), 32
     with contextlib.suppress(Absent), vllm_server(policy, "--gpu-memory-utilization", "0.6") as address:
         measure_gateway(card, policy, address, count, longest, "vllm serve")
     # A server that answers at once: what is added there is the gateway's own work and nothing else.
