@@ -61,7 +61,7 @@ TRIALS: dict[str, list[dict[str, str]]] = {
     ],
     "moc": [
         {"grpo.learning_rate": rate, "rollout.temperature": temperature}
-        for rate, temperature in (("2.0e-4", "1.0"), ("5.0e-4", "1.0"), ("1.0e-3", "1.0"), ("5.0e-4", "0.8"))
+        for rate, temperature in (("2.5e-4", "1.0"), ("1.0e-3", "1.0"), ("4.0e-3", "1.0"), ("1.0e-3", "0.8"))
     ],
 }
 """Method -> its trials, each a few fields of the run; the others are those of world/assets/compare.yaml."""

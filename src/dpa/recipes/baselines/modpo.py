@@ -18,12 +18,13 @@ import numpy as np
 import pyarrow as pa
 
 from dpa.core.records import places_of
+from dpa.models.policy import count_tokens
 from dpa.recipes.baselines.asking import NearestSampler, without_direction
 from dpa.recipes.baselines.lab import Lab, Method, Trained, unstated
 from dpa.recipes.baselines.soups import wishes
 
 SFT_SHARE, PAIRS = 0.2, 3
-"""Share of the budget for SFT, and pairs of a prompt for each policy."""
+"""Share of the budget for SFT, and pairs of a prompt for each policy, at most."""
 POINTS = 10.0
 """Points of a score that make one nat of preference."""
 
@@ -33,12 +34,15 @@ def train(lab: Lab) -> list[Trained]:
     start = lab.finetune(0, lab.config.policy, unstated(lab.best_rated(lab.space.center_K)), SFT_SHARE * lab.budget)
     wishes_IK = wishes(lab.space)
     part = (1 - SFT_SHARE) * lab.budget / len(wishes_IK)
+    rated, scores_RK = lab.rated, lab.rated_scores()
+    tokens = count_tokens(lab.config.reference(lab.config.policy), unstated(rated), lab.space) / len(rated)
+    count = max(1, round(part / (2 * tokens)))  # pairs beyond these would only be read by the reference
     policies = []
     for i, wish_K in enumerate(wishes_IK):
         goal = part * (len(wishes_IK) - i - 1)  # what must be left after this policy
-        pairs, share = margin_pairs(lab.rated, lab.rated_scores(), wish_K, lab.config.seed + i)
+        pairs, share = margin_pairs(rated, scores_RK, wish_K, lab.config.seed + i)
         beta = lab.config.dpo.beta / share
-        policies.append(lab.prefer(1 + i, start, pairs, lab.left - goal, beta=beta))
+        policies.append(lab.prefer(1 + i, start, pairs.slice(0, count), lab.left - goal, beta=beta))
 
     def build() -> NearestSampler:
         opened = [lab.sampler(policy, measuring=True, translate=without_direction) for policy in policies]
