@@ -85,6 +85,7 @@ class FakeGateway:
             "max_angle": space.max_angle,
             "template": space.template,
             "targets": space.target_template is not None,
+            "target_step": space.target_step,
             "presets": {
                 name: {"weights": space.parse(name).as_mapping(), "text": str(space.parse(name))}
                 for name in space.presets

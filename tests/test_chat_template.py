@@ -318,6 +318,12 @@ def test_a_policy_that_knows_targets_is_told_them_byte_for_byte(render) -> None:
         preference = read_wish(space, wish).as_mapping()
         told = render(template, QUESTION, preference=preference)
         assert told.startswith(sentence(space, read_wish(space, wish)) + "\n")
+    for step in (5, 20):
+        stepped = replace(space, target_step=step)
+        for value in ("37", "42.5", "50", "97.5", "0", "100"):
+            preference = {"helpfulness": 1, "verbosity": f"={value}"}
+            told = render(steerable_template(None, stepped), QUESTION, preference=preference)
+            assert told.startswith(sentence(stepped, read_wish(stepped, preference)) + "\n")
     for wrong, said in (("=140", "from 0 to 100"), ("=x", "from 0 to 100"), ("40", "is not a number")):
         with pytest.raises(TemplateError, match=said):
             render(template, QUESTION, preference={"helpfulness": 1, "verbosity": wrong})

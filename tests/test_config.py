@@ -107,6 +107,7 @@ NO_PATHS = {
         "grpo.report_to",
         "name",
         "remote_code_revision",
+        "space.target_template",
         "space.template",
         "ratings.split",
         "reward.train.template",

@@ -2,6 +2,7 @@
 Run: pytest tests/test_target_selection.py
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,11 @@ def test_rows_before_the_targets_stay_what_they_are_and_labels_are_true() -> Non
     assert (changed[~target] == directions[~target]).all() and (kept[~target] == winners[~target]).all()
     own = np.take_along_axis(scores, kept[..., None], axis=1)[..., 1]
     assert (held[target][:, 1] == own[target].clip(0, 100).round()).all() and (changed[target] == [1.0, 0.0]).all()
+    coarse = serve_targets(
+        *(scores, scores, valid, directions, winners, 0.3, replace(TWO, target_step=10)),
+        [np.random.default_rng(p) for p in range(40)],
+    )[1]
+    assert (coarse[target][:, 1] == (own[target].clip(0, 100) / 10).round() * 10).all()
     again = serve(0.3)
     assert all(np.array_equal(one, two, equal_nan=True) for one, two in zip(again, (changed, held, kept), strict=True))
     assert (np.isfinite(serve(1.0)[1]).any(axis=2).sum(axis=1) == np.where(np.arange(40) == 7, 0, 4)).all()

@@ -129,6 +129,11 @@ class SpaceConfig(_Section):
         description="System sentence of a target, where selection.targets trains some; {weighted_rating} as above, "
         "{values} becomes `verbosity = 40`. Default: `template` with {weighted_rating} followed by ` with {values}`.",
     )
+    target_step: Literal[1, 2, 4, 5, 10, 20, 25, 50] = Field(
+        5,
+        description="Values of targets are rounded to multiples of it, in training and when one is asked: the fewer "
+        "values there are, the more often each has been read.",
+    )
     presets: dict[str, str | dict[str, float]] = Field(
         default_factory=dict, description="Name -> direction, in any form a direction can be written."
     )
@@ -162,6 +167,7 @@ class SpaceConfig(_Section):
             training_ends=self.training_ends,
             training_arcs=self.training_arcs,
             target_template=(self.target_template or target_template_of(self.template)) if targets else None,
+            target_step=self.target_step if targets else 1,
         )
 
 

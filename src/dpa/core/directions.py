@@ -23,7 +23,7 @@ from dpa.core.direction_text import (
     unknown,
 )
 from dpa.core.errors import DirectionError, ModelFileError, OutsideConeError
-from dpa.core.sentences import PLACEHOLDER, PUBLISHED_TEMPLATE, checked_target_template, checked_template
+from dpa.core.sentences import PLACEHOLDER, PUBLISHED_TEMPLATE, TARGET_STEPS, checked_target_template, checked_template
 
 _KIND: dict[str, Any] = {"objectives": list, "center": dict, "max_angle": int | float, "template": str, "presets": dict}
 """Of a space's fields as they travel with a model; those of training may be absent."""
@@ -96,7 +96,7 @@ class DirectionSpace:
     edge of what was learned; `training_ends` is the share of them that is moved out to the outer fifth of it, and
     `training_arcs` (K > 2) the share that is moved onto an arc, where all but one of the other objectives weigh 0.
     `presets` name directions written in any other form. `target_template` is the sentence that states a target
-    (core/targets.py), None where the policy knows none.
+    (core/targets.py), None where the policy knows none; the values it has read are multiples of `target_step`.
 
     Raises DirectionError when a field cannot be used.
     """
@@ -110,6 +110,7 @@ class DirectionSpace:
     training_ends: float = 0.0
     training_arcs: float = 0.0
     target_template: str | None = None
+    target_step: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objectives", tuple(self.objectives))
@@ -136,6 +137,9 @@ class DirectionSpace:
             object.__setattr__(self, name, share)
         checked_template(self.template)
         checked_target_template(self.target_template)
+        if self.target_step not in TARGET_STEPS:
+            steps = ", ".join(map(str, TARGET_STEPS))
+            raise DirectionError(f"target_step: {shown(self.target_step)} is no step of 100; take one of {steps}.")
         center = read_weights({names[0]: 1.0} if self.center is None else self.center, names, "center")
         unit(center, "center")
         object.__setattr__(self, "center", center)
@@ -307,8 +311,14 @@ class DirectionSpace:
             "training_arcs": self.training_arcs,
             "template": self.template,
             "presets": {name: value if isinstance(value, str) else dict(value) for name, value in self.presets.items()},
-            **({} if self.target_template is None else {"target_template": self.target_template}),
+            **self._of_targets,
         }
+
+    @property
+    def _of_targets(self) -> dict[str, Any]:
+        if self.target_template is None:
+            return {}
+        return {"target_template": self.target_template, "target_step": self.target_step}
 
     @classmethod
     def from_dict(cls, data: Any) -> "DirectionSpace":
@@ -329,7 +339,13 @@ class DirectionSpace:
                 )
             objectives.append(Objective(item["name"], item["attributes"], str(item.get("description", ""))))
         training = data.get("training_angle"), data.get("training_ends", 0.0), data.get("training_arcs", 0.0)
-        sentences = data["template"], data["presets"], *training, data.get("target_template")
+        sentences = (
+            data["template"],
+            data["presets"],
+            *training,
+            data.get("target_template"),
+            data.get("target_step", 1),
+        )
         return cls(tuple(objectives), data["center"], data["max_angle"], *sentences)
 
     # --- inside ------------------------------------------------------------------------------------------------

@@ -16,6 +16,9 @@ PLACEHOLDER = "{weighted_rating}"
 VALUES = "{values}"
 """Where a target's sentence has the values of what is held: `verbosity = 40, warmth = 80`."""
 
+TARGET_STEPS = (1, 2, 4, 5, 10, 20, 25, 50)
+"""Whole steps of 100 that the values of targets may be multiples of."""
+
 
 def checked_template(template: Any) -> str:
     """A direction's sentence. Raises DirectionError."""

@@ -115,7 +115,7 @@ def serve_targets(
 
     A prompt has `share` x D targets, rounded up or down at random so that the share holds on average. Targets are drawn
     by the prompt's own generator (`draw_targets`) and keep `select_targets`'s winner, and then state the winner's own
-    score, rounded, as the value: what a row says of its response is true.
+    score, rounded to `target_step`, as the value: what a row says of its response is true.
     """
     P, D, K = directions_PDK.shape
     directions_PDK, winners_PD = directions_PDK.copy(), winners_PD.copy()
@@ -130,7 +130,8 @@ def serve_targets(
     kept_PD = select_targets(scores_PNK, directions_PDK, asked_PDK, valid_PN, weighed_PNK)
     winners_PD[target_PD] = kept_PD[target_PD]
     own_PDK = np.take_along_axis(scores_PNK, np.maximum(winners_PD, 0)[..., None], axis=1)
-    return directions_PDK, np.where(np.isfinite(asked_PDK), own_PDK.clip(*SCALE).round(), np.nan), winners_PD
+    values_PDK = (own_PDK.clip(*SCALE) / space.target_step).round() * space.target_step
+    return directions_PDK, np.where(np.isfinite(asked_PDK), values_PDK, np.nan), winners_PD
 
 
 def _holding(places: Sequence[int], K: int) -> Held:

@@ -91,8 +91,8 @@ def is_target(value: Any) -> bool:
 
 def read_target(space: DirectionSpace, value: Any, outside: Literal["error", "clamp"] = "error") -> Target:
     """Read `helpfulness; verbosity=40`, `helpfulness*0.8 + warmth*0.6; verbosity=40`, the mapping that says the same
-    (`{"helpfulness": 1, "verbosity": "=40"}`), or a Target. Values are rounded to whole numbers, as the policy reads
-    them.
+    (`{"helpfulness": 1, "verbosity": "=40"}`), or a Target. Values are rounded to multiples of `target_step`, as the
+    policy reads them.
 
     The free direction must lie in the cone as far as that is free: within max_angle of the center whose held
     objectives weigh 0 (`outside` as for `DirectionSpace.parse`). Raises DirectionError; also where the policy knows no
@@ -106,7 +106,7 @@ def read_target(space: DirectionSpace, value: Any, outside: Literal["error", "cl
             f"`{names[0]}*0.8 - {names[1]}*0.6`, or train it with selection.targets."
         )
     weights, values = _parts(value.as_mapping() if isinstance(value, Target) else value, names, where, example)
-    held = _held(values, names, where)
+    held = _held(values, space, where)
     for name in values:
         if name in weights:
             raise DirectionError(f"{where}: `{name}` is both weighed and held; name it on one side of the `;`.")
@@ -152,16 +152,16 @@ def _parts(value: Any, names: Sequence[str], where: str, example: str) -> tuple[
     return read_expression(free, names) if free.strip() else {}, values
 
 
-def _held(values: Mapping[str, str], names: Sequence[str], where: str) -> tuple[int | None, ...]:
-    held: list[int | None] = [None] * len(names)
+def _held(values: Mapping[str, str], space: DirectionSpace, where: str) -> tuple[int | None, ...]:
+    held: list[int | None] = [None] * space.K
     for name, given in values.items():
-        place, text = index_of(name, names, where), given.strip()
+        place, text = index_of(name, space.names, where), given.strip()
         number = float(text) if NUMBER.fullmatch(text) else np.nan
         if not SCALE[0] <= number <= SCALE[1]:
             raise DirectionError(
                 f"{where}: `{name}` is held at {shown(text)}; take a number from {SCALE[0]:g} to {SCALE[1]:g}."
             )
-        held[place] = round(number)
+        held[place] = round(number / space.target_step) * space.target_step
     return tuple(held)
 
 

@@ -85,7 +85,7 @@ _HELD_IS_STATED = """\
   {%- for name in dpa_names -%}
     {%- if preference.get(name, 0) is string -%}
       {%- set dpa_value = preference[name][1:]|float -%}
-      {%- set dpa_held.values = dpa_held.values + [name ~ " = " ~ (dpa_value|round|int)] -%}
+      {%- set dpa_held.values = dpa_held.values + [name ~ " = " ~ ((dpa_value / @step@)|round|int * @step@)] -%}
     {%- else -%}
       {%- set dpa_held.free = dpa_held.free + [dpa.terms[loop.index0]] -%}
     {%- endif -%}
@@ -162,6 +162,7 @@ def steerable_template(base_template: str | None, space: DirectionSpace, default
     literals |= {"@held_is_checked@": "", "@held_is_stated@": ""}
     if space.target_template is not None:
         stated = _HELD_IS_STATED.replace("@target@", _target_text(space.target_template))
+        stated = stated.replace("@step@", str(space.target_step))
         literals |= {"@held_is_checked@": _HELD_IS_CHECKED, "@held_is_stated@": stated}
     filled = "@(?:names|before|after|held_is_checked|held_is_stated)@"
     sentence = re.sub(filled, lambda match: literals[match.group()], _SENTENCE)

@@ -129,6 +129,7 @@ class Gateway:
                 "max_angle": space.max_angle,
                 "template": space.template,
                 "targets": space.target_template is not None,
+                "target_step": space.target_step,
                 "presets": presets,
                 "default": direction_json(served.default) if served.default else None,
                 "front": served.front,

@@ -140,7 +140,7 @@ export class Controls {
       ...space.holdable.map((k) => {
         const name = space.names[k];
         const on = make("input", { type: "checkbox", id: `hold-${k}` });
-        const value = make("input", { type: "range", min: 0, max: 100, step: 1, id: `value-${k}`, value: 50 });
+        const value = make("input", { type: "range", min: 0, max: 100, step: space.data.target_step, id: `value-${k}`, value: 50 });
         const output = make("output", { htmlFor: value.id });
         value.setAttribute("aria-label", `Value of ${name}`);
         const hold = (isOn) => {
