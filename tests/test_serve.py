@@ -85,7 +85,8 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(policy: Path, reward: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
     log = tmp_path_factory.mktemp("log") / "log"
-    server = ServeProcess(policy, "--name", "demo", "--reward", reward, "--max-tokens", 64, "--threads", 1, log=log)
+    how = ["--name", "demo", "--reward", reward, "--max-tokens", 64, "--threads", 1, "--header-timeout", 3]
+    server = ServeProcess(policy, *how, log=log)
     try:
         yield server.wait()
     finally:
