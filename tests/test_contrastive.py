@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from fakes import space_of
 from hypothesis import given
 from hypothesis import strategies as st
 from test_finetuning import CONFIG, NO_DROPOUT, logged, run, table_of
@@ -22,6 +23,7 @@ from dpa.training.contrastive import info_nce, label_log_probabilities, negative
 from dpa.training.learner import RowEncoder
 from dpa.training.packing import Example
 from dpa.training.sft import SFT, encode_examples
+from dpa.training.target_negatives import negatives
 
 CONTRASTIVE = CONFIG.model_copy(update={"contrastive": 0.7, "contrastive_negatives": 2, "max_length": 300})
 
@@ -231,7 +233,7 @@ def test_a_negative_is_the_same_response_behind_the_prompt_of_another_direction(
     rows = rows_of([[(UP, "long"), (DOWN, "no")]])
     model, tokenizer = tiny_model(), tiny_tokenizer()
     make_steerable(tokenizer, SPACE)
-    others = negative_directions(rows, SPACE, 1, seed=0)
+    others = negatives(rows, SPACE, 1, seed=0)
     (first, second), _ = encode_examples(rows, RowEncoder(model, tokenizer, SPACE, 200), others, room=400)
     own, other = first.segments
     response = own.ids[own.prompt_tokens :]
@@ -239,6 +241,34 @@ def test_a_negative_is_the_same_response_behind_the_prompt_of_another_direction(
     assert first.tokens == len(own.ids) + len(other.ids)
     (alone, _), _ = encode_examples(rows, RowEncoder(model, tokenizer, SPACE, 200), others, room=first.tokens - 1)
     assert alone.negatives == () and alone.ids == first.ids
+
+
+def test_a_target_is_contrasted_with_what_is_not_true_of_its_response() -> None:
+    scored = [(None, 40, None, 75.0), (None, 40, None, 42.0), (None, 50, None, 51.0), (None, 20, 75, 75.0), None]
+    rows = [
+        {
+            "prompt_id": "p",
+            "direction": [0.8, 0.0, 0.6] if one else [0.6, 0.8, 0.0],
+            "held": list(one[:3]) if one else None,
+            "response": f"{n}",
+            "helpfulness": 50.0,
+            "verbosity": float(one[1]) if one else 10.0,
+            "warmth": one[3] if one else 10.0,
+        }
+        for n, one in enumerate(scored)
+    ]
+    space = space_of("helpfulness", "verbosity", "warmth")
+    found = negatives(pa.Table.from_pylist(rows), space, 9, seed=0)
+    assert [{stated.held for stated in own} for own in found] == [
+        {(None, None, 40), (None, 60, None)},  # whose number it is, and which number
+        {(None, 60, None)},  # warmth is 42: to say 40 of it is no lie
+        set(),
+        {(None, 75, 20), (None, 80, 25)},
+        {None},  # the mirrored direction: a target is no direction's negative
+    ]
+    for stated in found[0]:
+        held = np.array([value is not None for value in stated.held])
+        assert not np.array(stated.direction)[held].any() and np.linalg.norm(stated.direction) == pytest.approx(1)
 
 
 # --- whole trainings ----------------------------------------------------------------------------------------------

@@ -45,8 +45,7 @@ def negative_directions(rows: pa.Table, space: DirectionSpace, count: int, seed:
     have that column) that chose another response and that read differently from the row's own and from each other.
     Where the pool has none, the mirrored direction (`DirectionSpace.mirrored`), unless that is known to choose the
     response too: because the pool kept it for a direction that lies as far out on that side, or because it reads the
-    same, as the center's does. A row without a direction has no negatives, nor has a target's, which is no other
-    row's negative either: which values would not choose its winner is not known.
+    same, as the center's does. A row without a direction has no negatives, nor has a target's (target_negatives.py).
     """
     names = rows["pool" if "pool" in rows.column_names else "prompt_id"].to_pylist()
     responses = rows["response"].to_pylist()

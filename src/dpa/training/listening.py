@@ -2,7 +2,8 @@
 Run its tests: pytest tests/test_listening.py
 
 The flip gap of a held-out row (x, v, y): the loss of the winner y under another direction of its pool that chose
-another winner (the mirrored direction, where the pool has none) minus its loss under its own,
+another winner (the mirrored direction, where the pool has none; for a target a value the winner does not have) minus
+its loss under its own,
 
     log p(y | x, v) - log p(y | x, v'),      in nats; over the tokens of all rows, and as a mean over rows.
 
@@ -23,7 +24,8 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.records import stable_hash
 from dpa.models.attention import pack_lengths, to_device
 from dpa.storage.schemas import completeness, held_values
-from dpa.training.contrastive import label_log_probabilities, negative_directions
+from dpa.training.contrastive import label_log_probabilities
+from dpa.training.target_negatives import Stated, negatives
 
 LISTENING_ROWS = 64
 """Rows kept out of training where the configuration does not say how many ..."""
@@ -75,8 +77,8 @@ def hold_out(rows: pa.Table, count: int | None) -> tuple[pa.Table, pa.Table]:
     """(rows to train on, rows to measure listening on) of selected rows; the latter may be none.
 
     Whole prompts are held out, those with the smallest hash, so that another iteration or seed takes the same: as many
-    as stay within `count` rows, at most half of them. `count` None: LISTENING_ROWS, LISTENING_SHARE, FEWEST. Prompts
-    whose rows state no direction, or only targets, are not held out, and a target's row is not measured on.
+    as stay within `count` rows, at most half of them. `count` None: LISTENING_ROWS, LISTENING_SHARE, FEWEST. Rows that
+    state no direction are not held out.
     """
     prompts = rows["prompt_id"].to_pylist()
     if count is None:
@@ -84,17 +86,16 @@ def hold_out(rows: pa.Table, count: int | None) -> tuple[pa.Table, pa.Table]:
         count = count if count >= FEWEST else 0
     count = min(count, len(rows) // 2)
     sizes: dict[str, int] = {}
-    stated_R = rows["direction"].is_valid().to_pylist()
-    for prompt, stated, held in zip(prompts, stated_R, held_values(rows), strict=True):
-        if stated and held is None:
+    for prompt, stated in zip(prompts, rows["direction"].is_valid().to_pylist(), strict=True):
+        if stated:
             sizes[prompt] = sizes.get(prompt, 0) + 1
-    kept_out: set[str] = set()
+    held: set[str] = set()
     for prompt in sorted(sizes, key=lambda name: stable_hash("listening", name)):
         if sizes[prompt] > count:
             break
-        kept_out.add(prompt)
+        held.add(prompt)
         count -= sizes[prompt]
-    out = pa.array([prompt in kept_out for prompt in prompts], pa.bool_())
+    out = pa.array([prompt in held for prompt in prompts], pa.bool_())
     return rows.filter(pa.array([not each for each in out.to_pylist()], pa.bool_())), rows.filter(out)
 
 
@@ -159,11 +160,13 @@ def held_out_rows(
         rows = rows.append_column("response", rows["chosen"])
     complete = completeness(rows, "chosen_complete" if "chosen" in rows.column_names else "complete")
     columns = (rows[name].to_pylist() for name in ("prompt_id", "messages", "direction", "response"))
+    stated = zip(zip(*columns, strict=True), held_values(rows), negatives(rows, space, 1, seed), strict=True)
     found, prompts = [], []
-    for (prompt, messages, direction, response), whole, others in zip(
-        zip(*columns, strict=True), complete, negative_directions(rows, space, 1, seed), strict=True
-    ):
-        sides = [encode(messages, side, [response], [whole]) for side in (direction, *others)]
+    for ((prompt, messages, direction, response), held, others), whole in zip(stated, complete, strict=True):
+        sides = [
+            encode(messages, side.direction, [response], [whole], side.held)
+            for side in (Stated(direction, held), *others)
+        ]
         if len(sides) == 2 and not isinstance(sides[0], str) and not isinstance(sides[1], str):
             found.append((sides[0][0], sides[1][0], sides[0][1][0]))
             prompts.append(prompt)

@@ -23,12 +23,13 @@ from trl import SFTConfig, SFTTrainer
 from dpa.models.attention import to_device
 from dpa.storage.schemas import completeness, held_values
 from dpa.storage.stage_records import Reject
-from dpa.training.contrastive import AccumulatesContrast, AddsContrast, negative_directions
+from dpa.training.contrastive import AccumulatesContrast, AddsContrast
 from dpa.training.label_logprobs import has_plain_head, label_logprobs
 from dpa.training.learner import Learner, RowEncoder
 from dpa.training.packing import Example, Row, contrast_inputs, packed_rows, pass_inputs, step_counts
 from dpa.training.passes import OverPackedRows, StepInPasses, Uncut, first_plan, one_card, without_adapters
 from dpa.training.ranks import ranks
+from dpa.training.target_negatives import Stated, negatives
 from dpa.training.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments
 from dpa.training.trainers import StopsAtBadStep
 
@@ -82,7 +83,7 @@ class SFT(Learner[Example]):
         """
         config, others = self.config, None
         if config.contrastive:
-            others = negative_directions(rows, self.space, config.contrastive_negatives, self.seed)
+            others = negatives(rows, self.space, config.contrastive_negatives, self.seed)
         examples, rejects = encode_examples(rows, encoder, others, config.max_length)
         crowded = sum(map(bool, others or ())) - sum(bool(example.negatives) for example in examples) - len(rejects)
         if crowded > 0:
@@ -154,13 +155,13 @@ class SFT(Learner[Example]):
 def encode_examples(
     rows: pa.Table,
     encoder: RowEncoder,
-    others: Sequence[Sequence[Sequence[float]]] | None = None,
+    others: Sequence[Sequence[Stated]] | None = None,
     room: int = 0,
 ) -> tuple[list[Example], list[Reject]]:
     """Token ids of each row (select shard columns), or the reason why it cannot be trained on.
 
     The prompt is what the sampler shows; the response follows as its own tokens, then the token that ends a turn,
-    unless the column `complete` says that the response was cut at a limit. `others`: directions each row is
+    unless the column `complete` says that the response was cut at a limit. `others`: what each row is
     contrasted with; as many of them are kept as fit, with the row itself, into `room` tokens.
     """
     examples, rejects = [], []
@@ -174,7 +175,7 @@ def encode_examples(
             prompt, (completion,) = encoded
             example = Example([*prompt, *completion], len(prompt))
             for other in others[row] if others is not None else ():
-                elsewhere = encoder.encode(messages, other, [response], [complete])
+                elsewhere = encoder.encode(messages, other.direction, [response], [complete], other.held)
                 if isinstance(elsewhere, str):
                     break
                 contrasted = Example(example.ids, len(prompt), (*example.negatives, elsewhere[0]))
