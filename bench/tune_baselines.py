@@ -60,7 +60,7 @@ TRIALS: dict[str, list[dict[str, str]]] = {
         )
     ],
     "moc": [
-        {"grpo.learning_rate": rate, "rollout.temperature": temperature}
+        {"grpo.learning_rate": rate, "rollout.temperature": temperature, "grpo.warmup": "0"}
         for rate, temperature in (("2.5e-4", "1.0"), ("1.0e-3", "1.0"), ("4.0e-3", "1.0"), ("1.0e-3", "0.8"))
     ],
 }
