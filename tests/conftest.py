@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forks import Process, start
+from forks import Process, interpreter, start
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +18,14 @@ settings.register_profile("dpa", deadline=None, derandomize=True)  # a busy mach
 settings.load_profile("dpa")
 
 TESTS = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Of `pytest -n`: the workers are forked, too, from the one process that has imported everything."""
+    ways = config.getoption("tx", None) or []
+    if ways and not hasattr(config, "workerinput"):
+        config.option.tx = [way.replace("popen", f"popen//python={interpreter()}") for way in ways]
 
 
 def pytest_collection_finish() -> None:

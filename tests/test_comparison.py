@@ -99,8 +99,9 @@ def test_intervals_of_three_seeds_cover_the_truth_about_as_often_as_they_say() -
 # --- claims ----------------------------------------------------------------------------------------------------------
 
 
-def summary(leads_by: float) -> dict:
-    """A comparison of two methods whose fronts are `leads_by` apart, and of one point."""
+def summary(leads_by: float, literal: float | None = None) -> dict:
+    """A comparison of two methods whose fronts are `leads_by` apart, of one point and, at a helpfulness of `literal`,
+    of the literal loop with one that is to come as far with a third of its samples."""
     space, rng = space_of("helpfulness", "verbosity"), np.random.default_rng(0)
     settings = EvaluateConfig(prompts={"path": "x"}, directions=5, gold={"helpfulness": "a:b", "verbosity": "a:b"})  # type: ignore[call-arg, arg-type]
     config = CompareConfig(out="x", budget=1000, run={}, methods=["pooled", "steerlm", "sft"], resamples=50)  # type: ignore[call-arg]
@@ -125,6 +126,10 @@ def summary(leads_by: float) -> dict:
         ("steerlm", "last"): scores(80),
         ("sft", "last"): scores(70, moves=False),
     }
+    if literal is not None:
+        for method, generated in (("per_direction", 400), ("pooled_third", 100)):
+            found[method] = [{**found["sft"][0], "cost": {**cost, "tokens_generated": generated}}] * 3
+            data[method, "last"] = scores(literal)
     return summarise(METHODS, found, data, space, settings, config)  # type: ignore[arg-type]
 
 
@@ -145,3 +150,11 @@ def test_the_report_says_which_claims_do_not_hold() -> None:
     assert "ahead on 100% of the range" in claim["sentence"]
     assert results["leads"]["verbosity"][0]["least"]["value"] == pytest.approx(1.0, abs=0.6)
     assert results["equal"]["verbosity"]["at"] == [25.0, 30.0, 35.0, 40.0, 45.0, 50.0, 55.0]
+
+
+def test_volumes_of_nothing_are_not_compared() -> None:
+    said = [claim for claim in summary(leads_by=5.0, literal=-500.0)["claims"] if "does NOT reach" in claim["sentence"]]
+    assert [claim["holds"] for claim in said] == [False]
+    assert "one of the two is 0, so that nothing can be said in per cent" in said[0]["sentence"]
+    reached = [claim for claim in summary(leads_by=5.0, literal=70.0)["claims"] if "of the tokens" in claim["sentence"]]
+    assert "% of difference" in reached[0]["sentence"]

@@ -284,9 +284,12 @@ def _claims(
         claims.append((holds, f"The front of {title} {text}: {changes}."))
     if thrift:
         volume, (cheap, full) = thrift["hypervolume"], thrift["titles"]
-        holds = thrift["share"] <= 1 / 3 and volume["value"] >= 0
-        reach = "reaches" if volume["value"] >= 0 else "does NOT reach"
-        found = f"{_said(volume)} % of difference (cone hypervolume {_said(thrift['cone_hypervolume'])} %)"
+        reached = volume["value"] is not None and volume["value"] >= 0
+        holds = thrift["share"] <= 1 / 3 and reached
+        reach = "reaches" if reached else "does NOT reach"
+        found = "one of the two is 0, so that nothing can be said in per cent"
+        if volume["value"] is not None:
+            found = f"{_said(volume)} % of difference (cone hypervolume {_said(thrift['cone_hypervolume'])} %)"
         tokens = f"{100 * thrift['share']:.0f}% of the tokens that {full} generates"
         claims.append((holds, f"{cheap}, with {tokens}, {reach} its last hypervolume: {found}."))
     off = [row["title"] for row in costs if not row["equal"] and not methods[row["method"]].spends_less]
