@@ -12,6 +12,7 @@ of a real interpreter (tests/test_import.py).
 
 import atexit
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -32,7 +33,10 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["dpa.recipes.compare", "dpa.cli.commands", "dpa.serve.command", "dpa.serve.engine", "accelerate.commands.launch"]
+    [
+        *("dpa.recipes.compare", "dpa.cli.commands", "dpa.serve.command", "dpa.serve.engine", "dpa.serve.gateway"),
+        *("accelerate.commands.launch", "hypothesis.extra.numpy", "sklearn.linear_model"),
+    ]
 )
 
 _CLIENT = """#!{python} -IS
@@ -206,6 +210,7 @@ def _work(
     client: socket.socket | None = None,
 ) -> None:
     """What an interpreter does with its command line; `streams`: files, or descriptors, of stdin, stdout and stderr."""
+    gc.freeze()  # what was imported stays: a Trainer collects garbage twice, which else goes over all of it
     if client is not None:
         threading.Thread(target=_end_with, args=(client,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
@@ -219,6 +224,7 @@ def _work(
         opened = stream if isinstance(stream, int) else os.open(stream, how)
         os.dup2(opened, number)
         os.close(opened)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)  # multiprocessing reads nothing
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
     what, *rest = [argument for argument in arguments[:1] if argument != "-u"] + arguments[1:]
     if what == "-m":

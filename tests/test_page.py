@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 from dataclasses import replace
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -526,7 +527,7 @@ def test_an_objective_is_held_at_a_value_where_the_policy_knows_targets(visit):
     (sent,) = [body["dpa"] for body in opened.gateway.bodies if "verbosity" in body["dpa"]]
     assert sent["verbosity"] == "=40" and sent["warmth"] > 0
     assert "verbosity=40" in page.locator("#steered .told").inner_text()
-    page.wait_for_function("decodeURIComponent(location.hash).includes('verbosity:=40')")
+    page.wait_for_url(lambda url: "verbosity:=40" in unquote(url))
 
     page.reload()
     opened.ready()

@@ -134,7 +134,7 @@ def worth(scores_NK: np.ndarray, direction_K: np.ndarray, valid_N: np.ndarray, u
 
 
 @given(pools(), st.sampled_from([RAY, CHEBYSHEV, Utility("ray", 1.0), NO_MIX["ray"], NO_MIX["chebyshev"]]))
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_ray_and_chebyshev_are_their_formulas(case, utility):
     scores, directions, valid = case
     winners = select(scores, directions, valid, utility)
@@ -145,7 +145,7 @@ def test_ray_and_chebyshev_are_their_formulas(case, utility):
                 assert winner == -1
             else:
                 best = max(expected)
-                assert expected[winner] >= best - 1e-9 * max(1.0, abs(best))
+                assert expected[winner] == pytest.approx(best, rel=1e-6, abs=1e-6)  # by another order of sums
 
 
 @st.composite
