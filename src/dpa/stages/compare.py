@@ -235,11 +235,13 @@ def _thrift(last: Mapping[str, _Policy], found: Mapping[str, Sequence[Mapping[st
         return None
     full = last[str(cheap.method.saves_on)]
     tokens = [np.mean([one["cost"]["tokens_generated"] for one in found[p.method.name]]) for p in (cheap, full)]
+    with np.errstate(divide="ignore", invalid="ignore"):  # volumes of nothing
+        volumes = _volumes(cheap, full, lambda ours, theirs: 100 * (ours / theirs - 1))
     return {
         "titles": [cheap.method.title, full.method.title],
         "tokens": [float(each) for each in tokens],
         "share": float(tokens[0] / tokens[1]),
-        **_volumes(cheap, full, lambda ours, theirs: 100 * (ours / theirs - 1)),
+        **volumes,
     }
 
 
