@@ -4,11 +4,12 @@ that kill and resume.
 
 import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forks import Process, interpreter, start
+from forks import Process, interpreter, real_interpreter, start
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,8 +24,9 @@ TESTS = Path(__file__).parent
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Of `pytest -n`: the workers are forked, too, from the one process that has imported everything."""
-    ways = config.getoption("tx", None) or []
-    if ways and not hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        sys.executable = real_interpreter()
+    elif ways := config.getoption("tx", None):
         config.option.tx = [way.replace("popen", f"popen//python={interpreter()}") for way in ways]
 
 

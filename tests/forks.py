@@ -39,6 +39,8 @@ _context.set_forkserver_preload(
     ]
 )
 
+_REAL = "DPA_TEST_REAL_PYTHON"
+
 _CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 if sys.argv[1].startswith("-") and sys.argv[1] not in ("-m", "-c", "-u"):
@@ -137,13 +139,14 @@ def python(
 @functools.cache
 def interpreter() -> str:
     """A program that is to be started as `sys.executable`: its command line runs in such a fork, with its streams."""
+    python = os.environ.setdefault(_REAL, sys.executable)
     folder = Path(tempfile.mkdtemp(prefix="dpa-fork-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     door = socket.socket(socket.AF_UNIX)
     door.bind(str(folder / "door"))
     door.listen(64)
     program = folder / "python"
-    program.write_text(_CLIENT.format(python=sys.executable, address=str(folder / "door")))
+    program.write_text(_CLIENT.format(python=python, address=str(folder / "door")))
     program.chmod(0o700)
 
     def answer(client: socket.socket) -> None:
@@ -167,6 +170,11 @@ def interpreter() -> str:
 
     threading.Thread(target=attend, daemon=True, name="forks").start()
     return str(program)
+
+
+def real_interpreter() -> str:
+    """`sys.executable` as it was: in a fork, that is an `interpreter()`."""
+    return os.environ.get(_REAL, sys.executable)
 
 
 def fork_of(pid: int) -> int:
