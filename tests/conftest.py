@@ -4,12 +4,11 @@ that kill and resume.
 
 import gc
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forks import Process, interpreter, real_interpreter, start
+from forks import Process, start
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,15 +18,6 @@ settings.register_profile("dpa", deadline=None, derandomize=True)  # a busy mach
 settings.load_profile("dpa")
 
 TESTS = Path(__file__).parent
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_configure(config: pytest.Config) -> None:
-    """Of `pytest -n`: the workers are forked, too, from the one process that has imported everything."""
-    if hasattr(config, "workerinput"):
-        sys.executable = real_interpreter()
-    elif ways := config.getoption("tx", None):
-        config.option.tx = [way.replace("popen", f"popen//python={interpreter()}") for way in ways]
 
 
 def pytest_collection_finish() -> None:

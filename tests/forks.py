@@ -33,13 +33,8 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    [
-        *("dpa.recipes.compare", "dpa.cli.commands", "dpa.serve.command", "dpa.serve.engine", "dpa.serve.gateway"),
-        *("accelerate.commands.launch", "hypothesis.extra.numpy", "sklearn.linear_model"),
-    ]
+    ["dpa.recipes.compare", "dpa.cli.commands", "dpa.serve.command", "dpa.serve.engine", "accelerate.commands.launch"]
 )
-
-_REAL = "DPA_TEST_REAL_PYTHON"
 
 _CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
@@ -139,14 +134,13 @@ def python(
 @functools.cache
 def interpreter() -> str:
     """A program that is to be started as `sys.executable`: its command line runs in such a fork, with its streams."""
-    python = os.environ.setdefault(_REAL, sys.executable)
     folder = Path(tempfile.mkdtemp(prefix="dpa-fork-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     door = socket.socket(socket.AF_UNIX)
     door.bind(str(folder / "door"))
     door.listen(64)
     program = folder / "python"
-    program.write_text(_CLIENT.format(python=python, address=str(folder / "door")))
+    program.write_text(_CLIENT.format(python=sys.executable, address=str(folder / "door")))
     program.chmod(0o700)
 
     def answer(client: socket.socket) -> None:
@@ -170,11 +164,6 @@ def interpreter() -> str:
 
     threading.Thread(target=attend, daemon=True, name="forks").start()
     return str(program)
-
-
-def real_interpreter() -> str:
-    """`sys.executable` as it was: in a fork, that is an `interpreter()`."""
-    return os.environ.get(_REAL, sys.executable)
 
 
 def fork_of(pid: int) -> int:

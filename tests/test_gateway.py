@@ -544,7 +544,9 @@ def test_text_is_logged_only_when_asked_and_the_pages_own_files_are_not(
                 httpx.post(url + CHAT, json=chat())
                 assert httpx.get(url + "/page.js").status_code == 200
             assert ("Why?" in stream.getvalue()) is log_text
-            assert stream.getvalue().count("\n") == 1
+            routes = [json.loads(line)["route"] for line in stream.getvalue().replace("\0", "").splitlines()]
+            assert routes.count(CHAT) == 1
+            assert not [route for route in routes if "page" in route or "{" in route], "the page's own files"
     finally:
         logger.removeHandler(handler)
 
