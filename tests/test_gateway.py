@@ -523,8 +523,9 @@ def test_metrics_count_and_no_client_can_make_more_of_them(fake: FakeUpstream, c
     for n in range(20):
         client.get(f"/made-up-{n}")
         client.request(f"M{n}", "/made-up")
+    assert client.post(CHAT, json=chat(dpa={"helpfulness": 1})).status_code == 200
     text = client.get("/metrics").text
-    assert "made-up" not in text and 'dpa_directions_total{source="model"}' in text
+    assert "made-up" not in text and 'dpa_directions_total{source="body"}' in text
     assert 'dpa_requests_total{route="/v1/chat/completions",status="200"}' in text
 
 
