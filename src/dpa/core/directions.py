@@ -26,7 +26,9 @@ from dpa.core.errors import DirectionError, ModelFileError, OutsideConeError
 from dpa.core.sentences import PLACEHOLDER, PUBLISHED_TEMPLATE, TARGET_STEPS, checked_target_template, checked_template
 
 _KIND: dict[str, Any] = {"objectives": list, "center": dict, "max_angle": int | float, "template": str, "presets": dict}
-"""Of a space's fields as they travel with a model; those of training may be absent."""
+"""Of a space's fields as they travel with a model."""
+_OPTIONAL = ("training_angle", "training_ends", "training_arcs", "target_template", "target_step")
+"""Those that may be absent."""
 
 
 @dataclass(frozen=True)
@@ -311,14 +313,12 @@ class DirectionSpace:
             "training_arcs": self.training_arcs,
             "template": self.template,
             "presets": {name: value if isinstance(value, str) else dict(value) for name, value in self.presets.items()},
-            **self._of_targets,
+            **(
+                {}
+                if self.target_template is None
+                else {"target_template": self.target_template, "target_step": self.target_step}
+            ),
         }
-
-    @property
-    def _of_targets(self) -> dict[str, Any]:
-        if self.target_template is None:
-            return {}
-        return {"target_template": self.target_template, "target_step": self.target_step}
 
     @classmethod
     def from_dict(cls, data: Any) -> "DirectionSpace":
@@ -338,15 +338,8 @@ class DirectionSpace:
                     f"direction space: the objective {shown(item)} lacks name or attributes; save the model again."
                 )
             objectives.append(Objective(item["name"], item["attributes"], str(item.get("description", ""))))
-        training = data.get("training_angle"), data.get("training_ends", 0.0), data.get("training_arcs", 0.0)
-        sentences = (
-            data["template"],
-            data["presets"],
-            *training,
-            data.get("target_template"),
-            data.get("target_step", 1),
-        )
-        return cls(tuple(objectives), data["center"], data["max_angle"], *sentences)
+        optional = {name: data[name] for name in _OPTIONAL if name in data}
+        return cls(tuple(objectives), data["center"], data["max_angle"], data["template"], data["presets"], **optional)
 
     # --- inside ------------------------------------------------------------------------------------------------
 

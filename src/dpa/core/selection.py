@@ -43,8 +43,8 @@ def select(
     columns = max(1, block // N)
     for first in range(0, P, prompts):
         rows = slice(first, first + prompts)
-        may_win_PN = _may_win(scores_PNK[rows], None if valid_PN is None else valid_PN[rows])
-        scores_PKN = _finite(scores_PNK[rows], may_win_PN)
+        may_win_PN = may_win(scores_PNK[rows], None if valid_PN is None else valid_PN[rows])
+        scores_PKN = finite_columns(scores_PNK[rows], may_win_PN)
         for start in range(0, D, columns):
             part = np.s_[start : start + columns]
             directions_PDK = directions[None, part] if directions.ndim == 2 else directions[rows, part]
@@ -99,8 +99,8 @@ def select_pairs(
     """
     winners_PD = select(scores_PNK, directions_PDK, valid_PN, utility)
     losers_PD = np.full_like(winners_PD, -1)
-    may_win_PN = _may_win(scores_PNK, valid_PN)
-    scores_PKN = _finite(scores_PNK, may_win_PN)
+    may_win_PN = may_win(scores_PNK, valid_PN)
+    scores_PKN = finite_columns(scores_PNK, may_win_PN)
     for p in range(len(winners_PD)):
         one = np.s_[p : p + 1]
         utility_DN = utility.of(scores_PKN[one], directions_PDK[one], may_win_PN[one])[0]
@@ -138,12 +138,13 @@ def pair_directions(
     return losers_D
 
 
-def _may_win(scores_PNK: np.ndarray, valid_PN: np.ndarray | None) -> np.ndarray:
+def may_win(scores_PNK: np.ndarray, valid_PN: np.ndarray | None) -> np.ndarray:
+    """may_win_PN: valid rows whose scores are all finite."""
     known_PN = np.isfinite(scores_PNK).all(axis=2)
     return known_PN if valid_PN is None else known_PN & valid_PN
 
 
-def _finite(scores_PNK: np.ndarray, may_win_PN: np.ndarray) -> np.ndarray:
+def finite_columns(scores_PNK: np.ndarray, may_win_PN: np.ndarray) -> np.ndarray:
     """scores_PKN, 0 where a candidate may not win."""
     finite_PNK = np.where(may_win_PN[..., None], scores_PNK, 0.0)
     return np.ascontiguousarray(finite_PNK.swapaxes(1, 2), dtype=np.float64)

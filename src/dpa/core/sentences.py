@@ -2,6 +2,7 @@
 Run its tests: pytest tests/test_directions.py tests/test_targets.py
 """
 
+import re
 from typing import Any
 
 from dpa.core.errors import DirectionError
@@ -38,6 +39,11 @@ def checked_target_template(template: Any) -> str | None:
             "weights and the held values go."
         )
     return template
+
+
+def target_parts(template: str) -> list[str]:
+    """A target's sentence in pieces: text, PLACEHOLDER and VALUES, in their order."""
+    return re.split(f"({re.escape(PLACEHOLDER)}|{re.escape(VALUES)})", template)
 
 
 def target_template_of(template: str) -> str:

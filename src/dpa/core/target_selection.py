@@ -10,8 +10,9 @@ import numpy as np
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import SCALE
-from dpa.core.selection import BLOCK
+from dpa.core.selection import BLOCK, finite_columns, may_win
 from dpa.core.targets import Held, draw_free, free_center
+from dpa.core.utility import LINEAR
 
 TOLERANCE = 5.0
 """Points of the scale within which a candidate counts as having the value that is held."""
@@ -45,17 +46,14 @@ def select_targets(
     prompts = max(1, block // (N * max(1, T)))
     for first in range(0, P, prompts):
         rows = slice(first, first + prompts)
-        may_win_PN = np.isfinite(scores_PNK[rows]).all(axis=2)
-        if valid_PN is not None:
-            may_win_PN &= valid_PN[rows]
-        finite_PNK, utility_PNK = (np.where(may_win_PN[..., None], s[rows], 0.0) for s in (scores_PNK, weighed_PNK))
-        apart_PTN = np.zeros((len(finite_PNK), T, N))
+        may_win_PN = may_win(scores_PNK[rows], None if valid_PN is None else valid_PN[rows])
+        scores_PKN = finite_columns(scores_PNK[rows], may_win_PN)
+        apart_PTN = np.zeros((len(scores_PKN), T, N))
         for k in range(K):
             held_PT1 = held_PTK[rows, :, k, None]
-            apart = np.abs(finite_PNK[:, None, :, k] - np.nan_to_num(held_PT1))
+            apart = np.abs(scores_PKN[:, None, k] - np.nan_to_num(held_PT1))
             np.maximum(apart_PTN, apart, out=apart_PTN, where=np.broadcast_to(np.isfinite(held_PT1), apart.shape))
-        utility_PKN = np.ascontiguousarray(utility_PNK.swapaxes(1, 2), dtype=np.float64)
-        utility_PTN = np.einsum("pkn,ptk->ptn", utility_PKN, weights_PTK[rows])
+        utility_PTN = LINEAR.of(finite_columns(weighed_PNK[rows], may_win_PN), weights_PTK[rows], may_win_PN)
         near_PTN = (apart_PTN <= tolerance) & may_win_PN[:, None]
         best_PT = np.where(near_PTN, utility_PTN, -np.inf).argmax(axis=2)
         nearest_PT = np.where(may_win_PN[:, None], apart_PTN, np.inf).argmin(axis=2)

@@ -18,7 +18,7 @@ from dpa.core.direction_text import MAX_TEXT, NUMBER, index_of, read_expression,
 from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import DirectionError, OutsideConeError
 from dpa.core.records import SCALE
-from dpa.core.sentences import PLACEHOLDER, VALUES
+from dpa.core.sentences import PLACEHOLDER, VALUES, target_parts
 
 Held = Sequence[int | None]
 """K values; None where an objective is free."""
@@ -231,9 +231,8 @@ def sentence(space: DirectionSpace, wish: Wish) -> str:
     if wish.space_names != space.names or space.target_template is None:
         raise DirectionError(f"target: {wish} is not of a space of {', '.join(space.names)} that knows targets.")
     values = ", ".join(f"{name} = {value}" for name, value in wish.values.items())
-    parts = re.split(f"({re.escape(PLACEHOLDER)}|{re.escape(VALUES)})", space.target_template)
     filled = {PLACEHOLDER: wish.free_text, VALUES: values}
-    return "".join(filled.get(part, part) for part in parts)
+    return "".join(filled.get(part, part) for part in target_parts(space.target_template))
 
 
 def wish_of(space: DirectionSpace, weights: Sequence[float], held: Held | None = None) -> Wish:

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import EngineError, ModelFileError
-from dpa.core.sentences import PLACEHOLDER, VALUES
+from dpa.core.sentences import PLACEHOLDER, VALUES, target_parts
 from dpa.models import template_worker
 from dpa.models.template_worker import CPU_S
 
@@ -311,8 +311,7 @@ os.register_at_fork(after_in_child=_RENDERER.forget)
 def _target_text(template: str) -> str:
     """The Jinja expression that a target's sentence is."""
     filled = {PLACEHOLDER: 'dpa_held.free|join(" + ")', VALUES: 'dpa_held.values|join(", ")'}
-    parts = re.split(f"({re.escape(PLACEHOLDER)}|{re.escape(VALUES)})", template)
-    return " ~ ".join(filled.get(part) or _literal(part) for part in parts if part)
+    return " ~ ".join(filled.get(part) or _literal(part) for part in target_parts(template) if part)
 
 
 def _without_preference(template: str) -> str:

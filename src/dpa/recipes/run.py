@@ -190,9 +190,10 @@ class Run:
         with self.scorers() as scorers:
             for kind in kinds:
                 score(stage(f"{kind}score"), stage(f"{kind}rollout"), self.held_out, scorers)
-        for kind in kinds if settings.gold else ():
+        if settings.gold:
             gold = FunctionScorer(settings.gold, "evaluate.gold")
-            score(stage(f"{kind}gold"), stage(f"{kind}rollout"), self.held_out, gold)
+            for kind in kinds:
+                score(stage(f"{kind}gold"), stage(f"{kind}rollout"), self.held_out, gold)
 
         def found(kind: str) -> tuple[Any, ...]:
             scores = self.measured(lambda name: stage(f"{kind}{name}"))

@@ -104,6 +104,12 @@ class Lab(Run):
         """The same, with the columns `candidate_id` and `complete` that sampled candidates have."""
         return as_candidates(self.ratings)
 
+    @cached_property
+    def row_tokens(self) -> float:
+        """Tokens of a rated row on average, its prompt included and no direction stated."""
+        rows = unstated(self.rated)
+        return count_tokens(self.config.reference(self.config.policy), rows, self.space) / len(rows)
+
     def rated_scores(self) -> np.ndarray:
         """scores_RK of the rated responses by the reward model, in the ratings' order; NaN where there is none."""
         return self.objectives(self.shared_stage(0, "score"))
@@ -235,7 +241,8 @@ class Lab(Run):
     @property
     def left(self) -> int:
         """Tokens of the budget that are not spent yet."""
-        return self.budget - self.cost.tokens_generated - self.cost.training_tokens
+        cost = self.cost
+        return self.budget - cost.tokens_generated - cost.training_tokens
 
     @property
     def cost(self) -> Ledger:
@@ -250,9 +257,15 @@ class Lab(Run):
         slug = "".join(letter if letter.isalnum() else "_" for letter in policy.lower())
         return lambda name: self.stage(None, f"{MEASURING}/{slug}/{name}")
 
+    def trained(
+        self, name: str, policy: str | Path, translate: Callable[..., Any] | None = None, targets: bool = False
+    ) -> Trained:
+        """A policy that is measured by itself, each request rewritten by `translate` where one is given."""
+        return Trained(name, lambda: self.sampler(policy, measuring=True, translate=translate), targets)
+
     def as_point(self, name: str, policy: Path) -> Trained:
         """A policy that is told no direction."""
-        return Trained(name, lambda: self.sampler(policy, measuring=True, translate=without_direction))
+        return self.trained(name, policy, without_direction)
 
     def _check_shared(self, t: int | None, name: str) -> None:
         """Raises RunFolderError where a model that the methods share is not what it was."""

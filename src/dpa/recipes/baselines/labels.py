@@ -16,9 +16,8 @@ import pyarrow as pa
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import SampleRequest, messages_text, places_of
-from dpa.models.policy import count_tokens
 from dpa.recipes.baselines.asking import with_system
-from dpa.recipes.baselines.lab import Lab, unstated
+from dpa.recipes.baselines.lab import Lab
 from dpa.storage.schemas import ANSWERS, WINNERS
 
 LOWEST, HIGHEST = 0.02, 0.98
@@ -123,19 +122,13 @@ def asking_best(lab: Lab, t: int, labelled: Labelled) -> Translate:
     The means are over answers to training prompts, the same under every label, sampled once in iteration t of `lab` and
     charged to it.
     """
-    row_tokens = count_tokens(lab.config.reference(lab.config.policy), unstated(lab.rated), lab.space) / len(lab.rated)
-    answers = max(2, int(SHARE * lab.budget / row_tokens))
+    answers = max(2, int(SHARE * lab.budget / lab.row_tokens))
     targets_LK = candidate_targets(
         labelled.scores_RK, lab.space, labelled.write, lab.config.seed, min(CANDIDATES, answers)
     )
-
-    def as_asked(target: Sequence[float]) -> np.ndarray:
-        return np.asarray(target)
-
-    ask = lab.sampler(labelled.policy, measuring=True, translate=asking_for(as_asked, labelled.write))
-    lab.rollout(
-        t, ask, targets_LK, count=max(1, answers // len(targets_LK))
-    )  # in the column `direction` stand the scores that were asked for
+    ask = lab.sampler(labelled.policy, measuring=True, translate=asking_for(np.asarray, labelled.write))
+    # In the column `direction` stand the scores that were asked for.
+    lab.rollout(t, ask, targets_LK, count=max(1, answers // len(targets_LK)))
     asked, scores_RK = lab.stage(t, "rollout").whole_table(), lab.objectives(lab.stage(t, "score"))
     places = places_of(map(tuple, asked["direction"].to_pylist()))
     known = {label: np.nanmean(scores_RK[own], axis=0) for label, own in places.items()}

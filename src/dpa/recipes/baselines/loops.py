@@ -33,4 +33,4 @@ def _from_t0(lab: Lab, start: str, fields: dict[str, Any]) -> RunConfig:
 
 def _trained(lab: Lab, name: str, policy: str) -> Trained:
     targets = load_space(policy).target_template is not None
-    return Trained(name, lambda: lab.sampler(policy, measuring=True), targets)
+    return lab.trained(name, policy, targets=targets)

@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 
 from dpa.core.records import Ledger
-from dpa.models.policy import count_tokens
-from dpa.recipes.baselines.lab import Lab, Method, Trained, unstated
+from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.labels import target_rule
 from dpa.training.grpo import GRPO
 
@@ -63,15 +62,14 @@ def train(lab: Lab) -> list[Trained]:
     policy: str | Path = lab.take_over_t0()
     left = lab.budget - _tokens(lab.stage(0, "taken_over").ledger)
     T, group, step = lab.config.iterations, lab.config.rollout.samples, lab.config.grpo.prompts_per_step
-    rated = unstated(lab.rated)
-    each = 1.5 * group * count_tokens(lab.config.reference(lab.config.policy), rated, lab.space) / len(rated)
+    each = 1.5 * group * lab.row_tokens
     targets = target_rule(lab.rated_scores(), lab.space)
     for t in range(1, T + 1):
         steps = max(1, round(left / (T - t + 1) / each / step))
         policy, cost = lab.practise(t, policy, steps * step, MOC, targets=targets)
         left -= _tokens(cost)
         each = _tokens(cost) / (steps * step)
-    return [Trained("MOC", lambda: lab.sampler(policy, measuring=True))]
+    return [lab.trained("MOC", policy)]
 
 
 def aims(scores_NK: np.ndarray, directions_NK: np.ndarray, targets_NK: np.ndarray, group: int) -> np.ndarray:

@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 
 from dpa.core.records import places_of
-from dpa.models.policy import count_tokens
 from dpa.recipes.baselines.asking import NearestSampler, without_direction
 from dpa.recipes.baselines.lab import Lab, Method, Trained, unstated
 from dpa.recipes.baselines.soups import wishes
@@ -35,8 +34,7 @@ def train(lab: Lab) -> list[Trained]:
     wishes_IK = wishes(lab.space)
     part = (1 - SFT_SHARE) * lab.budget / len(wishes_IK)
     rated, scores_RK = lab.rated, lab.rated_scores()
-    tokens = count_tokens(lab.config.reference(lab.config.policy), unstated(rated), lab.space) / len(rated)
-    count = max(1, round(part / (2 * tokens)))  # pairs beyond these would only be read by the reference
+    count = max(1, round(part / (2 * lab.row_tokens)))  # pairs beyond these would only be read by the reference
     policies = []
     for i, wish_K in enumerate(wishes_IK):
         goal = part * (len(wishes_IK) - i - 1)  # what must be left after this policy

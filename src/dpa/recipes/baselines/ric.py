@@ -29,8 +29,7 @@ OFFLINE, ROUNDS = 0.5, 2
 def train(lab: Lab) -> list[Trained]:
     """The policy after the last round, asked by the rule."""
     policy, write, kept_RK = labelled_policy(lab)
-    ask = asking(lab.space, kept_RK, write)
-    return [Trained("RiC", lambda: lab.sampler(policy, measuring=True, translate=ask))]
+    return [lab.trained("RiC", policy, asking(lab.space, kept_RK, write))]
 
 
 def labelled_policy(lab: Lab) -> Labelled:

@@ -15,8 +15,7 @@ from dpa.recipes.baselines.ric import ROUNDS, labelled_policy
 def train(lab: Lab) -> list[Trained]:
     """The same policy, asked by what its labels were seen to give."""
     labelled = labelled_policy(lab.ground)
-    ask = asking_best(lab, ROUNDS + 1, labelled)
-    return [Trained("RiC, best labels", lambda: lab.sampler(labelled.policy, measuring=True, translate=ask))]
+    return [lab.trained("RiC, best labels", labelled.policy, asking_best(lab, ROUNDS + 1, labelled))]
 
 
 METHOD = Method(

@@ -30,8 +30,7 @@ BOOTSTRAP = 1
 def train(lab: Lab) -> list[Trained]:
     """The policy after bootstrapping, asked by the rule."""
     policy, write, scores_RK = labelled_policy(lab)
-    ask = asking(lab.space, scores_RK, write)
-    return [Trained("SteerLM", lambda: lab.sampler(policy, measuring=True, translate=ask))]
+    return [lab.trained("SteerLM", policy, asking(lab.space, scores_RK, write))]
 
 
 def labelled_policy(lab: Lab) -> Labelled:
