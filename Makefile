@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 SLOW_BENCHES := $(addprefix bench/,tune_baselines.py studies.py reward_truthfulqa.py robust.py length_curve.py consumers.py card.py)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Where it is set, every process of a test session compiles the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo compare test check format docs bench clean
 

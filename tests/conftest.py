@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forks import Process, start
+from forks import Process, share_forks, start
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +18,11 @@ settings.register_profile("dpa", deadline=None, derandomize=True)  # a busy mach
 settings.load_profile("dpa")
 
 TESTS = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput") or config.getoption("numprocesses", None):  # pytest-xdist's processes
+        share_forks()
 
 
 def pytest_collection_finish() -> None:

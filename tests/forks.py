@@ -36,6 +36,8 @@ _context.set_forkserver_preload(
     ["dpa.recipes.compare", "dpa.cli.commands", "dpa.serve.command", "dpa.serve.engine", "accelerate.commands.launch"]
 )
 
+_SERVER = "DPA_TEST_FORKS"
+
 _CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 if sys.argv[1].startswith("-") and sys.argv[1] not in ("-m", "-c", "-u"):
@@ -58,6 +60,17 @@ if code < 0:
 os._exit(code)
 """
 """An interpreter's stand-in: it asks the tests for the fork, passes signals on, and ends as it ends."""
+
+
+def share_forks() -> None:
+    """Let all processes of a test session fork from one server: the first starts it, those it starts find it."""
+    server: Any = forkserver._forkserver
+    if _SERVER in os.environ:
+        server._forkserver_address, server.ensure_running = os.environ[_SERVER], lambda: None
+        server._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # it ends with the first process, not with this
+    else:
+        server.ensure_running()
+        os.environ[_SERVER] = server._forkserver_address
 
 
 class Process:

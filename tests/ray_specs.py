@@ -8,6 +8,8 @@ from typing import Any
 
 from fakes import FakeSampler
 
+from dpa.core.errors import ModelFileError
+
 
 @dataclass(frozen=True)
 class FakeSpec:
@@ -18,6 +20,8 @@ class FakeSpec:
     def build(self) -> Any:
         if self.sampler == "never":
             os._exit(9)
+        if self.sampler == "refused":
+            raise ModelFileError("model: it has other weights")
         return Deadly() if self.sampler == "deadly" else FakeSampler()
 
 

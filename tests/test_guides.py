@@ -9,7 +9,6 @@ import os
 import re
 import runpy
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi", reason="the server's libraries are not installed: pip install 'dpa[serve]'")
+from forks import interpreter
 from obedient_policy import QUESTIONS, SPACE, save_obedient_policy
 from serving import FakeUpstream, ServeProcess, events_of, gateway_before, in_thread, settings_with
 
@@ -87,7 +87,7 @@ def test_litellm_steers_and_sees_the_echo(gateway: str, tmp_path: Path) -> None:
 def test_stock_transformers_serve_is_steered_by_the_template_alone(policy: Path, tmp_path: Path) -> None:
     stock = ["transformers.cli.transformers", "serve", str(policy), "--port", "0", "--device", "cpu"]
     server = subprocess.Popen(
-        [sys.executable, "-m", *stock],
+        [interpreter(), "-m", *stock],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from tiny_models import SPACE, save_tiny_model
 from dpa.core.config import ClusterConfig, RewardConfig, RolloutConfig
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Sample, SampleRequest
+from dpa.core.reference import ModelReference
 from dpa.remote.ray_pool import RayPool
 from dpa.sampling.engines import build_samplers
-from dpa.sampling.ray_samplers import RaySampler, ray_samplers
+from dpa.sampling.ray_samplers import RaySampler, SameWeights, ray_samplers
 from dpa.sampling.samplers import sampler_spec
 from dpa.scoring.ray_scorers import ray_scorers
 from dpa.scoring.scorers import build_scorer
@@ -94,7 +96,7 @@ def test_no_cluster_at_the_address_is_one_sentence() -> None:
 
 
 def test_scores_of_a_cluster_are_those_of_this_process(cluster: Any, local: Path, tmp_path: Path) -> None:
-    with ray_scorers(reward(local), None, None, on(cluster, scorers=2)) as scorers:
+    with ray_scorers(reward(local), None, None, on(cluster)) as scorers:
         assert scorers[0].attributes == ("verbosity",)
         assert scorers[0].revision == build_scorer(reward(local)).revision
         score(StageFolder(tmp_path / "score"), StageFolder(local / "rollout"), PROMPTS, scorers)
@@ -110,7 +112,7 @@ def test_a_worker_that_dies_of_one_request_costs_the_others_nothing(cluster: Any
         assert StageFolder(tmp_path, "s").shard(0) is not None, "what was finished is kept"
 
 
-def test_what_cannot_work_is_one_sentence(cluster: Any, tmp_path: Path, local: Path) -> None:
+def test_what_cannot_work_is_one_sentence(cluster: Any) -> None:
     with (
         RayPool(FakeSpec("never"), 1, on(cluster), max_deaths=0) as pool,
         pytest.raises(EngineError, match="die while they start"),
@@ -122,14 +124,19 @@ def test_what_cannot_work_is_one_sentence(cluster: Any, tmp_path: Path, local: P
         pytest.raises(EngineError, match=r"each needs 64 CPUs .* has 2 CPUs"),
     ):
         pool.describe()
-    spec = sampler_spec(local / "model", CONFIG, SPACE)
-    other = save_tiny_model(tmp_path / "other", architecture="qwen2")
-    elsewhere = type(spec)(**{**vars(spec), "policy": str(other)})
     with (
-        ray_samplers(elsewhere, 1, on(cluster)) as (sampler,),
+        RayPool(FakeSpec("refused"), 1, on(cluster)) as pool,
         pytest.raises(ModelFileError, match="has other weights"),
     ):
-        rollout(StageFolder(tmp_path / "r", "s"), PROMPTS, SPACE, [sampler], CONFIG, seed=0)
+        pool.describe()
+
+
+def test_a_node_with_other_weights_than_the_run_started_with_is_refused(local: Path, tmp_path: Path) -> None:
+    spec = sampler_spec(local / "model", CONFIG, SPACE)
+    other = replace(spec, policy=ModelReference(str(save_tiny_model(tmp_path / "other", architecture="qwen2"))))
+    assert SameWeights(spec).build().revision == spec.revision
+    with pytest.raises(ModelFileError, match="has other weights"):
+        SameWeights(other).build()
 
 
 class KillsOnce:

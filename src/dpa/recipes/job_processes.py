@@ -2,6 +2,7 @@
 Run its tests: pytest tests/test_compare.py
 """
 
+import gc
 import os
 import signal
 import sys
@@ -161,6 +162,8 @@ def _serve(connection: Connection) -> None:
             job: Job = connection.recv()
         except EOFError:
             return
+        gc.collect()
+        gc.freeze()  # what the jobs before imported stays: a Trainer collects twice, a fifth of a short job's time
         with _output_to(job.folder / "log.txt"):
             try:
                 with end_on_signal(job.name):

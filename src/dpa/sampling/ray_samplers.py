@@ -32,12 +32,12 @@ class RaySampler:
 def ray_samplers(spec: SamplerSpec, workers: int, cluster: ClusterConfig) -> Iterator[list[Sampler]]:
     """`workers` samplers over as many actors; they end with the block. Raises ConfigError, EngineError."""
     here = replace(spec, policy=ModelReference.of(spec.policy).absolute(), threads=threads_of(cluster))
-    with RayPool(_SameWeights(here), workers, cluster) as pool:
+    with RayPool(SameWeights(here), workers, cluster) as pool:
         yield [RaySampler(pool, spec.revision) for _ in range(workers)]
 
 
 @dataclass(frozen=True)
-class _SameWeights:
+class SameWeights:
     """A SamplerSpec that is only built where its folder holds the weights it was made from."""
 
     spec: SamplerSpec
