@@ -14,6 +14,8 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # also written into the tokenizer's files, and so part of a revision
 
+gc.disable()  # until all is imported: hardly any of it is garbage, and it is gone over again and again
+
 settings.register_profile("dpa", deadline=None, derandomize=True)  # a busy machine fails no test; every run is the same
 settings.load_profile("dpa")
 
@@ -28,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish() -> None:
     """What was imported stays: a Trainer collects garbage twice, which else goes over a million objects each time."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

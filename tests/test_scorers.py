@@ -3,6 +3,7 @@ pytest tests/test_scorers.py
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -276,7 +277,8 @@ def test_functions_by_callable_module_and_file(tmp_path: Path) -> None:
     assert scorer.score([], []).shape == (0, 3)
 
 
-def test_revision_follows_the_source(tmp_path: Path) -> None:
+def test_revision_and_function_follow_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # a cache would take the second for the first
     revisions = []
     for body in ("1.0", "2.0", "1.0"):
         (tmp_path / "mine.py").write_text(f"def f(messages, response):\n    return {body}\n")
@@ -284,6 +286,7 @@ def test_revision_follows_the_source(tmp_path: Path) -> None:
         assert scorer.score([ASKED], ["x"]).item() == float(body)
         revisions.append(scorer.revision)
     assert revisions[0] == revisions[2] != revisions[1]
+    assert not (tmp_path / "__pycache__").exists()
 
 
 def test_a_function_that_fails_makes_its_row_nan(caplog: pytest.LogCaptureFixture) -> None:
