@@ -2,16 +2,26 @@
 Run: pytest tests/test_target_measures.py
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from test_targets import THREE, TWO
 
 from dpa.core.target_measures import ASKED, control_errors, target_grid
+from dpa.core.targets import read_target
 
 
 def test_every_objective_but_the_main_one_is_held_at_each_value() -> None:
     assert [str(target) for target in target_grid(TWO)] == [f"helpfulness*100; verbosity={value}" for value in ASKED]
     assert len(target_grid(THREE)) == 10
+
+
+@pytest.mark.parametrize(("step", "asked"), [(4, (8, 32, 48, 72, 88)), (25, (0, 25, 50, 75, 100)), (50, (0, 50, 100))])
+def test_what_is_asked_is_what_the_policy_reads(step: int, asked: tuple[int, ...]) -> None:
+    grid = target_grid(replace(TWO, target_step=step))
+    assert [target.values["verbosity"] for target in grid] == list(asked)
+    assert [read_target(replace(TWO, target_step=step), str(target)) for target in grid] == grid
 
 
 def test_errors_are_medians_over_answers_and_over_targets() -> None:

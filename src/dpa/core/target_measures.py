@@ -12,17 +12,17 @@ from dpa.core.measures import Interval, interval
 from dpa.core.targets import Held, Target, free_center
 
 ASKED = (10, 30, 50, 70, 90)
-"""Values asked of each objective in turn."""
+"""Values asked of each objective in turn, as the policy reads them: rounded to its `target_step`."""
 
 
 def target_grid(space: DirectionSpace) -> list[Target]:
     """Fixed targets for evaluation: each objective but the main one held at each of ASKED, the center's rest free."""
-    found = []
+    found, values = [], dict.fromkeys(round(value / space.target_step) * space.target_step for value in ASKED)
     for k, name in enumerate(space.names):
-        held: list[Held] = [tuple(value if place == k else None for place in range(space.K)) for value in ASKED]
+        held: list[Held] = [tuple(value if place == k else None for place in range(space.K)) for value in values]
         center_K = free_center(space, held[0])
         if name != main_objective(space) and center_K is not None:
-            found += [Target(space.names, tuple(center_K.tolist()), tuple(values)) for values in held]
+            found += [Target(space.names, tuple(center_K.tolist()), tuple(own)) for own in held]
     return found
 
 
