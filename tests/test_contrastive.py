@@ -3,6 +3,7 @@ pytest tests/test_contrastive.py
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -269,6 +270,14 @@ def test_a_target_is_contrasted_with_what_is_not_true_of_its_response() -> None:
     for stated in found[0]:
         held = np.array([value is not None for value in stated.held])
         assert not np.array(stated.direction)[held].any() and np.linalg.norm(stated.direction) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("step", "value", "score"), [(25, 50, 40.0), (50, 50, 30.0)])
+def test_what_a_coarse_step_says_of_a_response_is_not_wrong_of_it(step: int, value: int, score: float) -> None:
+    row = {"prompt_id": "p", "direction": [1.0, 0.0], "held": [None, value], "response": "So."}
+    rows = pa.Table.from_pylist([row | {"helpfulness": 50.0, "verbosity": score}])
+    space = replace(space_of("helpfulness", "verbosity"), target_step=step)
+    assert value not in {stated.held[1] for stated in negatives(rows, space, 9, seed=0)[0]}
 
 
 # --- whole trainings ----------------------------------------------------------------------------------------------

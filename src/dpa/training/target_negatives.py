@@ -28,7 +28,7 @@ def negatives(rows: pa.Table, space: DirectionSpace, count: int, seed: int) -> l
 
     A direction's row: `contrastive.negative_directions`. A target's: its numbers stated of other objectives, so that a
     policy has to read whose number it is, and other numbers stated of its own (mirrored on the scale); each further
-    than TOLERANCE from the score that the response has, drawn in random order.
+    from the score that the response has than TOLERANCE and than rounding to `target_step` goes, drawn in random order.
     """
     found = [[Stated(direction) for direction in own] for own in negative_directions(rows, space, count, seed)]
     held_R = held_values(rows)
@@ -38,7 +38,7 @@ def negatives(rows: pa.Table, space: DirectionSpace, count: int, seed: int) -> l
     scores_RK = number_matrix(rows, space.names)
     for row, (weights, held) in enumerate(zip(rows["direction"].to_pylist(), held_R, strict=True)):
         if held is not None:
-            wrong = [values for values in _others(held, space) if _is_wrong(values, scores_RK[row])]
+            wrong = [values for values in _others(held, space) if _is_wrong(values, scores_RK[row], space.target_step)]
             drawn = rng.permutation(len(wrong))[:count]
             found[row] = [Stated(wish_of(space, weights, wrong[place]).weights, wrong[place]) for place in drawn]
     return found
@@ -55,6 +55,6 @@ def _others(held: Held, space: DirectionSpace) -> list[Held]:
     return [tuple(dict(zip(at, values, strict=True)).get(k) for k in range(space.K)) for at, values in stated]
 
 
-def _is_wrong(held: Held, scores_K: np.ndarray) -> bool:
+def _is_wrong(held: Held, scores_K: np.ndarray, step: int) -> bool:
     apart = [abs(score - value) for score, value in zip(scores_K, held, strict=True) if value is not None]
-    return max(apart) > TOLERANCE
+    return max(apart) > max(TOLERANCE, step / 2)
