@@ -338,6 +338,8 @@ def test_moc_aims_are_signed_and_an_objective_that_is_not_named_does_not_matter(
     scores_NK[1] = np.nan
     assert (moc.aims(scores_NK, directions_NK, targets_NK, group=4)[:, 1] == 0).all()
     assert moc.aims(np.full((4, 3), 7.0), directions_NK, targets_NK, group=4).shape == (0, 4)
+    equal_NK = np.tile([91.27555772777217, 81.58535541215322, 5.0], (3, 1))  # their mean is not quite them
+    assert moc.aims(equal_NK, directions_NK[:3], targets_NK[:3], group=3).shape == (0, 3)
 
 
 # --- selection of the offline rows, budgets, DPO ---------------------------------------------------------------------

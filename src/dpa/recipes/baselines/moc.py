@@ -82,6 +82,7 @@ def aims(scores_NK: np.ndarray, directions_NK: np.ndarray, targets_NK: np.ndarra
     value_PGJ = np.ma.masked_invalid(value_NJ).reshape(-1, group, value_NJ.shape[1])
     spread_P1J = value_PGJ.std(axis=1, keepdims=True)
     advantages_PGJ = (value_PGJ - value_PGJ.mean(axis=1, keepdims=True)) / np.ma.maximum(spread_P1J, NOTHING)
+    advantages_PGJ = advantages_PGJ * (spread_P1J > NOTHING)  # a mean of equal values may differ from them
     advantages_JN = advantages_PGJ.filled(0.0).reshape(len(scores_NK), -1).T
     return advantages_JN[np.linalg.norm(advantages_JN, axis=1) > NOTHING]
 
