@@ -182,9 +182,10 @@ def test_candidate_labels_are_apart_and_as_many_as_are_asked_for() -> None:
 
 
 def test_the_best_label_is_the_one_whose_answers_score_highest_under_the_direction(lab: Lab, tmp_path: Path) -> None:
-    """The policy answers its label and the scorer reads there what that label gives: not what it asks for."""
-    gives = {"a": (80.0, 10.0, 0.0), "b": (60.0, 90.0, 0.0), "c": (70.0, 50.0, 95.0)}
-    targets = {name: np.array(asked) for name, asked in zip(gives, np.eye(3), strict=True)}
+    """The policy answers its label and the scorer reads there what that label gives: not what it asks for. A label of
+    which no answer could be scored is not the best."""
+    gives = {"a": (80.0, 10.0, 0.0), "b": (60.0, 90.0, 0.0), "c": (70.0, 50.0, 95.0), "unscored": (np.nan,) * 3}
+    targets = {name: np.array(asked) for name, asked in zip(gives, [*np.eye(3), np.ones(3)], strict=True)}
 
     def write(scores_K: np.ndarray) -> str:
         return min(targets, key=lambda name: float(np.abs(targets[name] - scores_K).sum()))

@@ -131,7 +131,8 @@ def asking_best(lab: Lab, t: int, labelled: Labelled) -> Translate:
     lab.rollout(t, ask, targets_LK, count=max(1, answers // len(targets_LK)))
     asked, scores_RK = lab.stage(t, "rollout").whole_table(), lab.objectives(lab.stage(t, "score"))
     places = places_of(map(tuple, asked["direction"].to_pylist()))
-    known = {label: np.nanmean(scores_RK[own], axis=0) for label, own in places.items()}
+    scored = {label: scores_RK[own][np.isfinite(scores_RK[own]).all(axis=1)] for label, own in places.items()}
+    known = {label: own_RK.mean(axis=0) for label, own_RK in scored.items() if len(own_RK)}
     tried_LK, mean_LK = np.array(list(known)), np.array(list(known.values()))
 
     def best(direction: Sequence[float]) -> np.ndarray:
