@@ -210,12 +210,15 @@ def test_the_best_label_is_the_one_whose_answers_score_highest_under_the_directi
         def sampler(self, policy: object, measuring: bool = False, translate: object = None) -> TranslatingSampler:
             return TranslatingSampler(Repeats(), translate)  # type: ignore[arg-type]
 
-    bench = Bench(lab.config, lab.shared, tmp_path, lab.budget)
+    several = lab.config.rollout.model_copy(update={"samples": 3})
+    bench = Bench(lab.config.model_copy(update={"rollout": several}), lab.shared, tmp_path, lab.budget)
     ask = asking_best(bench, 3, Labelled(Path("policy"), write, np.array([[0.0] * 3, [1.0] * 3])))
     half = 0.5**0.5
     for direction, label in (((half, -half, 0.0), "a"), ((half, half, 0.0), "b"), ((half, 0.0, half), "c")):
         assert ask(SampleRequest(QUESTION.messages, direction, (1,))).messages[0]["content"] == label
-    assert spent(tmp_path).tokens_generated == 5 * len(bench.stage(3, "rollout").whole_table()) > 0
+    asked = bench.stage(3, "rollout").whole_table()
+    assert spent(tmp_path).tokens_generated == 5 * len(asked) > 0
+    assert set(asked["k"].to_pylist()) == {0}, "one answer each, however many a rollout samples"
 
 
 # --- soups -----------------------------------------------------------------------------------------------------------

@@ -145,11 +145,18 @@ class Lab(Run):
         return sampler_spec(self.config.reference(policy), self.config.rollout.model_copy(update=changes), self.space)
 
     def rollout(
-        self, t: int, sampler: Sampler, directions_DK: np.ndarray | None = None, count: int | None = None
+        self,
+        t: int,
+        sampler: Sampler,
+        directions_DK: np.ndarray | None = None,
+        count: int | None = None,
+        **changes: Any,
     ) -> None:
-        """Sample the prompts of iteration t, the first `count` of them where one is given; score every candidate."""
+        """Sample the prompts of iteration t, the first `count` of them where one is given, as `config.rollout` and
+        `changes` of it say; score every candidate."""
         prompts, candidates = self.prompts(t)[:count], self.stage(t, "rollout")
-        rollout(candidates, prompts, self.space, [sampler], self.config.rollout, self.config.seed, directions_DK)
+        how = self.config.rollout.model_copy(update=changes)
+        rollout(candidates, prompts, self.space, [sampler], how, self.config.seed, directions_DK)
         score(self.stage(t, "score"), candidates, prompts, self.scorer)
 
     def candidates(self, t: int) -> tuple[pa.Table, np.ndarray]:

@@ -119,8 +119,8 @@ def candidate_targets(
 def asking_best(lab: Lab, t: int, labelled: Labelled) -> Translate:
     """Translate a direction v into the label whose answers the reward model scores highest: argmax_l v . mean r(y_l).
 
-    The means are over answers to training prompts, the same under every label, sampled once in iteration t of `lab` and
-    charged to it.
+    The means are over one answer to each of some training prompts, the same under every label, sampled once in
+    iteration t of `lab` and charged to it.
     """
     answers = max(2, int(SHARE * lab.budget / lab.row_tokens))
     targets_LK = candidate_targets(
@@ -128,7 +128,7 @@ def asking_best(lab: Lab, t: int, labelled: Labelled) -> Translate:
     )
     ask = lab.sampler(labelled.policy, measuring=True, translate=asking_for(np.asarray, labelled.write))
     # In the column `direction` stand the scores that were asked for.
-    lab.rollout(t, ask, targets_LK, count=max(1, answers // len(targets_LK)))
+    lab.rollout(t, ask, targets_LK, count=max(1, answers // len(targets_LK)), samples=1)
     asked, scores_RK = lab.stage(t, "rollout").whole_table(), lab.objectives(lab.stage(t, "score"))
     places = places_of(map(tuple, asked["direction"].to_pylist()))
     scored = {label: scores_RK[own][np.isfinite(scores_RK[own]).all(axis=1)] for label, own in places.items()}
