@@ -20,7 +20,7 @@ from dpa.core.config import RatingsConfig
 from dpa.core.errors import DataError, ModelFileError
 from dpa.core.records import Sample, SampleRequest
 from dpa.models.policy import load_policy
-from dpa.recipes.baselines import demonstrations, dpo, moc, modpo, prompted, soups, steerlm
+from dpa.recipes.baselines import demonstrations, dpo, moc, modpo, prompted, ric, soups, steerlm
 from dpa.recipes.baselines.asking import NearestSampler, TranslatingSampler, with_system, without_direction
 from dpa.recipes.baselines.lab import Lab, spent, unstated
 from dpa.recipes.baselines.labels import (
@@ -168,6 +168,20 @@ def test_rewards_in_context_keeps_what_no_other_answer_to_the_prompt_dominates()
     scores_RK = np.array([[90, 50, 0], [60, 50, 0], [60, 10, 0], [50, 50, 0]], dtype=float)
     # the second is worse in every wish; the third is terser; the fourth belongs to another prompt
     assert near_front(["p", "p", "p", "q"], scores_RK, SPACE3).tolist() == [0, 2, 3]
+
+
+def test_rewards_that_do_not_vary_are_written_as_their_mean(lab: Lab, tmp_path: Path) -> None:
+    class Constant(Lab):
+        def rated_scores(self) -> np.ndarray:
+            return np.column_stack([np.arange(len(self.rated)), np.full((len(self.rated), 2), 40.0)])
+
+        def finetune(self, t: int, policy: object, rows: pa.Table, tokens: float) -> Path:
+            texts = {json.loads(text)[0]["content"].partition("verbosity")[2] for text in rows["messages"].to_pylist()}
+            assert texts == {" 0 warmth 0"}
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        ric.train(Constant(lab.config, lab.shared, tmp_path, lab.budget))
 
 
 def test_candidate_labels_are_apart_and_as_many_as_are_asked_for() -> None:

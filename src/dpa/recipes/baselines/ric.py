@@ -12,12 +12,15 @@ cone's edges, because less of an objective is a wish too; desired rewards online
 the budget offline, a quarter for each round.
 """
 
+from functools import partial
+
 import numpy as np
 import pyarrow as pa
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.measures import edge_directions, pareto_front
 from dpa.core.records import places_of
+from dpa.core.selection import standard_deviations
 from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.labels import Labelled, asking, labelled
 from dpa.storage.schemas import ANSWERS
@@ -35,12 +38,7 @@ def train(lab: Lab) -> list[Trained]:
 def labelled_policy(lab: Lab) -> Labelled:
     """The policy after the last of the ROUNDS."""
     rated, scores_RK = lab.rated, lab.rated_scores()
-    mean_K, spread_K = np.nanmean(scores_RK, axis=0), np.nanstd(scores_RK, axis=0)
-
-    def write(scores_K: np.ndarray) -> str:
-        tenths_K = np.clip(np.round(10 * (scores_K - mean_K) / spread_K), -99, 99).astype(int)
-        return " ".join(f"{name} {value}" for name, value in zip(lab.space.names, tenths_K, strict=True))
-
+    write = partial(write_rewards, lab.space, np.nanmean(scores_RK, axis=0), standard_deviations(scores_RK))
     policy = lab.finetune(0, lab.config.policy, labelled(rated, scores_RK, write), OFFLINE * lab.budget)
     good = near_front(rated["prompt_id"].to_pylist(), scores_RK, lab.space)
     kept, kept_RK = rated.take(pa.array(good)), scores_RK[good]
@@ -54,6 +52,12 @@ def labelled_policy(lab: Lab) -> Labelled:
         kept_RK = np.concatenate([kept_RK, own_RK[good]])
         policy = lab.finetune(t, policy, labelled(kept, kept_RK, write), lab.left - goal)
     return Labelled(policy, write, kept_RK)
+
+
+def write_rewards(space: DirectionSpace, mean_K: np.ndarray, spread_K: np.ndarray, scores_K: np.ndarray) -> str:
+    """`helpfulness 12 verbosity -5`: standardised scores in tenths."""
+    tenths_K = np.clip(np.round(10 * (scores_K - mean_K) / spread_K), -99, 99).astype(int)
+    return " ".join(f"{name} {value}" for name, value in zip(space.names, tenths_K, strict=True))
 
 
 def near_front(prompt_ids: list[str], scores_RK: np.ndarray, space: DirectionSpace) -> np.ndarray:
