@@ -312,6 +312,13 @@ def test_modpos_pairs_follow_the_largest_objective_and_their_margin_is_what_the_
     assert less["chosen"].to_pylist() == ["bad"] * modpo.PAIRS, "less of it is wished"
 
 
+def test_without_two_responses_to_a_prompt_there_is_no_pair_and_a_sentence_says_so(lab: Lab, tmp_path: Path) -> None:
+    rated = pa.table({"prompt_id": ["p", "q"], "messages": ["[]"] * 2, "response": ["a", "b"], "complete": [True] * 2})
+    pairs, _ = modpo.margin_pairs(rated, np.array([[90.0, 10.0, 0.0], [10.0, 60.0, 40.0]]), np.eye(3)[0], seed=0)
+    with pytest.raises(DataError, match=r"iter_1: no prompt .* has two responses .*; rate several"):
+        in_folder(lab, tmp_path).prefer(1, lab.config.policy, pairs, 1000)
+
+
 def test_a_direction_is_answered_by_the_policy_of_the_nearest_wish() -> None:
     class Named:
         def __init__(self, revision: str) -> None:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from dpa.core.comparison import Entry
 from dpa.core.config import PromptsConfig, RewardConfig, RunConfig, SelectionConfig
 from dpa.core.directions import DirectionSpace
-from dpa.core.errors import RunFolderError, TrainingError
+from dpa.core.errors import DataError, RunFolderError, TrainingError
 from dpa.core.records import Ledger, Prompt, Sampler, messages_text, stable_hash
 from dpa.core.reference import ModelReference
 from dpa.models.policy import count_tokens
@@ -192,7 +192,12 @@ class Lab(Run):
 
     def prefer(self, t: int, policy: str | Path, pairs: pa.Table, tokens: float, **changes: Any) -> Path:
         """The same by DPO on pairs (columns `chosen` and `rejected` instead of `response`), `config.dpo` and `changes`
-        of it saying how."""
+        of it saying how. Raises DataError where there are none."""
+        if not len(pairs):
+            raise DataError(
+                f"iter_{t}: no prompt of the rated data has two responses of which one is better, so there is no pair "
+                "to learn from; rate several responses to a prompt, or leave this method out."
+            )
         sides = [pairs.append_column("response", pairs[side]) for side in ("chosen", "rejected")]
         epochs = tokens / sum(count_tokens(self.config.reference(policy), rows, self.space) for rows in sides)
         return self._train(t, policy, pairs, learner_named("dpo"), epochs=epochs, **changes)
