@@ -85,6 +85,8 @@ def test_a_share_of_one_is_that_policy_exactly_and_each_direction_has_its_own_mi
     assert len({answers[place][0].text for place in range(3)}) == 3
     told = MixedLogitsSampler(folders, lambda v: (1.0, 0.0), spec, states_direction=True)
     assert told.sample(asked[:1]) == spec.build().sample(asked[:1])
+    with pytest.raises(ValueError, match="no target"):
+        mixed.sample([replace(asked[0], held=(None, 40))])
 
 
 def test_policies_of_unlike_vocabularies_are_refused_in_one_sentence(folders: list[str], tmp_path: Path) -> None:

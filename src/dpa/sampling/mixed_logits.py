@@ -124,6 +124,8 @@ class MixedLogitsSampler(TransformersSampler):
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
         """One Sample per seed of each request (core.records.Sampler). Raises EngineError."""
+        if not self._states_direction and any(request.held is not None for request in requests):
+            raise ValueError("a mixture that states no direction can be asked for no target")
         answers: list[list[Sample]] = [[] for _ in requests]
         shares = [tuple(self._shares(request.direction)) for request in requests]
         for own, places in places_of(shares).items():
