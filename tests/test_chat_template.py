@@ -312,7 +312,7 @@ def test_the_worker_ends_with_its_process_and_a_fork_gets_its_own() -> None:
 
 
 def test_a_policy_that_knows_targets_is_told_them_byte_for_byte(render) -> None:
-    space = replace(SPACE, target_template="Be kind, reach {weighted_rating} {and} {values}.")
+    space = replace(SPACE, target_template="Be kind, reach {weighted_rating} {and} {values}, @step@.")
     template = steerable_template(None, space)
     for wish in ("helpfulness; verbosity=40", "helpfulness*0.8 - verbosity*0.6", "helpfulness; verbosity=0.5"):
         preference = read_wish(space, wish).as_mapping()

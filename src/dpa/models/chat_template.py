@@ -161,8 +161,8 @@ def steerable_template(base_template: str | None, space: DirectionSpace, default
     literals = {"@names@": _literal(list(space.names)), "@before@": _literal(before), "@after@": _literal(after)}
     literals |= {"@held_is_checked@": "", "@held_is_stated@": ""}
     if space.target_template is not None:
-        stated = _HELD_IS_STATED.replace("@target@", _target_text(space.target_template))
-        stated = stated.replace("@step@", str(space.target_step))
+        stated = _HELD_IS_STATED.replace("@step@", str(space.target_step))
+        stated = stated.replace("@target@", _target_text(space.target_template))
         literals |= {"@held_is_checked@": _HELD_IS_CHECKED, "@held_is_stated@": stated}
     filled = "@(?:names|before|after|held_is_checked|held_is_stated)@"
     sentence = re.sub(filled, lambda match: literals[match.group()], _SENTENCE)
