@@ -11,6 +11,7 @@ from fakes import space_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpa.core.config import SpaceConfig
 from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import DirectionError, OutsideConeError
 from dpa.core.sentences import target_template_of
@@ -153,6 +154,9 @@ def test_a_space_that_knows_targets_travels_with_its_model() -> None:
     for template in ("no place for anything", "{weighted_rating}", "{values}", 7):
         with pytest.raises(DirectionError, match="target_template: it must contain"):
             replace(THREE, target_template=template)
+    empty = SpaceConfig(objectives={"helpfulness": None, "verbosity": None}, target_template="")
+    with pytest.raises(DirectionError, match="target_template: it must contain"):
+        empty.build(targets=True)
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------

@@ -157,6 +157,7 @@ class SpaceConfig(_Section):
     def build(self, targets: bool = False) -> DirectionSpace:
         """Make the DirectionSpace this section describes; with `targets`, one that states them."""
         objectives = tuple(Objective(name, dict(parts or {name: 1.0})) for name, parts in self.objectives.items())
+        stated = target_template_of(self.template) if self.target_template is None else self.target_template
         return DirectionSpace(
             objectives=objectives,
             center=self.center,
@@ -166,7 +167,7 @@ class SpaceConfig(_Section):
             training_angle=self.training_angle,
             training_ends=self.training_ends,
             training_arcs=self.training_arcs,
-            target_template=(self.target_template or target_template_of(self.template)) if targets else None,
+            target_template=stated if targets else None,
             target_step=self.target_step if targets else 1,
         )
 
