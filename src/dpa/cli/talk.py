@@ -14,7 +14,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError, DirectionError, OutsideConeError
 from dpa.core.records import Messages, SampleRequest, seed_of
 from dpa.core.reference import ModelReference
-from dpa.core.targets import Wish, numbers_of, read_wish
+from dpa.core.targets import Target, Wish, numbers_of, read_wish
 from dpa.models.files import SPACE_FILE, folder_revision, resolve_model
 from dpa.models.policy import encode_prompt
 from dpa.sampling.best_of import BestOfSampler, RobustSampler
@@ -37,6 +37,8 @@ def answer(
         raise ConfigError("--robust: it picks among candidates; add --best-of 4 or more.")
     folder = None if best_of == 1 else _reward_folder(model, reward)
     space, sampler, chosen = _open(model, direction, temperature, max_new_tokens, clamp, named)
+    if robust and isinstance(chosen, Target):
+        raise ConfigError("--robust: a target has no neighbours; leave it out, --best-of picks among answers to it.")
     if folder is not None:
         check_in_run(folder)
         kind = RobustSampler if robust else BestOfSampler
