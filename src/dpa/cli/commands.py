@@ -39,7 +39,12 @@ Shard = Annotated[
 ModelFolder = Annotated[str, typer.Argument(help="Model folder made by the loop (its dpa_config.json says the space).")]
 DirectionText = Annotated[
     str | None,
-    typer.Option("--direction", "-d", help='"helpfulness*0.8 - verbosity*0.6", "-15deg" (two objectives) or a preset.'),
+    typer.Option(
+        "--direction",
+        "-d",
+        help='"helpfulness*0.8 - verbosity*0.6", "-15deg" (two objectives), a preset, or, where the policy was trained '
+        'on targets, "helpfulness; verbosity=40".',
+    ),
 ]
 Temperature = Annotated[float, typer.Option(help="Softmax temperature.", min=0.01)]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
