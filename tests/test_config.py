@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from fakes import run_config
 from pydantic import BaseModel
 
 from dpa.core.compare_config import CompareConfig
@@ -220,6 +221,18 @@ def test_what_a_section_s_fields_say_together_is_one_sentence_without_the_sectio
     with pytest.raises(ConfigError) as caught:
         parse_config({}, RewardConfig)
     assert str(caught.value) == said.removeprefix("reward: ")
+
+
+@pytest.mark.parametrize("selection", [{"targets": 0.25}, {"utility": "ray"}], ids=str)
+def test_what_goes_by_the_scale_takes_objectives_on_it(selection: dict[str, Any], tmp_path: Path) -> None:
+    def objectives(**parts: float) -> dict[str, Any]:
+        return {"objectives": {"helpfulness": None, "brevity": parts}}
+
+    for parts, ends in (({"verbosity": -1.0}, "-100 to 0"), ({"a": 1.0, "b": 0.5}, "0 to 150")):
+        with pytest.raises(ConfigError, match=rf"space.objectives: `brevity` goes from {ends}, and .* add up to 1"):
+            run_config(tmp_path, space=objectives(**parts), selection=selection)
+        run_config(tmp_path, space=objectives(**parts))
+    run_config(tmp_path, space=objectives(a=0.1, b=0.2, c=0.7), selection=selection)
 
 
 class _WithReward(BaseModel):

@@ -27,7 +27,7 @@ from dpa.core.directions import DirectionSpace, Objective
 from dpa.core.errors import ConfigError
 from dpa.core.lookup import nearest
 from dpa.core.presets import SPACES
-from dpa.core.records import stable_hash
+from dpa.core.records import SCALE, stable_hash
 from dpa.core.reference import ModelReference
 from dpa.core.sentences import PUBLISHED_TEMPLATE, target_template_of
 from dpa.core.yaml_text import parse_yaml
@@ -756,6 +756,21 @@ class RunConfig(RewardRunConfig):
     def _winners_of_one_pool(self) -> "RunConfig":
         if self.selection.rejected == "other_direction" and self.selection.method == "per_direction":
             raise ValueError("selection.rejected other_direction takes winners of one pool; take method pooled")
+        return self
+
+    @model_validator(mode="after")
+    def _objectives_on_the_scale(self) -> "RunConfig":
+        """Values of targets, and where rays start, are those of the scale."""
+        rays = "selection.utility ray" if self.selection.utility == "ray" else ""
+        asking = "selection.targets" if self.selection.target_share > 0 else rays
+        for name, parts in self.space.objectives.items() if asking else ():
+            weights = (parts or {name: 1.0}).values()
+            low, high = (SCALE[1] * sum(end(weight, 0.0) for weight in weights) for end in (min, max))
+            if low < SCALE[0] or high > SCALE[1] * (1 + 1e-6):
+                raise ValueError(
+                    f"space.objectives: `{name}` goes from {low:g} to {high:g}, and {asking} needs {SCALE[0]:g} to "
+                    f"{SCALE[1]:g}; weigh its attributes by positive numbers that add up to 1"
+                )
         return self
 
 
