@@ -195,6 +195,13 @@ def test_candidate_labels_are_apart_and_as_many_as_are_asked_for() -> None:
     assert len(candidate_targets(scores_RK, SPACE3, write, seed=0, most=20)) == 20
 
 
+def test_of_many_objectives_not_every_combination_is_written_down() -> None:
+    space = space_of(*"abcdefghijklmnopqrstuvwxyz")
+    scores_RK = np.random.default_rng(0).uniform(0, 100, (100, space.K))
+    targets_LK = candidate_targets(scores_RK, space, partial(steerlm.write_label, space), seed=0)
+    assert targets_LK.shape == (80, space.K)
+
+
 def test_the_best_label_is_the_one_whose_answers_score_highest_under_the_direction(lab: Lab, tmp_path: Path) -> None:
     """The policy answers its label and the scorer reads there what that label gives: not what it asks for. A label of
     which no answer could be scored is not the best."""

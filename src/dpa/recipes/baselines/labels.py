@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ LOWEST, HIGHEST = 0.02, 0.98
 WISHED, ALWAYS_WISHED = (0.0, 0.25, 0.5, 0.75, 1.0), (0.6, 0.8, 1.0)
 """Shares of the way from the least to the most at which candidates stand, for an objective of which less may be wished
 and for one of which more always is."""
+LATTICE = 10_000
+"""Combinations that are written down at most."""
 CANDIDATES, SHARE = 80, 0.1
 """Labels that are tried at most, and the share of the budget that trying them would cost if every answer were as long
 as a rated row, prompt included; answers alone are counted, so that it costs less than half of that."""
@@ -105,15 +108,20 @@ def asking_for(targets: Callable[[Sequence[float]], np.ndarray], write: Write) -
 def candidate_targets(
     scores_RK: np.ndarray, space: DirectionSpace, write: Write, seed: int, most: int = CANDIDATES
 ) -> np.ndarray:
-    """targets_LK that are labels apart: combinations of a few values of each objective, `most` of them, or all."""
+    """targets_LK that are labels apart: combinations of a few values of each objective, `most` of them, or all; of more
+    than LATTICE combinations (seven objectives) as many drawn at random."""
     least_K, most_K = np.nanquantile(scores_RK, [LOWEST, HIGHEST], axis=0)
     lowest_K, _ = weight_range(space)
-    shares_LK = np.array(list(product(*(ALWAYS_WISHED if lowest > 0 else WISHED for lowest in lowest_K))))
+    steps, rng = [ALWAYS_WISHED if lowest > 0 else WISHED for lowest in lowest_K], np.random.default_rng(seed)
+    if prod(map(len, steps)) <= LATTICE:
+        shares_LK = np.array(list(product(*steps)))
+    else:
+        shares_LK = np.stack([rng.choice(own, LATTICE) for own in steps], axis=1)
     targets_LK = least_K + shares_LK * (most_K - least_K)
     targets_LK = targets_LK[[places[0] for places in places_of(map(write, targets_LK)).values()]]
     if len(targets_LK) <= most:
         return targets_LK
-    return targets_LK[np.sort(np.random.default_rng(seed).choice(len(targets_LK), most, replace=False))]
+    return targets_LK[np.sort(rng.choice(len(targets_LK), most, replace=False))]
 
 
 def asking_best(lab: Lab, t: int, labelled: Labelled) -> Translate:
