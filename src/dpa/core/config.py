@@ -717,7 +717,7 @@ class RewardRunConfig(_Section):
         return ModelReference(str(model), self.remote_code_revision)
 
     def direction_space(self) -> DirectionSpace:
-        """The space of the run; one that trains targets states them."""
+        """The space of the run."""
         return self.space.build()
 
 
