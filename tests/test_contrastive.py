@@ -280,6 +280,14 @@ def test_what_a_coarse_step_says_of_a_response_is_not_wrong_of_it(step: int, val
     assert value not in {stated.held[1] for stated in negatives(rows, space, 9, seed=0)[0]}
 
 
+def test_a_number_stated_of_what_was_weighed_leaves_the_rest_of_the_center_free() -> None:
+    row = {"prompt_id": "p", "direction": [1.0, 0.0], "held": [None, 40], "response": "So."}
+    rows = pa.Table.from_pylist([row | {"helpfulness": 90.0, "verbosity": 40.0}])
+    space = space_of("helpfulness", "verbosity", center={"helpfulness": 0.8, "verbosity": -0.6})
+    found = {stated.held: tuple(stated.direction) for stated in negatives(rows, space, 9, seed=0)[0]}
+    assert found == {(40, None): (0.0, -1.0), (None, 60): (1.0, 0.0)}
+
+
 # --- whole trainings ----------------------------------------------------------------------------------------------
 
 POOLS = rows_of([[(UP, "So it is. " * (1 + i % 3)), (DOWN, "No." + "!" * (i % 3))] for i in range(8)])

@@ -11,7 +11,7 @@ import pyarrow as pa
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import SCALE
 from dpa.core.target_selection import TOLERANCE, can_be_held
-from dpa.core.targets import Held, wish_of
+from dpa.core.targets import Held, free_center, wish_of
 from dpa.storage.schemas import held_values, number_matrix
 from dpa.training.contrastive import negative_directions
 
@@ -40,8 +40,18 @@ def negatives(rows: pa.Table, space: DirectionSpace, count: int, seed: int) -> l
         if held is not None:
             wrong = [values for values in _others(held, space) if _is_wrong(values, scores_RK[row], space.target_step)]
             drawn = rng.permutation(len(wrong))[:count]
-            found[row] = [Stated(wish_of(space, weights, wrong[place]).weights, wrong[place]) for place in drawn]
+            found[row] = [Stated(_free_weights(space, weights, wrong[place]), wrong[place]) for place in drawn]
     return found
+
+
+def _free_weights(space: DirectionSpace, weights: Sequence[float], held: Held) -> Sequence[float]:
+    """The row's own direction as far as `held` leaves it free; the center's rest where it leaves nothing."""
+    free_K = np.where([value is None for value in held], weights, 0.0)
+    if np.linalg.norm(free_K) > 1e-6:
+        return wish_of(space, free_K.tolist(), held).weights
+    center_K = free_center(space, held)
+    assert center_K is not None  # can_be_held
+    return center_K.tolist()
 
 
 def _others(held: Held, space: DirectionSpace) -> list[Held]:
