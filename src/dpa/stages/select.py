@@ -93,7 +93,7 @@ def select_winners(
     column `held`; pooled winners only.
 
     `pairs`: multi-objective online DPO (arXiv 2503.00295) instead of winners alone: (chosen, rejected) of the pool
-    under the same v . r. Published: prompts carry the weights they are judged by, the pair is the better and the worse
+    by the same utility. Published: prompts carry the weights they are judged by, the pair is the better and the worse
     of two samples under them. Ours: the pair is the best and the worst (or a random one) of the pool, `per_direction`
     with two samples being theirs; directions are signed and drawn by angle, theirs are weights from a Dirichlet.
 
