@@ -113,6 +113,15 @@ def test_what_can_be_known_to_be_wrong_is_said_before_any_work(finished: tuple[P
     elsewhere = {**SMALL, "out": str(tmp_path / "run")}
     with pytest.raises(ConfigError, match=r"evaluate\.gold.*missing: warmth"):
         Loop(load_config(recipe, {**elsewhere, "evaluate.gold": "{helpfulness: a:b, verbosity: a:b}"}))
+    named = {
+        "space.objectives": "{held: {critics-overall: 1}, verbosity: {readers-verbosity: 1}}",
+        "space.presets": "{}",
+        "evaluate.gold": "{}",
+    }
+    with pytest.raises(ConfigError, match="`held` is the name of a column"):
+        Loop(load_config(recipe, {**elsewhere, **named}))
+    with pytest.raises(ConfigError, match="cannot be called 'valid'"):
+        Loop(load_config(recipe, {**elsewhere, "reward": "{functions: {valid: dpa.world.true_reward:warmth}}"}))
     with pytest.raises(ConfigError, match=r"reward\.train: there are no ratings"):
         Loop(load_config(recipe, {**elsewhere, "ratings": "[]"}))
     assert not (tmp_path / "run").exists()

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from dpa.core.config import RewardConfig, RewardRunConfig, RunConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError
@@ -13,6 +15,7 @@ from dpa.models.files import GGUF_SUFFIX
 from dpa.sampling.engines import engine_named
 from dpa.scoring.scorers import known_attributes
 from dpa.storage.rating_forms import declared_scales
+from dpa.storage.schemas import PAIRS, SCORES, WINNERS, name_taken, with_held
 from dpa.training.learners import learner_of
 
 BYTES_PER_CANDIDATE = 4_000
@@ -34,6 +37,11 @@ def check_run(config: RunConfig) -> None:
             f"evaluate.gold: its names must be the objectives {', '.join(space.names)}; "
             f"{'missing' if missing else 'unknown'}: {', '.join(missing or unknown)}."
         )
+    columns = with_held(pa.unify_schemas([WINNERS, PAIRS]))
+    if taken := name_taken(columns, space.names):
+        raise ConfigError(
+            f"space.objectives: `{taken}` is the name of a column of the selection; rename the objective."
+        )
     engine_named(config.rollout.engine.kind)
     for t in (first, first + 1):
         learner_of(config, t).check(config)
@@ -52,7 +60,9 @@ def check_rewards(config: RewardRunConfig) -> None:
 
 
 def check_attributes(space: DirectionSpace, attributes: Sequence[str]) -> None:
-    """Every attribute of an objective is scored. Raises ConfigError."""
+    """Every attribute of an objective is scored, and none has the name of a column. Raises ConfigError."""
+    if taken := name_taken(SCORES, attributes):
+        raise ConfigError(f"reward: an attribute cannot be called {taken!r}, as a column of scores is; rename it.")
     for objective in space.objectives:
         for name in objective.attributes:
             if name not in attributes:
