@@ -28,7 +28,8 @@ import httpx
 import torch
 
 from dpa.core.config import EngineConfig, HttpEngineConfig, RolloutConfig
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
+from dpa.core.objective import Objective
 from dpa.core.records import Prompt
 from dpa.models.policy import load_policy, save_policy
 from dpa.remote.http_pool import HttpPool

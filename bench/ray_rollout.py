@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from dpa.core.config import ClusterConfig, RolloutConfig
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
+from dpa.core.objective import Objective
 from dpa.core.records import Prompt, Sampler
 from dpa.sampling.engines import build_samplers
 from dpa.sampling.ray_samplers import ray_samplers

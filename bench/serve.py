@@ -111,7 +111,8 @@ async def load(url: str, clients: int, seconds: float, processes: list[psutil.Pr
 
 def steerable_start_model(folder: Path) -> Path:
     """The demo's start model with a direction space."""
-    from dpa.core.directions import DirectionSpace, Objective
+    from dpa.core.directions import DirectionSpace
+    from dpa.core.objective import Objective
     from dpa.models.policy import load_policy, save_policy
     from dpa.world.demo import START_MODEL
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from dpa.core.config import RunConfig, parse_config
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import EngineError
+from dpa.core.objective import Objective
 from dpa.core.records import Messages, Prompt, Sample, SampleRequest
 from dpa.storage.run_folder import StageFolder
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from browser import chromium, watched_page
 
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
+from dpa.core.objective import Objective
 
 pytest.importorskip("fastapi", reason="the server's libraries are not installed: pip install 'dpa[serve]'")
 from fake_gateway import FakeGateway

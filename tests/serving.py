@@ -23,7 +23,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
+from dpa.core.objective import Objective
 from dpa.serve.connections import bounded
 from dpa.serve.gateway import Gateway
 from dpa.serve.http import Server

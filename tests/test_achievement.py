@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
+from dpa.core.objective import Objective
 from dpa.pages.achievement import achievement
 from dpa.pages.report_charts import asked_signs
 

@@ -18,8 +18,9 @@ from real_templates import TEMPLATES
 from tiny_models import CHAT_TEMPLATE, SPACE, tiny_tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
+from dpa.core.objective import Objective
 from dpa.core.targets import read_wish, sentence
 from dpa.models.chat_template import PLAIN_TEMPLATE, has_system_role, render_chat, steerable_template
 from dpa.models.chat_template import render as render_bounded

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpa.core.directions import PUBLISHED_TEMPLATE, Direction, DirectionSpace, Objective
+from dpa.core.directions import PUBLISHED_TEMPLATE, Direction, DirectionSpace
 from dpa.core.errors import DirectionError, ModelFileError
+from dpa.core.objective import Objective
 
 PUBLISHED_AT_MINUS_15 = (
     "You are a helpful, respectful, and honest assistant who always responds to the user in a harmless way. "

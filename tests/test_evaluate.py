@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 
 from dpa.core.config import EvaluateConfig
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, DirectionError
+from dpa.core.objective import Objective
 from dpa.core.target_measures import target_grid
 from dpa.stages.evaluate import evaluate, evaluate_targets, side_by_side, typical_question
 

@@ -1,4 +1,5 @@
-"""Imports go down only and never round in a circle, the ones hidden in functions included; stages never meet.
+"""Imports go down only and never round in a circle, the ones hidden in functions included; stages never meet; no file
+grows out of its subject.
 
 pytest tests/test_floors.py
 """
@@ -53,6 +54,12 @@ def test_torch_stays_above(path: Path) -> None:
     if floor_of(path) in TORCH_FREE and path.parent.name != "stages":
         heavy = {name.split(".")[0] for name in imported(path)} & {"torch", "transformers", "trl", "peft"}
         assert not heavy, f"{path.name} imports {heavy}"
+
+
+def test_a_file_has_one_subject_and_at_most_400_lines() -> None:
+    """The configuration, which is one table, is longer."""
+    lines = {str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
+    assert {name for name, count in lines.items() if count > 400} == {"core/config.py"}
 
 
 def circle_in(package: Path) -> list[str]:

@@ -12,8 +12,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dpa.core.config import RewardConfig, RewardTrainConfig
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
+from dpa.core.objective import Objective
 from dpa.models.chat_template import steerable_template
 from dpa.models.files import load_space, resolve_model
 from dpa.models.policy import save_policy

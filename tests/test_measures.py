@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
 from dpa.core.measures import (
     bootstrap_means,
     cone_hypervolume,
@@ -25,6 +25,7 @@ from dpa.core.measures import (
     projection_regret,
     span,
 )
+from dpa.core.objective import Objective
 
 TWO = DirectionSpace((Objective("helpfulness", {"h": 1}), Objective("verbosity", {"v": 1})), max_angle=60)
 THREE = DirectionSpace(tuple(Objective(name, {name: 1}) for name in ("helpfulness", "verbosity", "warmth")))

@@ -11,8 +11,9 @@ import pytest
 from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, space_of
 
 from dpa.core.config import RolloutConfig, SelectionConfig
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, DirectionError, EngineError, StorageError
+from dpa.core.objective import Objective
 from dpa.core.records import Prompt
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score, score_rows

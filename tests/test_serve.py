@@ -29,8 +29,9 @@ from typer.testing import CliRunner
 
 from dpa.cli.commands import app
 from dpa.core.config import RewardTrainConfig
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import UserError
+from dpa.core.objective import Objective
 from dpa.models.policy import load_policy, save_policy
 from dpa.sampling.drawing import uniforms
 from dpa.training.reward_rows import RatedExample

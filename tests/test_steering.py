@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_tokenizer
 
-from dpa.core.directions import Direction, DirectionSpace, Objective
+from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import DirectionError
+from dpa.core.objective import Objective
 from dpa.core.sentences import target_template_of
 from dpa.core.targets import read_wish, sentence
 from dpa.models.chat_template import steerable_template

@@ -13,8 +13,9 @@ from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 
 from dpa.cli.ecosystem import read_space, space_of_run
 from dpa.cli.talk import answer, converse
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError, DirectionError, RunFolderError
+from dpa.core.objective import Objective
 from dpa.core.reference import ModelReference
 from dpa.core.sentences import target_template_of
 from dpa.models.policy import check_policy, save_policy

@@ -125,7 +125,8 @@ class Card:
 
     def space(self) -> Any:
         """The two objectives of recipes/smollm2-135m.yaml."""
-        from dpa.core.directions import DirectionSpace, Objective
+        from dpa.core.directions import DirectionSpace
+        from dpa.core.objective import Objective
 
         return DirectionSpace(tuple(Objective(name, {name: 1.0}) for name in OBJECTIVES))
 

@@ -12,7 +12,7 @@ from dpa.version import __version__
 _HOME = {
     "DpaError": "dpa.core.errors",
     "UserError": "dpa.core.errors",
-    "Objective": "dpa.core.directions",
+    "Objective": "dpa.core.objective",
     "Direction": "dpa.core.directions",
     "DirectionSpace": "dpa.core.directions",
     "select": "dpa.core.selection",

@@ -23,9 +23,10 @@ from pydantic import (
     model_validator,
 )
 
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError
 from dpa.core.lookup import nearest
+from dpa.core.objective import Objective
 from dpa.core.presets import SPACES
 from dpa.core.records import SCALE, stable_hash
 from dpa.core.reference import ModelReference

@@ -2,7 +2,8 @@
 Run its tests: pytest tests/test_directions.py -k preset
 """
 
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
+from dpa.core.objective import Objective
 
 DPA_V1 = DirectionSpace(
     objectives=(

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpa.core.directions import Direction, DirectionSpace, Objective
+from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import ModelFileError
+from dpa.core.objective import Objective
 from dpa.models.chat_template import steerable_template
 from dpa.models.files import resolve_model
 from dpa.models.loading import load_tokenizer

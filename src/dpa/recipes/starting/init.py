@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 
 from dpa.core.config import RunConfig, parse_config
-from dpa.core.directions import DirectionSpace, Objective
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DpaError
+from dpa.core.objective import Objective
 from dpa.core.yaml_text import parse_yaml
 from dpa.models.files import GGUF_SUFFIX, check_model_folder, resolve_model
 from dpa.models.policy import check_policy, load_prompting

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dpa.recipes.starting.look import LENGTH, FirstLook, Mark
-from dpa.storage.recognising import plain, without_scale
+from dpa.storage.columns import plain, without_scale
 
 WORDINESS = "dpa.scoring.wordiness:wordiness"
 MOST_OBJECTIVES = 3
