@@ -138,4 +138,6 @@ def test_a_target_is_asked_where_the_policy_knows_them_and_refused_where_not(pol
     assert ask(tmp_path / "policy", direction="helpfulness; verbosity=40")
     with pytest.raises(ConfigError, match="--robust: a target has no neighbours"):
         ask(tmp_path / "policy", direction="helpfulness; verbosity=40", best_of=2, robust=True, reward="any")
+    with pytest.raises(ConfigError, match="--robust: no direction has no neighbours; add --direction"):
+        ask(tmp_path / "policy", best_of=2, robust=True, reward="any")
     assert ask(tmp_path / "policy", direction="terse")

@@ -156,7 +156,7 @@ def test_a_space_that_knows_targets_travels_with_its_model() -> None:
             replace(THREE, target_template=template)
     empty = SpaceConfig(objectives={"helpfulness": None, "verbosity": None}, target_template="")
     with pytest.raises(DirectionError, match="target_template: it must contain"):
-        empty.build(targets=True)
+        empty.build()  # whether or not they are trained
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------

@@ -37,6 +37,8 @@ def answer(
         raise ConfigError("--robust: it picks among candidates; add --best-of 4 or more.")
     folder = None if best_of == 1 else _reward_folder(model, reward)
     space, sampler, chosen = _open(model, direction, temperature, max_new_tokens, clamp, named)
+    if robust and chosen is None:
+        raise ConfigError("--robust: no direction has no neighbours; add --direction, or leave it out.")
     if robust and isinstance(chosen, Target):
         raise ConfigError("--robust: a target has no neighbours; leave it out, --best-of picks among answers to it.")
     if folder is not None:

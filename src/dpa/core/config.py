@@ -30,7 +30,7 @@ from dpa.core.objective import Objective
 from dpa.core.presets import SPACES
 from dpa.core.records import SCALE, stable_hash
 from dpa.core.reference import ModelReference
-from dpa.core.sentences import PUBLISHED_TEMPLATE, target_template_of
+from dpa.core.sentences import PUBLISHED_TEMPLATE, checked_target_template, target_template_of
 from dpa.core.yaml_text import parse_yaml
 
 
@@ -158,7 +158,7 @@ class SpaceConfig(_Section):
     def build(self, targets: bool = False) -> DirectionSpace:
         """Make the DirectionSpace this section describes; with `targets`, one that states them."""
         objectives = tuple(Objective(name, dict(parts or {name: 1.0})) for name, parts in self.objectives.items())
-        stated = target_template_of(self.template) if self.target_template is None else self.target_template
+        stated = checked_target_template(self.target_template) or target_template_of(self.template)
         return DirectionSpace(
             objectives=objectives,
             center=self.center,
