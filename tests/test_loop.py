@@ -15,6 +15,7 @@ from dpa.cli.talk import answer
 from dpa.core.config import load_config
 from dpa.core.errors import ConfigError, RunFolderError, UserError
 from dpa.core.reference import ModelReference
+from dpa.recipes.checks import check_run
 from dpa.recipes.dpa import Loop
 from dpa.recipes.results import next_step
 from dpa.world.demo import write_world
@@ -117,9 +118,11 @@ def test_what_can_be_known_to_be_wrong_is_said_before_any_work(finished: tuple[P
         "space.objectives": "{held: {critics-overall: 1}, verbosity: {readers-verbosity: 1}}",
         "space.presets": "{}",
         "evaluate.gold": "{}",
+        "selection.targets": "0.25",
     }
     with pytest.raises(ConfigError, match="`held` is the name of a column"):
         Loop(load_config(recipe, {**elsewhere, **named}))
+    check_run(load_config(recipe, {**elsewhere, **named, "selection.targets": "0"}))  # then there is no such column
     with pytest.raises(ConfigError, match="cannot be called 'valid'"):
         Loop(load_config(recipe, {**elsewhere, "reward": "{functions: {valid: dpa.world.true_reward:warmth}}"}))
     with pytest.raises(ConfigError, match=r"reward\.train: there are no ratings"):

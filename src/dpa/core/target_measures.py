@@ -9,7 +9,7 @@ import numpy as np
 from dpa.core.comparison import main_objective
 from dpa.core.directions import DirectionSpace
 from dpa.core.measures import Interval, interval
-from dpa.core.targets import Held, Target, free_center
+from dpa.core.targets import Held, Target, free_center, to_step
 
 ASKED = (10, 30, 50, 70, 90)
 """Values asked of each objective in turn, as the policy reads them: rounded to its `target_step`."""
@@ -17,7 +17,7 @@ ASKED = (10, 30, 50, 70, 90)
 
 def target_grid(space: DirectionSpace) -> list[Target]:
     """Fixed targets for evaluation: each objective but the main one held at each of ASKED, the center's rest free."""
-    found, values = [], dict.fromkeys(round(value / space.target_step) * space.target_step for value in ASKED)
+    found, values = [], dict.fromkeys(to_step(space, value) for value in ASKED)
     for k, name in enumerate(space.names):
         held: list[Held] = [tuple(value if place == k else None for place in range(space.K)) for value in values]
         center_K = free_center(space, held[0])

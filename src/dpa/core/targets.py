@@ -161,7 +161,7 @@ def _held(values: Mapping[str, str], space: DirectionSpace, where: str) -> tuple
             raise DirectionError(
                 f"{where}: `{name}` is held at {shown(text)}; take a number from {SCALE[0]:g} to {SCALE[1]:g}."
             )
-        held[place] = round(number / space.target_step) * space.target_step
+        held[place] = to_step(space, number)
     return tuple(held)
 
 
@@ -233,6 +233,11 @@ def sentence(space: DirectionSpace, wish: Wish) -> str:
     values = ", ".join(f"{name} = {value}" for name, value in wish.values.items())
     filled = {PLACEHOLDER: wish.free_text, VALUES: values}
     return "".join(filled.get(part, part) for part in target_parts(space.target_template))
+
+
+def to_step(space: DirectionSpace, value: float) -> int:
+    """The multiple of `target_step` as which a value is stated."""
+    return round(value / space.target_step) * space.target_step
 
 
 def wish_of(space: DirectionSpace, weights: Sequence[float], held: Held | None = None) -> Wish:

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from dpa.core.config import RewardConfig, RewardRunConfig, RunConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError
@@ -15,7 +13,7 @@ from dpa.models.files import GGUF_SUFFIX
 from dpa.sampling.engines import engine_named
 from dpa.scoring.scorers import known_attributes
 from dpa.storage.rating_forms import declared_scales
-from dpa.storage.schemas import PAIRS, SCORES, WINNERS, name_taken, with_held
+from dpa.storage.schemas import SCORES, name_taken, selection_schema
 from dpa.training.learners import learner_of
 
 BYTES_PER_CANDIDATE = 4_000
@@ -37,14 +35,16 @@ def check_run(config: RunConfig) -> None:
             f"evaluate.gold: its names must be the objectives {', '.join(space.names)}; "
             f"{'missing' if missing else 'unknown'}: {', '.join(missing or unknown)}."
         )
-    columns = with_held(pa.unify_schemas([WINNERS, PAIRS]))
-    if taken := name_taken(columns, space.names):
-        raise ConfigError(
-            f"space.objectives: `{taken}` is the name of a column of the selection; rename the objective."
-        )
     engine_named(config.rollout.engine.kind)
     for t in (first, first + 1):
-        learner_of(config, t).check(config)
+        learner = learner_of(config, t)
+        learner.check(config)
+        pairs = learner.reads == "pairs"
+        columns = selection_schema(pairs, held=config.selection.target_share > 0 and not pairs)
+        if learner.reads != "prompts" and (taken := name_taken(columns, space.names)):
+            raise ConfigError(
+                f"space.objectives: `{taken}` is the name of a column of the selection; rename the objective."
+            )
     check_rewards(config)
 
 

@@ -18,7 +18,7 @@ from dpa.core.target_selection import serve_targets
 from dpa.core.utility import Utility
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
-from dpa.storage.schemas import PAIRS, WINNERS, completeness, name_taken, score_matrix, with_held, with_numbers
+from dpa.storage.schemas import completeness, name_taken, score_matrix, selection_schema, with_numbers
 from dpa.storage.stage_records import Reject, count_reasons
 
 NO_SCORE = "no candidate has a valid score"
@@ -279,8 +279,7 @@ def _winner_rows(
     space: DirectionSpace,
 ) -> tuple[pa.Table, list[Reject]]:
     """Rows of WINNERS, or of PAIRS where there are losers; rejects are the prompts that have none."""
-    schema = WINNERS if losers_PD is None else PAIRS
-    schema = schema if held_PDK is None else with_held(schema)
+    schema = selection_schema(pairs=losers_PD is not None, held=held_PDK is not None)
     if taken := name_taken(schema, space.names):
         raise DataError(f"space.objectives: `{taken}` is the name of a column; rename the objective.")
     ids, responses = candidates["candidate_id"].to_pylist(), candidates["response"].to_pylist()

@@ -101,9 +101,8 @@ class Column:
         name = plain(self.name)
         names_rows = self.whole and self.present > MOST_STEPS and len(self.distinct) == self.present
         counts = _COUNTS.search(name) is not None and len(self.distinct) > MOST_GRADES
-        differ = len(self.distinct) > 1
-        differ = differ and _can_be_written(self.name)
-        return self.mostly(self.numbers) and differ and not (names_rows or counts or _NAMES_A_ROW.search(name))
+        kept = len(self.distinct) > 1 and _can_be_written(self.name)
+        return self.mostly(self.numbers) and kept and not (names_rows or counts or _NAMES_A_ROW.search(name))
 
 
 def without_scale(name: str) -> str:

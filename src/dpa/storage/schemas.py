@@ -83,6 +83,12 @@ def with_held(schema: pa.Schema) -> pa.Schema:
     return schema.insert(schema.get_field_index("direction") + 1, HELD)
 
 
+def selection_schema(pairs: bool, held: bool) -> pa.Schema:
+    """Columns of a selection, before the objectives' own: of winners or of pairs, which may state targets."""
+    schema = PAIRS if pairs else WINNERS
+    return with_held(schema) if held else schema
+
+
 def held_values(table: pa.Table) -> list[list[int | None] | None]:
     """What each row holds; None throughout in a table without targets."""
     return table[HELD.name].to_pylist() if HELD.name in table.column_names else [None] * len(table)

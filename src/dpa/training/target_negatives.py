@@ -11,7 +11,7 @@ import pyarrow as pa
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import SCALE
 from dpa.core.target_selection import TOLERANCE, can_be_held
-from dpa.core.targets import Held, free_center, wish_of
+from dpa.core.targets import Held, free_center
 from dpa.storage.schemas import held_values, number_matrix
 from dpa.training.contrastive import negative_directions
 
@@ -48,7 +48,7 @@ def _free_weights(space: DirectionSpace, weights: Sequence[float], held: Held) -
     """The row's own direction as far as `held` leaves it free; the center's rest where it leaves nothing."""
     free_K = np.where([value is None for value in held], weights, 0.0)
     if np.linalg.norm(free_K) > 1e-6:
-        return wish_of(space, free_K.tolist(), held).weights
+        return space.direction(free_K).weights
     center_K = free_center(space, held)
     assert center_K is not None  # can_be_held
     return center_K.tolist()
