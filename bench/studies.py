@@ -3,9 +3,9 @@
     python bench/studies.py [--out runs/studies] [--seeds 0,1] [--only cone,replay] [--set budget=...] [--table]
 
 Prints one row for each variant: expected utility, hypervolumes, span, Kendall tau and the largest jump between
-neighbouring directions by the true reward, and tokens, as means over seeds, with the difference from the unchanged loop
-in every seed (the same worlds, prompts and questions). What holds over seeds becomes the default, and every row goes to
-docs/findings.md, failures included. Resumable.
+neighbouring directions by the true reward, errors of targets where they are trained, and tokens, as means over seeds,
+with the difference from the unchanged loop in every seed (the same worlds, prompts and questions). What holds over
+seeds becomes the default, and every row goes to docs/findings.md, failures included. Resumable.
 """
 
 import argparse
@@ -42,6 +42,7 @@ def whole(fields: Mapping[str, str]) -> dict[str, str]:
 
 
 RAY, CHEBYSHEV = by_utility("ray"), by_utility("chebyshev")
+TARGETS, MORE_TARGETS = {"selection.targets": "0.25"}, {"selection.targets": "0.5"}
 UNCHANGED = "pooled, as configured"
 VARIANTS = {
     UNCHANGED: Variant(),
@@ -52,6 +53,8 @@ VARIANTS = {
     "utility: chebyshev, everywhere": Variant(CHEBYSHEV, whole(CHEBYSHEV)),
     "utility: chebyshev at t = 0 only": Variant(by_utility("linear"), whole(CHEBYSHEV)),
     "utility: chebyshev from t = 1 on": Variant(CHEBYSHEV),
+    "targets: a quarter of the rows, everywhere": Variant(TARGETS, whole(TARGETS)),
+    "targets: half of the rows, everywhere": Variant(MORE_TARGETS, whole(MORE_TARGETS)),
     "contrastive: weight 0.3, half of the rows": Variant({"finetune.contrastive": "0.3", "prompts.count": "60"}),
     "pool: 3 candidates instead of 9": Variant({"rollout.directions": "3"}),
     "pool: 3 samples of 3 directions": Variant({"rollout.directions": "3", "rollout.samples": "3"}),
@@ -76,11 +79,14 @@ MEASURES = ("expected_utility", "hypervolume", "cone_hypervolume")
 def measured(trial: Trial) -> dict[str, Any]:
     """The last policy of a finished trial, by the true reward."""
     record = read_json(trial.folder / "job.json")
-    measures = record["policies"][-1]["evaluation"]["measures"]["gold"]
+    evaluation = record["policies"][-1]["evaluation"]
+    measures = evaluation["measures"]["gold"]
     row = {name: measures[name]["value"] for name in MEASURES}
     row |= {f"span {name}": span["value"] for name, span in measures["span"].items()}
     row |= {f"tau {name}": tau["value"] for name, tau in measures["kendall_tau"].items()}
     row |= {f"jump {name}": jump["value"] for name, jump in measures["largest_jump"].items()}
+    for name, error in evaluation.get("targets", {"errors": {"gold": {}}})["errors"]["gold"].items():
+        row |= {f"error {name}, {of}": error[of]["value"] for of in ("per_target", "per_response")}
     row["tokens"] = record["cost"]["tokens_generated"] + record["cost"]["training_tokens"]
     return row
 
@@ -98,12 +104,15 @@ def table(trials: Mapping[str, list[Trial]]) -> str:
     done = {name: list(map(measured, each)) for name, each in trials.items() if all(trial.done for trial in each)}
     if UNCHANGED not in done:
         return "the unchanged loop is not done yet"
-    columns = list(done[UNCHANGED][0])
+    columns = list(dict.fromkeys(column for rows in done.values() for column in rows[0]))
     lines = [f"| variant | {' | '.join(columns)} | utility against unchanged, each seed |"]
     lines.append("|---" * (len(columns) + 2) + "|")
     for name, rows in done.items():
         cells = []
         for column in columns:
+            if column not in rows[0]:
+                cells.append("")
+                continue
             value = sum(row[column] for row in rows) / len(rows)
             cells.append(f"{value:,.0f}" if value > 1000 else f"{value:.2f}")
         against = [a["expected_utility"] - b["expected_utility"] for a, b in zip(rows, done[UNCHANGED], strict=True)]

@@ -147,6 +147,8 @@ def test_directions_stay_what_they_are() -> None:
 def test_a_space_that_knows_targets_travels_with_its_model() -> None:
     assert DirectionSpace.from_dict(THREE.to_dict()) == THREE
     assert DirectionSpace.from_dict(replace(THREE, target_step=20).to_dict()).target_step == 20
+    by_hand = DirectionSpace.from_dict({**THREE.to_dict(), "target_step": 5.0})
+    assert str(read_wish(by_hand, "helpfulness; verbosity=41")).endswith("; verbosity=40")
     with pytest.raises(
         DirectionError, match="target_step: 30 is no step of 100; take one of 1, 2, 4, 5, 10, 20, 25, 50"
     ):

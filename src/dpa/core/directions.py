@@ -112,6 +112,7 @@ class DirectionSpace:
         if self.target_step not in TARGET_STEPS:
             steps = ", ".join(map(str, TARGET_STEPS))
             raise DirectionError(f"target_step: {shown(self.target_step)} is no step of 100; take one of {steps}.")
+        object.__setattr__(self, "target_step", int(self.target_step))  # a file may say 5.0, and values are printed
         center = read_weights({names[0]: 1.0} if self.center is None else self.center, names, "center")
         unit(center, "center")
         object.__setattr__(self, "center", center)

@@ -7,7 +7,7 @@ Published: nothing; the whole row is ours.
 """
 
 from dpa.recipes.baselines.lab import Method
-from dpa.recipes.baselines.loops import run_loop
+from dpa.recipes.baselines.loops import last_of_loop
 
 METHOD = Method(
     name="pooled_third",
@@ -16,5 +16,5 @@ METHOD = Method(
     kind="variant",
     saves_on="per_direction",
     spends_less=True,
-    train=run_loop,
+    train=last_of_loop,
 )
