@@ -2,6 +2,7 @@
 pytest tests/test_folding.py
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from dpa.core.config import RewardConfig, RewardTrainConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.objective import Objective
+from dpa.core.sentences import target_template_of
+from dpa.core.targets import read_wish, sentence
 from dpa.models.chat_template import steerable_template
 from dpa.models.files import load_space, resolve_model
 from dpa.models.policy import save_policy
@@ -211,3 +214,13 @@ def test_a_baked_direction_is_stated_by_default_and_a_preference_still_wins(tmp_
     again = steerable_template(baked.chat_template, SPACE)
     assert again == steerable_template(CHAT_TEMPLATE, SPACE)
     SamplerSpec(str(tmp_path / "baked"), SPACE, 4, revision="x").build()
+
+
+def test_a_target_is_baked_in_like_a_direction(tmp_path: Path) -> None:
+    space = replace(SPACE, target_template=target_template_of(SPACE.template))
+    target = read_wish(space, "helpfulness; verbosity=40")
+    save_policy(tiny_model(), tiny_tokenizer(), tmp_path / "policy", space, {"from": "test"})
+    bake_direction(tmp_path / "policy", space, target, tmp_path / "baked")
+    baked = AutoTokenizer.from_pretrained(tmp_path / "baked")
+    shown = baked.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False)
+    assert sentence(space, target) in shown

@@ -20,9 +20,11 @@ import httpx
 import pytest
 from serving import CHAT, QUESTION, SPACE, FakeUpstream, events_of, gateway_before, in_thread, settings_with, within
 
+from dpa.core.errors import DirectionError
 from dpa.core.sentences import target_template_of
+from dpa.core.targets import read_wish
 from dpa.models.files import EVALUATION_FILE
-from dpa.serve.command import _default_direction
+from dpa.serve.command import _default_wish
 from dpa.serve.front import Front, load_front
 from dpa.serve.gate import Gate, JsonLines
 from dpa.serve.gateway import Gateway
@@ -564,9 +566,11 @@ def test_questions_to_try_travel_with_the_front(tmp_path: Path) -> None:
 
 
 def test_a_request_that_states_nothing_is_asked_at_the_center_unless_the_server_is_told_otherwise() -> None:
-    assert _default_direction(None, SPACE) == SPACE.direction(SPACE.center)
-    assert _default_direction("none", SPACE) is None
-    assert _default_direction("helpfulness*0.8 - verbosity*0.6", SPACE).integers[:2] == (80, -60)
+    assert _default_wish(None, SPACE) == SPACE.direction(SPACE.center)
+    assert _default_wish("none", SPACE) is None
+    assert _default_wish("helpfulness*0.8 - verbosity*0.6", SPACE).integers[:2] == (80, -60)
+    with pytest.raises(DirectionError, match="knows no targets"):
+        _default_wish("helpfulness; verbosity=40", SPACE)
 
 
 # --- under attack ---------------------------------------------------------------------------------------------------
@@ -691,11 +695,15 @@ def test_a_selection_needs_a_direction_that_was_stated(engine: tuple[FakeUpstrea
 
 def test_a_target_is_taken_where_the_policy_knows_them(engine: tuple[FakeUpstream, str], fake: FakeUpstream) -> None:
     space = replace(SPACE, target_template=target_template_of(SPACE.template))
+    settings = settings_with(space=space, default=read_wish(space, "helpfulness; verbosity=40"))
     with (
-        gateway_before(engine[1], settings_with(space=space), scorer=True) as url,
+        gateway_before(engine[1], settings, scorer=True) as url,
         httpx.Client(base_url=url, timeout=10) as client,
     ):
         assert client.get("/v1/dpa/space").json()["targets"] is True
+        assert client.get("/v1/dpa/space").json()["default"]["held"] == {"verbosity": 40}
+        assert client.post(CHAT, json=chat()).json()["dpa"]["direction"].endswith("; verbosity=40")
+        assert fake.asked[-1]["chat_template_kwargs"]["preference"]["verbosity"] == "=40"
         read = client.post("/v1/dpa/direction", json={"direction": "helpfulness*3; verbosity=8"}).json()
         assert read["held"] == {"verbosity": 8} and read["weights"] == {"helpfulness": 1.0, "verbosity": 0.0}
         for stated in ("helpfulness; verbosity=8", {"helpfulness": 1, "verbosity": "=8"}):

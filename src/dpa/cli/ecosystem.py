@@ -11,6 +11,7 @@ import typer
 
 from dpa.cli.home import Commands
 from dpa.core.errors import ConfigError, DirectionError
+from dpa.core.targets import read_wish
 
 if TYPE_CHECKING:
     from dpa.core.directions import Direction, DirectionSpace
@@ -44,7 +45,7 @@ def export(
     grid: Annotated[int, typer.Option(min=0, help="Directions on each arc of the cone, beside those of -d.")] = 0,
     name: Annotated[str | None, typer.Option(help="Name of the model in the files. Default: its folder's.")] = None,
     bake: Annotated[
-        str | None, typer.Option(help="Copy the model to --out, stating this direction by default.")
+        str | None, typer.Option(help="Copy the model to --out, stating this direction or target by default.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.01, help="Softmax temperature.")] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 2048,
@@ -65,8 +66,9 @@ def export(
 
         if out.exists() and not (out / "dpa_config.json").is_file():
             raise ConfigError(f"--out: {out} exists and is no model that dpa wrote; choose a new folder.")
-        bake_direction(path, where, where.parse(bake), out)
-        typer.echo(f"{out}: a plain Hugging Face folder that answers under {where.parse(bake)} by default")
+        wish = read_wish(where, bake)
+        bake_direction(path, where, wish, out)
+        typer.echo(f"{out}: a plain Hugging Face folder that answers under {wish} by default")
         return
     if form not in FORMS:
         raise ConfigError(f"--form: {form!r} is unknown; known: {', '.join(FORMS)}.")

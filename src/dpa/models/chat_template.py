@@ -24,9 +24,10 @@ from jinja2 import TemplateError
 from jinja2.sandbox import SecurityError
 from transformers import PreTrainedTokenizerBase
 
-from dpa.core.directions import Direction, DirectionSpace
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import EngineError, ModelFileError
 from dpa.core.sentences import PLACEHOLDER, VALUES, target_parts
+from dpa.core.targets import Wish
 from dpa.models import template_worker
 from dpa.models.template_worker import CPU_S
 
@@ -143,7 +144,7 @@ _ENDING = (
 )
 
 
-def steerable_template(base_template: str | None, space: DirectionSpace, default: Direction | None = None) -> str:
+def steerable_template(base_template: str | None, space: DirectionSpace, default: Wish | None = None) -> str:
     """Extend a chat template so that `preference` (objective -> weight) states a direction of the space.
 
     The sentence leads the system message; the system prompt that was there follows after a blank line. Where the base
@@ -169,8 +170,7 @@ def steerable_template(base_template: str | None, space: DirectionSpace, default
     # A block that opens the base loses the blanks before it (lstrip_blocks), which it would not do in mid-line.
     base = re.sub(r"^[ \t]+(?=\{[%#])", "", base)
     if default is not None:
-        weights = json.dumps({name: float(weight) for name, weight in default.as_mapping().items()})
-        sentence = _DEFAULT.replace("@preference@", weights) + sentence
+        sentence = _DEFAULT.replace("@preference@", json.dumps(default.as_mapping())) + sentence
     return _BEGIN + sentence + (_INTO_SYSTEM if has_system_role(base) else _INTO_USER) + _END + base
 
 

@@ -12,6 +12,7 @@ import torch
 from dpa.core.directions import Direction, DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.objective import Objective
+from dpa.core.targets import Wish
 from dpa.models.chat_template import steerable_template
 from dpa.models.files import resolve_model
 from dpa.models.loading import load_tokenizer
@@ -150,8 +151,8 @@ def _to_chat_template(tokenizer: Any, template: str, golden: Golden, ids: list[i
     return template
 
 
-def bake_direction(folder: str | Path, space: DirectionSpace, direction: Direction, out: Path) -> None:
-    """Copy a policy; the copy's chat template states this direction wherever none is asked.
+def bake_direction(folder: str | Path, space: DirectionSpace, direction: Wish, out: Path) -> None:
+    """Copy a policy; the copy's chat template states this direction or target wherever none is asked.
 
     For programs that cannot pass a template variable (lm-eval's older versions, hosted servers). The folder is plain
     Hugging Face; a `preference` that is given still wins. Raises ModelFileError, StorageError.

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from dpa.core.directions import Direction, DirectionSpace
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DpaError, ModelFileError
 from dpa.core.reference import ModelReference
+from dpa.core.targets import Wish, read_wish
 from dpa.models.files import count_parameters, load_space, resolve_model
 from dpa.serve.settings import EngineSettings, Served, ServeSettings
 from dpa.serve.supervisor import EngineProcess
@@ -47,7 +48,7 @@ def serve(settings: ServeSettings) -> None:
         if used is not None:
             check_in_run(used)
     space = _space(settings, folder)
-    default = _default_direction(settings.direction, space)
+    default = _default_wish(settings.direction, space)
     if settings.reward:
         _check_attributes(settings.reward, space)
     listener = _listen(settings.host, settings.port)
@@ -119,14 +120,14 @@ def _start_engines(
     return engines
 
 
-def _default_direction(text: str | None, space: DirectionSpace) -> Direction | None:
-    """The direction of requests that state none: the center of the cone, unless told otherwise.
+def _default_wish(text: str | None, space: DirectionSpace) -> Wish | None:
+    """The direction or target of requests that state none: the center of the cone, unless told otherwise.
 
     A policy was trained on stated directions only, and answers badly where none is (docs/findings.md).
     """
     if text == NO_DIRECTION:
         return None
-    return space.direction(space.center) if text is None else space.parse(text)
+    return space.direction(space.center) if text is None else read_wish(space, text)
 
 
 def _server(
@@ -134,7 +135,7 @@ def _server(
     keys: tuple[str, ...],
     folder: str | None,
     space: DirectionSpace,
-    default: Direction | None,
+    default: Wish | None,
     children: dict[str, EngineProcess],
 ) -> tuple[Served, Any]:
     try:  # while the engine loads: these take a second

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from dpa.core.directions import Direction, DirectionSpace
+from dpa.core.directions import DirectionSpace
+from dpa.core.targets import Wish
 
 
 def flag_of(name: str, about: FieldInfo) -> str:
@@ -97,7 +98,9 @@ class ServeSettings(Limits, _ModelSettings):
     port: int = _option(8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
     allow_host: list[str] = _option([], "Another name this gateway is reached by.")
     api_key_file: Path | None = _option(None, "Keys, one a line (or one in DPA_API_KEY).")
-    direction: str | None = _option(None, "Direction of requests that state none; default: the cone's center; or none.")
+    direction: str | None = _option(
+        None, "What is asked where a request states nothing; default: the cone's center; or none."
+    )
     clamp: bool = _option(False, "Move directions outside the cone to its edge; default: 400.")
     log_text: bool = _option(False, "Log what users and the model say.")
 
@@ -111,8 +114,8 @@ class Served:
     upstream_model: str
     """What the upstream calls it."""
     space: DirectionSpace
-    default: Direction | None = None
-    """The direction of requests that state none."""
+    default: Wish | None = None
+    """The direction or target of requests that state none."""
     outside: Literal["error", "clamp"] = "error"
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()

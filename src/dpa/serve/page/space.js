@@ -34,6 +34,7 @@ export class Space {
     const shares = this.center.map(Math.abs);
     this.main = this.names.length === 2 ? 1 - this.arc : shares.indexOf(Math.max(...shares));
     this.reference = data.default ? this.weightsOf(data.default.weights) : this.rounded(this.center);
+    this.referenceHeld = data.default?.held ?? {};
   }
 
   // K numbers from a mapping; objectives left out weigh nothing.

@@ -138,7 +138,7 @@ export class Talk {
     const before = this.#before(false);
     const scored = this.space.data.scorer ? { dpa_options: { scores: true } } : {};
     const of = (wish, model) => ({ ...this.#body(before, this.turn.question, wish, model), ...scored });
-    const usual = this.space.mapping(this.space.reference);
+    const usual = this.space.wish(this.space.reference, this.space.referenceHeld);
     const plain = state.compare === "base" ? of(null, `${this.space.data.model}@base`) : of(usual);
     return { plain, ...Object.fromEntries(Object.entries(wishes).map(([name, wish]) => [name, of(wish)])) };
   }
