@@ -2,7 +2,7 @@
 
     python bench/finetuning.py [--examples 600] [--threads 1]
 
-A random Llama of 0.7 million parameters (width 128, 4 layers, 600 tokens); prompts of 70 to 90 tokens, responses of 10
+A random Llama of 0.8 million parameters (width 128, 4 layers, 600 tokens); prompts of 70 to 90 tokens, responses of 10
 to 60. Both go through TRL's SFTTrainer, read the same examples once and take about the same number of them per step.
 Speed counts real tokens only, prompts included; each is timed twice in turn, and the better counts.
 """

@@ -2,7 +2,7 @@
 
     python bench/ray_rollout.py [--prompts 96] [--rounds 3]
 
-The demo's start model (0.7 million parameters), the rollout stage with its shards on disk, one thread a worker. Workers
+The demo's start model (0.8 million parameters), the rollout stage with its shards on disk, one thread a worker. Workers
 are started and warm before the clock runs; the rounds take turns (one worker, two, this process), the best of each
 counts, and the rows of all must be equal.
 

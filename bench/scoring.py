@@ -2,7 +2,7 @@
 
     python bench/scoring.py [--model FOLDER] [--rows 512]
 
-The default model is a random Llama of the demo's shape (0.7M parameters); responses of 5 to 120 words.
+The default model is a random Llama of the demo's shape (0.8M parameters); responses of 5 to 120 words.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Configuration: YAML checked by typed classes. Fields are documented once, here; docs/configuration.md is generated.
 
-    config = load_config("recipes/demo.yaml", {"iterations": "2", "rollout.samples": "8"})
+    config = load_config("my.yaml", {"iterations": "2", "rollout.samples": "8"})
 
 An unknown key is an error that names the nearest known one; flags override the file.
 """
@@ -536,8 +536,8 @@ class SelectionConfig(_Section):
         le=1,
         repr=False,  # in the identity of a shard only where there are some
         description="Share of the winners of each prompt that are those of a target instead of a direction, such as "
-        "`helpfulness; verbosity=40` (docs/method.md); the policy then takes both. method pooled and learner sft only: "
-        "others hold none.",
+        "`helpfulness; verbosity=40` (docs/method.md); the policy then takes both. method pooled only; with another "
+        "learner than sft only t = 0, which is always sft, holds some.",
     )
 
     @property

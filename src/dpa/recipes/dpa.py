@@ -1,6 +1,6 @@
 """The recipe of the method: t = 0 offline from rated rows, then T rounds of rollout, score, select, finetune, evaluate.
 
-    with Loop(load_config("recipes/demo.yaml")) as loop:
+    with Loop(load_config("my.yaml")) as loop:
         loop.run()
 
 Every step returns at once when its done-record stands, so the same call resumes a run wherever it stopped. What the

@@ -79,7 +79,7 @@ def draw_prompts(prompts: Sequence[Prompt], t: int, count: int | None, seed: int
 
 
 def prompts_table(prompts: Sequence[Prompt]) -> pa.Table:
-    """The columns of prompts.parquet."""
+    """The columns of a shard of `prompts` or `eval_prompts`."""
     ids = [prompt.prompt_id for prompt in prompts]
     texts = [messages_text(prompt.messages) for prompt in prompts]
     return pa.table([ids, texts], schema=PROMPTS)
