@@ -44,7 +44,8 @@ class FakeUpstream:
     """An OpenAI-compatible server that keeps what it was asked and answers as it is told.
 
     An answer says which direction it was asked with, and has seed modulo 7 more words. `mode`: "answer", "slow" (until
-    `release` is set), "stall" (a stream goes silent), "die" (it breaks off), "garbage" (no JSON), a number (a status).
+    `release` is set), "stall" (a stream goes silent), "die" (it breaks off), "garbage" (no JSON), "second speaks" (of
+    two choices of a stream), a number (a status).
     It scores too: "good" is 50, "long" the number of the response's words.
     """
 
@@ -99,7 +100,14 @@ class FakeUpstream:
     async def _stream(self, words: str, chat: bool) -> AsyncIterator[bytes]:
         self.running += 1
         try:
-            for number, word in enumerate(words.split(" ")):
+            if self.mode == "second speaks":
+                words = ""
+                choices = [
+                    {"index": 1, "delta": {"content": text}, "finish_reason": None} for text in ("two ", "words")
+                ]
+                for choice in choices:
+                    yield _event({"id": "x", "object": "o", "choices": [choice]})
+            for number, word in enumerate(words.split()):
                 if self.mode == "stall" and number == 1:
                     await asyncio.sleep(3600)
                 if self.mode == "die" and number == 1:

@@ -425,6 +425,8 @@ def test_the_prompted_start_policy_is_asked_for_fewer_words_the_terser_the_direc
         def start_sampler(self) -> Start:
             return Start()
 
+    wished = prompted.asked_for([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}], 3)
+    assert wished[0]["content"] == "Answer in about 3 words.\n\nBe kind.", "the prompt's own system message stays"
     bench = Bench(lab.config, lab.shared, lab.folder, lab.budget)
     (trained,) = prompted.train(bench)
     messages = [{"role": "user", "content": "Why?"}]
@@ -441,6 +443,7 @@ def test_demonstrations_are_the_rows_people_wrote_of_the_ratings_that_its_own_co
         {"prompt": "Why?", "response": "So.", "mark": 1, "source": "expert"},
         {"prompt": "Why?", "response": "No.", "mark": 5, "source": "start"},
         {"prompt": "Who?", "response": "I.", "mark": 1, "source": "expert"},
+        {"prompt": lab.held_out[0].messages[-1]["content"], "response": "Measured.", "mark": 1, "source": "expert"},
     ]
     file = tmp_path / "own.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -12,9 +12,10 @@ import typer
 from forks import python
 from pydantic import BaseModel, Field
 
-from dpa.cli.options import takes_fields
+from dpa.cli.options import as_yaml, takes_fields
 from dpa.core.compare_config import load_comparison
-from dpa.core.config import RewardTrainConfig, load_config
+from dpa.core.config import RewardTrainConfig, load_config, set_dotted
+from dpa.core.errors import ConfigError
 from dpa.serve.settings import EngineSettings
 
 ROOT = Path(__file__).parents[1]
@@ -113,3 +114,18 @@ def test_an_engine_is_told_what_its_gateway_was_told() -> None:
         with pytest.raises(SystemExit) as left:
             EngineSettings.of(wrong)
         assert left.value.code == 2
+
+
+@pytest.mark.parametrize("path", ["2026", "runs/a #2", "{x}", "null", "runs/größe"])
+def test_a_path_given_as_a_flag_stays_what_it_is(path: str) -> None:
+    data: dict = {}
+    set_dotted(data, "out", as_yaml(Path(path)))
+    assert data == {"out": path}
+
+
+def test_a_section_that_is_not_given_yet_takes_a_field_and_a_name_has_none() -> None:
+    data = {"finetune": {"lora": None}, "space": "dpa-v1"}
+    set_dotted(data, "finetune.lora.rank", "8")
+    assert data["finetune"] == {"lora": {"rank": 8}}
+    with pytest.raises(ConfigError, match=r"space\.max_angle: `space` is 'dpa-v1' here, which has no fields"):
+        set_dotted(data, "space.max_angle", "60")

@@ -3,6 +3,7 @@ pytest tests/test_ecosystem_cli.py
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,40 @@ def test_judge_asks_models_shows_the_cost_first_and_replays(policy: Path, questi
         line for line in again.splitlines() if line.startswith("Told")
     ]
     assert (tmp_path / "judge.html").is_file()
+
+
+def test_the_policies_of_two_runs_bear_two_names_and_two_of_one_name_are_not_judged_into_one_file(
+    policy: Path, questions: Path, tmp_path: Path
+) -> None:
+    for run in ("a", "b"):
+        shutil.copytree(policy, tmp_path / run / "iter_1" / "policy")
+        folder = tmp_path / run / "iter_1" / "policy"
+        output = dpa("export", folder, questions, "-d", "0deg", "--out", tmp_path / "out", "--max-new-tokens", 3)
+        assert f"{run}-1@helpfulness" in output
+    shutil.copytree(policy, tmp_path / "elsewhere" / "pol")
+    asked = ("judge", f"{policy}@0deg", f"{tmp_path}/elsewhere/pol@0deg", "-p", "0deg", "--judge", "fake")
+    with pytest.raises(ConfigError, match="would answer under one name"):
+        dpa(*asked, "--questions", questions, "--out", tmp_path / "judged")
+    assert not (tmp_path / "judged").exists()
+
+
+def test_only_the_first_questions_are_answered_where_only_the_first_pairs_are_judged(
+    policy: Path, questions: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--yes"):
+        dpa("judge", f"{policy}@-40deg", f"{policy}@40deg", "-p", "0deg", "--judge", "fake", "--questions", questions,
+            "--out", tmp_path, "--max-new-tokens", 3, "--limit", 1, "--limit-tokens", 0)  # fmt: skip
+    assert [len(read_answers(file)[1]) for file in tmp_path.glob("alpaca_eval/*.json")] == [1, 1]
+
+
+def test_a_key_that_no_header_takes_is_refused_and_not_shown(
+    policy: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DPA_JUDGE_API_KEY", "schlüssel-42")
+    with pytest.raises(ConfigError, match=r"DPA_JUDGE_API_KEY.*no HTTP header takes") as refused:
+        dpa("judge", f"{policy}@-40deg", f"{policy}@40deg", "-p", "0deg", "--judge", "fake", "--questions", questions,
+            "--out", tmp_path, "--max-new-tokens", 3)  # fmt: skip
+    assert "42" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,12 @@ import pyarrow as pa
 import pytest
 from damage import WAYS, damage
 from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, run_config, space_of
+from toy_run import toy_config
 
 from dpa.core.config import RolloutConfig, SelectionConfig, of_results
 from dpa.core.errors import RunFolderError, StorageError
 from dpa.core.records import Ledger
+from dpa.recipes.checks import inputs_of
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
 from dpa.stages.select import select_winners
@@ -202,6 +204,16 @@ def test_fault_04_changed_data_is_refused(tmp_path: Path) -> None:
     data.write_text('{"prompt": "b"}\n')
     with pytest.raises(RunFolderError, match=r"prompts\.path: the content of .*prompts\.jsonl has changed"):
         RunFolder(config.out).open(config, inputs)
+
+
+def test_fault_04_an_edited_scoring_function_is_refused(tmp_path: Path) -> None:
+    """What is finished was selected and trained by what the function said then."""
+    config = toy_config(tmp_path / "in", tmp_path / "run")
+    RunFolder(config.out).open(config, inputs_of(config)).close()
+    marks = tmp_path / "in" / "marks.py"
+    marks.write_text(marks.read_text() + "# and more\n")
+    with pytest.raises(RunFolderError, match=r"reward\.functions\.helpfulness: the content of .*marks\.py has changed"):
+        RunFolder(config.out).open(config, inputs_of(config))
 
 
 def test_fault_05_what_paces_the_work_is_not_part_of_the_configuration(tmp_path: Path) -> None:

@@ -110,6 +110,13 @@ def test_a_stream_says_first_what_was_done_and_last_how_it_came_out(fake: FakeUp
     assert all("dpa" not in chunk for chunk in chunks[1:-1])
 
 
+def test_a_choice_that_says_nothing_keeps_its_place_in_a_stream(fake: FakeUpstream, client: httpx.Client) -> None:
+    fake.mode = "second speaks"
+    *_, last, _ = events_of(client.post(CHAT, json=chat(dpa="terse", stream=True, n=2)))
+    assert [choice["words"] for choice in last["dpa"]["choices"]] == [0, 2]
+    assert [choice["scores"]["verbosity"] for choice in last["dpa"]["choices"]] == [0.0, 2.0]
+
+
 def test_completions_are_steered_through_the_template_and_raw_without_a_direction(
     fake: FakeUpstream, client: httpx.Client
 ) -> None:

@@ -82,7 +82,13 @@ def test_the_next_step_is_the_last_policy_that_follows_its_direction(
     assert next_step(run).startswith(said)
 
 
-def test_the_same_call_again_does_no_work_and_changes_nothing(finished: tuple[Path, Path]) -> None:
+def test_the_same_call_again_does_no_work_and_changes_nothing(
+    finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_again(*_: object) -> None:
+        raise AssertionError("nothing is to be scored: no reward model is loaded, and no server asked")
+
+    monkeypatch.setattr("dpa.recipes.run.build_scorer", not_again)
     recipe, run = finished
     before = {path: path.read_bytes() for path in run.rglob("*.parquet")} | {
         path: path.read_bytes() for path in run.rglob("*.safetensors")
@@ -144,9 +150,9 @@ def test_a_model_of_the_loop_answers_on_the_command_line(finished: tuple[Path, P
 
 def test_the_best_of_several_is_judged_by_the_reward_model_of_the_run(finished: tuple[Path, Path]) -> None:
     policy, question = ModelReference(str(finished[1] / "iter_1" / "policy")), "What is the home of Ivy?"
-    plain = answer(policy, [question], "terse", 6, 1.0, 30, 0, clamp=False)
+    plain = list(answer(policy, [question], "terse", 6, 1.0, 30, 0, clamp=False))
     for robust in (False, True):
-        first, again = (answer(policy, [question], "terse", 6, 1.0, 30, 0, False, 6, robust) for _ in range(2))
+        first, again = (list(answer(policy, [question], "terse", 6, 1.0, 30, 0, False, 6, robust)) for _ in range(2))
         assert first == again != plain
 
 

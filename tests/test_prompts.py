@@ -11,7 +11,7 @@ import pytest
 
 from dpa.core.errors import DataError, RejectRateError
 from dpa.core.records import Prompt
-from dpa.stages.prompts import prompts_from_table, prompts_table, read_prompts
+from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -72,3 +72,11 @@ def test_a_wrong_column_is_named(tmp_path: Path) -> None:
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no rows"):
         read_prompts(jsonl(tmp_path / "p.jsonl", []))
+
+
+def test_an_iteration_that_wants_more_prompts_than_there_are_takes_each_once() -> None:
+    prompts = [Prompt(str(n), [{"role": "user", "content": str(n)}]) for n in range(7)]
+    for t in range(1, 5):
+        assert sorted(prompt.prompt_id for prompt in draw_prompts(prompts, t, 10, seed=0)) == list("0123456")
+    drawn = [prompt.prompt_id for t in (1, 2, 3) for prompt in draw_prompts(prompts, t, 3, seed=0)]
+    assert len(set(drawn[:7])) == 7, "none again before all were used"

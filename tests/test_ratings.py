@@ -242,6 +242,13 @@ def test_csv_with_a_short_line(tmp_path: Path) -> None:
     assert ratings.rejects[0].reason == "1 values for 3 columns"
 
 
+def test_a_csv_s_rejects_are_named_by_their_own_rows(tmp_path: Path) -> None:
+    rows = ["Q1,A.,1", "only one", '"Q3\nand more",A.,2', "a,b,c,d", "Q5,A.,9"]
+    (tmp_path / "rows.csv").write_text("prompt,response,good\n" + "\n".join(rows) + "\n")
+    ratings = read_ratings([config(tmp_path / "rows.csv", scales={"good": [0, 4]}, max_reject_rate=1)])
+    assert [reject.id for reject in ratings.rejects] == ["rows.csv:2", "rows.csv:4", "rows.csv:5"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "fields", "message"),
     [

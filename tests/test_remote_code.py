@@ -19,6 +19,7 @@ from dpa.recipes.baselines.lab import Lab
 from dpa.recipes.dpa import Loop
 from dpa.sampling.samplers import SamplerSpec
 from dpa.scoring.reward_scorer import RewardModelScorer
+from dpa.stages.adopt import adopt
 from dpa.training.policy_training import train_policy
 from dpa.training.sft import SFT
 
@@ -90,6 +91,13 @@ def test_opted_in_it_trains_and_the_pinned_commit_is_recorded(coded: Path, tmp_p
         load_policy(out)
     model, _ = load_policy(ModelReference(str(out), REVISION))
     assert type(model).__name__ == "TinyForCausalLM"
+
+
+def test_what_was_trained_elsewhere_with_its_own_code_is_taken_in(coded: Path, tmp_path: Path) -> None:
+    adopt(coded, ModelReference(str(coded), REVISION), SPACE, tmp_path / "policy", {})
+    provenance = json.loads((tmp_path / "policy" / SPACE_FILE).read_text())["provenance"]
+    assert provenance["remote_code_revision"] == REVISION
+    load_policy(ModelReference(str(tmp_path / "policy"), REVISION))
 
 
 def test_a_model_without_code_records_that_there_was_no_opt_in(tmp_path: Path) -> None:

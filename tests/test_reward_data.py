@@ -272,6 +272,9 @@ def test_an_objective_nobody_rates_is_refused_before_anything_is_read(tmp_path: 
     misspelt = {"train": {"backbone": "x", "attributes": ["good", "worm"]}}
     with pytest.raises(ConfigError, match=r"reward\.train\.attributes: nobody rates 'worm'; rated are: good, warm"):
         Loop(run_config(tmp_path, reward=misspelt))
+    twice = {"train": {"backbone": "x", "attributes": ["good", "warm", "good"]}}
+    with pytest.raises(ConfigError, match=r"reward\.train\.attributes: 'good' is there twice; name it once"):
+        Loop(run_config(tmp_path, reward=twice))
     assert not (tmp_path / "run").exists()
 
 

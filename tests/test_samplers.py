@@ -293,6 +293,18 @@ def test_fault_11_a_worker_that_keeps_dying_is_given_up() -> None:
     assert set(multiprocessing.active_children()) == before
 
 
+def test_a_worker_that_cannot_be_started_again_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ProcessSampler(SamplerSpec(str(folder), SPACE, max_new_tokens=4), max_restarts=1, backoff_s=0.01) as sampler:
+        os.kill(sampler.pid, signal.SIGKILL)
+
+        def no_memory(_: ProcessSampler) -> None:
+            raise OSError("Cannot allocate memory")
+
+        monkeypatch.setattr(ProcessSampler, "_start", no_memory)
+        with pytest.raises(EngineError, match="died 2 times in a row"):
+            sampler.sample(asked((1,)))
+
+
 def test_a_users_mistake_reaches_the_user(tmp_path: Path) -> None:
     with (
         pytest.raises(ModelFileError, match="no folder"),

@@ -105,6 +105,20 @@ def test_per_direction_winners_are_the_best_of_those_made_under_it(loop: Loop) -
         assert row["candidate_id"] == candidates[best]["candidate_id"]
 
 
+@pytest.mark.parametrize("method", ["per_direction", "pooled", "random"])
+def test_a_shard_whose_prompts_were_all_rejected_selects_nothing(tmp_path: Path, method: str) -> None:
+    prompts = prompts_of(5)
+    stages = {name: StageFolder(tmp_path / name, f"iter_1/{name}") for name in ("rollout", "score", "select")}
+    silent = FakeSampler(misbehave={prompts[4].messages[-1]["content"]: "empty"})
+    rollout(stages["rollout"], prompts, SPACE, [silent], ROLLOUT.model_copy(update={"max_reject_rate": 1.0}), seed=0)
+    assert [stages["rollout"].table(number).num_rows for number in range(2)] == [48, 0]
+    score(stages["score"], stages["rollout"], prompts, FakeScorer())
+    select_winners(
+        stages["select"], stages["rollout"], stages["score"], prompts, SPACE, SelectionConfig(method=method), 0
+    )
+    assert {row["prompt_id"] for row in all_rows(stages["select"])} == {prompt.prompt_id for prompt in prompts[:4]}
+
+
 def test_random_draws_the_pooled_directions_and_a_candidate_of_the_prompt(loop: Loop) -> None:
     pooled, drawn = loop.select(POOLED), loop.select(SelectionConfig(method="random", directions=5))
     assert [row["direction"] for row in drawn] == [row["direction"] for row in pooled]

@@ -124,6 +124,8 @@ def test_a_command_that_does_not_exist_is_one_sentence() -> None:
     process.start()
     with pytest.raises(EngineError, match="no-such-engine"):
         process.wait_until_healthy()
+    process.close()
+    assert process._log.closed and "(nothing)" in process.last_words()
 
 
 def test_fault_11_no_orphans_after_kill_9_of_the_run() -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
+from typer.testing import CliRunner
 
+from dpa.cli.commands import app
 from dpa.cli.ecosystem import read_space, space_of_run
 from dpa.cli.talk import answer, converse
 from dpa.core.directions import DirectionSpace
@@ -19,6 +21,7 @@ from dpa.core.objective import Objective
 from dpa.core.reference import ModelReference
 from dpa.core.sentences import target_template_of
 from dpa.models.policy import check_policy, save_policy
+from dpa.sampling.samplers import SamplerSpec
 from dpa.serve.command import serve
 from dpa.serve.settings import ServeSettings
 from dpa.storage.run_folder import StageFolder
@@ -38,7 +41,16 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(model: Path, prompt: str = "Why?", direction: str | None = None, clamp: bool = False, **more) -> list[str]:
-    return answer(ModelReference(str(model)), [prompt], direction, 1, 1.0, 3, 0, clamp, **more)
+    return list(answer(ModelReference(str(model)), [prompt], direction, 1, 1.0, 3, 0, clamp, **more))
+
+
+def test_several_prompts_load_the_policy_once(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    build = SamplerSpec.build
+    monkeypatch.setattr(SamplerSpec, "build", lambda spec: loaded.append(spec) or build(spec))
+    result = CliRunner().invoke(app, ["generate", str(policy), "Why?", "Who?", "Where?", "--max-new-tokens", "3"])
+    assert result.exit_code == 0, result.output
+    assert len(loaded) == 1
 
 
 def test_a_misspelt_preset_is_told_the_nearest() -> None:

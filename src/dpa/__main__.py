@@ -18,7 +18,7 @@ def main() -> None:
         print(f"dpa: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
-        print("dpa: interrupted; the same command resumes where it stopped.", file=sys.stderr)
+        print("dpa: interrupted; a run is resumed by the same command.", file=sys.stderr)
         code = Interrupted.exit_code
     except SystemExit as left:
         code = left.code

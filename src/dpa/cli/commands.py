@@ -7,7 +7,7 @@ import typer
 
 from dpa.cli import ecosystem, elsewhere, planning, starting
 from dpa.cli.home import Commands
-from dpa.cli.options import ConfigPath, Overrides, overridden, takes_fields
+from dpa.cli.options import ConfigPath, Overrides, as_yaml, overridden, takes_fields
 from dpa.core.errors import ConfigError
 from dpa.serve.settings import ServeSettings
 from dpa.version import __version__
@@ -83,7 +83,7 @@ def run(
 ) -> None:
     """Run the whole loop, or as far as the configuration goes; the same command resumes it."""
     flags = {"iterations": iterations, "out": out, "cluster.processes": processes}
-    given = {name: str(value) for name, value in flags.items() if value is not None}
+    given = {name: as_yaml(value) for name, value in flags.items() if value is not None}
     with _any_run(config, overrides, given, ignore_free_space) as opened:
         made = opened.run()
         if made.is_file():
@@ -134,7 +134,7 @@ def compare(
     from dpa.recipes.compare import Comparison
 
     if out is not None:
-        flags["out"] = str(out)
+        flags["out"] = as_yaml(out)
     typer.echo(f"report: {Comparison(load_comparison(config, flags)).run()}")
 
 
@@ -224,23 +224,22 @@ def generate(
     from dpa.cli.talk import answer
     from dpa.core.reference import ModelReference
 
-    for text in prompt:
-        question = typer.get_text_stream("stdin").read() if text == "-" else text
-        for reply in answer(
-            ModelReference(model, remote_code_revision),
-            [question],
-            direction,
-            samples,
-            temperature,
-            max_new_tokens,
-            seed,
-            clamp,
-            best_of,
-            robust,
-            reward,
-            space,
-        ):
-            typer.echo(reply)
+    questions = [typer.get_text_stream("stdin").read() if text == "-" else text for text in prompt]
+    for reply in answer(
+        ModelReference(model, remote_code_revision),
+        questions,
+        direction,
+        samples,
+        temperature,
+        max_new_tokens,
+        seed,
+        clamp,
+        best_of,
+        robust,
+        reward,
+        space,
+    ):
+        typer.echo(reply)
 
 
 @app.command()

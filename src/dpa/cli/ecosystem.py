@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 app = Commands(rich_markup_mode=None)
 
 FORMS = ("alpaca-eval", "mt-bench", "arena-hard", "lm-eval")
+KEY_VARIABLES = ("DPA_JUDGE_API_KEY", "OPENAI_API_KEY")
 ASK_BEYOND = 500_000
 """Tokens of a judge beyond which `--yes` is asked for."""
 
@@ -43,7 +44,9 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write to; the same command resumes.")] = Path("exports"),
     directions: Directions = None,
     grid: Annotated[int, typer.Option(min=0, help="Directions on each arc of the cone, beside those of -d.")] = 0,
-    name: Annotated[str | None, typer.Option(help="Name of the model in the files. Default: its folder's.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in the files. Default: RUN-T, or its folder's.")
+    ] = None,
     bake: Annotated[
         str | None, typer.Option(help="Copy the model to --out, stating this direction or target by default.")
     ] = None,
@@ -55,7 +58,7 @@ def export(
     space: SpaceText = None,
 ) -> None:
     """Answer a benchmark's questions, one entry per direction, in its own file form."""
-    from dpa.models.files import resolve_model
+    from dpa.models.files import policy_name, resolve_model
     from dpa.storage.seals import check_in_run
 
     path = resolve_model(model).path
@@ -76,7 +79,7 @@ def export(
     chosen += [where.direction(weights_K) for weights_K in where.grid(grid)] if grid else []
     chosen = chosen or [where.parse(preset) for preset in where.presets] or [where.direction(where.center)]
     chosen = list({str(direction): direction for direction in chosen}.values())
-    name = name or Path(path).resolve().name
+    name = name or policy_name(path)
     if form == "lm-eval":
         for file in _lm_eval(Path(path).resolve(), chosen, out, name):
             typer.echo(f"lm-eval run --config {file} --tasks ...")
@@ -151,19 +154,30 @@ def judge(
 
     The key is read from DPA_JUDGE_API_KEY, else OPENAI_API_KEY.
     """
+    from dpa.models.files import policy_name
+    from dpa.remote.http_exchange import key_in
     from dpa.remote.judge_client import ChatJudge
     from dpa.stages.judge import count_tokens, judge, make_pairs, prompts_of, read_answers, sentence, write_verdicts
     from dpa.storage.progress import ProgressBar
 
-    sides = [_side(text, questions, out, max_new_tokens, seed) for text in (first, second)]
+    answering = None if any(Path(text).is_file() for text in (first, second)) else limit  # a file has its own order
+    answerers = {Path(text.rpartition("@")[0]).resolve() for text in (first, second) if not Path(text).is_file()}
+    if len({policy_name(folder) for folder in answerers}) < len(answerers):
+        raise ConfigError(
+            f"judge: {first!r} and {second!r} would answer under one name, into the same file; let one answer by "
+            "`dpa export --name` first, and give its file."
+        )
+    sides = [_side(text, questions, out, max_new_tokens, seed, answering) for text in (first, second)]
     policies = [folder for _, folder in sides if folder]
     if space is None and not policies:
         raise ConfigError("--space: answer files do not say it; give a policy folder, a configuration or dpa-v1.")
     where = read_space(space or policies[0])
     wishes = [where.parse(text, outside="clamp") for text in preference]
     (name_a, answers_a), (name_b, answers_b) = (read_answers(file) for file, _ in sides)
+    if name_a == name_b:
+        name_a, name_b = (str(file) for file, _ in sides)
     pairs = make_pairs(answers_a, answers_b)[:limit]
-    key = os.environ.get("DPA_JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    key = key_in(next((name for name in KEY_VARIABLES if os.environ.get(name)), None), "judge")
     asked = ChatJudge([base_url] if base_url else [], judge_model, out / "cache.jsonl", key, max_tokens, together)
     missing = asked.missing([prompt for wish in wishes for prompt in prompts_of(pairs, where, wish)])
     cost = count_tokens(missing)
@@ -216,9 +230,11 @@ def space_of_run(reward_model: Path, attributes: Sequence[str]) -> "DirectionSpa
     return space if needed <= set(attributes) else None
 
 
-def _side(text: str, questions: Path | None, out: Path, max_new_tokens: int, seed: int) -> tuple[Path, str | None]:
-    """Answer file of one side, and the policy that made it where we asked it."""
-    from dpa.models.files import resolve_model
+def _side(
+    text: str, questions: Path | None, out: Path, max_new_tokens: int, seed: int, limit: int | None
+) -> tuple[Path, str | None]:
+    """Answer file of one side, and the policy that made it where we asked it (the first `limit` questions)."""
+    from dpa.models.files import policy_name, resolve_model
     from dpa.storage.seals import check_in_run
 
     if Path(text).is_file():
@@ -231,10 +247,8 @@ def _side(text: str, questions: Path | None, out: Path, max_new_tokens: int, see
     path = resolve_model(model).path
     check_in_run(path)
     where = read_space(path)
-    name = Path(path).resolve().name
-    if name == "policy":  # .../iter_3/policy
-        name = Path(path).resolve().parent.name
-    files = _export(path, where, questions, "alpaca-eval", [where.parse(direction)], out, name, 0.7, max_new_tokens, 64, None, seed)  # fmt: skip # noqa: E501
+    chosen, name = [where.parse(direction)], policy_name(path)
+    files = _export(path, where, questions, "alpaca-eval", chosen, out, name, 0.7, max_new_tokens, 64, limit, seed)  # fmt: skip # noqa: E501
     return files[0], path
 
 

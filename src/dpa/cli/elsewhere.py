@@ -9,6 +9,7 @@ import typer
 
 from dpa.cli.ecosystem import read_space
 from dpa.cli.home import Commands
+from dpa.cli.options import as_yaml
 from dpa.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _open(run: str) -> "LoopRun":
 
     folder = Path(run)
     if (folder / "config.yaml").is_file():
-        return LoopRun(load_config(folder / "config.yaml", {"out": str(folder)}))
+        return LoopRun(load_config(folder / "config.yaml", {"out": as_yaml(folder)}))
     if folder.is_dir():
         raise ConfigError(f"RUN: {folder} has no config.yaml; give a run folder, or the YAML configuration of a run.")
     return LoopRun(load_config(folder))

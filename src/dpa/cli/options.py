@@ -4,6 +4,7 @@ Run its tests: pytest tests/test_cli.py
 
 import functools
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -32,6 +33,11 @@ def overridden(overrides: list[str] | None) -> dict[str, str]:
             raise ConfigError(f"--set: {item!r} is not FIELD=VALUE; write for example --set rollout.samples=8.")
         pairs[field] = value
     return pairs
+
+
+def as_yaml(value: int | Path) -> str:
+    """The value of a flag as `--set` takes it: a path stays what it is, whatever YAML makes of `2026` or ` #`."""
+    return json.dumps(str(value), ensure_ascii=False) if isinstance(value, Path) else str(value)
 
 
 def takes_fields(

@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_talk.py
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,8 +32,11 @@ def answer(
     model: ModelReference, prompts: list[str], direction: str | None, samples: int, temperature: float,
     max_new_tokens: int, seed: int, clamp: bool, best_of: int = 1, robust: bool = False, reward: str | None = None,
     named: str | None = None,
-) -> list[str]:  # fmt: skip
-    """Answers to each prompt under the direction, in order; the best of `best_of` candidates for each."""
+) -> Iterator[str]:  # fmt: skip
+    """Answers to each prompt under the direction, in order, as they come; the best of `best_of` candidates for each.
+
+    What cannot be asked at all is refused before the first is.
+    """
     if robust and best_of == 1:
         raise ConfigError("--robust: it picks among candidates; add --best-of 4 or more.")
     folder = None if best_of == 1 else _reward_folder(model, reward)
@@ -45,11 +49,11 @@ def answer(
         check_in_run(folder)
         kind = RobustSampler if robust else BestOfSampler
         sampler = kind(sampler, RewardModelScorer(replace(model, name=folder)), space, best_of)
-    return [
+    return (
         text
         for prompt in prompts
         for text in _ask(model, space, sampler, [{"role": "user", "content": prompt}], chosen, samples, seed)
-    ]
+    )
 
 
 def converse(
@@ -63,7 +67,8 @@ def converse(
     while True:
         try:
             text = input("you> ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
+            print()
             return
         if text in {"/quit", "/exit"}:
             return

@@ -904,9 +904,15 @@ def set_dotted(data: dict[str, Any], dotted: str, text: str) -> None:
     node: Any = data
     keys = dotted.split(".")
     for key in keys[:-1]:
-        child = node[_place(node, key, dotted)] if isinstance(node, list) else node.setdefault(key, {})
+        place: Any = _place(node, key, dotted) if isinstance(node, list) else key
+        child = node[place] if isinstance(node, list) else node.get(place)
+        if child is None:  # `lora: null` has fields as soon as one is given
+            child = node[place] = {}
         if not isinstance(child, dict | list):
-            raise ConfigError(f"{dotted}: `{key}` is not a section; check the dotted name.")
+            raise ConfigError(
+                f"{dotted}: `{key}` is {child!r} here, which has no fields; check the dotted name, or write `{key}` "
+                "out in the file first."
+            )
         node = child
     last = _place(node, keys[-1], dotted) if isinstance(node, list) else keys[-1]
     node[last] = parse_yaml(text, f"{dotted}: {text if len(text) < 80 else text[:77] + '...'!r}")

@@ -195,6 +195,13 @@ def free_center(space: DirectionSpace, held: Held) -> np.ndarray | None:
     return center_K / length if length > _FLAT else None
 
 
+def angle_to_center(space: DirectionSpace, wish: Wish) -> float:
+    """Degrees between what is weighed and the center as far as that is free: what `max_angle` bounds."""
+    center_K = free_center(space, wish.held) if isinstance(wish, Target) else space.center_K
+    assert center_K is not None
+    return float(np.degrees(np.arccos(np.clip(np.array(wish.weights) @ center_K, -1.0, 1.0))))
+
+
 def draw_free(space: DirectionSpace, held: Held, rng: np.random.Generator) -> np.ndarray:
     """A direction of training over what is free (K weights, 0 where held): in half of all draws the center alone, as
     most requests have it, else one drawn from the free part of the cone as `DirectionSpace.sample` draws."""

@@ -176,6 +176,15 @@ def load_space(folder: str | Path) -> DirectionSpace:
     return DirectionSpace.from_dict(data.get("space") if isinstance(data, dict) else data)
 
 
+def policy_name(folder: str | Path) -> str:
+    """A name clients and files can bear: the folder's; of a `policy` in a run folder, the run's and the iteration's
+    number (`demo-3`)."""
+    path = Path(folder).resolve()
+    if path.name == "policy" and path.parent.name.startswith("iter_"):
+        return f"{path.parents[1].name}-{path.parent.name.removeprefix('iter_')}"
+    return path.name
+
+
 def folder_revision(path: str | Path) -> str:
     """Name a model by its content: 16 hex digits of a sha256 over weights, configuration, tokenizer and code.
 

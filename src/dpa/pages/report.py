@@ -9,7 +9,7 @@ The record, all of it JSON:
                           ledger {stage: Ledger as a mapping}, listening (stages.finetune.listening_curve)}
   samples                 {policy, questions (stages.evaluate.side_by_side), typical (stages.evaluate.typical_question,
                           or null, or absent)}, or null
-  ledger                  {stage: Ledger as a mapping} of what is done once: ratings, train_reward
+  ledger                  {stage: Ledger as a mapping} of what is done once: train_reward
   reward_model            {attribute: {figure: number or null}}, the held-out quality; or null
   reward_precision        what the reward model loses in half precision (dpa_reward.json); or null, or absent
 Every number on the page comes from the record.

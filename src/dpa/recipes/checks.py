@@ -111,12 +111,19 @@ def _known(what: str, names: Sequence[str]) -> str:
 
 
 def inputs_of(config: RewardRunConfig) -> dict[str, Path]:
-    """Local files whose content the run depends on."""
+    """Local files whose content the run depends on, those of scoring functions among them: a policy that is there was
+    trained on what they said then."""
     named = {f"ratings.{place}.path": ratings.path for place, ratings in enumerate(config.ratings)}
     if isinstance(config, RunConfig):
         named |= {"prompts.path": config.prompts.path, "evaluate.prompts.path": config.evaluate.prompts.path}
         if Path(config.policy).suffix == GGUF_SUFFIX:
             named["policy"] = config.policy
+    functions = {"reward.functions": config.reward.functions}
+    if isinstance(config, RunConfig):
+        functions["evaluate.gold"] = config.evaluate.gold
+    for section, each in functions.items():
+        files = {name: where.rpartition(":")[0] for name, where in each.items()}
+        named |= {f"{section}.{name}": file for name, file in files.items() if file.endswith(".py")}
     return {field: Path(path) for field, path in named.items() if Path(path).exists()}
 
 

@@ -78,10 +78,13 @@ class Loop(LoopRun):
     def score(self, t: int) -> Ledger:
         """Give every candidate of the iteration its vector; at t = 0 the rated responses are the candidates."""
         check_candidates(self.config, t)
+        stage = self.stage(t, "score")
+        if stage.done and self.stage(t, "finetune").done:  # until then another scorer's scores take their place
+            return stage.ledger
         with self.scorers() as scorers:
             if t == 0:
-                return score_rows(self.stage(t, "score"), self.read_ratings(), scorers)
-            return score(self.stage(t, "score"), self.stage(t, "rollout"), self.prompts(t), scorers)
+                return score_rows(stage, self.read_ratings(), scorers)
+            return score(stage, self.stage(t, "rollout"), self.prompts(t), scorers)
 
     @shown
     def select(self, t: int) -> Ledger:
@@ -100,7 +103,7 @@ class Loop(LoopRun):
         check_iteration(self.config, t)
         stage, learn = self.stage(t, "finetune"), self.learner(t)
         scorer = self.scorer if learn.reads == "prompts" and not stage.done else None
-        if scorer is None:
+        if scorer is None and not stage.done:
             self.let_scorer_go()
         if scorer is None and launches(self.config.cluster) and not stage.done:
             with self._folder.lent():  # the first rank takes the lock

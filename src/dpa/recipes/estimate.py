@@ -48,13 +48,13 @@ def estimate_of(
 ) -> tuple[Inputs, list[StageEstimate]]:
     """As `estimate`, and what was looked up for it."""
     speeds = read_speeds([*runs, Path(config.out)])
-    inputs = inputs_of(config, parameters, device, cards)
+    inputs = looked_up(config, parameters, device, cards)
     inputs = replace(inputs, device=on_card(inputs.device, speeds.card))
     likely, quick, slow = (Stages(config, speeds, inputs, assume).all() for assume in (LIKELY, QUICK, SLOW))
     return inputs, [_between(*three) for three in zip(likely, quick, slow, strict=True)]
 
 
-def inputs_of(
+def looked_up(
     config: RunConfig, parameters: float | None = None, device: Device | None = None, cards: int | None = None
 ) -> Inputs:
     """What a configuration names, looked up. Raises ConfigError."""

@@ -288,6 +288,7 @@ class HttpPool(Closing):
 
     def _unwell(self, server: Server, request: Request, reason: str, tries: int = 1) -> None:
         """A server cannot serve now. The request waits for it or another, unless all have failed too often."""
+        reason = reason.replace(self._key or "\0", "***")
         self._server_failed(server)
         request.tries += tries
         if request.tries >= self._attempts and self._others_answered(request):

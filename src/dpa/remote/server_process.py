@@ -105,9 +105,11 @@ class ServerProcess:
 
     def last_words(self) -> str:
         """How it was started and the end of what it said."""
-        size = self._log.seek(0, 2)
-        self._log.seek(max(0, size - _LAST_BYTES))
-        said = " ".join(self._log.read().decode("utf-8", "replace").split())
+        said = ""
+        if not self._log.closed:
+            size = self._log.seek(0, 2)
+            self._log.seek(max(0, size - _LAST_BYTES))
+            said = " ".join(self._log.read().decode("utf-8", "replace").split())
         return f"it was `{shlex.join(self._words())}` and said: {said or '(nothing)'}"
 
     def stop(self) -> None:
@@ -127,6 +129,7 @@ class ServerProcess:
         """End it for good."""
         self._closed = True
         self.stop()
+        self._log.close()
 
     def _words(self) -> list[str]:
         places = {"policy": self._policy, "port": str(self._port), "index": str(self._index)}

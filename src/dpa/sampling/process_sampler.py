@@ -50,8 +50,10 @@ class ProcessSampler(Closing):
                 self._connection.send(list(requests))
                 answer = self._connection.recv()
             except (EOFError, OSError):  # the pipe broke: the process died
-                self._process.join()
-                code = self._process.exitcode
+                code = None
+                if self._process is not None:  # else it could not even be started
+                    self._process.join()
+                    code = self._process.exitcode
                 self.close()
                 if death < self._max_restarts:
                     time.sleep(self._backoff_s * 2**death)

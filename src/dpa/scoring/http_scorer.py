@@ -28,9 +28,9 @@ from dpa.scoring.reward_model import (
     RELEASED_MODEL,
     RELEASED_SPEC,
     RewardSpec,
-    encode,
     read_spec,
     render,
+    tokenise,
 )
 from dpa.scoring.reward_scorer import check_folder
 from dpa.scoring.scorer_source import ScorerSource, absolute
@@ -75,10 +75,10 @@ class HttpScorer:
 
     def _inputs(self, prompts: Sequence[Messages], responses: Sequence[str]) -> list[Any]:
         """What stands for each row in a request; None where there is nothing to score."""
-        ids_N = encode(self._tokenizer, self._spec.template, self._spec.max_length, prompts, responses)
+        texts_N = render(self._tokenizer, self._spec.template, prompts, responses)
+        ids_N = tokenise(self._tokenizer, self._spec.template, self._spec.max_length, texts_N)
         if self._api == "classify":
             return list(ids_N)
-        texts_N = render(self._tokenizer, self._spec.template, prompts, responses)
         return [None if ids is None else [text] for ids, text in zip(ids_N, texts_N, strict=True)]
 
     def _body(self, inputs: list[Any]) -> dict[str, Any]:
@@ -146,13 +146,14 @@ class HttpScorer:
                     )
 
 
-def http_scorer(config: HttpRewardConfig, code_revision: str | None = None) -> HttpScorer:
-    """The scorer a configuration describes. Its connections close when it is no longer used, or at exit.
+def http_scorer(config: HttpRewardConfig, code_revision: str | None = None, released: bool = False) -> HttpScorer:
+    """The scorer a configuration describes (`released`: its folder is a copy of the published model, which says nothing
+    of itself). Its connections close when it is no longer used, or at exit.
 
     Raises ModelFileError, ConfigError, EngineError.
     """
     safe = resolve_model(ModelReference(config.folder, code_revision))
-    spec = RELEASED_SPEC if config.folder == RELEASED_MODEL else read_spec(Path(safe.path))
+    spec = RELEASED_SPEC if released or config.folder == RELEASED_MODEL else read_spec(Path(safe.path))
     with quiet_libraries():
         tokenizer = load_tokenizer(safe, "reward model")
     pool = HttpPool(
@@ -187,7 +188,7 @@ class HttpSource(ScorerSource):
         check_folder(self, folder=self.given.folder)
 
     def open(self) -> Scorer:
-        return http_scorer(self.given, self.code_revision)
+        return http_scorer(self.given, self.code_revision, released=self.reward.preset == "dpa-v1")
 
     def described(self) -> str:
         return f"the reward model `{self.given.folder}` behind servers"

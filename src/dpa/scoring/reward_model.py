@@ -222,7 +222,13 @@ def encode(
     tokenizer: Any, template: str | None, max_length: int, prompts: Sequence[Messages], responses: Sequence[str]
 ) -> list[list[int] | None]:
     """Token ids of each conversation, or None where the template refuses it or it is longer than `max_length`."""
-    texts = render(tokenizer, template, prompts, responses)
+    return tokenise(tokenizer, template, max_length, render(tokenizer, template, prompts, responses))
+
+
+def tokenise(
+    tokenizer: Any, template: str | None, max_length: int, texts: Sequence[str | None]
+) -> list[list[int] | None]:
+    """Token ids of rendered conversations, or None where there is none or it is longer than `max_length`."""
     shown = [text for text in texts if text is not None]
     # A chat template writes its own special tokens; a plain template leaves them (BOS, [CLS]) to the tokenizer.
     encoded = iter(tokenizer(shown, add_special_tokens=template is not None)["input_ids"] if shown else [])

@@ -134,6 +134,8 @@ class TrainedSource(ScorerSource):
         """Those to be trained; refuses one that nobody rates."""
         names = list(dict.fromkeys(rated)) if self.given.attributes is None else self.given.attributes
         for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"reward.train.attributes: {name!r} is there twice; name it once.")
             if name not in rated:
                 known = f"rated are: {', '.join(dict.fromkeys(rated))}" if rated else "nothing is rated"
                 raise ConfigError(f"reward.train.attributes: nobody rates {name!r}; {known}.")

@@ -50,8 +50,7 @@ class Answering:
                 ending = not chunk.get("choices")
                 for choice in chunk.get("choices") or ():
                     text = choice.get("text") or (choice.get("delta") or {}).get("content")
-                    if text:
-                        said.setdefault(choice.get("index", 0), []).append(text)
+                    said.setdefault(choice.get("index", 0), []).append(text or "")
                     ending = ending or choice.get("finish_reason") is not None
                 chunk = in_clients_words(asked, chunk, self._served.name)
                 if first:

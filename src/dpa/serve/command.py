@@ -18,7 +18,8 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DpaError, ModelFileError
 from dpa.core.reference import ModelReference
 from dpa.core.targets import Wish, read_wish
-from dpa.models.files import count_parameters, load_space, resolve_model
+from dpa.models.files import count_parameters, load_space, policy_name, resolve_model
+from dpa.remote.http_exchange import key_in
 from dpa.serve.settings import EngineSettings, Served, ServeSettings
 from dpa.serve.supervisor import EngineProcess
 from dpa.storage.seals import check_in_run
@@ -154,7 +155,7 @@ def _server(
         return Upstream("http://engine", socket=children[role].socket, stall_s=settings.stall_seconds)
 
     if settings.upstream is not None:
-        key = os.environ.get(UPSTREAM_KEY_VARIABLE)
+        key = key_in(UPSTREAM_KEY_VARIABLE if os.environ.get(UPSTREAM_KEY_VARIABLE) else None, "--upstream")
         policy = Upstream(settings.upstream, key, stall_s=settings.stall_seconds)
         upstream_model = settings.upstream_model or _first_model(settings.upstream, key)
     else:
@@ -247,13 +248,8 @@ def _first_model(url: str, key: str | None) -> str:
 
 
 def _name(folder: str | None, upstream_model: str) -> str:
-    """A name clients can write: the folder's; of a `policy` in a run folder, the run's and the iteration's number."""
-    if folder is None:
-        return upstream_model.rstrip("/").rpartition("/")[2]
-    path = Path(folder).resolve()
-    if path.name == "policy" and path.parent.name.startswith("iter_"):
-        return f"{path.parents[1].name}-{path.parent.name.removeprefix('iter_')}"
-    return path.name
+    """A name clients can write: the policy's, or the last part of what the upstream calls its model."""
+    return upstream_model.rstrip("/").rpartition("/")[2] if folder is None else policy_name(folder)
 
 
 def _hosts(settings: ServeSettings) -> tuple[str, ...]:

@@ -12,11 +12,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request
 from prometheus_client import generate_latest
 from starlette.responses import Response
 
+from dpa.core.targets import angle_to_center
 from dpa.serve.answering import Answering
 from dpa.serve.bodies import ChatBody, CompletionBody, DirectionBody, RefusedError, check_body, error_body, read_body
 from dpa.serve.gate import Gate, Metrics
@@ -153,8 +153,7 @@ class Gateway:
         space = self._served.space
         direction, clamped = read_direction(asked.direction, space, asked.outside, "direction")
         assert direction is not None
-        angle = float(space.angle_to_center(np.array([direction.weights]))[0])
-        return Json({**direction_json(direction), "angle": angle, "clamped": clamped})
+        return Json({**direction_json(direction), "angle": angle_to_center(space, direction), "clamped": clamped})
 
     async def _chat(self, request: Request) -> Response:
         return await self._answer(request, chat=True)

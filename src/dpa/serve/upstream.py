@@ -169,7 +169,8 @@ def _failure(status: int, data: bytes, headers: Mapping[str, str]) -> RefusedErr
     message = str(fields.get("message") or f"it answered {status}")[:1000]
     if status == 429 or status == 503:
         after = headers.get("retry-after", "")
-        return UpstreamError(f"upstream: {message}", status, retry_after_s=int(after) if after.isdecimal() else 2)
+        wait_s = int(after) if after.isdecimal() else RETRY_AFTER_S
+        return UpstreamError(f"upstream: {message}", status, retry_after_s=wait_s)
     if status in (401, 403):  # ours to mend, not the client's: its key was accepted here
         return UpstreamError("upstream: it does not accept this gateway's key; set DPA_UPSTREAM_KEY.", 502)
     if 400 <= status < 500:

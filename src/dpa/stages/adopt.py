@@ -54,7 +54,9 @@ def adopt(trained: Path, base: Model | None, space: DirectionSpace, out: Path, s
         ensure_pad_token(tokenizer)
         _check_rows(model, tokenizer, trained)
         facts = {"folder": str(trained), "revision": revision, "adapters": adapters, "data": source, "notes": notes}
-        provenance = {"from": None if base is None else str(base), "trained_elsewhere": facts}
+        provenance: dict[str, Any] = {"from": None if base is None else str(base), "trained_elsewhere": facts}
+        if reference.code_revision is not None:
+            provenance["remote_code_revision"] = reference.code_revision
         save_policy(model, tokenizer, out, space, provenance)
     return notes
 

@@ -35,8 +35,6 @@ from dpa.storage.schemas import HELD, completeness
 from dpa.storage.tables import file_digest
 
 Form = Literal["trl", "messages"]
-FORMS: tuple[Form, ...] = ("trl", "messages")
-FORMATS = ("parquet", "jsonl")
 SPLITS = ("train", "test")
 CUT = "an answer was cut at its limit of tokens: written as a turn, it would teach to stop in mid-sentence"
 

@@ -73,7 +73,11 @@ def read_answers(path: Path) -> tuple[str, dict[str, str]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
+        rows = (
+            json.loads(text)
+            if path.suffix == ".json"
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
+        )
         pairs = [_request_and_answer(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(
@@ -154,7 +158,7 @@ def judge(
     first_shown_wins             share of verdicts for the answer shown first: half for a judge without position bias
     agreement                    share of pairs on which both orders name the same winner
     longer_wins                  share of decided pairs that went to the longer answer (None: never decided)
-    characters                   mean length of each set's answers;  invalid: replies that were no verdict
+    characters                   mean length of each set's answers;  invalid: pairs with a reply that was no verdict
     pairs                        request, answers, both verdicts
     """
     replies = asked.ask(prompts_of(pairs, space, preference), progress)

@@ -68,8 +68,8 @@ def draw_prompts(prompts: Sequence[Prompt], t: int, count: int | None, seed: int
         return list(prompts)
     drawn: list[Prompt] = []
     orders: dict[int, list[int]] = {}
-    start = (t - 1) * count
-    for place in range(start, start + min(count, len(prompts))):
+    count = min(count, len(prompts))
+    for place in range((t - 1) * count, t * count):
         rounds, within = divmod(place, len(prompts))
         if rounds not in orders:
             orders[rounds] = list(range(len(prompts)))

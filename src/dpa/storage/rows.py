@@ -25,7 +25,7 @@ _ROLES = ("system", "user", "assistant")
 _NOT_READ = (ValueError, LookupError, TypeError, OverflowError, NotImplementedError, RecursionError, pa.ArrowException)
 """What a value that Python cannot hold ends in: text that is no UTF-8, a duration, a time zone nobody knows."""
 
-_CSV_BLOCK = 16 << 20
+CSV_BLOCK = 16 << 20
 """Bytes read at once; a row must fit, and the longest text that is no broken row does."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -210,10 +210,10 @@ def _read_parquet(
 def _read_csv(
     file: Path, columns: Collection[str] | None, text_columns: Collection[str]
 ) -> Iterator[dict[str, Any] | BadRow]:
-    bad: list[BadRow] = []
+    bad: dict[int, BadRow] = {}
 
     def note(row: pyarrow.csv.InvalidRow) -> str:
-        bad.append(BadRow(f"{row.actual_columns} values for {row.expected_columns} columns"))
+        bad[row.number - 1] = BadRow(f"{row.actual_columns} values for {row.expected_columns} columns")  # 1: the header
         return "skip"
 
     header = column_names(file)
@@ -223,7 +223,7 @@ def _read_csv(
             raise ValueError(f"its header is not UTF-8: {quoted(name)}")
     table = pyarrow.csv.read_csv(
         file,
-        read_options=pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK),
+        read_options=pyarrow.csv.ReadOptions(block_size=CSV_BLOCK, use_threads=False),  # threads do not number
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
         convert_options=pyarrow.csv.ConvertOptions(
             check_utf8=False,  # one bad text is one bad row
@@ -232,9 +232,13 @@ def _read_csv(
             include_columns=None if columns is None else [name for name in header if name in columns],
         ),
     )
+    number = 0
     for batch in table.to_batches(max_chunksize=1024):
-        yield from _rows_of(batch)
-    yield from bad
+        for row in _rows_of(batch):
+            while (number := number + 1) in bad:
+                yield bad.pop(number)
+            yield row
+    yield from bad.values()
 
 
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

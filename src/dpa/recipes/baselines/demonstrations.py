@@ -9,14 +9,14 @@ import pyarrow.compute as pc
 
 from dpa.core.errors import DataError
 from dpa.recipes.baselines.lab import Lab, Method, Trained, as_candidates, unstated
-from dpa.stages.ratings import read_ratings
+from dpa.stages.ratings import leave_out, read_ratings
 
 SOURCE = "expert"
 
 
 def train(lab: Lab) -> list[Trained]:
     """One policy, one point. Raises DataError when no rated row is a demonstration."""
-    rows = as_candidates(read_ratings(lab.config.ratings).table)
+    rows = as_candidates(leave_out(read_ratings(lab.config.ratings), lab.held_out).table)
     rows = rows.filter(pc.equal(rows["source"], SOURCE))
     if not len(rows):
         raise DataError(f"demonstrations: no rated row has the source `{SOURCE}`; leave this method out.")

@@ -13,7 +13,7 @@ import numpy as np
 
 from dpa.core.errors import ConfigError
 from dpa.core.records import Message, Messages, SampleRequest
-from dpa.recipes.baselines.asking import TranslatingSampler
+from dpa.recipes.baselines.asking import TranslatingSampler, with_system
 from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.labels import target_rule
 
@@ -47,7 +47,7 @@ def asked_for(messages: Messages, words: int) -> Messages:
     """The messages with the wish for a length, in the last turn as well as in the system message."""
     wish = f"Answer in about {words} word{'s' if words > 1 else ''}."
     last: Message = {"role": messages[-1]["role"], "content": f"{messages[-1]['content']}\n\n{wish}"}
-    return [{"role": "system", "content": wish}, *(m for m in messages[:-1] if m["role"] != "system"), last]
+    return with_system([*messages[:-1], last], wish)
 
 
 METHOD = Method(

@@ -8,6 +8,7 @@ where its folder is here; else a token is taken for four characters.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from dpa.core.config import PromptsConfig, RatingsConfig
 from dpa.core.errors import ConfigError, DataError
 from dpa.stages.judge import CHARACTERS_PER_TOKEN
 from dpa.storage.rating_forms import RatedRow, declared_scales, named_columns, read_row
-from dpa.storage.rows import find_files, is_hub_id, read_rows
+from dpa.storage.rows import CSV_BLOCK, find_files, is_hub_id, read_rows
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +68,16 @@ def _rated_there(ratings: RatingsConfig, policy: str) -> Rated | None:
     if is_hub_id(ratings.path):
         known = PUBLISHED_RATINGS.get(ratings.path)
         return Rated(*known) if known else None
+    place = Path(ratings.path)
+    files = find_files(place) if place.exists() else []
+    stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return _rated_in(ratings.model_copy(update={"count": None}).model_dump_json(), policy, stamps)
+
+
+@lru_cache(maxsize=16)
+def _rated_in(described: str, policy: str, _stamps: tuple[tuple[str, int, int], ...]) -> Rated | None:
+    """Of files on this machine; `dpa init` asks for many sizes of the same ones."""
+    ratings = RatingsConfig.model_validate_json(described)
     lines = count_rows(ratings.path)
     if not lines:
         return None
@@ -137,7 +148,7 @@ def count_rows(path: str) -> int | None:
     """Rows of a data file, or of all in a folder; None where it is not on this machine."""
     place = Path(path)
     if place.is_dir():
-        return sum(count_rows(str(file)) or 0 for file in sorted(place.rglob("*")) if file.is_file())
+        return sum(count_rows(str(file)) or 0 for file in find_files(place))
     if not place.is_file():
         return None
     try:
@@ -145,8 +156,10 @@ def count_rows(path: str) -> int | None:
             case ".parquet":
                 return pq.read_metadata(place).num_rows
             case ".csv":
-                options = pyarrow.csv.ParseOptions(newlines_in_values=True)
-                return pyarrow.csv.read_csv(place, parse_options=options).num_rows
+                # As storage/rows.py reads it: a row of another width is a bad row, not a bad file.
+                options = pyarrow.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=lambda row: "skip")
+                reading = pyarrow.csv.ReadOptions(block_size=CSV_BLOCK)
+                return pyarrow.csv.read_csv(place, read_options=reading, parse_options=options).num_rows
             case ".jsonl":
                 with place.open("rb") as lines:
                     return sum(1 for line in lines if line.strip())

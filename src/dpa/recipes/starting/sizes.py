@@ -5,6 +5,7 @@ Run its tests: pytest tests/test_init.py
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from dpa.recipes.costs.devices import Device
@@ -84,6 +85,7 @@ class First:
 
     def fit(self, seconds_of: Callable[[Sizes], float]) -> Sizes:
         """The largest sizes that the hours hold, `seconds_of` being the estimate; the smallest, if none do."""
+        seconds_of = cache(seconds_of)
         sizes = list(dict.fromkeys(self.sizes(scale) for scale in SCALES))
         low, high = 0, len(sizes) - 1  # the first that fits
         while low < high:
