@@ -20,7 +20,7 @@ from dpa.core.config import RatingsConfig
 from dpa.core.errors import DataError, ModelFileError
 from dpa.core.records import Sample, SampleRequest
 from dpa.models.policy import load_policy
-from dpa.recipes.baselines import demonstrations, dpo, moc, modpo, prompted, ric, soups, steerlm
+from dpa.recipes.baselines import demonstrations, dpo, moc, modpo, pooled_best, prompted, ric, soups, steerlm
 from dpa.recipes.baselines.asking import NearestSampler, TranslatingSampler, with_system, without_direction
 from dpa.recipes.baselines.lab import Lab, spent, unstated
 from dpa.recipes.baselines.labels import (
@@ -240,6 +240,41 @@ def test_the_best_label_is_the_one_whose_answers_score_highest_under_the_directi
     asked = bench.stage(3, "rollout").whole_table()
     assert spent(tmp_path).tokens_generated == 5 * len(asked) > 0
     assert set(asked["k"].to_pylist()) == {0}, "one answer each, however many a rollout samples"
+
+
+def test_the_best_direction_is_the_one_whose_answers_score_highest_under_the_wished_one(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy that does the opposite of what its direction says of verbosity is asked the opposite."""
+    monkeypatch.setattr(pooled_best, "loop_policies", lambda lab: ["policy"])
+
+    class Repeats:
+        revision = "repeats"
+
+        def sample(self, requests: list[SampleRequest]) -> list[list[Sample]]:
+            return [[Sample(json.dumps(r.direction), 5, "stop") for _ in r.seeds] for r in requests]
+
+    class Opposite:
+        attributes, revision = lab.scorer.attributes, "opposite"
+
+        def score(self, prompts: list, responses: list[str]) -> np.ndarray:
+            asked_NK = np.array([json.loads(text) for text in responses])
+            of = {"readers-verbosity": 50 - 50 * asked_NK[:, 1], "critics-warmth": 50 + 50 * asked_NK[:, 2]}
+            return np.stack([of.get(name, np.full(len(asked_NK), 50.0)) for name in self.attributes], axis=1)
+
+    class Bench(Lab):
+        scorer = Opposite()  # type: ignore[assignment]
+
+        def sampler(self, policy: object, measuring: bool = False, translate: object = None) -> TranslatingSampler:
+            return TranslatingSampler(Repeats(), translate or (lambda request: request))  # type: ignore[arg-type]
+
+    (trained,) = pooled_best.train(Bench(lab.config, lab.shared, tmp_path, lab.budget))
+    half = 0.5**0.5
+    wishes = (half, -half, 0.0), (half, half, 0.0), (half, 0.0, half)
+    found = trained.open().sample([SampleRequest(QUESTION.messages, wish, (1,)) for wish in wishes])
+    terse, wordy, warm = (json.loads(answers[0].text) for answers in found)
+    assert terse[1] > 0.6 and wordy[1] < -0.6 and warm[2] > 0.6
+    assert spent(tmp_path).tokens_generated > 0, "trying is charged"
 
 
 # --- soups -----------------------------------------------------------------------------------------------------------

@@ -69,7 +69,10 @@ def test_a_method_that_is_a_file_and_a_line_is_trained_measured_and_reported(tmp
     (cost,) = [row for row in results["costs"] if row["method"] == "toy"]
     assert cost["total"] == pytest.approx(3000, rel=0.1)
     assert above.record and above.record["cost"]["training_tokens"] == cost["training"], "charged for it, too"
-    other = comparison.config.model_copy(update={"changes": {"toy": {"iterations": 2}}})
+    both = comparison.config.model_copy(update={"changes": {"toy": {"iterations": 2}}})
+    assert replace(above, config=both).settings.iterations == 2, "what it stands on is changed, and so is it"
+    assert replace(above, config=both).ground is not None
+    other = comparison.config.model_copy(update={"changes": {"above": {"iterations": 2}}})
     assert replace(above, config=other).ground is None, "other settings train another policy"
     assert "a toy" in page.read_text() and "#123456" in page.read_text() and "#abcdef" in page.read_text()
     assert (tmp_path / "out" / "seed_0" / "toy" / "job.json").is_file()

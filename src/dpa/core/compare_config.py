@@ -60,13 +60,17 @@ class CompareConfig(BaseModel):
         """What a results folder belongs to: more seeds, methods or workers extend it, or pace it."""
         return self.model_copy(update={"seeds": [], "methods": [], "workers": 1, "resamples": 1, "tolerance": 1})
 
-    def run_config(self, seed: int, out: Path, method: str | None = None) -> RunConfig:
-        """The configuration of the loop for one seed (and method), in the folder `out`. Raises ConfigError."""
+    def run_config(
+        self, seed: int, out: Path, method: str | None = None, changes: Mapping[str, Any] | None = None
+    ) -> RunConfig:
+        """The configuration of the loop for one seed (and method, with `changes` for those of its name), in the folder
+        `out`. Raises ConfigError."""
         for field in ("name", "out", "seed"):
             if field in self.run:
                 raise ConfigError(f"run.{field}: the comparison sets it; leave it out.")
         data: dict[str, Any] = _with_seed(deepcopy(self.run), seed)
-        for field, value in (self.changes.get(method, {}) if method else {}).items():
+        own = (self.changes.get(method, {}) if method else {}) if changes is None else changes
+        for field, value in own.items():
             set_dotted(data, field, yaml.safe_dump(_with_seed(value, seed)))
         try:
             return parse_config({**data, "name": method or self.name, "out": str(out), "seed": seed})

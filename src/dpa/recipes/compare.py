@@ -66,7 +66,7 @@ class ComparisonJob:
     @property
     def settings(self) -> RunConfig:
         """The configuration of the loop for it."""
-        return self.config.run_config(self.seed, self.folder, self.method.name if self.method else None)
+        return self.config.run_config(self.seed, self.folder, self.method.name if self.method else None, self.changed)
 
     @property
     def ready(self) -> bool:
@@ -77,11 +77,18 @@ class ComparisonJob:
     def ground(self) -> "ComparisonJob | None":
         """The job of the method that its own stands on, where that one is compared with the same settings."""
         below = self.method.stands_on if self.method else None
-        changes = self.config.changes
         if self.method is None or below is None or below not in (self.config.methods or ()):
             return None
-        same = changes.get(below, {}) == changes.get(self.method.name, {})
-        return replace(self, method=METHODS[below]) if same else None
+        ground = replace(self, method=METHODS[below])
+        return ground if self.changed == ground.changed else None
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """What its method changes of the run: its own entry or, without one, that of the method it stands on."""
+        if self.method is None:
+            return {}
+        names = (self.method.name, self.method.stands_on)
+        return next((self.config.changes[name] for name in names if name in self.config.changes), {})
 
     @property
     def lab(self) -> Lab:

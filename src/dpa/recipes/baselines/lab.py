@@ -58,8 +58,9 @@ class Trained(NamedTuple):
 class Method(Entry):
     """A method as its file states it: what a report must know of it, and how it trains. Line it up in methods.py.
 
-    `stands_on` names the method whose training it begins with. Where that one is compared with the same settings, its
-    job is waited for and its policies are read (`Lab.ground`); what they cost is charged to both.
+    `stands_on` names the method whose training it begins with, and whose `changes` it has where it has none of its own.
+    Where that one is compared with the same settings, its job is waited for and its policies are read (`Lab.ground`);
+    what they cost is charged to both.
     """
 
     train: Callable[["Lab"], list[Trained]]

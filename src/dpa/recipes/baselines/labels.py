@@ -19,6 +19,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.records import SampleRequest, messages_text, places_of
 from dpa.recipes.baselines.asking import with_system
 from dpa.recipes.baselines.lab import Lab
+from dpa.recipes.baselines.trying import TRIED, answers_to_try, best_tried
 from dpa.storage.schemas import ANSWERS, WINNERS
 
 LOWEST, HIGHEST = 0.02, 0.98
@@ -29,9 +30,6 @@ WISHED, ALWAYS_WISHED = (0.0, 0.25, 0.5, 0.75, 1.0), (0.6, 0.8, 1.0)
 and for one of which more always is."""
 LATTICE = 10_000
 """Combinations that are written down at most."""
-CANDIDATES, SHARE = 80, 0.1
-"""Labels that are tried at most, and the share of the budget that trying them would cost if every answer were as long
-as a rated row, prompt included; answers alone are counted, so that it costs less than half of that."""
 
 Write = Callable[[np.ndarray], str]
 """Writes scores_K as the label the policy reads."""
@@ -106,7 +104,7 @@ def asking_for(targets: Callable[[Sequence[float]], np.ndarray], write: Write) -
 
 
 def candidate_targets(
-    scores_RK: np.ndarray, space: DirectionSpace, write: Write, seed: int, most: int = CANDIDATES
+    scores_RK: np.ndarray, space: DirectionSpace, write: Write, seed: int, most: int = TRIED
 ) -> np.ndarray:
     """targets_LK that are labels apart: combinations of a few values of each objective, `most` of them, or all; of more
     than LATTICE combinations (seven objectives) as many drawn at random."""
@@ -127,23 +125,10 @@ def candidate_targets(
 def asking_best(lab: Lab, t: int, labelled: Labelled) -> Translate:
     """Translate a direction v into the label whose answers the reward model scores highest: argmax_l v . mean r(y_l).
 
-    The means are over one answer to each of some training prompts, the same under every label, sampled once in
-    iteration t of `lab` and charged to it.
+    They are tried as iteration t of `lab` (`trying.best_tried`).
     """
-    answers = max(2, int(SHARE * lab.budget / lab.row_tokens))
-    targets_LK = candidate_targets(
-        labelled.scores_RK, lab.space, labelled.write, lab.config.seed, min(CANDIDATES, answers)
-    )
+    most = min(TRIED, answers_to_try(lab))
+    targets_LK = candidate_targets(labelled.scores_RK, lab.space, labelled.write, lab.config.seed, most)
     ask = lab.sampler(labelled.policy, measuring=True, translate=asking_for(np.asarray, labelled.write))
-    # In the column `direction` stand the scores that were asked for.
-    lab.rollout(t, ask, targets_LK, count=max(1, answers // len(targets_LK)), samples=1)
-    asked, scores_RK = lab.stage(t, "rollout").whole_table(), lab.objectives(lab.stage(t, "score"))
-    places = places_of(map(tuple, asked["direction"].to_pylist()))
-    scored = {label: scores_RK[own][np.isfinite(scores_RK[own]).all(axis=1)] for label, own in places.items()}
-    known = {label: own_RK.mean(axis=0) for label, own_RK in scored.items() if len(own_RK)}
-    tried_LK, mean_LK = np.array(list(known)), np.array(list(known.values()))
-
-    def best(direction: Sequence[float]) -> np.ndarray:
-        return tried_LK[int((mean_LK @ np.asarray(direction, dtype=float)).argmax())]
-
-    return asking_for(best, labelled.write)
+    best = best_tried(lab, t, ask, targets_LK)  # in the column `direction` stand the scores that were asked for
+    return asking_for(lambda direction: np.array(best(direction)), labelled.write)

@@ -11,13 +11,18 @@ from dpa.recipes.dpa import Loop
 
 
 def run_loop(lab: Lab, **fields: Any) -> list[Trained]:
-    """The loop's iterations t = 1..T in `<folder>/loop`; the configuration, or `fields` of it, make this method."""
+    """The policies of `loop_policies`."""
+    return [_trained(lab, f"t = {t}", folder) for t, folder in enumerate(loop_policies(lab, **fields), start=1)]
+
+
+def loop_policies(lab: Lab, **fields: Any) -> list[str]:
+    """The policies' folders of the loop's iterations t = 1..T in `<folder>/loop`; the configuration, or `fields` of it,
+    make this method."""
     start = lab.take_over_t0()
     with Loop(_from_t0(lab, start, fields)) as loop:
         for t in range(1, lab.config.iterations + 1):
             loop.learn(t)
-        folders = {t: str(loop.policy_folder(t)) for t in range(1, lab.config.iterations + 1)}
-    return [_trained(lab, f"t = {t}", folder) for t, folder in folders.items()]
+        return [str(loop.policy_folder(t)) for t in range(1, lab.config.iterations + 1)]
 
 
 def last_of_loop(lab: Lab, **fields: Any) -> list[Trained]:

@@ -17,6 +17,7 @@ from dpa.recipes.baselines import (
     online_grpo,
     per_direction,
     pooled,
+    pooled_best,
     pooled_third,
     prompted,
     random_candidate,
@@ -34,6 +35,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         pooled.METHOD,
+        pooled_best.METHOD,
         pooled_third.METHOD,
         per_direction.METHOD,
         online_dpo.METHOD,
