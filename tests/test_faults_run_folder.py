@@ -103,6 +103,8 @@ def test_fault_45_a_damaged_fingerprint_is_refused_with_what_to_delete(
     assert json.loads((run / "fingerprint.json").read_text())["inputs"].keys() == {
         "prompts.path",
         "evaluate.prompts.path",
+        "reward.functions.helpfulness",
+        "reward.functions.verbosity",
     }
 
 

@@ -56,7 +56,7 @@ def test_a_response_is_complete_as_its_own_column_says_or_unless_it_ended_at_a_l
     ("row", "schema"),
     [
         ("ratings.parquet", schemas.RATINGS),
-        ("prompts.parquet", schemas.PROMPTS),
+        ("shards of `prompts/`, `eval_prompts/`", schemas.PROMPTS),
         ("rollout shard", schemas.CANDIDATES),
         ("score shard", schemas.SCORES),
         ("select shard", schemas.WINNERS),
