@@ -2,7 +2,6 @@
 Run its tests: pytest tests/test_ecosystem_cli.py
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -155,7 +154,7 @@ def judge(
     The key is read from DPA_JUDGE_API_KEY, else OPENAI_API_KEY.
     """
     from dpa.models.files import policy_name
-    from dpa.remote.http_exchange import key_in
+    from dpa.remote.http_exchange import key_of_first
     from dpa.remote.judge_client import ChatJudge
     from dpa.stages.judge import count_tokens, judge, make_pairs, prompts_of, read_answers, sentence, write_verdicts
     from dpa.storage.progress import ProgressBar
@@ -177,7 +176,7 @@ def judge(
     if name_a == name_b:
         name_a, name_b = (str(file) for file, _ in sides)
     pairs = make_pairs(answers_a, answers_b)[:limit]
-    key = key_in(next((name for name in KEY_VARIABLES if os.environ.get(name)), None), "judge")
+    key = key_of_first(KEY_VARIABLES, "judge")
     asked = ChatJudge([base_url] if base_url else [], judge_model, out / "cache.jsonl", key, max_tokens, together)
     missing = asked.missing([prompt for wish in wishes for prompt in prompts_of(pairs, where, wish)])
     cost = count_tokens(missing)

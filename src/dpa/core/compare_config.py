@@ -63,14 +63,14 @@ class CompareConfig(BaseModel):
     def run_config(
         self, seed: int, out: Path, method: str | None = None, changes: Mapping[str, Any] | None = None
     ) -> RunConfig:
-        """The configuration of the loop for one seed (and method, with `changes` for those of its name), in the folder
-        `out`. Raises ConfigError."""
+        """The configuration of the loop for one seed (and method, by default with the changes of its name), in the
+        folder `out`. Raises ConfigError."""
         for field in ("name", "out", "seed"):
             if field in self.run:
                 raise ConfigError(f"run.{field}: the comparison sets it; leave it out.")
         data: dict[str, Any] = _with_seed(deepcopy(self.run), seed)
-        own = (self.changes.get(method, {}) if method else {}) if changes is None else changes
-        for field, value in own.items():
+        changes = self.changes.get(method or "", {}) if changes is None else changes
+        for field, value in changes.items():
             set_dotted(data, field, yaml.safe_dump(_with_seed(value, seed)))
         try:
             return parse_config({**data, "name": method or self.name, "out": str(out), "seed": seed})

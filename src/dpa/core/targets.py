@@ -169,9 +169,8 @@ def _within(
     space: DirectionSpace, weights_K: np.ndarray, center_K: np.ndarray, held: Held, outside: str, where: str
 ) -> np.ndarray:
     """The free direction, or the nearest one in the cone."""
-    cone = _free_cone(center_K, held)
     free = _free(held)
-    angle = float(cone.angles(weights_K[None, free])[0])
+    angle = _free_angle(weights_K, center_K, held)
     # Whole hundredths of an edge may lie a little beyond it, as in DirectionSpace.parse.
     if angle <= space.max_angle + np.degrees(np.arcsin(0.005 * len(free) ** 0.5)):
         return weights_K
@@ -181,7 +180,9 @@ def _within(
             f"trained up to {space.max_angle:g} degrees from that"
         )
     edge_K = np.zeros(len(weights_K))
-    edge_K[free] = cone.edge(weights_K[free], space.max_angle) if len(free) > 1 else center_K[free]
+    edge_K[free] = (
+        _free_cone(center_K, held).edge(weights_K[free], space.max_angle) if len(free) > 1 else center_K[free]
+    )
     return edge_K / np.linalg.norm(edge_K)
 
 
@@ -197,9 +198,12 @@ def free_center(space: DirectionSpace, held: Held) -> np.ndarray | None:
 
 def angle_to_center(space: DirectionSpace, wish: Wish) -> float:
     """Degrees between what is weighed and the center as far as that is free: what `max_angle` bounds."""
-    center_K = free_center(space, wish.held) if isinstance(wish, Target) else space.center_K
-    assert center_K is not None
-    return float(np.degrees(np.arccos(np.clip(np.array(wish.weights) @ center_K, -1.0, 1.0))))
+    weights_K = np.array(wish.weights)
+    if isinstance(wish, Direction):
+        return float(space.angle_to_center(weights_K[None])[0])
+    center_K = free_center(space, wish.held)
+    assert center_K is not None  # read_target
+    return _free_angle(weights_K, center_K, wish.held)
 
 
 def draw_free(space: DirectionSpace, held: Held, rng: np.random.Generator) -> np.ndarray:
@@ -218,6 +222,11 @@ def draw_free(space: DirectionSpace, held: Held, rng: np.random.Generator) -> np
 
 def _free(held: Held) -> list[int]:
     return [k for k, value in enumerate(held) if value is None]
+
+
+def _free_angle(weights_K: np.ndarray, center_K: np.ndarray, held: Held) -> float:
+    """Degrees between two directions of what is free."""
+    return float(_free_cone(center_K, held).angles(weights_K[None, _free(held)])[0])
 
 
 def _free_cone(center_K: np.ndarray, held: Held) -> Cone:

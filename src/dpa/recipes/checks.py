@@ -11,6 +11,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError
 from dpa.models.files import GGUF_SUFFIX
 from dpa.sampling.engines import engine_named
+from dpa.scoring.function_scorer import function_file
 from dpa.scoring.scorers import known_attributes
 from dpa.storage.rating_forms import declared_scales
 from dpa.storage.schemas import SCORES, name_taken, selection_schema
@@ -114,17 +115,15 @@ def inputs_of(config: RewardRunConfig) -> dict[str, Path]:
     """Local files whose content the run depends on, those of scoring functions among them: a policy that is there was
     trained on what they said then."""
     named = {f"ratings.{place}.path": ratings.path for place, ratings in enumerate(config.ratings)}
+    functions = {f"reward.functions.{name}": function for name, function in config.reward.functions.items()}
     if isinstance(config, RunConfig):
         named |= {"prompts.path": config.prompts.path, "evaluate.prompts.path": config.evaluate.prompts.path}
         if Path(config.policy).suffix == GGUF_SUFFIX:
             named["policy"] = config.policy
-    functions = {"reward.functions": config.reward.functions}
-    if isinstance(config, RunConfig):
-        functions["evaluate.gold"] = config.evaluate.gold
-    for section, each in functions.items():
-        files = {name: where.rpartition(":")[0] for name, where in each.items()}
-        named |= {f"{section}.{name}": file for name, file in files.items() if file.endswith(".py")}
-    return {field: Path(path) for field, path in named.items() if Path(path).exists()}
+        functions |= {f"evaluate.gold.{name}": function for name, function in config.evaluate.gold.items()}
+    files = {field: Path(path) for field, path in named.items()}
+    files |= {field: file for field, function in functions.items() if (file := function_file(function)) is not None}
+    return {field: file for field, file in files.items() if file.exists()}
 
 
 def needed_bytes(config: RewardRunConfig) -> int:

@@ -105,10 +105,10 @@ class Loop(LoopRun):
         scorer = self.scorer if learn.reads == "prompts" and not stage.done else None
         if scorer is None and not stage.done:
             self.let_scorer_go()
-        if scorer is None and launches(self.config.cluster) and not stage.done:
-            with self._folder.lent():  # the first rank takes the lock
-                launch(["finetune", str(self.path / "config.yaml"), "-t", str(t)], self.config.cluster, stage.name)
-            return self.stage(t, "finetune").ledger
+            if launches(self.config.cluster):
+                with self._folder.lent():  # the first rank takes the lock
+                    launch(["finetune", str(self.path / "config.yaml"), "-t", str(t)], self.config.cluster, stage.name)
+                return self.stage(t, "finetune").ledger
         config = getattr(self.config, learn.section)
         same = [before for before in range(self.first, t) if self.learner(before).reads == learn.reads]
         ledger = finetune_policy(

@@ -5,6 +5,7 @@ Run its tests: pytest tests/test_http_pool.py
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -59,6 +60,11 @@ def key_in(variable: str | None, field: str) -> str | None:
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"{field}: {variable!r} holds characters that no HTTP header takes; set it to the key alone.")
     return key
+
+
+def key_of_first(variables: Sequence[str], field: str) -> str | None:
+    """The key in the first of several environment variables that is set; None where none is. Raises as `key_in`."""
+    return key_in(next((name for name in variables if os.environ.get(name)), None), field)
 
 
 def retry_after(headers: dict[str, str]) -> float | None:

@@ -252,7 +252,7 @@ class HttpPool(Closing):
             self._wake.set()
 
     def _judge(self, server: Server, request: Request, status: int, headers: dict[str, str], content: bytes) -> None:
-        said = f"{status} {brief(content)}".replace(self._key or "\0", "***")
+        said = self._without_key(f"{status} {brief(content)}")
         rest = retry_after(headers)
         if 200 <= status < 300:
             try:
@@ -286,9 +286,12 @@ class HttpPool(Closing):
             check = hint.get(status, "the address")
             self._fail(EngineError(f"{server.address}{request.path} answered {said}; check {check}."))
 
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
     def _unwell(self, server: Server, request: Request, reason: str, tries: int = 1) -> None:
         """A server cannot serve now. The request waits for it or another, unless all have failed too often."""
-        reason = reason.replace(self._key or "\0", "***")
+        reason = self._without_key(reason)
         self._server_failed(server)
         request.tries += tries
         if request.tries >= self._attempts and self._others_answered(request):

@@ -79,11 +79,17 @@ class FunctionSource(ScorerSource):
 
     def on_every_node(self) -> dict[str, str]:
         """Files by their whole paths; importable modules stay."""
-        cut = {name: function.rpartition(":") for name, function in self.given.items()}
+        files = {name: function_file(function) for name, function in self.given.items()}
         return {
-            name: f"{Path(where).resolve()}:{function}" if where.endswith(".py") else self.given[name]
-            for name, (where, _, function) in cut.items()
+            name: function if (file := files[name]) is None else f"{file.resolve()}:{function.rpartition(':')[2]}"
+            for name, function in self.given.items()
         }
+
+
+def function_file(function: str) -> Path | None:
+    """The file of `file.py:name`; None where a module is named."""
+    where = function.rpartition(":")[0]
+    return Path(where) if where.endswith(".py") else None
 
 
 def _load_function(field: str, function: str | ScoreFunction) -> ScoreFunction:
@@ -93,7 +99,7 @@ def _load_function(field: str, function: str | ScoreFunction) -> ScoreFunction:
     if not colon or not where or not name:
         raise ConfigError(f"{field}: {function!r} is not `module:name` or `file.py:name`.")
     try:
-        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = importlib.import_module(where) if (file := function_file(function)) is None else _load_file(file)
     except Exception as error:  # the user's module may raise anything when it is imported
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"{field}: {where} cannot be imported ({reason}); mend it.") from None

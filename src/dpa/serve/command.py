@@ -19,7 +19,7 @@ from dpa.core.errors import ConfigError, DpaError, ModelFileError
 from dpa.core.reference import ModelReference
 from dpa.core.targets import Wish, read_wish
 from dpa.models.files import count_parameters, load_space, policy_name, resolve_model
-from dpa.remote.http_exchange import key_in
+from dpa.remote.http_exchange import key_of_first
 from dpa.serve.settings import EngineSettings, Served, ServeSettings
 from dpa.serve.supervisor import EngineProcess
 from dpa.storage.seals import check_in_run
@@ -155,7 +155,7 @@ def _server(
         return Upstream("http://engine", socket=children[role].socket, stall_s=settings.stall_seconds)
 
     if settings.upstream is not None:
-        key = key_in(UPSTREAM_KEY_VARIABLE if os.environ.get(UPSTREAM_KEY_VARIABLE) else None, "--upstream")
+        key = key_of_first([UPSTREAM_KEY_VARIABLE], "--upstream")
         policy = Upstream(settings.upstream, key, stall_s=settings.stall_seconds)
         upstream_model = settings.upstream_model or _first_model(settings.upstream, key)
     else:

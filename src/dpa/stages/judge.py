@@ -73,11 +73,10 @@ def read_answers(path: Path) -> tuple[str, dict[str, str]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        rows = (
-            json.loads(text)
-            if path.suffix == ".json"
-            else [json.loads(line) for line in text.split("\n") if line.strip()]
-        )
+        if path.suffix == ".json":
+            rows = json.loads(text)
+        else:  # no splitlines: an answer may hold what that splits at
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         pairs = [_request_and_answer(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(

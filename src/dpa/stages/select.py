@@ -237,7 +237,7 @@ def _served(
 def _asked(pools: _Pools, candidates: pa.Table) -> np.ndarray:
     """directions_PDK the candidates of each prompt were made under; rollout keeps a prompt whole, N samples each."""
     K = pools.scores_PNK.shape[-1]
-    N = max(1, int(candidates["k"].to_numpy().max(initial=0)) + 1)
+    N = int(candidates["k"].to_numpy().max(initial=0)) + 1
     direction_RK = np.array(candidates["direction"].to_pylist(), dtype=np.float64).reshape(-1, K)
     return direction_RK[pools.row_PN[:, ::N]]
 
