@@ -16,6 +16,8 @@ from fake_gateway import MARKUP, PAGE
 from opened_page import THREE, TWO, Opened, browser, space_of, visit
 
 from dpa.core.sentences import target_template_of
+from dpa.core.targets import read_wish
+from dpa.serve.shapes import direction_json
 
 __all__ = ["browser", "visit"]  # fixtures
 
@@ -547,3 +549,13 @@ def test_a_policy_that_knows_no_targets_offers_none_and_says_so(visit):
     opened.page.click("#expert button")
     opened.page.wait_for_selector("#expression-error:not(:empty)")
     assert "knows no targets" in opened.text("#expression-error")
+
+
+def test_what_is_compared_with_is_the_servers_target_where_that_is_its_default(visit):
+    space = replace(THREE, target_template=target_template_of(THREE.template))
+    opened = visit(space, extra={"default": direction_json(read_wish(space, "helpfulness; verbosity=40"))}).ready()
+    opened.page.click("#presets >> text=full")
+    opened.ask("Why?")
+    told = [body["dpa"] for body in opened.gateway.bodies]
+    (plain,) = [wish for wish in told if wish.get("verbosity") == "=40"]
+    assert len(told) == 2 and plain["helpfulness"] == 1 and not plain.get("warmth")
