@@ -46,15 +46,20 @@ def asked_directions(space: DirectionSpace) -> tuple[np.ndarray, np.ndarray]:
     return grid_DK[(away_D < 1) | (away_D >= ENDS)], away_D[(away_D < 1) | (away_D >= ENDS)] >= ENDS
 
 
-def utilities(
-    sampler: Sampler, prompts: list[Prompt], directions_DK: np.ndarray, space: DirectionSpace, scorers: list[Scorer]
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """utility_DP by each scorer, and tokens_DP that each answer cost."""
-    requests = [
+def requests_of(prompts: list[Prompt], directions_DK: np.ndarray) -> list[SampleRequest]:
+    """One answer to each prompt under each direction, direction by direction."""
+    return [
         SampleRequest(prompt.messages, direction, (seed_of(candidate_id(prompt.prompt_id, direction, 0, 0, "bench")),))
         for direction in map(tuple, directions_DK.tolist())
         for prompt in prompts
     ]
+
+
+def utilities(
+    sampler: Sampler, prompts: list[Prompt], directions_DK: np.ndarray, space: DirectionSpace, scorers: list[Scorer]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """utility_DP by each scorer, and tokens_DP that each answer cost."""
+    requests = requests_of(prompts, directions_DK)
     answers = [samples[0] for samples in sampler.sample(requests)]
     shape = len(directions_DK), len(prompts)
     found = []

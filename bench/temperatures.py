@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from robust import requests_of
 
 from dpa.core.measures import all_measures
-from dpa.core.records import SampleRequest, candidate_id, seed_of
+from dpa.core.records import Prompt
 from dpa.models.files import folder_revision, load_space
 from dpa.sampling.samplers import SamplerSpec
 from dpa.scoring.function_scorer import FunctionScorer
@@ -25,27 +26,20 @@ HALF = (20.0, 80.0)
 """Mean warmth of the directions whose answers are looked at, and between which an answer is half-warm."""
 
 
-def measured(policy: str, temperature: float, prompts: Path, count: int) -> dict[str, float]:
+def measured(policy: str, temperature: float, prompts: list[Prompt]) -> dict[str, float]:
     """One row: the measures of one policy at one temperature."""
     space = load_space(policy)
     grid_DK = space.grid(9)
     sampler = SamplerSpec(policy, space, 160, temperature=temperature, revision=folder_revision(policy)).build()
-    asked = read_prompts(str(prompts), "prompt", 0.0)[0][:count]
-    requests = [
-        SampleRequest(prompt.messages, direction, (seed_of(candidate_id(prompt.prompt_id, direction, 0, 0, "bench")),))
-        for direction in map(tuple, grid_DK.tolist())
-        for prompt in asked
-    ]
+    requests = requests_of(prompts, grid_DK)
     answers = [samples[0].text for samples in sampler.sample(requests)]
     truth = FunctionScorer({name: f"dpa.world.true_reward:{name}" for name in space.names})
     scores_DPK = truth.score([request.messages for request in requests], answers).reshape(len(grid_DK), -1, space.K)
     means_DK = np.nanmean(scores_DPK, axis=1)
     found = dict(all_measures(means_DK, space, grid_DK, 0.0))
     row = {f"{name} {objective or ''}".strip(): value for (name, objective), value in found.items() if name in SHOWN}
-    warmth_DP = scores_DPK[..., space.names.index("warmth")]
-    between_D = (means_DK[:, space.names.index("warmth")] > HALF[0]) & (
-        means_DK[:, space.names.index("warmth")] < HALF[1]
-    )
+    warmth_DP, mean_D = (scores[..., space.names.index("warmth")] for scores in (scores_DPK, means_DK))
+    between_D = (mean_D > HALF[0]) & (mean_D < HALF[1])
     half_DP = (warmth_DP > HALF[0]) & (warmth_DP < HALF[1])
     row["directions of a half-warm mean"] = float(between_D.sum())
     row["their half-warm answers"] = float(half_DP[between_D].mean()) if between_D.any() else float("nan")
@@ -62,8 +56,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=80)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    prompts = read_prompts(str(args.prompts), "prompt", 0.0)[0][: args.count]
     for temperature in args.temperatures:
-        rows = [measured(policy, temperature, args.prompts, args.count) for policy in args.policies]
+        rows = [measured(policy, temperature, prompts) for policy in args.policies]
         cells = {name: np.nanmean([row[name] for row in rows]) for name in rows[0]}
         print(
             f"temperature {temperature:g}:",
