@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ from dpa.models.files import load_space
 from dpa.models.policy import load_policy, make_steerable
 from dpa.stages.finetune import finetune_policy
 from dpa.storage.run_folder import StageFolder
+from dpa.training import trainers
 from dpa.training.learner import RowEncoder, TrainingRecord
 from dpa.training.optimizers import MuonInFloat32, MuonWithAdamW
 from dpa.training.packing import Example, pack
@@ -225,6 +227,7 @@ SCRIPT = """
 import sys; sys.path.insert(0, "tests")
 import torch; torch.set_num_threads(1)
 from pathlib import Path
+from typing import Any
 import test_finetuning as t
 t.run(Path(sys.argv[1]), Path(sys.argv[2]), t.CONFIG.model_copy(update={"optimizer": sys.argv[3]}))
 """
@@ -425,3 +428,15 @@ def _examples(rows: pa.Table) -> list[Example]:
     tokenizer = tiny_tokenizer()
     make_steerable(tokenizer, SPACE)
     return encode_examples(rows, RowEncoder(tiny_model(), tokenizer, SPACE, CONFIG.max_length))[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "units", "expected"),
+    [(False, True, False), (True, False, True), ("auto", False, False), ("auto", True, True)],
+)
+def test_bf16_auto_asks_the_processor(asked: Any, units: bool, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor has no units for it, `auto` stays in fp32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(trainers, "processor_has_bf16", lambda: units)
+    assert trainers.computes_in_bf16(asked) is expected
+    assert trainers.computes_in_bf16(FinetuneConfig(bf16=asked).bf16) is expected

@@ -274,7 +274,11 @@ class RewardTrainConfig(_Section):
         "activations are computed twice); scoring with the trained model: for 5,000 rows or more. Where compiling "
         "fails, the work goes on without.",
     )
-    bf16: bool = Field(False, description="Mixed bf16 (on by itself where a GPU supports it).")
+    bf16: bool | Literal["auto"] = Field(
+        False,
+        description="Mixed bf16. false: on a card that supports it; true: on a processor too; auto: on a processor "
+        "that has units for it, others are many times slower with it.",
+    )
     report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard, wandb, trackio.")
     lora: AdapterConfig = Field(AdapterConfig(), description="Adapters, for `method: lora`.")  # type: ignore[call-arg]
 
@@ -568,7 +572,11 @@ class TrainingConfig(_Section):
         description="Rows selected in earlier iterations that are trained on again, drawn anew each iteration, as a "
         "share of this iteration's rows.",
     )
-    bf16: bool = Field(False, description="Mixed bf16 (on by itself where a GPU supports it).")
+    bf16: bool | Literal["auto"] = Field(
+        False,
+        description="Mixed bf16. false: on a card that supports it; true: on a processor too; auto: on a processor "
+        "that has units for it, others are many times slower with it.",
+    )
     gradient_checkpointing: bool | None = Field(
         None, description="Compute activations twice to save memory. Default: where memory asks for it."
     )

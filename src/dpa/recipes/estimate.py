@@ -21,6 +21,7 @@ from dpa.recipes.costs.speeds import read_speeds
 from dpa.recipes.costs.stages import CHECKPOINT_BYTES, Inputs, StageEstimate, Stages
 from dpa.recipes.costs.work import LIKELY, QUICK, SLOW, on_card
 from dpa.training.learners import learner_of
+from dpa.training.trainers import computes_in_bf16
 
 
 def estimate(
@@ -58,8 +59,8 @@ def looked_up(
     config: RunConfig, parameters: float | None = None, device: Device | None = None, cards: int | None = None
 ) -> Inputs:
     """What a configuration names, looked up. Raises ConfigError."""
-    mixed = any(getattr(config, learner_of(config, t).section).bf16 for t in (0, 1))
-    mixed = mixed or bool(config.reward.train and config.reward.train.bf16)
+    mixed = any(computes_in_bf16(getattr(config, learner_of(config, t).section).bf16) for t in (0, 1))
+    mixed = mixed or bool(config.reward.train and computes_in_bf16(config.reward.train.bf16))
     policy = size_of(config.policy, parameters, "policy", "--parameters 7.2e9")
     scorer, backbone = None, config.reward.folder
     if config.reward.train is not None:

@@ -52,7 +52,7 @@ def notes(stages: Sequence[StageEstimate], inputs: Inputs) -> list[str]:
     device = inputs.device
     if not device.card and 0 < device.mixed_peak < device.peak / 2:
         slower = f"{device.peak / device.mixed_peak:.0f} times slower in bf16 than in fp32"
-        found.append(f"! this processor is {slower}: leave `bf16: true` out of the configuration here.")
+        found.append(f"! this processor is {slower}: take `bf16: auto` here.")
     calls = [stage.judge for stage in stages if stage.judge is not None]
     if calls:
         asked = sum(one.requests for one in calls)
