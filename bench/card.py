@@ -62,7 +62,7 @@ def main() -> None:
     # For what phases start themselves: `dpa serve`, `vllm serve`.
     source, paths = str(Path(__file__).resolve().parents[1] / "src"), os.environ.get("PYTHONPATH")
     os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, (source, paths))), "PYTHONUNBUFFERED": "1"}
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false" if args.tiny else "true"}
     if args.tiny:
         multiprocessing.set_forkserver_preload(PRELOADED)
     deadline = time.monotonic() + 60 * args.minutes

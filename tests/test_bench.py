@@ -47,11 +47,13 @@ def test_the_script_for_a_card_runs_every_phase_tiny_on_a_cpu(inputs: list[str],
         assert found[phase]["status"] == "absent" and "vLLM" in found[phase]["reason"]
     rows = {row["what"]: row for phase in MEASURED for row in found[phase]["rows"]}
     assert all(row["figure"] > 0 for row in rows.values())
-    for what in ("finetuning", "scoring", "reward training, the steps", "7B shape, finetuning", "7B shape, scoring"):
+    for what in ("finetuning", "scoring", "reward training", "7B shape, finetuning", "7B shape, scoring"):
         assert rows[what]["peer"] > 0 and rows[what]["share"] > 0 and rows[what]["of"] == "matrix"
     assert rows["scoring"]["largest_difference"] < 0.01
     table = (out / "table.md").read_text()
-    assert "| finetuning, compiled layers |" in table
+    for what in ("finetuning, compiled layers, 16 packed rows", "reward training, compiled layers, 16 rows"):
+        assert f"| {what} a step |" in table
+    assert "| scoring, compiled layers |" in table
     for log in ("finetune", "reward", "scoring", "seven_b"):  # ours before its peer, each as it is found
         said = [line for line in (out / f"{log}.log").read_text().splitlines() if line.startswith("[ ")]
         assert len(said) >= 2 and any(";" not in line for line in said)

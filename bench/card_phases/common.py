@@ -17,7 +17,7 @@ OBJECTIVES = ("quality", "verbosity")
 ATTRIBUTE = "quality"
 """The column of --ratings that is learnt."""
 
-STEPS_S, WARM_STEPS = 12.0, 3
+STEPS_S, WARM_STEPS = 8.0, 4
 """Seconds that a training's steps are measured for, and the steps before, which are not."""
 
 

@@ -6,15 +6,17 @@ at most a million tokens, about 10 s each.
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from card_phases.common import Card, need_vllm, on_device, parameters_of, timed
 from dpa.core.config import RolloutConfig
-from dpa.core.records import SampleRequest
-from dpa.models.policy import encode_prompt, end_token_ids, load_policy
-from dpa.sampling.engines import build_samplers
+from dpa.core.records import Sampler, SampleRequest
+from dpa.models.policy import encode_prompt, end_token_ids, load_policy, save_policy
+from dpa.sampling.engine import SamplingEngine
+from dpa.sampling.engines import build_samplers, engine_of
 from dpa.sampling.samplers import TransformersSampler
 
 SAMPLES = 4
@@ -80,7 +82,8 @@ def with_generate(model: Any, tokenizer: Any, prompts: list[list[int]], longest:
 
 
 def vllm(card: Card) -> None:
-    """Tokens/s of the package's vLLM sampler, and of the engine it started, asked the same requests bare."""
+    """Tokens/s of the package's vLLM sampler, and of the engine it started, asked the same requests bare; and the
+    exchange of weights between two policies."""
     need_vllm()
     import vllm as module
 
@@ -96,28 +99,88 @@ def vllm(card: Card) -> None:
     config = RolloutConfig(
         max_new_tokens=longest,
         samples=SAMPLES,
-        engine={"kind": "vllm", "vllm": {"memory": 0.6}},  # type: ignore[arg-type]
+        engine={"kind": "vllm", "vllm": {"memory": 0.5}},  # type: ignore[arg-type]
     )
     requests, policy = requests_of(card, rows), card.steerable()
     begun = time.perf_counter()
-    with build_samplers(policy, config) as samplers:
-        card.row("vLLM, one start", time.perf_counter() - begun, "s")
-        from transformers import AutoTokenizer
+    with engine_of(config) as engine:
+        with build_samplers(policy, config, engine=engine) as samplers:
+            start_s = time.perf_counter() - begun
+            card.row("vLLM, one start", start_s, "s")
+            beside_bare(card, samplers[0], module, engines[-1], requests)
+        exchanged(card, engine, config, start_s)
 
-        tokenizer = AutoTokenizer.from_pretrained(policy)
-        prompts = [encode_prompt(tokenizer, card.space(), one.messages, one.direction) for one in requests]
-        how = module.SamplingParams(n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=longest)
 
-        def bare() -> int:
-            outputs = engines[-1].generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)
-            return sum(len(one.token_ids) for output in outputs for one in output.outputs)
+def beside_bare(card: Card, sampler: Sampler, module: Any, engine: Any, requests: list[SampleRequest]) -> None:
+    """Tokens/s of the sampler and of the bare engine, in turn, twice; the better of each counts."""
+    from transformers import AutoTokenizer
 
-        def ours() -> int:
-            return sum(sample.tokens for samples in samplers[0].sample(requests) for sample in samples)
+    tokenizer = AutoTokenizer.from_pretrained(card.steerable())
+    prompts = [encode_prompt(tokenizer, card.space(), one.messages, one.direction) for one in requests]
+    how = module.SamplingParams(n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=6 if card.tiny else 256)
 
-        ours()
-        found = []
-        for _ in range(2):
-            found.append((timed(bare), timed(ours)))
-            plain, sampler = (max(turn[side].result / turn[side].seconds for turn in found) for side in (0, 1))
-            card.row("rollout through vLLM", sampler, "tokens/s", plain, "bare vLLM", rows=rows, turns=len(found))
+    def bare() -> int:
+        outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)
+        return sum(len(one.token_ids) for output in outputs for one in output.outputs)
+
+    def ours() -> int:
+        return sum(sample.tokens for samples in sampler.sample(requests) for sample in samples)
+
+    ours()
+    found = []
+    for _ in range(2):
+        found.append((timed(bare), timed(ours)))
+        plain, best = (max(turn[side].result / turn[side].seconds for turn in found) for side in (0, 1))
+        card.row("rollout through vLLM", best, "tokens/s", plain, "bare vLLM", requests=len(requests), turns=len(found))
+
+
+def exchanged(card: Card, engine: SamplingEngine, config: RolloutConfig, start_s: float) -> None:
+    """Seconds until an engine that sleeps holds other weights of the same shape, against a start; and whether it does:
+    its answers, nearly greedy, must be those that transformers gives with them, and after a way back the old ones.
+
+    Raises RuntimeError where it does not.
+    """
+    config = config.model_copy(update={"temperature": 0.01, "max_new_tokens": 12})
+    policies = {"old": card.steerable(), "new": noisy(card)}
+    asked = [SampleRequest(one.messages, one.direction, one.seeds[:1]) for one in requests_of(card, 64 * SAMPLES)]
+    said: dict[str, list[str]] = {}
+    expected: dict[str, list[str]] = {}
+    begun = time.perf_counter()
+    for name in ("new", "old"):
+        with build_samplers(policies[name], config, engine=engine) as samplers:
+            if name == "new":
+                seconds = time.perf_counter() - begun
+            said[name] = [samples[0].text for samples in samplers[0].sample(asked)]
+    for name, policy in policies.items():
+        model, tokenizer = load_policy(policy, dtype=on_device()[1])
+        sampler = TransformersSampler(model, tokenizer, card.space(), 12, temperature=0.01)
+        expected[name] = [samples[0].text for samples in sampler.sample(asked)]
+    share = {
+        (a, b): sum(x == y for x, y in zip(said[a], expected[b], strict=True)) / len(asked) for a in said for b in said
+    }
+    facts = {f"{a} says what {b} would": value for (a, b), value in share.items()}
+    card.row(
+        "vLLM, weights exchanged in place",
+        seconds,
+        "s",
+        start_s,
+        "a start",
+        starts=getattr(engine, "starts", 0),
+        **facts,
+    )
+    if min(share["new", "new"], share["old", "old"]) <= max(share["new", "old"], share["old", "new"]):
+        raise RuntimeError(f"vLLM does not hold the weights it was given: {facts}")
+
+
+def noisy(card: Card) -> Path:
+    """The steerable policy with other weights: each moved by a tenth of the spread of its matrix."""
+    folder = card.folder / "noisy"
+    if not (folder / "dpa_config.json").is_file():
+        model, tokenizer = load_policy(card.steerable(), device="cpu")
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter += 0.1 * parameter.std() * torch.randn_like(parameter)
+        save_policy(model, tokenizer, folder, card.space(), {})
+    return folder

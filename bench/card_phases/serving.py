@@ -23,6 +23,8 @@ from typing import Any
 from card_phases.common import Absent, Card, need_vllm, timed
 
 CHAT = "/v1/chat/completions"
+MEMORY = "0.25"
+"""Share of the card's memory for a server of a small model, so that the three phases may run side by side."""
 STAND_IN = """
 import sys, uvicorn
 from fastapi import FastAPI, Request
@@ -99,7 +101,7 @@ async def ask_all(address: str, bodies: list[dict[str, Any]], clients: int) -> t
 
 def serve(card: Card) -> None:
     """Tokens/s of `vllm serve` at 64 clients, and whether the direction in a request reaches the prompt."""
-    with vllm_server(card.steerable(), "--gpu-memory-utilization", "0.6") as address:
+    with vllm_server(card.steerable(), "--gpu-memory-utilization", MEMORY) as address:
         model, count, longest = first_model(address), (8 if card.tiny else 512), (6 if card.tiny else 256)
         bodies = [body_of(card, place, longest, model) for place in range(count)]
         asyncio.run(ask_all(address, bodies[:64], 64))
@@ -122,7 +124,7 @@ def gateway(card: Card) -> None:
         if not has(name):
             raise Absent(f"{name} is not installed (extra serve)")
     policy, count, longest = card.steerable(), (16 if card.tiny else 512), 32
-    with contextlib.suppress(Absent), vllm_server(policy, "--gpu-memory-utilization", "0.6") as address:
+    with contextlib.suppress(Absent), vllm_server(policy, "--gpu-memory-utilization", MEMORY) as address:
         measure_gateway(card, policy, address, count, longest, "vllm serve")
     # A server that answers at once: what is added there is the gateway's own work and nothing else.
     from dpa.remote.server_process import ServerProcess
@@ -198,7 +200,7 @@ def classify(card: Card) -> None:
     plain = in_process()
     gc.collect()  # the server wants the card
     torch.cuda.empty_cache()
-    with vllm_server(folder, "--runner", "pooling", "--gpu-memory-utilization", "0.5") as address:
+    with vllm_server(folder, "--runner", "pooling", "--gpu-memory-utilization", MEMORY) as address:
         config = HttpRewardConfig(servers=[address], folder=str(folder), api="classify")
         over_http = http_scorer(config)
         over_http.score(prompts[:64], responses[:64])

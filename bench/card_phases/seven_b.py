@@ -6,8 +6,8 @@ recomputation is not counted as useful work) and of scoring as shares of the mat
 peak memory. The figures say how many layers there were where fp32 AdamW does not fit the card with all.
 
 What a part costs on a card of 141 GB by its arithmetic (7.2 G weights, 2 or 6 FLOP a weight and token, 300 TFLOP/s):
-scoring 200,000 tokens each way, about 10 s each; rollout two batches of at most 512 steps each way, 30 to 60 s each;
-finetuning 12 s of steps behind three each way (common.steps_of), about 40 s each with building. About 4 minutes.
+scoring 200,000 tokens each way, about 10 s each; rollout one batch of at most 256 steps each way, about 15 s each;
+finetuning 8 s of steps behind four each way (common.steps_of), about 40 s each with building. About 3 minutes.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ class Bench:
     def __init__(self, tiny: bool) -> None:
         self.tiny, self.device = tiny, default_device()
         self.shape: dict[str, int] = dict(TINY if tiny else FULL)
-        self.row, self.steps = (128, 2) if tiny else (2048, 6)
+        self.row, self.steps = (128, 2) if tiny else (2048, 8)
         self.lengths = ((10, 30), (5, 40)) if tiny else ((100, 400), (50, 500))
         self.rng = np.random.default_rng(0)
 
@@ -88,10 +88,10 @@ class Bench:
                 torch.set_default_dtype(before)
 
     def fitting_layers(self) -> int:
-        """Layers whose weights, gradients and AdamW in fp32 a card should hold beside the embeddings and a pass."""
+        """Layers whose weights, gradients and AdamW in fp32, and a copy in bf16, a card should hold beside the rest."""
         if self.device == "cpu":
             return self.shape["num_hidden_layers"]
-        return max(1, int((0.9 * torch.cuda.mem_get_info()[0] - 10e9) / 3.5e9))
+        return max(1, int((0.9 * torch.cuda.mem_get_info()[0] - 10e9) / 4.2e9))
 
     def examples(self, count: int) -> list[Example]:
         """Random tokens: prompts and answers of mixed lengths."""
@@ -112,7 +112,7 @@ def tokenizer_of(size: int) -> PreTrainedTokenizerFast:
 
 def packed(bench: Bench, model: Any, examples: list[Example], folder: Path) -> SFTTrainer:
     """What `dpa` does: packed rows."""
-    settings = FinetuneConfig(max_length=bench.row, packed_rows_per_step=8, rows_per_device=1, save_steps=10**9)
+    settings = FinetuneConfig(max_length=bench.row, packed_rows_per_step=8, save_steps=10**9)
     learner = SFT(settings, SPACES["dpa-v1"], 0)
     return learner.trainer(model, tokenizer_of(bench.shape["vocab_size"]), examples, folder)
 
@@ -195,7 +195,7 @@ def rollout(card: Card, bench: Bench) -> None:
     """Tokens per second of sampling several answers to each prompt: this package's decoder, and plain `generate`."""
     model = bench.build(Endings, torch.float32 if bench.device == "cpu" else torch.bfloat16)
     model.mean_answer = 10.0 if bench.tiny else 200.0
-    requests, samples, longest, batch = (4, 2, 20, 8) if bench.tiny else (64, 8, 512, 256)
+    requests, samples, longest, batch = (4, 2, 20, 8) if bench.tiny else (32, 8, 256, 256)
     bounds = bench.lengths[0]
     prompts = sorted(
         (

@@ -1,9 +1,10 @@
 """Reward training, scoring and finetuning, each against the plain libraries on the same rows.
 
-What a part costs on one card with SmolLM2-135M: trainings are measured for 12 s of steps behind three (`steps_of`), so
-each takes about 20 s with loading, whatever its speed. `finetune` has three (ours, the peer's, ours with compiled
-layers): about 70 s. `reward` has two, and a whole training of 2,000 rows, about 40 s: about 90 s. `scoring` scores
-4,000 rows and stops its peer after 15 s: about 40 s, most of it the ridge model it makes and tokenising.
+What a part costs on one card with SmolLM2-135M: trainings are measured for 8 s of steps behind four (`steps_of`), so
+each takes 15 to 25 s with loading and, where layers are compiled, compiling, whatever its speed. `finetune` and
+`reward` have the peer's and three of ours: with eager layers, with compiled ones as `compile: auto` takes them for 200
+steps and more, and with larger steps; `reward` a whole training of 2,000 rows besides. `scoring` scores 4,000 rows of
+about 200 tokens and stops its peer after PEER_S: about 40 s, most of it the ridge model it makes and tokenising.
 """
 
 import functools
@@ -22,7 +23,7 @@ from dpa.models.policy import encode_prompt, load_policy, make_steerable
 from dpa.models.quiet import quiet_libraries
 
 SCALES = {ATTRIBUTE: (0.0, 100.0)}
-PEER_S = 15.0
+PEER_S = 8.0
 """The peer of scoring is not asked for more after this."""
 
 
@@ -47,8 +48,11 @@ def reward(card: Card) -> None:
             trainer.remove_callback(PrinterCallback)
             return steps_of(trainer), parameters_of(model)
 
-    compare(card, "reward training, the steps", steps, our_reward_trainer, plain_reward_trainer,
-            "transformers Trainer, padded")  # fmt: skip
+    eager = functools.partial(our_reward_trainer, compile=False)
+    compare(card, "reward training", steps, eager, plain_reward_trainer, "transformers Trainer, padded")
+    for batch in (config.batch_size, 4 * config.batch_size):
+        larger = functools.partial(our_reward_trainer, compile=not card.tiny, batch_size=batch)
+        beside(card, "reward training", f"{batch} rows a step", steps, larger)
 
     folder, few = card.folder / "reward_model", rows[: 24 if card.tiny else 2000]
     whole = timed(lambda: reward_training.train_reward_model(few, (ATTRIBUTE,), SCALES, config, folder))
@@ -70,6 +74,14 @@ def compare(card: Card, what: str, steps: Any, ours: Any, plain: Any, peer_name:
     card.row(what, found.speed, "tokens/s", peer.speed, peer_name, **facts)
 
 
+def beside(card: Card, what: str, step: str, steps: Any, build: Any) -> None:
+    """A row of the steps with compiled layers, beside those with eager ones, which `compare` has measured."""
+    eager = next(row["figure"] for row in card.rows if row["what"] == what)
+    found, parameters = steps(build)
+    card.row(f"{what}, compiled layers, {step}", found.speed, "tokens/s", eager, "eager layers", steps=found.count,
+             peak_bytes=found.peak_bytes, **card.share(6 * parameters * found.speed, "matrix"))  # fmt: skip
+
+
 def reward_rows(card: Card, rows: list[Any], longest: int) -> tuple[list[dict[str, Any]], int]:
     """Token ids and marks in units of their spread, as a regressor is given them; and the pad token."""
     from dpa.scoring.reward_model import encode
@@ -84,11 +96,13 @@ def reward_rows(card: Card, rows: list[Any], longest: int) -> tuple[list[dict[st
     return data, tokenizer.pad_token_id
 
 
-def our_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig, work: Path, pad: int) -> Any:
+def our_reward_trainer(
+    model: Any, data: list[Any], config: RewardTrainConfig, work: Path, pad: int, **changes: Any
+) -> Any:
     """What `train_reward_model` trains with."""
     from dpa.training import reward_trainer
 
-    return reward_trainer.build_trainer(model, data, config, pad, work, 0)
+    return reward_trainer.build_trainer(model, data, config.model_copy(update=changes), pad, work, 0)
 
 
 def plain_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig, work: Path, pad: int) -> Any:
@@ -112,14 +126,17 @@ def plain_reward_trainer(model: Any, data: list[Any], config: RewardTrainConfig,
 
 
 def scoring(card: Card) -> None:
-    """Rows/s of texts, tokenising included, against padded batches of 32 in the order they come."""
+    """Rows/s of texts of about 200 tokens, tokenising included: with eager layers against padded batches of 32 in the
+    order they come, and with compiled ones, which `compile: auto` takes from 5,000 rows on."""
     from dpa.scoring.reward_model import encode
     from dpa.scoring.reward_scorer import RewardModelScorer
 
-    rows = card.rated(24 if card.tiny else 4000)
-    prompts, responses = [row.messages for row in rows], [row.response for row in rows]
-    scorer = RewardModelScorer(card.reward_model())
+    scorer = RewardModelScorer(card.reward_model(), compile=False)
     model, tokenizer = scorer.model, scorer.tokenizer
+    rated = card.rated(24 if card.tiny else 9000)
+    shown = encode(tokenizer, None, 300, [row.messages for row in rated], [row.response for row in rated])
+    rows = [row for row, ids in zip(rated, shown, strict=True) if card.tiny or (ids and len(ids) >= 100)][:4000]
+    prompts, responses = [row.messages for row in rows], [row.response for row in rows]
     device, pad = next(model.parameters()).device, tokenizer.pad_token_id
     parameters = parameters_of(model.base_model) - model.get_input_embeddings().weight.numel()
 
@@ -150,6 +167,15 @@ def scoring(card: Card) -> None:
     usable = np.array([ids is not None for ids in ids_N[:done]])
     facts["largest_difference"] = float(np.abs(ours.result[:done][usable] - plain.result[usable]).max())
     card.row("scoring", len(rows) / ours.seconds, "rows/s", done / plain.seconds, "padded batches of 32", **facts)
+    faster = RewardModelScorer(card.reward_model(), compile=not card.tiny)
+    for _ in range(2):  # the second time kernels of any length are there
+        faster.score(prompts[few], responses[few])
+    compiled = timed(lambda: faster.score(prompts, responses))
+    facts = {"tokens_per_row": tokens / len(rows), "peak_bytes": compiled.peak_bytes}
+    facts |= card.share(2 * parameters * tokens / compiled.seconds, "matrix")
+    facts["largest_difference"] = float(np.nanmax(np.abs(compiled.result - ours.result)))
+    card.row("scoring, compiled layers", len(rows) / compiled.seconds, "rows/s", len(rows) / ours.seconds,
+             "eager layers", **facts)  # fmt: skip
 
 
 def finetune(card: Card) -> None:
@@ -175,20 +201,19 @@ def finetune(card: Card) -> None:
             return steps_of(trainer), parameters_of(model)
 
     compare(card, "finetuning", steps, packed_trainer, trl_trainer, "TRL, padded batches of 8")
-    eager = card.rows[-1]["figure"]
-    compiled, _ = steps(functools.partial(packed_trainer, compiled=not card.tiny))
-    card.row("finetuning, compiled layers", compiled.speed, "tokens/s", eager, "eager layers", steps=compiled.count,
-             peak_bytes=compiled.peak_bytes)  # fmt: skip
+    for rows in (8, 16):
+        larger = functools.partial(packed_trainer, compiled=not card.tiny, rows=rows)
+        beside(card, "finetuning", f"{rows} packed rows a step", steps, larger)
 
 
 def packed_trainer(
-    model: Any, tokenizer: Any, examples: list[Any], work: Path, longest: int, compiled: bool = False
+    model: Any, tokenizer: Any, examples: list[Any], work: Path, longest: int, compiled: bool = False, rows: int = 8
 ) -> Any:
     """What `dpa` does: packed rows."""
     from dpa.core.presets import SPACES
     from dpa.training.sft import SFT
 
-    config = FinetuneConfig(max_length=longest, packed_rows_per_step=8, save_steps=10**9, compile=compiled)
+    config = FinetuneConfig(max_length=longest, packed_rows_per_step=rows, save_steps=10**9, compile=compiled)
     return SFT(config, SPACES["dpa-v1"], 0).trainer(model, tokenizer, examples, work)
 
 

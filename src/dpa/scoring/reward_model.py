@@ -231,9 +231,22 @@ def tokenise(
     """Token ids of rendered conversations, or None where there is none or it is longer than `max_length`."""
     shown = [text for text in texts if text is not None]
     # A chat template writes its own special tokens; a plain template leaves them (BOS, [CLS]) to the tokenizer.
-    encoded = iter(tokenizer(shown, add_special_tokens=template is not None)["input_ids"] if shown else [])
+    encoded = iter(_ids(tokenizer, shown, template is not None))
     ids_N = [None if text is None else next(encoded) for text in texts]
     return [ids if ids is not None and 0 < len(ids) <= max_length else None for ids in ids_N]
+
+
+def _ids(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
+    """What `tokenizer(texts, add_special_tokens=special)` has as `input_ids`. Of a fast tokenizer the ids alone, without
+    the masks and the rest that a call makes of every row in Python."""
+    if not texts:
+        return []
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        return tokenizer(texts, add_special_tokens=special)["input_ids"]
+    fast.no_truncation()  # as a call does, whatever tokenizer.json says
+    fast.no_padding()
+    return [one.ids for one in fast.encode_batch_fast(texts, add_special_tokens=special)]
 
 
 def render(
