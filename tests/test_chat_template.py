@@ -22,7 +22,14 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.objective import Objective
 from dpa.core.targets import read_wish, sentence
-from dpa.models.chat_template import PLAIN_TEMPLATE, has_system_role, render_chat, steerable_template
+from dpa.models.chat_template import (
+    PLAIN_TEMPLATE,
+    TOGETHER,
+    has_system_role,
+    render_chat,
+    render_chats,
+    steerable_template,
+)
 from dpa.models.chat_template import render as render_bounded
 
 NO_SYSTEM = (
@@ -251,6 +258,21 @@ def test_50_a_template_that_swells_only_for_some_is_stopped_and_the_next_is_serv
     with pytest.raises(SecurityError, match="MB"):
         render_bounded("{{ 'x' * n }}", {"n": 10**9})
     assert render_bounded("{{ 'x' * n }}", {"n": 3}) == "xxx"
+
+
+def test_many_are_rendered_as_each_by_itself_and_one_that_is_refused_costs_no_other() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages|length > 2 %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+        "{% elif messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}"
+        "{{ messages[0].content }}{{ eos_token }}"
+    )
+    chats = [[{"role": "user", "content": f"{n}?", "name": None}] for n in range(TOGETHER + 9)]
+    expected: list[str | None] = [render_chat(tokenizer, chat) for chat in chats]
+    chats[TOGETHER + 1], expected[TOGETHER + 1] = chats[0] * 2, None
+    chats[TOGETHER + 4], expected[TOGETHER + 4] = chats[0] * 3, None
+    assert render_chats(tokenizer, chats) == expected
+    assert expected[7] == f"7?{tokenizer.eos_token}" and render_chats(tokenizer, []) == []
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

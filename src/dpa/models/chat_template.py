@@ -39,6 +39,9 @@ PLAIN_TEMPLATE = (
 )
 """For a plain language model: the system text, a new line, the user's text, and the model goes on from there."""
 
+TOGETHER = 64
+"""Conversations in one question to the process that renders."""
+
 _BEGIN = "{#- dpa: preference -#}"
 _END = '{#- dpa: end of preference -#}{{- "" }}'
 
@@ -215,11 +218,25 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **v
     ask for work without an end. Messages and variables are plain JSON values. Raises jinja2.TemplateError, of which
     SecurityError says that a limit or the sandbox ended it.
     """
-    plain = [{name: value for name, value in message.items() if value is not None} for message in messages]
-    given = {"tools": None, "documents": None, "add_generation_prompt": False}
-    return render(
-        str(tokenizer.get_chat_template()), {**given, **tokenizer.special_tokens_map, **variables, "messages": plain}
-    )
+    given = {**_variables(tokenizer), **variables, "messages": _plain(messages)}
+    return render(str(tokenizer.get_chat_template()), given)
+
+
+def render_chats(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Any]]) -> list[str | None]:
+    """What `render_chat` makes of each conversation, None where it raises TemplateError. Many are asked for at once."""
+    template, variables = str(tokenizer.get_chat_template()), _variables(tokenizer)
+    texts: list[str | None] = []
+    for start in range(0, len(chats), TOGETHER):
+        part = [_plain(messages) for messages in chats[start : start + TOGETHER]]
+        try:
+            texts += _ask({"template": template, "variables": variables, "chats": part})["texts"]
+        except TemplateError:  # of one of them, or a limit that they reach together
+            for messages in part:
+                try:
+                    texts.append(render(template, {**variables, "messages": messages}))
+                except TemplateError:
+                    texts.append(None)
+    return texts
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
@@ -227,10 +244,22 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
 
     Raises jinja2.TemplateError or SecurityError, EngineError when no process can be started.
     """
-    question = json.dumps({"template": template, "variables": variables}, ensure_ascii=False)
-    answer = json.loads(_RENDERER.ask(question.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass"))
-    if "text" in answer:
-        return answer["text"]
+    return _ask({"template": template, "variables": variables})["text"]
+
+
+def _plain(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in message.items() if value is not None} for message in messages]
+
+
+def _variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {"tools": None, "documents": None, "add_generation_prompt": False, **tokenizer.special_tokens_map}
+
+
+def _ask(question: Mapping[str, Any]) -> dict[str, Any]:
+    asked = json.dumps(question, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    answer = json.loads(_RENDERER.ask(asked).decode("utf-8", "surrogatepass"))
+    if "error" not in answer:
+        return answer
     raise (TemplateError if answer["kind"] == "template" else SecurityError)(answer["error"])
 
 

@@ -1,7 +1,8 @@
 """Renders chat templates of strangers, in a process that may work for a second and take half a gigabyte.
 Run by: dpa.models.chat_template. Run its tests: pytest tests/test_chat_template.py
 
-One JSON line in: {"template", "variables"}; one out: {"text"}, or {"error", "kind"}. It ends when its input does. It
+One JSON line in: {"template", "variables"}, one out: {"text"}, or {"error", "kind"}. Or several conversations in:
+{"template", "variables", "chats"}, and {"texts"} out, within the limits of one. It ends when its input does. It
 imports nothing but Jinja, so that it starts at once, and sets Jinja up as transformers.utils.chat_template_utils does.
 """
 
@@ -86,10 +87,13 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _answer(line: bytes) -> dict[str, str]:
+def _answer(line: bytes) -> dict[str, Any]:
     asked = json.loads(line.decode("utf-8", "surrogatepass"))
     try:
-        return {"text": _compiled(asked["template"]).render(**asked["variables"])}
+        template, variables = _compiled(asked["template"]), asked["variables"]
+        if "chats" in asked:
+            return {"texts": [template.render(**variables, messages=messages) for messages in asked["chats"]]}
+        return {"text": template.render(**variables)}
     except MemoryError:
         return {"error": f"the chat template takes more than {MEMORY // 1_000_000} MB", "kind": "memory"}
     except Exception as error:  # whatever a template does wrong is the reason why it does not render

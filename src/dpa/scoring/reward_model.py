@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from transformers import AutoModelForSequenceClassification
 from transformers.modeling_layers import GenericForSequenceClassification
 
@@ -20,7 +19,7 @@ from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages
 from dpa.core.reference import Model
 from dpa.models.attention import best_way, pack_inputs, packed_attention, to_device
-from dpa.models.chat_template import render_chat
+from dpa.models.chat_template import render_chats
 from dpa.models.files import resolve_model
 from dpa.models.loading import load_model, load_tokenizer
 from dpa.models.memory import scoring_tokens
@@ -237,8 +236,8 @@ def tokenise(
 
 
 def _ids(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
-    """What `tokenizer(texts, add_special_tokens=special)` has as `input_ids`. Of a fast tokenizer the ids alone, without
-    the masks and the rest that a call makes of every row in Python."""
+    """What `tokenizer(texts, add_special_tokens=special)` has as `input_ids`. Of a fast tokenizer the ids alone,
+    without the masks and the rest that a call makes of every row in Python."""
     if not texts:
         return []
     fast = getattr(tokenizer, "backend_tokenizer", None)
@@ -253,7 +252,10 @@ def render(
     tokenizer: Any, template: str | None, prompts: Sequence[Messages], responses: Sequence[str]
 ) -> list[str | None]:
     """Text of each conversation, or None where the template refuses it."""
-    return [_render(tokenizer, template, *row) for row in zip(prompts, responses, strict=True)]
+    rows = zip(prompts, responses, strict=True)
+    if template is None:  # one without a system role, for example, refuses some
+        return render_chats(tokenizer, [[*messages, {"role": "assistant", "content": said}] for messages, said in rows])
+    return [_fill(template, *row) for row in rows]
 
 
 def forward(
@@ -365,15 +367,9 @@ def conversation_text(messages: Messages) -> str:
     return "\n\n".join([*system, first["content"]]) + turns
 
 
-def _render(tokenizer: Any, template: str | None, messages: Messages, response: str) -> str | None:
-    if template is not None:
-        parts = {"prompt": conversation_text(messages), "response": response}
-        return _PLACEHOLDER.sub(lambda match: parts[match[1]], template)
-    try:
-        conversation = [*messages, {"role": "assistant", "content": response}]
-        return render_chat(tokenizer, conversation)
-    except TemplateError:  # for example a template without a system role
-        return None
+def _fill(template: str, messages: Messages, response: str) -> str:
+    parts = {"prompt": conversation_text(messages), "response": response}
+    return _PLACEHOLDER.sub(lambda match: parts[match[1]], template)
 
 
 def batches(lengths_N: Sequence[int], token_budget: int, packed: bool) -> Iterator[list[int]]:

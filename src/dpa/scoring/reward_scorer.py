@@ -3,7 +3,7 @@ Run its tests: pytest tests/test_scorers.py
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from dpa.scoring.reward_model import (
     RELEASED_SPEC,
     Logits,
     RewardSpec,
-    encode,
     load_classifier,
     read_spec,
+    render,
+    tokenise,
 )
 from dpa.scoring.scorer_source import ScorerSource, absolute
 from dpa.storage.seals import check_in_run
@@ -96,12 +97,18 @@ class RewardModelScorer:
         at_once = self.rows_ahead if self.model.device.type == "cuda" else max(1, count)
         logits, usable = Logits(self.model, self.tokenizer.pad_token_id, self._token_budget), []
 
-        def tokens(first: int) -> list[list[int] | None]:
+        def shown(first: int) -> list[str | None]:
             rows = slice(first, first + at_once)
-            return encode(self.tokenizer, self.spec.template, self.spec.max_length, prompts[rows], responses[rows])
+            return render(self.tokenizer, self.spec.template, prompts[rows], responses[rows])
 
-        with ThreadPoolExecutor(1) as ahead:  # a card works on one part while the next becomes tokens
-            parts = [(first, ahead.submit(tokens, first)) for first in range(0, count, at_once)]
+        def tokens(texts: "Future[list[str | None]]") -> list[list[int] | None]:
+            return tokenise(self.tokenizer, self.spec.template, self.spec.max_length, texts.result())
+
+        # A card works on one part while the next becomes tokens, and the one after it text.
+        with ThreadPoolExecutor(1) as rendering, ThreadPoolExecutor(1) as encoding:
+            parts = [
+                (first, encoding.submit(tokens, rendering.submit(shown, first))) for first in range(0, count, at_once)
+            ]
             for first, part in parts:
                 kept = [(first + row, ids) for row, ids in enumerate(part.result()) if ids is not None]
                 usable += [row for row, _ in kept]
