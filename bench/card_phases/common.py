@@ -222,15 +222,17 @@ def steps_of(trainer: Any, seconds: float = STEPS_S, warm: int = WARM_STEPS) -> 
         return time.perf_counter()
 
     class Watch(TrainerCallback):
-        """Notes when each step ends, and stops."""
+        """Notes when each step ends, and stops. The card is waited for where the measured steps begin and end only."""
 
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             times.append(now())
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            times.append(now())
+            times.append(now() if len(times) == warm else time.perf_counter())
             tokens.append(0)
-            if len(times) > warm + 1 and times[-1] - times[warm] >= seconds:
+            over = len(times) > warm + 1 and times[-1] - times[warm] >= seconds
+            if over or state.global_step >= state.max_steps:
+                times[-1] = now()
                 control.should_training_stop = True
 
     take = trainer.training_step

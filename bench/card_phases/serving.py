@@ -23,8 +23,10 @@ from typing import Any
 from card_phases.common import Absent, Card, need_vllm, timed
 
 CHAT = "/v1/chat/completions"
-MEMORY = "0.25"
-"""Share of the card's memory for a server of a small model, so that the three phases may run side by side."""
+MEMORY = ("--gpu-memory-utilization", "0.25", "--kv-cache-memory-bytes", "8G")
+"""For a server of a small model, so that the three phases may run side by side. The size of the cache is said, because
+what vLLM measures it by is the card's free memory before and after, which the other two change meanwhile: a server
+would refuse to start."""
 STAND_IN = """
 import sys, uvicorn
 from fastapi import FastAPI, Request
@@ -101,7 +103,7 @@ async def ask_all(address: str, bodies: list[dict[str, Any]], clients: int) -> t
 
 def serve(card: Card) -> None:
     """Tokens/s of `vllm serve` at 64 clients, and whether the direction in a request reaches the prompt."""
-    with vllm_server(card.steerable(), "--gpu-memory-utilization", MEMORY) as address:
+    with vllm_server(card.steerable(), *MEMORY) as address:
         model, count, longest = first_model(address), (8 if card.tiny else 512), (6 if card.tiny else 256)
         bodies = [body_of(card, place, longest, model) for place in range(count)]
         asyncio.run(ask_all(address, bodies[:64], 64))
@@ -124,7 +126,7 @@ def gateway(card: Card) -> None:
         if not has(name):
             raise Absent(f"{name} is not installed (extra serve)")
     policy, count, longest = card.steerable(), (16 if card.tiny else 512), 32
-    with contextlib.suppress(Absent), vllm_server(policy, "--gpu-memory-utilization", MEMORY) as address:
+    with contextlib.suppress(Absent), vllm_server(policy, *MEMORY) as address:
         measure_gateway(card, policy, address, count, longest, "vllm serve")
     # A server that answers at once: what is added there is the gateway's own work and nothing else.
     from dpa.remote.server_process import ServerProcess
@@ -200,7 +202,7 @@ def classify(card: Card) -> None:
     plain = in_process()
     gc.collect()  # the server wants the card
     torch.cuda.empty_cache()
-    with vllm_server(folder, "--runner", "pooling", "--gpu-memory-utilization", MEMORY) as address:
+    with vllm_server(folder, "--runner", "pooling", *MEMORY) as address:
         config = HttpRewardConfig(servers=[address], folder=str(folder), api="classify")
         over_http = http_scorer(config)
         over_http.score(prompts[:64], responses[:64])

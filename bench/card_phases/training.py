@@ -2,8 +2,8 @@
 
 What a part costs on one card with SmolLM2-135M: trainings are measured for 8 s of steps behind four (`steps_of`), so
 each takes 15 to 25 s with loading and, where layers are compiled, compiling, whatever its speed. `finetune` and
-`reward` have the peer's and three of ours: with eager layers, with compiled ones as `compile: auto` takes them for 200
-steps and more, and with larger steps; `reward` a whole training of 2,000 rows besides. `scoring` scores 4,000 rows of
+`reward` have the peer's and ours with eager layers, with compiled ones as `compile: auto` takes them for 200 steps and
+more, and with larger steps; `reward` a whole training of 2,000 rows besides. `scoring` scores 4,000 rows of
 about 200 tokens and stops its peer after PEER_S: about 40 s, most of it the ridge model it makes and tokenising.
 """
 
@@ -201,7 +201,7 @@ def finetune(card: Card) -> None:
             return steps_of(trainer), parameters_of(model)
 
     compare(card, "finetuning", steps, packed_trainer, trl_trainer, "TRL, padded batches of 8")
-    for rows in (8, 16):
+    for rows in (8, 16) if card.tiny else (8, 16, 32):
         larger = functools.partial(packed_trainer, compiled=not card.tiny, rows=rows)
         beside(card, "finetuning", f"{rows} packed rows a step", steps, larger)
 
