@@ -38,7 +38,7 @@ PHASES = {
     "reward": ("training", 180),
     "scoring": ("training", 120),
     "decoding": ("decoding", 180),
-    "vllm": ("decoding", 240),
+    "vllm": ("decoding", 300),
     "loop": ("loop", 480),
     "serve": ("serving", 240),
     "gateway": ("serving", 240),

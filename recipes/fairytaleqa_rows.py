@@ -11,10 +11,11 @@ Of the 228 stories 24 are kept for development and never trained on (`developmen
     clause     the clause of the section that holds most of an expert's answer
     sentence   the sentence it stands in
     passage    that sentence with those after (or before) it, at least PASSAGE_WORDS together
-    expert     what the experts answered, for a share of the questions: had every pool one, one answer would win under
-               nearly every direction
+    expert     what the experts answered, for a share of the questions (`--experts`). With all of them one answer wins
+               under most directions; what is in between the policy finds by itself at t >= 1 (docs/fairytaleqa.md)
     quoted     an expert's answer, then the sentence (where there is `expert`)
-    start      `--samples` answers of the start policy itself, which is told no direction
+    start      `--samples` answers of the start policy itself, which is told no direction, for a share of the questions
+               (`--sampled`)
 
 each marked by fairytaleqa_reward.py. The validation file is not read.
 """
@@ -50,21 +51,24 @@ def main() -> None:
     parser.add_argument("--policy", required=True, help="the start policy, which answers too")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--questions", type=int, default=0, help="how many are rated; 0: all")
-    parser.add_argument("--experts", type=float, default=0.5, help="share of the questions with experts' answers")
-    parser.add_argument("--samples", type=int, default=2, help="answers of the start policy to each")
+    parser.add_argument("--experts", type=float, default=1.0, help="share of the questions with experts' answers")
+    parser.add_argument("--samples", type=int, default=1, help="answers of the start policy to each")
+    parser.add_argument("--sampled", type=float, default=1.0, help="share of the questions that it answers")
     parser.add_argument("--batch", type=int, default=256, help="answers sampled together")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rows = list(map(json.loads, (args.data / "train.jsonl").read_text(encoding="utf-8").splitlines()))
     training, development = split(rows)
     asked = draw(training, args.questions, args.seed)
-    answered: list[list[str]] = [[] for _ in asked]
-    if args.samples:
+    answered: dict[str, list[str]] = {}
+    sampled = [row for row in asked if chance("sampled", row) < args.sampled]
+    if args.samples and sampled:
         space = DirectionSpace(tuple(Objective(name, {name: 1.0}) for name in ("helpfulness", "verbosity")))
         spec = SamplerSpec(args.policy, space, max_new_tokens=MAX_NEW_TOKENS, batch_size=args.batch)
-        answered = start_answers(spec.build(), asked, args.samples, args.seed)
+        own = start_answers(spec.build(), sampled, args.samples, args.seed)
+        answered = {row["id"]: texts for row, texts in zip(sampled, own, strict=True)}
     args.out.mkdir(parents=True, exist_ok=True)
-    pools = (row for question, own in zip(asked, answered, strict=True) for row in rated(question, own, args.experts))
+    pools = (row for question in asked for row in rated(question, answered.get(question["id"], []), args.experts))
     counts = {
         "rated.jsonl": write(args.out / "rated.jsonl", pools),
         "experts.jsonl": write(
@@ -91,6 +95,11 @@ def draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     return [rows[place] for place in sorted(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())]
 
 
+def chance(what: str, row: Row) -> float:
+    """A number in [0, 1) that a question always has."""
+    return seed_of(stable_hash(what, row["id"])) % 1000 / 1000
+
+
 def start_answers(sampler: Sampler, rows: Sequence[Row], samples: int, seed: int) -> list[list[str]]:
     """What the start policy answers to each question, told no direction; empty answers are left out."""
     requests = [
@@ -106,7 +115,7 @@ def start_answers(sampler: Sampler, rows: Sequence[Row], samples: int, seed: int
 
 def rated(row: Row, own: Sequence[str], experts: float) -> Iterator[Row]:
     """The pool of a question, each response once, marked by the two functions."""
-    true = true_answers(row, with_experts=seed_of(stable_hash("experts", row["id"])) % 1000 < 1000 * experts)
+    true = true_answers(row, with_experts=chance("experts", row) < experts)
     seen = set()
     for source, response in [*true, *(("start", text) for text in own)]:
         if response in seen:

@@ -109,6 +109,22 @@ def test_the_start_policy_answers_without_a_direction_and_empty_answers_are_left
     assert rows.start_answers(Sampler(), asked, samples=2, seed=0) == [["golden"], ["golden"]]
 
 
+def test_the_start_policy_answers_a_share_of_the_questions_always_the_same_ones(data: Path, tmp_path: Path) -> None:
+    policy = save_tiny_model(tmp_path / "policy", context=512)
+    asked = []
+    for share in (0.0, 0.4):
+        made = tmp_path / f"made_{share}"
+        command = [RECIPES / "fairytaleqa_rows.py", "--policy", policy, "--out", made, "--data", data]
+        done = python(*command, "--questions", 12, "--sampled", share)
+        assert done.returncode == 0, done.stderr
+        rated = [json.loads(line) for line in (made / "rated.jsonl").read_text().splitlines()]
+        asked.append({row["prompt"] for row in rated if row["source"] == "start"})
+        assert len({row["prompt"] for row in rated}) == 12
+    drawn = {row["prompt"] for story in range(30) for row in map(question, [story] * 2, (2, 7))
+             if rows.chance("sampled", row) < 0.4}  # fmt: skip
+    assert not asked[0] and 0 < len(asked[1]) < 12 and asked[1] <= drawn
+
+
 @pytest.mark.parametrize("recipe", ["fairytaleqa", "fairytaleqa-card"])
 def test_the_recipe_runs_from_made_rows_to_a_measured_policy(recipe: str, data: Path, tmp_path: Path) -> None:
     policy, made = save_tiny_model(tmp_path / "policy", context=512), tmp_path / "made"

@@ -43,3 +43,15 @@ def test_a_learner_that_is_a_file_and_a_line_is_the_loops(registered: None, tmp_
 def test_an_unknown_learner_is_refused_when_the_run_opens_and_the_nearest_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"learner: 'gpro' is not known; did you mean `grpo`\?"):
         Loop(toy_config(tmp_path, tmp_path / "run", learner="gpro"))
+
+
+def test_online_iterations_train_at_their_own_rate_and_t0_at_its_own(tmp_path: Path) -> None:
+    """The log of a step of t = 1 says the rate it took; a constant one is the peak."""
+    finetune = {"max_length": 256, "learning_rate": 1e-3, "online_learning_rate": 2e-4, "warmup": 0.0}
+    finetune["schedule"] = "constant_with_warmup"
+    with Loop(toy_config(tmp_path, tmp_path / "run", finetune=finetune)) as loop:
+        assert [loop.training(t).learning_rate for t in (0, 1, 2)] == [1e-3, 2e-4, 2e-4]
+        loop.learn(1)
+        log = (loop.stage(1, "finetune").path / "log.jsonl").read_text().splitlines()
+    rates = {entry["learning_rate"] for entry in map(json.loads, log) if "learning_rate" in entry}
+    assert rates == {2e-4}

@@ -146,7 +146,7 @@ class Card:
             from dpa.core.config import RewardTrainConfig
             from dpa.training.reward_training import train_reward_model
 
-            config = RewardTrainConfig(backbone=self.inputs.policy, method="ridge", ridge_penalty=1.0, max_length=1024)
+            config = RewardTrainConfig(backbone=self.inputs.policy, method="ridge", max_length=1024)
             rows = self.rated(40 if self.tiny else 400)
             train_reward_model(rows, (ATTRIBUTE,), {ATTRIBUTE: (0.0, 100.0)}, config, folder)
         return folder

@@ -1,8 +1,8 @@
 """Sampling: in process against `generate`, and vLLM in process against bare vLLM on the same requests.
 
-What a part costs on one card with SmolLM2-135M: `decoding` three sizes of at most 256 steps, ours twice (4 to 23 ms a
-step on an H200) and `generate` once (21 to 25 ms), about 30 s. `vllm` a start of a minute or two, then five rollouts of
-at most a million tokens, about 10 s each.
+What a part costs on one card with SmolLM2-135M: `decoding` three sizes of at most 128 steps, ours twice (4 to 23 ms a
+step on an H200) and `generate` once (21 to 110 ms, by the processor), about 50 s. `vllm` a start of a minute or two,
+then five rollouts of at most a quarter of a million tokens, about 10 s each, and the exchange of weights.
 """
 
 import time
@@ -37,7 +37,7 @@ def decoding(card: Card) -> None:
     """Tokens/s at 64, 256 and 1,024 rows at once; the share is of the copy rate: weights and cache read each step."""
     dtype = on_device()[1]
     model, tokenizer = load_policy(card.steerable(), dtype=dtype)
-    longest = 6 if card.tiny else 256
+    longest = 6 if card.tiny else 128
     for rows in (4, 8) if card.tiny else (64, 256, 1024):
         sampler = TransformersSampler(model, tokenizer, card.space(), longest, batch_size=rows)
         requests = requests_of(card, rows)
@@ -95,7 +95,7 @@ def vllm(card: Card) -> None:
         return engines[-1]
 
     module.LLM = kept  # the bare engine is the one the sampler starts: one start, the same settings
-    rows, longest = (8, 6) if card.tiny else (4096, 256)
+    rows, longest = (8, 6) if card.tiny else (2048, 128)
     config = RolloutConfig(
         max_new_tokens=longest,
         samples=SAMPLES,
@@ -117,7 +117,9 @@ def beside_bare(card: Card, sampler: Sampler, module: Any, engine: Any, requests
 
     tokenizer = AutoTokenizer.from_pretrained(card.steerable())
     prompts = [encode_prompt(tokenizer, card.space(), one.messages, one.direction) for one in requests]
-    how = module.SamplingParams(n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=6 if card.tiny else 256)
+    how = module.SamplingParams(
+        n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=6 if card.tiny else 128, detokenize=False
+    )
 
     def bare() -> int:
         outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)

@@ -91,6 +91,8 @@ class Bench:
         """Layers whose weights, gradients and AdamW in fp32, and a copy in bf16, a card should hold beside the rest."""
         if self.device == "cpu":
             return self.shape["num_hidden_layers"]
+        gc.collect()
+        torch.cuda.empty_cache()  # what the parts before held is free
         return max(1, int((0.9 * torch.cuda.mem_get_info()[0] - 10e9) / 4.2e9))
 
     def examples(self, count: int) -> list[Example]:

@@ -608,6 +608,13 @@ class _SelectedRowsConfig(TrainingConfig):
 class FinetuneConfig(_SelectedRowsConfig):
     """Finetuning on (direction, prompt, winner), completion-only loss, through TRL (`learner: sft`)."""
 
+    online_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        repr=False,  # in the identity of a run only where there is one
+        description="Peak step size of the online iterations, t >= 1, which move a policy that already reads its "
+        "direction. Default: learning_rate.",
+    )
     max_length: int = Field(2048, ge=16, description="Packed row length in tokens; longer examples are rejected.")
     packed_rows_per_step: int = Field(8, ge=1, description="Packed rows in one optimizer step, over all devices.")
     rows_per_device: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
@@ -630,6 +637,11 @@ class FinetuneConfig(_SelectedRowsConfig):
     contrastive_negatives: int = Field(
         1, ge=1, description="Other directions a winner is contrasted with. Each costs as many tokens as the row."
     )
+
+    def of_iteration(self, t: int) -> "FinetuneConfig":
+        """The same with the rate of iteration t as `learning_rate`."""
+        online = self.online_learning_rate if t > 0 else None
+        return self if online is None else self.model_copy(update={"learning_rate": online})
 
 
 class PreferenceConfig(_SelectedRowsConfig):
@@ -819,8 +831,9 @@ DOES_NOT_CHANGE_RESULTS = frozenset(_PACE)
 
 
 def of_results(config: BaseModel) -> str:
-    """The text of a training section without what alters no result, such as trackers."""
-    return config.model_dump_json(exclude=set(_TRAINING_PACE))
+    """The text of a training section without what alters no result, such as trackers, or the rate of other iterations
+    (FinetuneConfig.of_iteration)."""
+    return config.model_dump_json(exclude={*_TRAINING_PACE, "online_learning_rate"})
 
 
 Config = TypeVar("Config", bound=BaseModel)

@@ -109,7 +109,7 @@ class Loop(LoopRun):
                 with self._folder.lent():  # the first rank takes the lock
                     launch(["finetune", str(self.path / "config.yaml"), "-t", str(t)], self.config.cluster, stage.name)
                 return self.stage(t, "finetune").ledger
-        config = getattr(self.config, learn.section)
+        config = self.training(t)
         same = [before for before in range(self.first, t) if self.learner(before).reads == learn.reads]
         ledger = finetune_policy(
             stage,

@@ -62,7 +62,7 @@ def hand_over(loop: LoopRun, t: int, out: Path, settings: DataSettings, with_pol
     check_in_run(resolve_model(policy).path)
     prompting = Prompting.of(resolve_model(policy), loop.space)
     make_answers_end(prompting.tokenizer, prompting.end_ids)
-    section = getattr(loop.config, loop.learner(t).section)
+    section = loop.training(t)
     training = {"learning_rate": section.learning_rate, "epochs": section.epochs, "max_length": section.max_length}
     training |= {"beta": loop.config.dpo.beta}
     name = re.sub(r"\W+", "_", f"{loop.config.name}_t{t}")

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from dpa.core.config import RunConfig
+from dpa.core.config import FinetuneConfig, RunConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import RunFolderError
 from dpa.core.reference import ModelReference
@@ -103,6 +103,11 @@ class LoopRun(Run):
     def learner(self, t: int) -> type[Learner[Any]]:
         """What iteration t learns by."""
         return learner_of(self.config, t)
+
+    def training(self, t: int) -> Any:
+        """The section of the configuration by which iteration t learns."""
+        section = getattr(self.config, self.learner(t).section)
+        return section.of_iteration(t) if isinstance(section, FinetuneConfig) else section
 
     def drawn_from(self, t: int) -> DirectionSpace:
         """The space that the directions of iteration t are drawn from: before `selection.ends_until`, its ends."""

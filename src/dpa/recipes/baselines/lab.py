@@ -183,13 +183,15 @@ class Lab(Run):
         select_winners(stage, *folders, self.prompts(t), self.only(direction_K), how, self.config.seed)
         return stage.whole_table()
 
-    def finetune(self, t: int, policy: str | Path, rows: pa.Table, tokens: float) -> Path:
+    def finetune(self, t: int, policy: str | Path, rows: pa.Table, tokens: float, online: bool = False) -> Path:
         """Finetune `policy` on rows until about `tokens` are trained on: in passes over them, whole or not.
 
-        Rows have the columns of a select shard; a null direction means that none is stated.
+        Rows have the columns of a select shard; a null direction means that none is stated. `online`: the policy made
+        them, so `finetune.online_learning_rate` holds, as in the loop's own iterations.
         """
         epochs = tokens / count_tokens(self.config.reference(policy), rows, self.space)
-        return self._train(t, policy, rows, learner_named("sft"), epochs=epochs)
+        rate = self.config.finetune.of_iteration(int(online)).learning_rate
+        return self._train(t, policy, rows, learner_named("sft"), epochs=epochs, learning_rate=rate)
 
     def prefer(self, t: int, policy: str | Path, pairs: pa.Table, tokens: float, **changes: Any) -> Path:
         """The same by DPO on pairs (columns `chosen` and `rejected` instead of `response`), `config.dpo` and `changes`

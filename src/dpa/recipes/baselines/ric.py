@@ -50,7 +50,7 @@ def labelled_policy(lab: Lab) -> Labelled:
         good = near_front(own["prompt_id"].to_pylist(), own_RK, lab.space)
         kept = pa.concat_tables([table.select(ANSWERS.names) for table in (kept, own.take(pa.array(good)))])
         kept_RK = np.concatenate([kept_RK, own_RK[good]])
-        policy = lab.finetune(t, policy, labelled(kept, kept_RK, write), lab.left - goal)
+        policy = lab.finetune(t, policy, labelled(kept, kept_RK, write), lab.left - goal, online=True)
     return Labelled(policy, write, kept_RK)
 
 

@@ -21,7 +21,7 @@ def train(lab: Lab) -> list[Trained]:
     for t in range(1, T + 1):
         goal = (1 - OFFLINE) * lab.budget * (T - t) / T  # what must be left after this iteration
         lab.rollout(t, lab.sampler(policy, translate=without_direction), center_K[None])
-        policy = lab.finetune(t, policy, unstated(lab.best_sampled(center_K, t)), lab.left - goal)
+        policy = lab.finetune(t, policy, unstated(lab.best_sampled(center_K, t)), lab.left - goal, online=True)
     return [lab.as_point(f"t = {T}", policy)]
 
 

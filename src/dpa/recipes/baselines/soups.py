@@ -41,7 +41,7 @@ def specialists(lab: Lab) -> list[str]:
         rows = unstated(lab.best_rated(wish_K, offline))
         policy = lab.finetune(offline, start, rows, OFFLINE * part)
         lab.rollout(online, lab.sampler(policy, translate=without_direction), wish_K[None])
-        policy = lab.finetune(online, policy, unstated(lab.best_sampled(wish_K, online)), lab.left - goal)
+        policy = lab.finetune(online, policy, unstated(lab.best_sampled(wish_K, online)), lab.left - goal, online=True)
         folders.append(str(policy))
     return folders
 

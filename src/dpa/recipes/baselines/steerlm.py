@@ -41,7 +41,7 @@ def labelled_policy(lab: Lab) -> Labelled:
     policy = lab.finetune(0, lab.config.policy, labelled(rated, scores_RK, write), OFFLINE * lab.budget)
     lab.rollout(BOOTSTRAP, lab.sampler(policy, translate=ask))
     own, own_RK = lab.candidates(BOOTSTRAP)
-    policy = lab.finetune(BOOTSTRAP, policy, labelled(own, own_RK, write), lab.left)
+    policy = lab.finetune(BOOTSTRAP, policy, labelled(own, own_RK, write), lab.left, online=True)
     return Labelled(policy, write, scores_RK)
 
 
