@@ -227,7 +227,6 @@ SCRIPT = """
 import sys; sys.path.insert(0, "tests")
 import torch; torch.set_num_threads(1)
 from pathlib import Path
-from typing import Any
 import test_finetuning as t
 t.run(Path(sys.argv[1]), Path(sys.argv[2]), t.CONFIG.model_copy(update={"optimizer": sys.argv[3]}))
 """

@@ -4,7 +4,6 @@ A phase writes a row of figures, and a line of its log, as soon as it has them: 
 what it had. Trainings are measured by time, not to their end (`steps_of`).
 """
 
-import gc
 import importlib.util
 import json
 import time
@@ -175,12 +174,12 @@ def timed(work: Callable[[], Any]) -> Timed:
     """Run it with a clean card before it and a finished card behind it."""
     import torch
 
+    from dpa.models.memory import free_memory
     from dpa.storage.memory import peak_memory
 
     cuda = torch.cuda.is_available()
-    gc.collect()
+    free_memory()
     if cuda:
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     begun = time.perf_counter()

@@ -107,19 +107,19 @@ def vllm(card: Card) -> None:
         with build_samplers(policy, config, engine=engine) as samplers:
             start_s = time.perf_counter() - begun
             card.row("vLLM, one start", start_s, "s")
-            beside_bare(card, samplers[0], module, engines[-1], requests)
+            beside_bare(card, samplers[0], module, engines[-1], requests, longest)
         exchanged(card, engine, config, start_s)
 
 
-def beside_bare(card: Card, sampler: Sampler, module: Any, engine: Any, requests: list[SampleRequest]) -> None:
+def beside_bare(
+    card: Card, sampler: Sampler, module: Any, engine: Any, requests: list[SampleRequest], longest: int
+) -> None:
     """Tokens/s of the sampler and of the bare engine, in turn, twice; the better of each counts."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(card.steerable())
     prompts = [encode_prompt(tokenizer, card.space(), one.messages, one.direction) for one in requests]
-    how = module.SamplingParams(
-        n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=6 if card.tiny else 128, detokenize=False
-    )
+    how = module.SamplingParams(n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=longest, detokenize=False)
 
     def bare() -> int:
         outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)
@@ -155,7 +155,9 @@ def exchanged(card: Card, engine: SamplingEngine, config: RolloutConfig, start_s
             said[name] = [samples[0].text for samples in samplers[0].sample(asked)]
     for name, policy in policies.items():
         model, tokenizer = load_policy(policy, dtype=on_device()[1])
-        sampler = TransformersSampler(model, tokenizer, card.space(), 12, temperature=0.01)
+        sampler = TransformersSampler(
+            model, tokenizer, card.space(), config.max_new_tokens, temperature=config.temperature
+        )
         expected[name] = [samples[0].text for samples in sampler.sample(asked)]
     share = {
         (a, b): sum(x == y for x, y in zip(said[a], expected[b], strict=True)) / len(asked) for a in said for b in said

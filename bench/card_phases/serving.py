@@ -182,12 +182,11 @@ def measure_gateway(card: Card, policy: Path, address: str, count: int, longest:
 def classify(card: Card) -> None:
     """Rows/s of a reward model behind vLLM's /classify against this process, and how far their scores lie apart."""
     need_vllm()
-    import gc
 
     import numpy as np
-    import torch
 
     from dpa.core.config import HttpRewardConfig
+    from dpa.models.memory import free_memory
     from dpa.scoring.http_scorer import http_scorer
     from dpa.scoring.reward_scorer import RewardModelScorer
 
@@ -200,8 +199,7 @@ def classify(card: Card) -> None:
         return timed(lambda: scorer.score(prompts, responses))
 
     plain = in_process()
-    gc.collect()  # the server wants the card
-    torch.cuda.empty_cache()
+    free_memory()  # the server wants the card
     with vllm_server(folder, "--runner", "pooling", *MEMORY) as address:
         config = HttpRewardConfig(servers=[address], folder=str(folder), api="classify")
         over_http = http_scorer(config)

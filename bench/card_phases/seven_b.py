@@ -34,6 +34,7 @@ from card_phases.common import Card, Steps, parameters_of, steps_of, timed
 from dpa.core.config import FinetuneConfig
 from dpa.core.errors import DpaError
 from dpa.core.presets import SPACES
+from dpa.models.memory import available_memory, free_memory
 from dpa.models.policy import default_device
 from dpa.models.quiet import quiet_libraries
 from dpa.sampling.decoding import Decoder, Decoding, decode
@@ -91,9 +92,8 @@ class Bench:
         """Layers whose weights, gradients and AdamW in fp32, and a copy in bf16, a card should hold beside the rest."""
         if self.device == "cpu":
             return self.shape["num_hidden_layers"]
-        gc.collect()
-        torch.cuda.empty_cache()  # what the parts before held is free
-        return max(1, int((0.9 * torch.cuda.mem_get_info()[0] - 10e9) / 4.2e9))
+        free_memory()  # of the parts before
+        return max(1, int((0.9 * available_memory(torch.device(self.device)) - 10e9) / 4.2e9))
 
     def examples(self, count: int) -> list[Example]:
         """Random tokens: prompts and answers of mixed lengths."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback
 
-from card_phases.common import ATTRIBUTE, Card, Steps, parameters_of, steps_of, timed
+from card_phases.common import ATTRIBUTE, Card, Steps, Timed, parameters_of, steps_of, timed
 from dpa.core.config import FinetuneConfig, RewardTrainConfig
 from dpa.models.policy import encode_prompt, load_policy, make_steerable
 from dpa.models.quiet import quiet_libraries
@@ -48,11 +48,11 @@ def reward(card: Card) -> None:
             trainer.remove_callback(PrinterCallback)
             return steps_of(trainer), parameters_of(model)
 
-    eager = functools.partial(our_reward_trainer, compile=False)
-    compare(card, "reward training", steps, eager, plain_reward_trainer, "transformers Trainer, padded")
+    ours = functools.partial(our_reward_trainer, compile=False)
+    eager = compare(card, "reward training", steps, ours, plain_reward_trainer, "transformers Trainer, padded")
     for batch in (config.batch_size, 4 * config.batch_size):
         larger = functools.partial(our_reward_trainer, compile=not card.tiny, batch_size=batch)
-        beside(card, "reward training", f"{batch} rows a step", steps, larger)
+        beside(card, f"reward training, compiled layers, {batch} rows a step", steps, larger, eager)
 
     folder, few = card.folder / "reward_model", rows[: 24 if card.tiny else 2000]
     whole = timed(lambda: reward_training.train_reward_model(few, (ATTRIBUTE,), SCALES, config, folder))
@@ -63,23 +63,30 @@ def reward(card: Card) -> None:
              **card.share(6 * parameters * speed, "matrix"))  # fmt: skip
 
 
-def compare(card: Card, what: str, steps: Any, ours: Any, plain: Any, peer_name: str) -> None:
-    """The steps of two trainers, ours kept before the peer's are begun. `steps(build)`: them and the parameters."""
+def compare(card: Card, what: str, steps: Any, ours: Any, plain: Any, peer_name: str) -> float:
+    """The steps of two trainers, ours kept before the peer's are begun; the speed of ours. `steps(build)`: them and the
+    parameters."""
     found, parameters = steps(ours)
-    facts = {"peak_bytes": found.peak_bytes, "steps": found.count, "ms_a_step": 1000 * found.seconds / found.count}
-    facts |= card.share(6 * parameters * found.speed, "matrix")
+    facts = facts_of(card, found, parameters)
     card.row(what, found.speed, "tokens/s", **facts)
     peer, _ = steps(plain)
     facts |= {"peer_peak_bytes": peer.peak_bytes, "peer_steps": peer.count}
     card.row(what, found.speed, "tokens/s", peer.speed, peer_name, **facts)
+    return found.speed
 
 
-def beside(card: Card, what: str, step: str, steps: Any, build: Any) -> None:
-    """A row of the steps with compiled layers, beside those with eager ones, which `compare` has measured."""
-    eager = next(row["figure"] for row in card.rows if row["what"] == what)
+def beside(card: Card, what: str, steps: Any, build: Any, eager: float) -> None:
+    """The steps with compiled layers, beside the speed with eager ones."""
     found, parameters = steps(build)
-    card.row(f"{what}, compiled layers, {step}", found.speed, "tokens/s", eager, "eager layers", steps=found.count,
-             peak_bytes=found.peak_bytes, **card.share(6 * parameters * found.speed, "matrix"))  # fmt: skip
+    card.row(what, found.speed, "tokens/s", eager, "eager layers", **facts_of(card, found, parameters))
+
+
+def facts_of(card: Card, found: Steps, parameters: int) -> dict[str, Any]:
+    """What a row of steps says beside their speed."""
+    return {
+        "peak_bytes": found.peak_bytes, "steps": found.count, "ms_a_step": 1000 * found.seconds / found.count,
+        **card.share(6 * parameters * found.speed, "matrix"),
+    }  # fmt: skip
 
 
 def reward_rows(card: Card, rows: list[Any], longest: int) -> tuple[list[dict[str, Any]], int]:
@@ -134,9 +141,12 @@ def scoring(card: Card) -> None:
     scorer = RewardModelScorer(card.reward_model(), compile=False)
     model, tokenizer = scorer.model, scorer.tokenizer
     rated = card.rated(24 if card.tiny else 9000)
-    shown = encode(tokenizer, None, 300, [row.messages for row in rated], [row.response for row in rated])
-    rows = [row for row, ids in zip(rated, shown, strict=True) if card.tiny or (ids and len(ids) >= 100)][:4000]
+    shown = encode(tokenizer, scorer.spec.template, scorer.spec.max_length,
+                   [row.messages for row in rated], [row.response for row in rated])  # fmt: skip
+    kept = [pair for pair in zip(rated, shown, strict=True) if card.tiny or 100 <= len(pair[1] or ()) <= 300][:4000]
+    rows, ids_N = zip(*kept, strict=True)
     prompts, responses = [row.messages for row in rows], [row.response for row in rows]
+    tokens = sum(len(ids) for ids in ids_N if ids is not None)
     device, pad = next(model.parameters()).device, tokenizer.pad_token_id
     parameters = parameters_of(model.base_model) - model.get_input_embeddings().weight.numel()
 
@@ -154,25 +164,23 @@ def scoring(card: Card) -> None:
             scores.append(model(input_ids=ids_BT, attention_mask=(ids_BT != pad).long()).logits.float().cpu().numpy())
         return np.concatenate(scores)
 
+    def scored(scorer: RewardModelScorer, warm: int) -> tuple[Timed, dict[str, Any]]:
+        for _ in range(warm):
+            scorer.score(prompts[few], responses[few])
+        found = timed(lambda: scorer.score(prompts, responses))
+        facts = {"tokens_per_row": tokens / len(rows), "peak_bytes": found.peak_bytes, "dtype": str(scorer.model.dtype)}
+        return found, facts | card.share(2 * parameters * tokens / found.seconds, "matrix")
+
     few = slice(0, 8 if card.tiny else 256)
-    scorer.score(prompts[few], responses[few])
-    ours = timed(lambda: scorer.score(prompts, responses))
-    ids_N = encode(tokenizer, scorer.spec.template, scorer.spec.max_length, prompts, responses)
-    tokens = sum(len(ids) for ids in ids_N if ids is not None)
-    facts = {"tokens_per_row": tokens / len(rows), "peak_bytes": ours.peak_bytes, "dtype": str(model.dtype)}
-    facts |= card.share(2 * parameters * tokens / ours.seconds, "matrix")
+    ours, facts = scored(scorer, 1)
     card.row("scoring", len(rows) / ours.seconds, "rows/s", **facts)
     plain = timed(padded)
     done = len(plain.result)
     usable = np.array([ids is not None for ids in ids_N[:done]])
     facts["largest_difference"] = float(np.abs(ours.result[:done][usable] - plain.result[usable]).max())
     card.row("scoring", len(rows) / ours.seconds, "rows/s", done / plain.seconds, "padded batches of 32", **facts)
-    faster = RewardModelScorer(card.reward_model(), compile=not card.tiny)
-    for _ in range(2):  # the second time kernels of any length are there
-        faster.score(prompts[few], responses[few])
-    compiled = timed(lambda: faster.score(prompts, responses))
-    facts = {"tokens_per_row": tokens / len(rows), "peak_bytes": compiled.peak_bytes}
-    facts |= card.share(2 * parameters * tokens / compiled.seconds, "matrix")
+    # The second time kernels of any length are there.
+    compiled, facts = scored(RewardModelScorer(card.reward_model(), compile=not card.tiny), 2)
     facts["largest_difference"] = float(np.nanmax(np.abs(compiled.result - ours.result)))
     card.row("scoring, compiled layers", len(rows) / compiled.seconds, "rows/s", len(rows) / ours.seconds,
              "eager layers", **facts)  # fmt: skip
@@ -200,10 +208,10 @@ def finetune(card: Card) -> None:
             trainer.remove_callback(PrinterCallback)
             return steps_of(trainer), parameters_of(model)
 
-    compare(card, "finetuning", steps, packed_trainer, trl_trainer, "TRL, padded batches of 8")
+    eager = compare(card, "finetuning", steps, packed_trainer, trl_trainer, "TRL, padded batches of 8")
     for rows in (8, 16) if card.tiny else (8, 16, 32):
         larger = functools.partial(packed_trainer, compiled=not card.tiny, rows=rows)
-        beside(card, "finetuning", f"{rows} packed rows a step", steps, larger)
+        beside(card, f"finetuning, compiled layers, {rows} packed rows a step", steps, larger, eager)
 
 
 def packed_trainer(

@@ -49,6 +49,13 @@ def expand_home(text: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(expand_home)]
+MixedBf16 = Annotated[
+    bool | Literal["auto"],
+    Field(
+        description="Mixed bf16. false: on a card that supports it; true: on a processor too; auto: on a processor "
+        "that has units for it, others are many times slower with it."
+    ),
+]
 """A field that may hold a path: `~` is written out here, once, so that nothing below the configuration meets it."""
 
 
@@ -274,11 +281,7 @@ class RewardTrainConfig(_Section):
         "activations are computed twice); scoring with the trained model: for 5,000 rows or more. Where compiling "
         "fails, the work goes on without.",
     )
-    bf16: bool | Literal["auto"] = Field(
-        False,
-        description="Mixed bf16. false: on a card that supports it; true: on a processor too; auto: on a processor "
-        "that has units for it, others are many times slower with it.",
-    )
+    bf16: MixedBf16 = False
     report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard, wandb, trackio.")
     lora: AdapterConfig = Field(AdapterConfig(), description="Adapters, for `method: lora`.")  # type: ignore[call-arg]
 
@@ -572,15 +575,15 @@ class TrainingConfig(_Section):
         description="Rows selected in earlier iterations that are trained on again, drawn anew each iteration, as a "
         "share of this iteration's rows.",
     )
-    bf16: bool | Literal["auto"] = Field(
-        False,
-        description="Mixed bf16. false: on a card that supports it; true: on a processor too; auto: on a processor "
-        "that has units for it, others are many times slower with it.",
-    )
+    bf16: MixedBf16 = False
     gradient_checkpointing: bool | None = Field(
         None, description="Compute activations twice to save memory. Default: where memory asks for it."
     )
     report_to: list[str] = Field(default_factory=list, description="Trackers, such as tensorboard, wandb, trackio.")
+
+    def of_iteration(self, t: int) -> Self:
+        """The settings of iteration t, which may have a rate of its own."""
+        return self
 
 
 class _SelectedRowsConfig(TrainingConfig):
@@ -638,7 +641,7 @@ class FinetuneConfig(_SelectedRowsConfig):
         1, ge=1, description="Other directions a winner is contrasted with. Each costs as many tokens as the row."
     )
 
-    def of_iteration(self, t: int) -> "FinetuneConfig":
+    def of_iteration(self, t: int) -> Self:
         """The same with the rate of iteration t as `learning_rate`."""
         online = self.online_learning_rate if t > 0 else None
         return self if online is None else self.model_copy(update={"learning_rate": online})

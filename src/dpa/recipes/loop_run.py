@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from dpa.core.config import FinetuneConfig, RunConfig
+from dpa.core.config import RunConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import RunFolderError
 from dpa.core.reference import ModelReference
@@ -106,8 +106,7 @@ class LoopRun(Run):
 
     def training(self, t: int) -> Any:
         """The section of the configuration by which iteration t learns."""
-        section = getattr(self.config, self.learner(t).section)
-        return section.of_iteration(t) if isinstance(section, FinetuneConfig) else section
+        return getattr(self.config, self.learner(t).section).of_iteration(t)
 
     def drawn_from(self, t: int) -> DirectionSpace:
         """The space that the directions of iteration t are drawn from: before `selection.ends_until`, its ends."""
