@@ -64,7 +64,7 @@ def main() -> None:
     sampled = [row for row in asked if chance("sampled", row) < args.sampled]
     if args.samples and sampled:
         space = DirectionSpace(tuple(Objective(name, {name: 1.0}) for name in ("helpfulness", "verbosity")))
-        spec = SamplerSpec(args.policy, space, max_new_tokens=MAX_NEW_TOKENS, batch_size=args.batch)
+        spec = SamplerSpec(args.policy, space, max_new_tokens=MAX_NEW_TOKENS, batch_size=args.batch, bf16="auto")
         own = start_answers(spec.build(), sampled, args.samples, args.seed)
         answered = {row["id"]: texts for row, texts in zip(sampled, own, strict=True)}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import torch
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 
 from dpa.core.config import FinetuneConfig, RewardTrainConfig, of_results
+from dpa.models.attention import pack_inputs, packed_attention
 from dpa.models.compiling import CompiledLayers, worth_compiling
 from dpa.scoring.reward_scorer import RewardModelScorer
 from dpa.training.packing import Example
@@ -107,6 +108,20 @@ def test_layers_are_eager_in_the_other_mode_and_after_the_end() -> None:
     model(torch.tensor([[5, 6, 7, 8]]))
     assert backend.graphs == made
     assert not layers.give_up(ValueError("a mistake of the model's own"))
+
+
+def test_packed_rows_of_any_lengths_are_compiled_for_once() -> None:
+    """On a processor attention goes over the sequences of a row one by one: that loop is not compiled, or every list of
+    lengths would be compiled for anew."""
+    model, backend = tiny_model("llama").train(), Backend()
+    layers = CompiledLayers(model, training=True, backend=backend)
+    made = []
+    with packed_attention(model) as packed:
+        for lengths in ([5, 9], [4, 4, 6], [7, 20], [3, 3, 3, 3], [11, 2, 8, 1, 5]):
+            model(**pack_inputs([list(range(5, 5 + length)) for length in lengths]), use_cache=False)
+            made.append(backend.graphs)
+    layers.stop()
+    assert packed and 0 < made[0] < made[2] == made[-1], "once for one length, once for any: " + str(made)
 
 
 def test_an_error_that_is_not_the_compilers_is_raised_by_the_eager_layer() -> None:

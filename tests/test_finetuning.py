@@ -25,12 +25,12 @@ from transformers import AutoModelForCausalLM
 from dpa.core.config import AdapterConfig, FinetuneConfig
 from dpa.core.errors import ConfigError, DataError, Interrupted, TrainingError
 from dpa.core.records import Ledger
+from dpa.models import half_precision
 from dpa.models.attention import packed_attention
 from dpa.models.files import load_space
 from dpa.models.policy import load_policy, make_steerable
 from dpa.stages.finetune import finetune_policy
 from dpa.storage.run_folder import StageFolder
-from dpa.training import trainers
 from dpa.training.learner import RowEncoder, TrainingRecord
 from dpa.training.optimizers import MuonInFloat32, MuonWithAdamW
 from dpa.training.packing import Example, pack
@@ -436,6 +436,6 @@ def _examples(rows: pa.Table) -> list[Example]:
 def test_bf16_auto_asks_the_processor(asked: Any, units: bool, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the processor has no units for it, `auto` stays in fp32."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(trainers, "processor_has_bf16", lambda: units)
-    assert trainers.computes_in_bf16(asked) is expected
-    assert trainers.computes_in_bf16(FinetuneConfig(bf16=asked).bf16) is expected
+    monkeypatch.setattr(half_precision, "processor_has_bf16", lambda: units)
+    assert half_precision.computes_in_bf16(asked) is expected
+    assert half_precision.computes_in_bf16(FinetuneConfig(bf16=asked).bf16) is expected

@@ -89,6 +89,15 @@ def test_shards_of_another_policy_are_made_again(tmp_path: Path) -> None:
     assert all_rows(stage_at(tmp_path)) == all_rows(stage_at(tmp_path / "clean"))
 
 
+def test_what_only_paces_the_work_leaves_shards_good(tmp_path: Path) -> None:
+    """Workers, batch size and precision are the machine's, as the engine is."""
+    rollout(stage_at(tmp_path), prompts_of(8), SPACE, [FakeSampler()], CONFIG, 0)
+    (tmp_path / "done.json").unlink()
+    elsewhere = CONFIG.model_copy(update={"workers": 2, "batch_size": 3, "bf16": "auto"})
+    idle = FakeSampler(misbehave={f"question{n}": "engine" for n in range(8)})
+    rollout(stage_at(tmp_path), prompts_of(8), SPACE, [idle], elsewhere, 0)
+
+
 def test_every_prompt_rejected_still_adds_up(tmp_path: Path) -> None:
     stage = stage_at(tmp_path)
     sampler = FakeSampler(misbehave={f"question{n}": "empty" for n in range(4)})

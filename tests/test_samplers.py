@@ -9,7 +9,7 @@ import subprocess
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ from dpa.sampling.samplers import (
     SamplerSpec,
     TransformersSampler,
     row_bytes,
+    sampler_spec,
 )
 
 QUESTIONS = ["Why?", "What is this long thing over there, and who made it?", "a", "Hello there"]
@@ -75,6 +76,21 @@ def test_cold_samples_are_what_generate_says(architecture: str, changes: dict) -
             assert sample.text == tokenizer.decode(answer, skip_special_tokens=True)
             assert sample.tokens == len(answer)
             assert sample.finish_reason == ("stop" if answer[-1] in MANY_ENDS else "length")
+
+
+def test_a_processor_samples_in_bf16_where_it_is_asked_to(tmp_path: Path) -> None:
+    """Its weights and what it remembers take half the room; its logits differ by rounding."""
+    save_tiny_model(tmp_path)
+    config = RolloutConfig(max_new_tokens=8, temperature=1e-6)
+    spec = SamplerSpec(str(tmp_path), SPACE, config.max_new_tokens, config.temperature)
+    exact, rounded = spec.build(), replace(spec, bf16=True).build()
+    assert sampler_spec(str(tmp_path), config.model_copy(update={"bf16": True}), SPACE).bf16 is True
+    models = [sampler._model for sampler in (exact, rounded)]
+    assert [model.dtype for model in models] == [torch.float32, torch.bfloat16]
+    ids = torch.arange(5, 45)[None]
+    logits, others = (model(ids).logits.float() for model in models)
+    assert 0 < float((logits - others).abs().max()) < 0.05 * float(logits.abs().max())
+    assert [len(samples) for samples in rounded.sample(asked((1, 2)))] == [2, 2, 2, 2]
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,21 @@ def main() -> None:
 def _choose_how_threads_wait() -> None:
     """Before torch is loaded, which reads it: threads that spin while they wait for each other are faster on a quiet
     machine and starve each other beside other work (docs/findings.md)."""
+    if _busy():
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    else:
+        os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # where it gets busy later, the loss is bounded
+
+
+def _busy() -> bool:
+    """Whether others take half of the cores: over the last minute, and still, since that minute may have been the
+    command before this one."""
     cores = os.cpu_count() or 1
     if hasattr(os, "getloadavg") and os.getloadavg()[0] < cores / 2:
-        os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # where it gets busy later, the loss is bounded
-    else:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        return False
+    import psutil
+
+    return psutil.cpu_percent(0.2) >= 50
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ PathText = Annotated[str, AfterValidator(expand_home)]
 MixedBf16 = Annotated[
     bool | Literal["auto"],
     Field(
-        description="Mixed bf16. false: on a card that supports it; true: on a processor too; auto: on a processor "
-        "that has units for it, others are many times slower with it."
+        description="Compute in bf16. false: on a card that supports it; true: on a processor too; auto: on a "
+        "processor that has units for it, others are many times slower with it."
     ),
 ]
 """A field that may hold a path: `~` is written out here, once, so that nothing below the configuration meets it."""
@@ -488,6 +488,7 @@ class RolloutConfig(_Section):
         "processor 256 at most. Where they turn out not to fit, half of them, and so on.",
     )
     workers: int = Field(1, ge=1, description="Sampling processes on this machine; results do not depend on it.")
+    bf16: MixedBf16 = False
     max_reject_rate: float = Field(0.05, ge=0, le=1, description="Stop when more than this share of prompts fails.")
     engine: EngineConfig = EngineConfig()  # type: ignore[call-arg]
 
@@ -816,7 +817,7 @@ _TRAININGS: dict[str, type[BaseModel]] = {
 }
 
 _PACE = {
-    *("name", "out", "iterations", "rollout.workers", "rollout.batch_size", "rollout.max_reject_rate"),
+    *("name", "out", "iterations", "rollout.workers", "rollout.batch_size", "rollout.bf16", "rollout.max_reject_rate"),
     *("rollout.engine.kind", *(f"rollout.engine.vllm.{field}" for field in VllmEngineConfig.model_fields)),
     *(f"rollout.engine.http.{field}" for field in HttpEngineConfig.model_fields if field != "steer"),
     *(f"reward.http.{field}" for field in HttpRewardConfig.model_fields if field != "folder"),

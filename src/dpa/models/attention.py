@@ -256,4 +256,5 @@ _TAKES_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(va
 
 if varlen_attn is not None:
     AttentionInterface.register(VARLEN, varlen_attention(varlen_attn, _TAKES_GROUPS))
-AttentionInterface.register(SEGMENTS, _segments)
+# Compiled, its loop would be compiled again for every list of lengths.
+AttentionInterface.register(SEGMENTS, torch.compiler.disable(_segments))

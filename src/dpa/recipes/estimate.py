@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpa.core.config import RunConfig
+from dpa.models.half_precision import computes_in_bf16
 from dpa.recipes.costs.data_sizes import Rated, prompt_count, prompt_tokens, rated_size
 from dpa.recipes.costs.devices import Device, this_device
 from dpa.recipes.costs.model_sizes import size_of
@@ -21,7 +22,6 @@ from dpa.recipes.costs.speeds import read_speeds
 from dpa.recipes.costs.stages import CHECKPOINT_BYTES, Inputs, StageEstimate, Stages
 from dpa.recipes.costs.work import LIKELY, QUICK, SLOW, on_card
 from dpa.training.learners import learner_of
-from dpa.training.trainers import computes_in_bf16
 
 
 def estimate(
@@ -59,8 +59,8 @@ def looked_up(
     config: RunConfig, parameters: float | None = None, device: Device | None = None, cards: int | None = None
 ) -> Inputs:
     """What a configuration names, looked up. Raises ConfigError."""
-    mixed = any(computes_in_bf16(getattr(config, learner_of(config, t).section).bf16) for t in (0, 1))
-    mixed = mixed or bool(config.reward.train and computes_in_bf16(config.reward.train.bf16))
+    computing = [config.rollout, *(getattr(config, learner_of(config, t).section) for t in (0, 1)), config.reward.train]
+    mixed = any(computes_in_bf16(section.bf16) for section in computing if section is not None)
     policy = size_of(config.policy, parameters, "policy", "--parameters 7.2e9")
     scorer, backbone = None, config.reward.folder
     if config.reward.train is not None:

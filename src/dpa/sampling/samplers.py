@@ -11,12 +11,13 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpa.core.config import RolloutConfig
+from dpa.core.config import MixedBf16, RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import EngineError
 from dpa.core.records import Sample, SampleRequest
 from dpa.core.reference import Model, ModelReference
 from dpa.models.files import folder_revision, load_space, resolve_model
+from dpa.models.half_precision import computes_in_bf16
 from dpa.models.policy import context_length, default_device, end_token_ids, is_out_of_memory, load_policy
 from dpa.sampling.decoding import Decoder, Decoding, decode
 from dpa.sampling.prompting import Prompting
@@ -152,13 +153,14 @@ class SamplerSpec:
     sharing: int = 1
     threads: int | None = None
     device: str | None = None
+    bf16: MixedBf16 = False
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The policy's model, in bf16 on a card that has it, else in fp32, and its tokenizer. Raises ModelFileError."""
+        """The policy's model, in the precision that `bf16` asks for, and its tokenizer. Raises ModelFileError."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = self.device or default_device()
-        dtype = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+        dtype = torch.bfloat16 if computes_in_bf16(self.bf16, device) else torch.float32
         return load_policy(self.policy, dtype=dtype, device=device)
 
     def build(self) -> TransformersSampler:
@@ -192,4 +194,5 @@ def sampler_spec(
         top_p=config.top_p,
         batch_size=config.batch_size,
         revision=folder_revision(path),
+        bf16=config.bf16,
     )

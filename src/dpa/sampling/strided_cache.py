@@ -3,8 +3,6 @@ strides instead of being copied at every step.
 Run its tests: pytest tests/test_decoding.py
 """
 
-import sys
-
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -83,7 +81,7 @@ def width_of(cache: Cache) -> int:
 class StridedCache:
     """The rows of a decoder (sampling/decoding.py), all of one width; FixedCache has the same methods."""
 
-    prefill_tokens = sys.maxsize
+    prefill_tokens = 8192
     """Prompt tokens, padding included, that are read at once."""
     held_bytes = 0
     """Of what is kept for the next rows when all have left."""

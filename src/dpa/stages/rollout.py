@@ -76,7 +76,7 @@ def rollout(
     shards = [prompts[first : first + size] for first in range(0, len(prompts), size)]
     # The batch size changes no result; it stands here as it did in the first versions, whose shards stay good.
     settings = config.model_copy(update={"batch_size": 256}).model_dump_json(
-        exclude={"workers", "max_reject_rate", "engine"}
+        exclude={"workers", "bf16", "max_reject_rate", "engine"}
     )
     grid = None if directions_DK is None else directions_DK.tolist()
     targets = [] if held_DK is None else [held_DK]

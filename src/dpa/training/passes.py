@@ -26,6 +26,9 @@ from dpa.models.policy import is_out_of_memory
 PASS_TOKENS = 65_536
 """Most tokens of a pass on a card."""
 
+_CPU_TOKENS = 2048
+"""Tokens of a pass on a processor that multiplies bf16: weights are turned to bf16 once a pass."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -58,6 +61,11 @@ def first_plan(
     most = most if cpu else max(1, min(most, PASS_TOKENS // longest))
     available = round(available_memory(device) * (0.8 if cpu else 0.9))  # the rest: buffers, fragments
     return plan(TrainingMemory.of(model, mixed, adapters), available, longest, most, recompute, section, sure=cpu)
+
+
+def units_on_cpu(longest: int, mixed: bool) -> int:
+    """Units of `longest` tokens that are best put into a pass on a processor: in fp32 more are no faster."""
+    return max(1, _CPU_TOKENS // longest) if mixed else 1
 
 
 class OverPackedRows:

@@ -23,6 +23,7 @@ from dpa.core.records import stable_hash
 from dpa.core.reference import Model, ModelReference
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.files import folder_revision, resolve_model
+from dpa.models.half_precision import computes_in_bf16
 from dpa.models.policy import context_length, load_policy, make_steerable, save_policy
 from dpa.models.quiet import quiet_libraries
 from dpa.storage.schemas import HELD
@@ -34,7 +35,7 @@ from dpa.training.learner import E, Learner, RowEncoder, TrainingRecord
 from dpa.training.listening import PREFIX, HeldOut, Listening, MeasureListening, advice, held_out_rows
 from dpa.training.ranks import is_first, wait_for_all
 from dpa.training.trainer_arguments import adapters
-from dpa.training.trainers import ShowProgress, StopWhenAsked, WriteLog, computes_in_bf16, merge_adapters
+from dpa.training.trainers import ShowProgress, StopWhenAsked, WriteLog, merge_adapters
 
 _INPUTS_FILE = "inputs.json"
 

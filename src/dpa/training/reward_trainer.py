@@ -13,11 +13,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from dpa.core.config import RewardTrainConfig
 from dpa.models.attention import best_way, pack_inputs, padded_attention, to_device
 from dpa.models.disk_refusals import disk_refusals
+from dpa.models.half_precision import computes_in_bf16
 from dpa.scoring.reward_model import batches, last_token_logits, pad_batch, pools_last_token
 from dpa.storage.stopping import StopOnSignal
 from dpa.training.checkpoints import newest_checkpoint
 from dpa.training.passes import OverPackedRows, StepInPasses, Uncut, first_plan, one_card, without_adapters
-from dpa.training.trainers import ShowProgress, StopsAtBadStep, StopWhenAsked, computes_in_bf16, trackers
+from dpa.training.trainers import ShowProgress, StopsAtBadStep, StopWhenAsked, trackers
 
 UNMARKED = -100.0
 """Label of a mark that is not there. The Trainer itself counts the labels that are not -100, over the whole step."""

@@ -24,6 +24,7 @@ from dpa.core.errors import TrainingError
 from dpa.core.records import stable_hash
 from dpa.core.reference import ModelReference
 from dpa.models.disk_refusals import disk_refusals
+from dpa.models.half_precision import computes_in_bf16
 from dpa.models.policy import context_length, default_device, ensure_pad_token
 from dpa.models.quiet import quiet_libraries
 from dpa.scoring.precision import PRECISION_ROWS, measure_precision, rows_to_compare, say_fp32, self_test
@@ -45,7 +46,7 @@ from dpa.training.reward_head import Head, Unit
 from dpa.training.reward_rows import EncodedRows, RatedExample, encode_rated
 from dpa.training.reward_trainer import UNMARKED, run_trainer
 from dpa.training.ridge import CONSTANT_PENALTIES, choose_constant, choose_penalties, fit_ridge
-from dpa.training.trainers import computes_in_bf16, lora_adapters, merge_adapters
+from dpa.training.trainers import lora_adapters, merge_adapters
 
 PROBE_ROWS = 2048
 """Rows whose features start the head of `full` and `lora`."""

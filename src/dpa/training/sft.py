@@ -27,7 +27,15 @@ from dpa.training.contrastive import AccumulatesContrast, AddsContrast
 from dpa.training.label_logprobs import has_plain_head, label_logprobs
 from dpa.training.learner import Learner, RowEncoder
 from dpa.training.packing import Example, Row, contrast_inputs, packed_rows, pass_inputs, step_counts
-from dpa.training.passes import OverPackedRows, StepInPasses, Uncut, first_plan, one_card, without_adapters
+from dpa.training.passes import (
+    OverPackedRows,
+    StepInPasses,
+    Uncut,
+    first_plan,
+    one_card,
+    units_on_cpu,
+    without_adapters,
+)
 from dpa.training.ranks import ranks
 from dpa.training.target_negatives import Stated, negatives
 from dpa.training.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments
@@ -143,10 +151,9 @@ class SFT(Learner[Example]):
             recompute = config.gradient_checkpointing
             mixed, most = bool(arguments.bf16), min(most, len(rows))
             first = first_plan(trainer.model, recompute, longest, most, self.section, mixed)
-            # On a CPU one a pass is as fast.
             cpu_auto = arguments.device.type == "cpu" and config.rows_per_device == "auto"
             trainer.compile = config.compile
-            trainer.pass_size = 1 if cpu_auto else first.units
+            trainer.pass_size = min(first.units, units_on_cpu(longest, mixed)) if cpu_auto else first.units
             trainer.may_recompute = recompute is None and not first.recompute
             arguments.gradient_checkpointing = first.recompute
         return trainer

@@ -11,11 +11,12 @@ from peft import LoraConfig
 
 from dpa.core.config import TrainingConfig
 from dpa.core.errors import ConfigError
+from dpa.models.half_precision import computes_in_bf16
 from dpa.training.learner import Learner
 from dpa.training.optimizers import MuonWithAdamW
 from dpa.training.passes import first_plan
 from dpa.training.ranks import ranks
-from dpa.training.trainers import computes_in_bf16, lora_adapters, trackers
+from dpa.training.trainers import lora_adapters, trackers
 
 
 def shared_arguments(learner: Learner[Any], work: Path) -> dict[str, Any]:

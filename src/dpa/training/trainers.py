@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -136,19 +136,6 @@ class ShowProgress(TrainerCallback):
         """Leave the terminal as it was, however training ended."""
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
-
-
-def computes_in_bf16(asked: bool | Literal["auto"]) -> bool:
-    """Whether products are computed in bf16: where it is asked for, and on a card that supports it. `auto` asks for it
-    on a processor with units for it."""
-    if torch.cuda.is_available():
-        return asked is True or torch.cuda.is_bf16_supported()
-    return processor_has_bf16() if asked == "auto" else asked
-
-
-def processor_has_bf16() -> bool:
-    """Whether the processor multiplies bf16 (AVX-512 BF16 or AMX); one that does not emulates it, many times slower."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def lora_adapters(config: AdapterConfig, task: str, **more: Any) -> LoraConfig:

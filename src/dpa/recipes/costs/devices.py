@@ -18,11 +18,12 @@ of the card's own memory, memory in decimal gigabytes as it is sold. Sources, NV
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from dpa.core.lookup import look_up
+from dpa.models.half_precision import computes_in_bf16
 from dpa.models.policy import default_device
 from dpa.storage.memory import free_memory_of_machine
 
@@ -42,6 +43,10 @@ class Device:
     card: bool = True
     source: str = "published"
     mixed_peak: float = 0
+
+    def in_bf16(self, asked: bool | Literal["auto"]) -> bool:
+        """Whether work is computed in bf16: on a card always, on a processor as it is asked for."""
+        return self.card or computes_in_bf16(asked)
 
 
 def _published(name: str, tera: float, gigabytes_a_second: float, gigabytes: float) -> Device:
@@ -80,7 +85,7 @@ def device_named(name: str) -> Device:
 
 def this_device(mixed: bool = False) -> Device:
     """The device of this machine, measured. Peak and bandwidth of a card are stated as published ones are, above what
-    products and copies reach; of a processor they are what was reached. `mixed`: some training computes in bf16."""
+    products and copies reach; of a processor they are what was reached. `mixed`: some work is computed in bf16."""
     if default_device() == "cuda":
         about = torch.cuda.get_device_properties(0)
         peak, bandwidth = matrix_rate() / REACHED_BY_PRODUCTS, copy_rate() / REACHED_BY_COPIES

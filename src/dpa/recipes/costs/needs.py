@@ -94,7 +94,7 @@ def rollout_need(
     size: Size, device: Device, config: RolloutConfig, prompt: float, shard: float, cards: int, ray_workers: int = 0
 ) -> RolloutNeed:
     """Of `shard` answers to prompts of `prompt` tokens, as the configured engine would sample them."""
-    engine, wide = config.engine, 2 if device.card else 4
+    engine, wide = config.engine, 2 if device.in_bf16(config.bf16) else 4
     kind = engine.kind if engine.kind != "auto" or not device.card or ray_workers else "vllm"
     ways = engine.vllm.tensor_parallel if kind == "vllm" else 1
     weights = wide * size.parameters / ways

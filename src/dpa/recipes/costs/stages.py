@@ -18,7 +18,6 @@ from dpa.recipes.costs.work import FUNCTION_ROW_S, PROCESSOR_START, Assumptions,
 from dpa.stages.judge import CHARACTERS_PER_TOKEN
 from dpa.training.learner import Learner
 from dpa.training.learners import learner_of
-from dpa.training.trainers import computes_in_bf16
 
 CHECKPOINT_BYTES = 12
 
@@ -111,7 +110,7 @@ class Stages:
         longest = min(train.max_length, 4 * example)
         learnt = (1 - train.held_out) * (1.0 if ridge else train.epochs)
         tokens = None if rated is None else int(rated.rows * example * learnt)
-        mixed = self.given.device.card or computes_in_bf16(train.bf16)
+        mixed = self.given.device.in_bf16(train.bf16)
         need = training_need(
             size, self.given.device, "reward.train", longest=longest, most=train.batch_size, mixed=mixed,
             lora=train.lora if train.method == "lora" else None, checkpointing=train.gradient_checkpointing,
@@ -174,7 +173,7 @@ class Stages:
             batches = -(-rows // shard) * (1 if need.continuous else -(-min(rows, shard) // need.together))
             work = Sampling(
                 rows, self.answer, config.max_new_tokens, rows / samples, given.prompt, need.together, batches,
-                min(need.copies, max(1, -(-rows // shard))), need.continuous,
+                min(need.copies, max(1, -(-rows // shard))), need.continuous, given.device.in_bf16(config.bf16),
             )  # fmt: skip
             seconds = self.start + self.clock.sampling(given.policy, work)
         misfit = "" if measured else need.misfit
@@ -220,7 +219,7 @@ class Stages:
         config, kind = getattr(self.config, learn.section), kind_of(learn)
         name, size = f"iter_{t}/finetune", given.policy
         responses = {"winners": 1, "pairs": 2, "prompts": self.config.rollout.samples}[learn.reads]
-        reference, mixed = bool(getattr(config, "beta", 0)), given.device.card or computes_in_bf16(config.bf16)
+        reference, mixed = bool(getattr(config, "beta", 0)), given.device.in_bf16(config.bf16)
         example = self.speeds.mean(kind, f"examples of {learn.reads}") or self.example
         example = self._rated_example(config.max_length) if t == 0 else min(example, config.max_length)
         longest, most = self._pass(learn, config)
@@ -289,7 +288,7 @@ class Stages:
         together = min(answers, config.prompts_per_step * rollout.samples)
         work = Sampling(
             answers, self.answer, rollout.max_new_tokens, answers / rollout.samples, self.given.prompt, together,
-            -(-answers // together), exact=config.lora is None,
+            -(-answers // together), mixed=self.given.device.card, exact=config.lora is None,
         )  # fmt: skip
         return self.clock.sampling(self.given.policy, work)
 

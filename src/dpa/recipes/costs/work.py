@@ -74,7 +74,8 @@ FUNCTION_ROW_S = 1e-3
 class Sampling:
     """Sampling of `rows` answers of `answer` tokens (at most `longest`) to `prompts` of `prompt` tokens: `together` are
     decoded at once, in `batches` that each wait for their longest; `copies` of the policy share the work.
-    `continuous`: an engine fills a free place at once; `exact`: the weights are those of a training, in fp32."""
+    `continuous`: an engine fills a free place at once; `mixed`: in bf16; `exact`: the weights are
+    those of a training, in fp32."""
 
     rows: float
     answer: float
@@ -85,6 +86,7 @@ class Sampling:
     batches: float
     copies: float = 1
     continuous: bool = False
+    mixed: bool = True
     exact: bool = False
 
     @property
@@ -130,30 +132,34 @@ class Clock:
         share = self._share("training", size)
         if work.compiled:
             launch, share = launch * COMPILED_LAUNCH, min(1.0, share * COMPILED_GAIN)
-        peak = self.device.peak if self.device.card or not work.mixed else self.device.mixed_peak
+        peak = self._peak(work.mixed)
         cards = 1 + (self.cards - 1) * assume.spread
         layers = work.steps * size.num_hidden_layers
         products = max(total / (share * peak) / cards, layers * work.passes * PASS_LAUNCH)
         return layers * launch + products
 
-    def scoring(self, size: Size, tokens: float) -> float:
-        """Of reading so many tokens without gradients."""
-        return 2 * size.body * tokens / (self._share("scoring", size) * self.device.peak)
+    def scoring(self, size: Size, tokens: float, mixed: bool = False) -> float:
+        """Of reading so many tokens without gradients; `mixed`: on a processor in bf16."""
+        return 2 * size.body * tokens / (self._share("scoring", size) * self._peak(mixed))
 
     def sampling(self, size: Size, work: Sampling) -> float:
         """Of a rollout without its start."""
-        device, wide = self.device, 2 if self.device.card and not work.exact else 4
+        device, wide = self.device, 2 if work.mixed and not work.exact else 4
         launch = (DECODING_LAUNCH if device.card else PROCESSOR_LAUNCH) * size.num_hidden_layers
         products = self._share("scoring", size) if device.card else PROCESSOR_SAMPLING
         products *= EXACT_PRODUCTS if device.card and work.exact else 1
         tokens = work.rows * work.answer
         steps = max(work.steps, 1e-9)
         weights = wide * (size.body + size.head) / (WEIGHTS_SHARE * device.bandwidth)
-        arithmetic = 2 * (size.body + size.head) * tokens / steps / (products * device.peak)
+        arithmetic = 2 * (size.body + size.head) * tokens / steps / (products * self._peak(work.mixed))
         read = wide * size.cache_bytes * (work.prompt + work.answer / 2) + 16 * size.vocab_size
         rows = read * tokens / (self._share("sampling", size) * device.bandwidth)
-        prompts = self.scoring(size, work.prompts * work.prompt)
+        prompts = self.scoring(size, work.prompts * work.prompt, work.mixed)
         return (steps * max(launch, weights, arithmetic) + rows + prompts) / work.copies
+
+    def _peak(self, mixed: bool) -> float:
+        """FLOP/s of products; `mixed`: on a processor those in bf16."""
+        return self.device.mixed_peak if mixed and not self.device.card else self.device.peak
 
     def _share(self, kind: str, size: Size) -> float:
         """Share of peak or bandwidth: assumed, or moved by what bench/card.py measured on a model of like size."""
