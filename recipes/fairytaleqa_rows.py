@@ -101,7 +101,8 @@ def chance(what: str, row: Row) -> float:
 
 
 def start_answers(sampler: Sampler, rows: Sequence[Row], samples: int, seed: int) -> list[list[str]]:
-    """What the start policy answers to each question, told no direction; empty answers are left out."""
+    """What the start policy answers to each question, told no direction. Empty ones and those that hold a NUL, which
+    `dpa` does not read, are left out."""
     requests = [
         SampleRequest(
             messages=[{"role": "user", "content": row["prompt"]}],
@@ -110,7 +111,8 @@ def start_answers(sampler: Sampler, rows: Sequence[Row], samples: int, seed: int
         )
         for row in rows
     ]
-    return [[one.text.strip() for one in found if one.text.strip()] for found in sampler.sample(requests)]
+    texts = ([one.text.strip() for one in found] for found in sampler.sample(requests))
+    return [[text for text in found if text and "\0" not in text] for found in texts]
 
 
 def rated(row: Row, own: Sequence[str], experts: float) -> Iterator[Row]:

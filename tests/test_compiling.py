@@ -23,6 +23,12 @@ from dpa.training.sft import SFT
 CONFIG = FinetuneConfig(max_length=64, packed_rows_per_step=2, learning_rate=1e-3, save_steps=2)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> None:
+    """torch keeps what it compiled of a function, and compiles it so many times and no more."""
+    torch.compiler.reset()
+
+
 def refuses(graph: Any, inputs: Any) -> Any:
     raise RuntimeError("no compiler here")
 

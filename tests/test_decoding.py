@@ -4,6 +4,7 @@ pytest tests/test_decoding.py
 
 import weakref
 from contextlib import nullcontext
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -59,8 +60,9 @@ def test_a_row_depends_neither_on_the_others_nor_on_their_order(cache: str) -> N
     assert decode(decoder, texts, *asked, HOW) == [together[row] for row in mixed]
 
 
-def test_prompts_that_are_read_some_at_a_time_continue_as_if_read_together() -> None:
-    decoder, asked = Decoder(tiny_model(), "fixed"), rows_of(7, 3)
+@pytest.mark.parametrize("cache", ["fixed", "strided"])
+def test_prompts_that_are_read_some_at_a_time_continue_as_if_read_together(cache: Literal["fixed", "strided"]) -> None:
+    decoder, asked = Decoder(tiny_model(), cache), rows_of(7, 3)
     expected = decode(decoder, *asked, HOW)
     for tokens in (1, 70):  # one prompt at a time, a few
         decoder._cache.prefill_tokens = tokens

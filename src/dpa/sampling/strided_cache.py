@@ -3,6 +3,8 @@ strides instead of being copied at every step.
 Run its tests: pytest tests/test_decoding.py
 """
 
+from collections.abc import Sequence
+
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -49,11 +51,15 @@ class StridedLayer(DynamicLayer):
             move_rows(buffer, staying)
         self._set(self._key_buffer[: len(staying)], self._value_buffer[: len(staying)])
 
-    def join(self, other: "StridedLayer") -> None:
-        """Take the other's rows in after one's own; the shorter side is padded in front, so that both end together."""
-        length = max(self.keys.shape[-2], other.keys.shape[-2])
-        self.keys, self._key_buffer = _stacked(self.keys, other.keys, length)
-        self.values, self._value_buffer = _stacked(self.values, other.values, length)
+    def join(self, others: Sequence["StridedLayer"]) -> None:
+        """Take the others' rows in after one's own, and leave them none; shorter ones are padded in front, so that all
+        end together."""
+        layers = [self, *others]
+        length = max(layer.keys.shape[-2] for layer in layers)
+        self.keys, self._key_buffer = _stacked([layer.keys for layer in layers], length)
+        self.values, self._value_buffer = _stacked([layer.values for layer in layers], length)
+        for other in others:
+            other.keys = other.values = other._key_buffer = other._value_buffer = torch.empty(0)
 
     def drop_front(self, count: int) -> None:
         """Forget the first `count` positions, which no row has."""
@@ -92,6 +98,7 @@ class StridedCache:
     def release(self) -> None:
         """Forget every row, and give the memory back."""
         self._cache: Cache | None = None
+        self._entered: list[Cache] = []
         self._padded = False
 
     def begin(self, rows: int, length: int) -> None:
@@ -105,25 +112,33 @@ class StridedCache:
         if self._cache is None:
             self._cache, self._padded = read.cache, read.padded
             return
-        self._padded |= read.padded or self.width != width_of(read.cache)
-        for ours, theirs in zip(layers_of(self._cache), layers_of(read.cache), strict=True):
-            ours.join(theirs)
+        self._padded |= read.padded or width_of(self._cache) != width_of(read.cache)
+        self._entered.append(read.cache)
+
+    def _settle(self) -> Cache:
+        """Those that entered stand with the others; they are moved once, however many reads they came in."""
+        assert self._cache is not None
+        if self._entered:
+            for ours, *theirs in zip(layers_of(self._cache), *map(layers_of, self._entered), strict=True):
+                ours.join(theirs)
+            self._entered = []
+        return self._cache
 
     def step(self, forward: Forward, token_B: torch.Tensor, length_B: torch.Tensor, longest: int) -> torch.Tensor:
         """Write a token of every row, whose lengths before it are `length_B`: logits_BV."""
-        assert self._cache is not None
-        width = self.width + 1
+        cache = self._settle()
+        width = width_of(cache) + 1
         seen_BS = None
         if self._padded:
             seen_BS = torch.arange(width, device=token_B.device) >= (width - 1 - length_B)[:, None]
         with grouped_attention(forward.model):
-            return forward(self._cache, token_B[:, None], seen_BS, length_B[:, None]).float()
+            return forward(cache, token_B[:, None], seen_BS, length_B[:, None]).float()
 
     def keep(self, staying: torch.Tensor, longest: int) -> None:
         """Keep the rows `staying`, as `fill_holes` orders them; none of them is longer than `longest`."""
-        assert self._cache is not None
-        slack = self.width - longest
-        for layer in layers_of(self._cache):
+        cache = self._settle()
+        slack = width_of(cache) - longest
+        for layer in layers_of(cache):
             layer.keep_rows(staying)
             if slack >= STRIDE:
                 layer.drop_front(slack)
@@ -135,8 +150,7 @@ class StridedCache:
     @property
     def width(self) -> int:
         """Positions, padding included."""
-        assert self._cache is not None
-        return width_of(self._cache)
+        return width_of(self._settle())
 
 
 def fill_holes(ended_B: torch.Tensor, count: int) -> torch.Tensor:
@@ -158,10 +172,10 @@ def _grown(states: torch.Tensor, length: int) -> torch.Tensor:
     return buffer
 
 
-def _stacked(above: torch.Tensor, below: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of both, `length` positions and the buffer they stand in. The padding is zero: a NaN would spread."""
-    count = len(above)
-    buffer = above.new_zeros((count + len(below), above.shape[1], length + STRIDE, above.shape[3]))
-    buffer[:count, :, length - above.shape[2] : length] = above
-    buffer[count:, :, length - below.shape[2] : length] = below
+def _stacked(parts: Sequence[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of all, `length` positions and the buffer they stand in. The padding is zero: a NaN would spread."""
+    _, heads, _, width = parts[0].shape
+    buffer = parts[0].new_zeros((sum(map(len, parts)), heads, length + STRIDE, width))
+    for rows, part in zip(buffer.split([len(part) for part in parts]), parts, strict=True):
+        rows[:, :, length - part.shape[2] : length] = part
     return buffer[:, :, :length], buffer
