@@ -150,10 +150,11 @@ class SFT(Learner[Example]):
             most = config.packed_rows_per_step if config.rows_per_device == "auto" else config.rows_per_device
             recompute = config.gradient_checkpointing
             mixed, most = bool(arguments.bf16), min(most, len(rows))
+            if arguments.device.type == "cpu" and config.rows_per_device == "auto":
+                most = min(most, units_on_cpu(longest, mixed))
             first = first_plan(trainer.model, recompute, longest, most, self.section, mixed)
-            cpu_auto = arguments.device.type == "cpu" and config.rows_per_device == "auto"
             trainer.compile = config.compile
-            trainer.pass_size = min(first.units, units_on_cpu(longest, mixed)) if cpu_auto else first.units
+            trainer.pass_size = first.units
             trainer.may_recompute = recompute is None and not first.recompute
             arguments.gradient_checkpointing = first.recompute
         return trainer

@@ -74,8 +74,8 @@ FUNCTION_ROW_S = 1e-3
 class Sampling:
     """Sampling of `rows` answers of `answer` tokens (at most `longest`) to `prompts` of `prompt` tokens: `together` are
     decoded at once, in `batches` that each wait for their longest; `copies` of the policy share the work.
-    `continuous`: an engine fills a free place at once; `mixed`: in bf16; `exact`: the weights are
-    those of a training, in fp32."""
+    `continuous`: an engine fills a free place at once; `mixed`: in bf16; `exact`: the weights are those of a training,
+    in fp32."""
 
     rows: float
     answer: float
