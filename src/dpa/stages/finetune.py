@@ -72,7 +72,7 @@ def finetune_policy(
         ledger,
         rows=len(rows) - len(done.rejects),
         rejects=len(done.rejects),
-        wall_s=time.monotonic() - begun,
+        wall_s=done.earlier_s + time.monotonic() - begun,
         peak_memory=peak_memory(),
         extra={"steps": done.steps, **extra},
     )

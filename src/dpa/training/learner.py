@@ -84,7 +84,8 @@ class RowEncoder:
 @dataclass(frozen=True)
 class TrainingRecord:
     """What a training did: `tokens` of one pass over its `examples`, its optimizer `steps` and the Trainer's `log`.
-    `listening` was measured after the last step; all measurements read `listening_tokens`, forward only."""
+    `listening` was measured after the last step; all measurements read `listening_tokens`, forward only. `earlier_s`:
+    the seconds of the processes before this one, up to the checkpoint it went on from."""
 
     tokens: int
     examples: int
@@ -93,6 +94,7 @@ class TrainingRecord:
     rejects: tuple[Reject, ...]
     listening: Listening | None = None
     listening_tokens: int = 0
+    earlier_s: float = 0.0
 
     def logged(self, name: str) -> tuple[float, ...]:
         """The values of one number, one per optimizer step."""

@@ -35,7 +35,7 @@ from dpa.training.learner import E, Learner, RowEncoder, TrainingRecord
 from dpa.training.listening import PREFIX, HeldOut, Listening, MeasureListening, advice, held_out_rows
 from dpa.training.ranks import is_first, wait_for_all
 from dpa.training.trainer_arguments import adapters
-from dpa.training.trainers import ShowProgress, StopWhenAsked, WriteLog, merge_adapters
+from dpa.training.trainers import CountSeconds, ShowProgress, StopWhenAsked, WriteLog, merge_adapters
 
 _INPUTS_FILE = "inputs.json"
 
@@ -61,7 +61,7 @@ def train_policy(
     than `config.min_listening`; earlier checkpoints are kept),
     Interrupted (on a signal, after a checkpoint), StorageError (disk full).
     """
-    config, section, space = learner.config, learner.section, learner.space
+    config, section, space, seconds = learner.config, learner.section, learner.space, CountSeconds()
     if HELD.name not in rows.column_names:
         space = replace(space, target_template=None)  # what is saved with the policy says what it was trained on
     # Frozen weights need no more than bf16, which is what lets adapters of a 7B model train on one 24 GB card.
@@ -84,6 +84,7 @@ def train_policy(
             wait_for_all()
             with StopOnSignal() as stop:
                 trainer = learner.trainer(model, tokenizer, examples, work, lambda: load_policy(policy)[0])
+                trainer.add_callback(seconds)
                 found = _train(trainer, work, label, tokens, stop, measured, config)
                 if trainer.state.global_step < trainer.state.max_steps:
                     raise stop.interrupted(label, trainer.state.global_step, trainer.state.max_steps, "steps")
@@ -111,6 +112,7 @@ def train_policy(
         rejects=tuple(rejects),
         listening=found,
         listening_tokens=0 if measured is None else measured.tokens * sum(f"{PREFIX}share" in entry for entry in log),
+        earlier_s=seconds.earlier,
     )
 
 

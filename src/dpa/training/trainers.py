@@ -4,6 +4,7 @@ Run its tests: pytest tests/test_finetuning.py tests/test_passes.py
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
+from transformers.trainer_callback import ExportableState
 
 from dpa.core.config import AdapterConfig
 from dpa.core.errors import ConfigError, TrainingError
@@ -99,6 +101,25 @@ class WriteLog(TrainerCallback):
         """Append the newest entry."""
         with self._file.open("a", encoding="utf-8") as file:
             file.write(_line(state.log_history[-1]))
+
+
+class CountSeconds(TrainerCallback, ExportableState):
+    """Keeps in each checkpoint the seconds that training has taken, over all the processes it took; `earlier` are those
+    of the checkpoint that this process went on from. It counts from when it is made."""
+
+    def __init__(self) -> None:
+        self._begun, self.earlier = time.monotonic(), 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Take over what the checkpoint says; one of an earlier version has no place for it yet."""
+        kept: Any = state.stateful_callbacks
+        saved = kept.setdefault(type(self).__name__, {"attributes": {"seconds": 0.0}})
+        if state.global_step:  # else the Trainer has just asked this one
+            self.earlier = saved["attributes"]["seconds"]
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into a checkpoint."""
+        return {"args": {}, "attributes": {"seconds": self.earlier + time.monotonic() - self._begun}}
 
 
 class ShowProgress(TrainerCallback):
