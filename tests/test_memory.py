@@ -2,6 +2,9 @@
 pytest tests/test_memory.py
 """
 
+import ctypes
+
+import psutil
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -9,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpa.core.errors import ConfigError
 from dpa.models.memory import TrainingMemory, available_memory, plan
-from dpa.storage.memory import free_memory_of_machine
+from dpa.storage import memory as storage_memory
+from dpa.storage.memory import free_memory_of_machine, give_back_heap, give_back_heap_where_scarce
 
 GB = 10**9
 CPU = torch.device("cpu")
@@ -70,3 +74,26 @@ def test_adapters_need_no_moments_of_the_frozen_weights() -> None:
     weights = sum(weight.numel() for weight in model.parameters())
     whole, adapted = (TrainingMemory.of(model, mixed=False, adapters=adapters) for adapters in (False, True))
     assert whole.fixed - adapted.fixed == 12 * weights
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="a C library that keeps nothing")
+def test_what_was_freed_behind_what_lives_goes_back_to_the_system() -> None:
+    blocks = [bytearray(100_000) for _ in range(4000)]  # of the heap: larger ones are mapped by themselves
+    held, last = psutil.Process().memory_info().rss, blocks.pop()
+    blocks.clear()
+    give_back_heap()
+    assert psutil.Process().memory_info().rss < held - 300_000_000
+    assert len(last) == 100_000
+
+
+@pytest.mark.parametrize(("free", "given"), [(2.6, 0), (2.4, 1)])
+def test_it_is_given_back_where_less_is_free_than_half_of_what_is_held(
+    free: float, given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+    resident = psutil.Process().memory_info()._replace(rss=5 * GB)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: resident)
+    monkeypatch.setattr(storage_memory, "free_memory_of_machine", lambda: round(free * GB))
+    monkeypatch.setattr(storage_memory, "give_back_heap", lambda: calls.append(None))
+    give_back_heap_where_scarce()
+    assert len(calls) == given

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dpa.core.errors import ConfigError
-from dpa.storage.memory import free_memory_of_machine
+from dpa.storage.memory import free_memory_of_machine, give_back_heap
 
 LEAST_TOKENS = 1024
 """Tokens a pass without gradients may always have."""
@@ -21,6 +21,7 @@ TILES = 400_000_000
 def free_memory() -> None:
     """Give back what models nobody holds any more took, on the card too."""
     gc.collect()
+    give_back_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

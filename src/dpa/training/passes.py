@@ -22,6 +22,7 @@ from dpa.models.attention import packed_attention
 from dpa.models.compiling import TRAINING_STEPS, Choice, CompiledLayers, worth_compiling
 from dpa.models.memory import Plan, TrainingMemory, available_memory, plan
 from dpa.models.policy import is_out_of_memory
+from dpa.storage.memory import give_back_heap_where_scarce
 
 PASS_TOKENS = 65_536
 """Most tokens of a pass on a card."""
@@ -167,6 +168,8 @@ class StepInPasses:
                     loss = self.pass_loss(model, part, batch)
                 trainer.accelerator.backward(loss)
                 total += loss.detach()
+                if total.device.type == "cpu":
+                    give_back_heap_where_scarce()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
