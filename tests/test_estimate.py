@@ -15,7 +15,7 @@ from dpa.core.config import load_config
 from dpa.core.errors import ConfigError, DpaError, RunFolderError
 from dpa.core.records import Ledger
 from dpa.recipes.costs.data_sizes import count_rows, rated_size
-from dpa.recipes.costs.devices import DEVICES, device_named, matrix_rate
+from dpa.recipes.costs.devices import DEVICES, Device, device_named, matrix_rate
 from dpa.recipes.costs.model_sizes import KNOWN, size_of
 from dpa.recipes.costs.speeds import read_speeds
 from dpa.recipes.costs.stages import StageEstimate
@@ -312,6 +312,19 @@ def test_trainings_that_were_measured_or_published_lie_between_quick_and_slow(
     quick, likely, slow = (Clock(DEVICES[card], cards, one).training(size, work) for one in (QUICK, LIKELY, SLOW))
     assert quick < took < slow
     assert 1 / within < likely / took < within
+
+
+def test_work_on_a_processor_with_units_for_bf16_that_was_measured_is_met() -> None:
+    xeon = Device("two cores with AMX", 0.37e12, 26.6e9, 24 * GB, False, "measured there", 1.25e12)
+    eager, compiled = Training(4096, 0.1, 1, 4), Training(4096, 0.1, 1, 2, compiled=True)
+    grid = Sampling(rows=2160, answer=16, longest=80, prompts=2160, prompt=260, together=240, batches=9)
+    quick, likely, slow = (
+        (clock.training(SMOLLM2, eager), clock.training(SMOLLM2, compiled), clock.sampling(SMOLLM2, grid))
+        for clock in (Clock(xeon, 1, one) for one in (QUICK, LIKELY, SLOW))
+    )
+    for fast, mean, long, took in zip(quick, likely, slow, (4096 / 493, 4096 / 713, 506), strict=True):
+        assert fast < took < long
+        assert 1 / 1.25 < mean / took < 1.25
 
 
 @pytest.mark.parametrize(

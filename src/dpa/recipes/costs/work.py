@@ -62,6 +62,9 @@ WEIGHTS_SHARE = 0.8
 """Share of the bandwidth at which weights are read."""
 PROCESSOR_LAUNCH, PROCESSOR_SAMPLING = 1e-3, 0.35
 """The same on a processor, whose products reach what was measured: seconds a layer, and the share while sampling."""
+PROCESSOR_BF16 = {"training": 0.6, "scoring": 0.35}
+"""Of a processor's rate in bf16, where that is above the one in fp32, what counts: what lies between the products is no
+faster (two cores of an Intel Xeon with AMX, docs/estimate.md)."""
 PROCESSOR_START = 0.1
 """The part of a stage's start that is left where nothing is brought to a card."""
 EXACT_PRODUCTS = 0.1
@@ -132,7 +135,7 @@ class Clock:
         share = self._share("training", size)
         if work.compiled:
             launch, share = launch * COMPILED_LAUNCH, min(1.0, share * COMPILED_GAIN)
-        peak = self._peak(work.mixed)
+        peak = self._peak("training", work.mixed)
         cards = 1 + (self.cards - 1) * assume.spread
         layers = work.steps * size.num_hidden_layers
         products = max(total / (share * peak) / cards, layers * work.passes * PASS_LAUNCH)
@@ -140,7 +143,7 @@ class Clock:
 
     def scoring(self, size: Size, tokens: float, mixed: bool = False) -> float:
         """Of reading so many tokens without gradients; `mixed`: on a processor in bf16."""
-        return 2 * size.body * tokens / (self._share("scoring", size) * self._peak(mixed))
+        return 2 * size.body * tokens / (self._share("scoring", size) * self._peak("scoring", mixed))
 
     def sampling(self, size: Size, work: Sampling) -> float:
         """Of a rollout without its start."""
@@ -151,15 +154,18 @@ class Clock:
         tokens = work.rows * work.answer
         steps = max(work.steps, 1e-9)
         weights = wide * (size.body + size.head) / (WEIGHTS_SHARE * device.bandwidth)
-        arithmetic = 2 * (size.body + size.head) * tokens / steps / (products * self._peak(work.mixed))
+        arithmetic = 2 * (size.body + size.head) * tokens / steps / (products * self._peak("scoring", work.mixed))
         read = wide * size.cache_bytes * (work.prompt + work.answer / 2) + 16 * size.vocab_size
         rows = read * tokens / (self._share("sampling", size) * device.bandwidth)
         prompts = self.scoring(size, work.prompts * work.prompt, work.mixed)
         return (steps * max(launch, weights, arithmetic) + rows + prompts) / work.copies
 
-    def _peak(self, mixed: bool) -> float:
+    def _peak(self, kind: str, mixed: bool) -> float:
         """FLOP/s of products; `mixed`: on a processor those in bf16."""
-        return self.device.mixed_peak if mixed and not self.device.card else self.device.peak
+        exact, in_bf16 = self.device.peak, self.device.mixed_peak
+        if not mixed or self.device.card:
+            return exact
+        return in_bf16 if in_bf16 < exact else max(exact, PROCESSOR_BF16[kind] * in_bf16)
 
     def _share(self, kind: str, size: Size) -> float:
         """Share of peak or bandwidth: assumed, or moved by what bench/card.py measured on a model of like size."""
