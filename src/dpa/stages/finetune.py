@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from dpa.core.records import Ledger
 from dpa.core.reference import Model
 from dpa.models.files import SPACE_FILE
+from dpa.models.memory import free_memory
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
 from dpa.training.learner import Learner
@@ -61,6 +62,7 @@ def finetune_policy(
     rows = with_replay(selected, replayed, config.replay, learner.seed)
     measured_on = held_out if len(held_out) else None
     done = train_policy(learner, policy, rows, out, stage.path, stage.name, measured_on)
+    free_memory()  # the caches of what samples next are counted by what is free
     ledger = learner.cost(done)
     extra = {"replayed": float(len(rows) - len(selected))} if config.replay else {}
     extra |= ledger.extra

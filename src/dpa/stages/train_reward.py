@@ -14,6 +14,7 @@ from rich.table import Table
 
 from dpa.core.config import RewardTrainConfig
 from dpa.core.errors import ConfigError, TrainingError
+from dpa.models.memory import free_memory
 from dpa.scoring.reward_model import RECORD
 from dpa.storage.console import print_table
 from dpa.storage.schemas import number_matrix
@@ -57,7 +58,9 @@ def train_reward(
         )
     ]
     own = {name: scales[name] for name in attributes}
-    return train_reward_model(examples, attributes, own, config, out, seed, code_revision)
+    facts = train_reward_model(examples, attributes, own, config, out, seed, code_revision)
+    free_memory()
+    return facts
 
 
 def no_better_than_mean(facts: Mapping[str, Any]) -> dict[str, str]:
