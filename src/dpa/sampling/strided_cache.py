@@ -175,8 +175,7 @@ def _grown(states: torch.Tensor, length: int) -> torch.Tensor:
 def _stacked(parts: Sequence[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows of all, `length` positions and the buffer they stand in. The padding is zero: a NaN would spread."""
     _, heads, _, width = parts[0].shape
-    buffer = parts[0].new_empty((sum(map(len, parts)), heads, length + STRIDE, width))
+    buffer = parts[0].new_zeros((sum(map(len, parts)), heads, length + STRIDE, width))
     for rows, part in zip(buffer.split([len(part) for part in parts]), parts, strict=True):
-        rows[:, :, : length - part.shape[2]] = 0
         rows[:, :, length - part.shape[2] : length] = part
     return buffer[:, :, :length], buffer
