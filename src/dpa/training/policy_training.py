@@ -61,7 +61,8 @@ def train_policy(
     than `config.min_listening`; earlier checkpoints are kept),
     Interrupted (on a signal, after a checkpoint), StorageError (disk full).
     """
-    config, section, space, seconds = learner.config, learner.section, learner.space, CountSeconds()
+    seconds = CountSeconds()
+    config, section, space = learner.config, learner.section, learner.space
     if HELD.name not in rows.column_names:
         space = replace(space, target_template=None)  # what is saved with the policy says what it was trained on
     # Frozen weights need no more than bf16, which is what lets adapters of a 7B model train on one 24 GB card.

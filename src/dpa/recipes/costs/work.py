@@ -161,11 +161,11 @@ class Clock:
         return (steps * max(launch, weights, arithmetic) + rows + prompts) / work.copies
 
     def _peak(self, kind: str, mixed: bool) -> float:
-        """FLOP/s of products; `mixed`: on a processor those in bf16."""
+        """FLOP/s of products; `mixed`: on a processor what counts of those in bf16 in that kind of work."""
         exact, in_bf16 = self.device.peak, self.device.mixed_peak
         if not mixed or self.device.card:
             return exact
-        return in_bf16 if in_bf16 < exact else max(exact, PROCESSOR_BF16[kind] * in_bf16)
+        return max(PROCESSOR_BF16[kind] * in_bf16, min(exact, in_bf16))
 
     def _share(self, kind: str, size: Size) -> float:
         """Share of peak or bandwidth: assumed, or moved by what bench/card.py measured on a model of like size."""
