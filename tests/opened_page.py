@@ -54,6 +54,16 @@ class Opened:
         self.page.click("#go")
         self.finished()
 
+    def open_history(self) -> None:
+        """Unfold the conversations that are kept; a browser tells the page so in a task of its own, which is waited for."""
+        self.page.evaluate(
+            """() => new Promise((listed) => {
+                const history = document.getElementById("history");
+                history.addEventListener("toggle", listed, { once: true });
+                history.querySelector("summary").click();
+            })"""
+        )
+
     def said(self, place: int = -1) -> list[tuple[str, str]]:
         """Who said what in the messages of a request."""
         return [(message["role"], message["content"]) for message in self.gateway.bodies[place]["messages"]]

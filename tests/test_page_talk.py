@@ -127,7 +127,7 @@ def test_conversations_survive_a_reload_and_are_opened_exported_and_deleted(visi
     assert page.locator("#welcome").is_visible()
     opened.ask("Something else?")
     assert opened.said() == [("user", "Something else?")]
-    page.click("#history summary")
+    opened.open_history()
     rows = page.locator("#talks li")
     assert rows.locator("span").all_inner_texts() == ["Something else?", IVY]
     with page.expect_download() as loading:
@@ -143,7 +143,7 @@ def test_conversations_survive_a_reload_and_are_opened_exported_and_deleted(visi
     assert len(opened.gateway.bodies) == 8, "opening asks nothing"
     page.wait_for_timeout(500)
     assert len(opened.gateway.bodies) == 8
-    page.click("#history summary")
+    opened.open_history()
     rows.nth(1).locator("text=Delete").click()
     assert rows.locator("span").all_inner_texts() == ["Something else?"]
     assert page.locator("#welcome").is_visible(), "what is deleted is not left on the page"
@@ -164,7 +164,7 @@ def test_where_nothing_can_be_kept_the_conversation_goes_on_and_says_so(visit, s
     opened = visit(script=script).ready()
     opened.ask(IVY)
     assert opened.page.locator("#unkept").is_visible()
-    opened.page.click("#history summary")
+    opened.open_history()
     assert opened.page.locator("#talks li").count() == 0
 
 
@@ -191,7 +191,7 @@ def test_what_others_wrote_into_the_storage_is_passed_over_and_the_oldest_give_w
                 JSON.stringify({{ id: `c${{n}}`, changed: n, turns: [turn] }}));
     }}"""
     opened = visit(script=script).ready()
-    opened.page.click("#history summary")
+    opened.open_history()
     assert opened.page.locator("#talks li").count() == 61, "the one of a day that never comes is the oldest"
     opened.page.locator("#talks .talk-open").nth(0).click()
     assert opened.text("#steered .text") == "b"
