@@ -55,7 +55,7 @@ class Opened:
         self.finished()
 
     def open_history(self) -> None:
-        """Unfold the conversations that are kept; a browser tells the page so in a task of its own, which is waited for."""
+        """Unfold the conversations that are kept, and wait: a browser tells a page of it in a task of its own."""
         self.page.evaluate(
             """() => new Promise((listed) => {
                 const history = document.getElementById("history");

@@ -7,17 +7,21 @@ import json
 import re
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 import psutil
 import pytest
+import torch
 from forks import interpreter, python
+from rich.console import Console
 
 from dpa.core.compare_config import load_comparison
 from dpa.core.errors import ConfigError
 from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.compare import Comparison
+from dpa.recipes.job_processes import do_jobs
 from dpa.world.comparison import QUICK, RECIPE, write_recipe
 
 SMALLER = {
@@ -34,6 +38,33 @@ COMMAND = ["-m", "dpa", "compare", "--quick", *(f"--set={name}={value}" for name
 
 BY_DEFAULT = [name for name, method in METHODS.items() if method.by_default]
 """What a comparison compares unless its file names others."""
+
+
+@dataclass(frozen=True)
+class ThreadsJob:
+    """Writes down how many threads its process has."""
+
+    folder: Path
+    name: str = "threads"
+    ready: bool = True
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "threads").exists()
+
+    def run(self) -> None:
+        (self.folder / "threads").write_text(str(torch.get_num_threads()))
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, "3"), (2, "1")])
+def test_one_job_at_a_time_has_all_threads_and_several_have_one_each(workers, threads, tmp_path):
+    jobs, before = [ThreadsJob(tmp_path / str(job)) for job in range(2)], torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert do_jobs(jobs, workers, Console(stderr=True)) == []
+    finally:
+        torch.set_num_threads(before)
+    assert [(job.folder / "threads").read_text() for job in jobs] == [threads] * 2
 
 
 def done_jobs(out: Path) -> list[Path]:

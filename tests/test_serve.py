@@ -265,7 +265,7 @@ def test_35_schemathesis_finds_no_5xx_from_the_servers_own_description(server: S
         (["--upstream", "http://127.0.0.1:9"], "--space"),
         (["POLICY", "--host", "0.0.0.0"], "key is needed"),
         (["POLICY", "--direction", "helpfulnes"], "helpfulness"),
-        (["POLICY", "--reward", "nowhere"], "dpa_reward.json"),
+        (["POLICY", "--reward", "nowhere"], "--reward: model: no folder at nowhere"),
         (["--upstream", "http://127.0.0.1:9", "--space", "POLICY"], "--upstream-model"),
     ],
 )

@@ -215,7 +215,8 @@ def generate(
     best_of: Annotated[int, typer.Option("--best-of", min=1, help="Give the best of this many candidates.")] = 1,
     robust: Annotated[bool, typer.Option(help="With --best-of: sample from neighbouring directions too.")] = False,
     reward: Annotated[
-        str | None, typer.Option(help="With --best-of: reward model folder. Default: that of the policy's run.")
+        str | None,
+        typer.Option(help="With --best-of: a reward model, or a run (folder or YAML) that scores. Default: its own."),
     ] = None,
     space: SpaceName = None,
     remote_code_revision: RevisionText = None,

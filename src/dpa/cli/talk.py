@@ -21,7 +21,7 @@ from dpa.models.policy import encode_prompt
 from dpa.sampling.best_of import BestOfSampler, RobustSampler
 from dpa.sampling.prompting import Prompting
 from dpa.sampling.samplers import SamplerSpec
-from dpa.scoring.reward_scorer import RewardModelScorer
+from dpa.scoring.given_reward import GivenReward, reward_of_run
 from dpa.storage.seals import check_in_run
 
 if TYPE_CHECKING:
@@ -39,16 +39,16 @@ def answer(
     """
     if robust and best_of == 1:
         raise ConfigError("--robust: it picks among candidates; add --best-of 4 or more.")
-    folder = None if best_of == 1 else _reward_folder(model, reward)
+    given = None if best_of == 1 else _reward(model, reward)
     space, sampler, chosen = _open(model, direction, temperature, max_new_tokens, clamp, named)
     if robust and chosen is None:
         raise ConfigError("--robust: no direction has no neighbours; add --direction, or leave it out.")
     if robust and isinstance(chosen, Target):
         raise ConfigError("--robust: a target has no neighbours; leave it out, --best-of picks among answers to it.")
-    if folder is not None:
-        check_in_run(folder)
+    if given is not None:
+        given.check(space)
         kind = RobustSampler if robust else BestOfSampler
-        sampler = kind(sampler, RewardModelScorer(replace(model, name=folder)), space, best_of)
+        sampler = kind(sampler, given.open(), space, best_of)
     return (
         text
         for prompt in prompts
@@ -113,13 +113,12 @@ def _open(
     return space, spec.build(), chosen
 
 
-def _reward_folder(model: ModelReference, reward: str | None) -> str:
-    """The reward model given, or the one of the run folder that the policy lies in (RUN/iter_t/policy)."""
+def _reward(model: ModelReference, reward: str | None) -> GivenReward:
+    """The reward given, or that of the run which the policy lies in (RUN/iter_t/policy)."""
     parents = Path(model.name).resolve().parents
-    beside = parents[1] / "reward_model" if len(parents) > 1 else None
-    if reward is None and (beside is None or not beside.is_dir()):
-        raise ConfigError(f"--reward: no reward model is found beside {model}; give the folder of one for --best-of.")
-    return reward or str(beside)
+    if reward is None and len(parents) < 2:
+        raise ConfigError(f"--reward: {model} lies in no run; give the folder of a reward model, or of a run.")
+    return GivenReward(reward or reward_of_run(parents[1]), model.code_revision)
 
 
 def _ask(

@@ -32,7 +32,11 @@ class CompareConfig(BaseModel):
         description="What is compared (docs/comparison.md names them); null: all but those that need an instruct model "
         "or people's own answers, or were not tuned.",
     )
-    workers: int = Field(2, ge=1, description="Processes that work side by side, one torch thread each.")
+    workers: int = Field(
+        2,
+        ge=1,
+        description="Processes that work side by side, one torch thread each; 1: one job at a time, on all cores.",
+    )
     budget: int = Field(
         ge=1000,
         description="Tokens generated plus tokens trained on that a method may spend on its policies; methods that are "

@@ -1,4 +1,4 @@
-"""Jobs in processes of one thread each, side by side: each writes its own log, and one that fails stops no other.
+"""Jobs in processes, side by side: each writes its own log, and one that fails stops no other.
 Run its tests: pytest tests/test_compare.py
 """
 
@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from rich.console import Console
 
 from dpa.core.errors import DpaError, Interrupted
@@ -47,7 +48,8 @@ class Job(Protocol):
 
 
 def do_jobs(jobs: Sequence[Job], workers: int, console: Console) -> list[str]:
-    """Run the jobs in `workers` processes; a method waits for what its seed shares. Returns what failed, in words.
+    """Run the jobs in `workers` processes, of one thread each where there are several; a method waits for what its seed
+    shares. Returns what failed, in words.
 
     A job that fails, or whose process dies, does not stop the others. Raises Interrupted after a signal, once the work
     in hand has come to a safe point.
@@ -57,7 +59,7 @@ def do_jobs(jobs: Sequence[Job], workers: int, console: Console) -> list[str]:
     finished_here = 0
     if waiting:
         console.print(f"compare: {total - len(waiting)} of {total} jobs are done, {len(waiting)} to do", style="bold")
-    with StopOnSignal() as stop, _workers(min(workers, max(1, len(waiting)))) as crew:
+    with StopOnSignal() as stop, _workers(workers, len(waiting)) as crew:
         while waiting or any(worker.job for worker in crew):
             for worker in crew:
                 if worker.job is None and not stop.requested:
@@ -98,8 +100,9 @@ def do_jobs(jobs: Sequence[Job], workers: int, console: Console) -> list[str]:
 class _Worker:
     """A process that runs one job after another; its output goes to each job's log.txt."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
         self.job: Job | None = None
+        self._threads = threads
         self._start()
 
     def give(self, job: Job) -> None:
@@ -133,30 +136,27 @@ class _Worker:
         self._process.join()
 
     def _start(self) -> None:
-        self._process, self.connection = start_worker(_serve)
+        self._process, self.connection = start_worker(_serve, self._threads)
 
 
 @contextmanager
-def _workers(count: int) -> Iterator[list[_Worker]]:
-    """Worker processes of one thread each: several jobs side by side are faster than one job on several cores."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by a process when it starts
+def _workers(workers: int, jobs: int) -> Iterator[list[_Worker]]:
+    """Worker processes, no more than there are jobs. Small jobs side by side, of one thread each, are faster than one
+    after the other on all cores; a single worker has them all, for models of which only one fits in memory."""
+    threads = 1 if workers > 1 else torch.get_num_threads()
     crew: list[_Worker] = []
     try:
-        crew += [_Worker() for _ in range(count)]
+        crew += [_Worker(threads) for _ in range(min(workers, max(1, jobs)))]
         yield crew
     finally:
         for worker in crew:
             worker.close()
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, threads: int) -> None:
     """What a worker does until its parent hangs up."""
     leave_signals_to_parent()
+    torch.set_num_threads(threads)
     while True:
         try:
             job: Job = connection.recv()

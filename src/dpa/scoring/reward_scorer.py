@@ -165,6 +165,12 @@ class FolderSource(ScorerSource):
         """Its files are there and fit each other; weights are compared by name and shape."""
         check_folder(self, AutoModelForSequenceClassification)
 
+    def attributes(self, rated: Sequence[str]) -> tuple[str, ...] | None:
+        """Those of its record, where it has one and lies here."""
+        if self.reward.preset is not None or not Path(self.given).is_dir():
+            return None
+        return read_spec(Path(self.given)).attributes
+
     def open(self) -> Scorer:
         spec = RELEASED_SPEC if self.given == RELEASED_MODEL or self.reward.preset == "dpa-v1" else None
         return RewardModelScorer(ModelReference(self.given, self.code_revision), spec)

@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dpa.core.directions import DirectionSpace
-from dpa.core.errors import ConfigError, DpaError, ModelFileError
+from dpa.core.errors import ConfigError, DpaError
 from dpa.core.reference import ModelReference
 from dpa.core.targets import Wish, read_wish
 from dpa.models.files import count_parameters, load_space, policy_name, resolve_model
@@ -45,13 +43,11 @@ def serve(settings: ServeSettings) -> None:
     folder = None
     if settings.model is not None:
         folder = resolve_model(ModelReference(settings.model, settings.remote_code_revision)).path
-    for used in (folder, settings.reward, settings.base):
+    for used in (folder, settings.base):
         if used is not None:
             check_in_run(used)
-    space = _space(settings, folder)
+    space = load_space(_space_folder(settings, folder))
     default = _default_wish(settings.direction, space)
-    if settings.reward:
-        _check_attributes(settings.reward, space)
     listener = _listen(settings.host, settings.port)
     failure: list[DpaError] = []
     stop: list[Callable[[], None]] = []
@@ -93,12 +89,12 @@ def read_keys(file: Path | None) -> tuple[str, ...]:
     return kept
 
 
-def _space(settings: ServeSettings, folder: str | None) -> DirectionSpace:
+def _space_folder(settings: ServeSettings, folder: str | None) -> str:
+    """The folder whose dpa_config.json says the objectives."""
     if settings.space is not None:
-        place = settings.space.parent if settings.space.is_file() else settings.space
-        return load_space(place)
+        return str(settings.space.parent if settings.space.is_file() else settings.space)
     if folder is not None:
-        return load_space(folder)
+        return folder
     raise ConfigError("--space: with --upstream give the policy's folder (its dpa_config.json says the objectives).")
 
 
@@ -107,11 +103,12 @@ def _start_engines(
 ) -> dict[str, EngineProcess]:
     """The child processes: policy (which scores too), base, or a scorer alone in front of a foreign engine."""
     shared = settings.model_dump(include={"rows", "threads", "remote_code_revision"})
+    scoring = {"reward": settings.reward, "space": _space_folder(settings, folder)} if settings.reward else {}
     wanted: dict[str, EngineSettings] = {}
     if folder is not None:
-        wanted["policy"] = EngineSettings(**shared, model=folder, name="policy", reward=settings.reward)
-    elif settings.reward:
-        wanted["scorer"] = EngineSettings(**shared, reward=settings.reward)
+        wanted["policy"] = EngineSettings(**shared, **scoring, model=folder, name="policy")
+    elif scoring:
+        wanted["scorer"] = EngineSettings(**shared, **scoring)
     if settings.base:
         wanted["base"] = EngineSettings(**shared, model=settings.base, name="base")
     engines = {}
@@ -214,20 +211,6 @@ def _say_ready(url: str, served: Served, engines: Iterable[EngineProcess]) -> No
         engine.ready.wait()
     presets = f" ({', '.join(served.space.presets)})" if served.space.presets else ""
     print(f"dpa: serving {served.name}{presets} at {url}", flush=True)
-
-
-def _check_attributes(reward: str, space: DirectionSpace) -> None:
-    """Refuse a reward model that does not rate what the objectives are made of, before anything waits for it."""
-    import json
-
-    file = Path(reward) / "dpa_reward.json"
-    try:
-        attributes = json.loads(file.read_text(encoding="utf-8"))["attributes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ModelFileError(
-            f"--reward: {reward} has no readable dpa_reward.json; give a reward model folder."
-        ) from None
-    space.combine(np.zeros((1, len(attributes))), attributes)
 
 
 def _first_model(url: str, key: str | None) -> str:

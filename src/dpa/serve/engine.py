@@ -32,7 +32,7 @@ from dpa.core.errors import DpaError
 from dpa.core.records import Scorer
 from dpa.core.reference import ModelReference
 from dpa.models.chat_template import has_system_role
-from dpa.models.files import folder_revision, resolve_model
+from dpa.models.files import folder_revision, load_space, resolve_model
 from dpa.models.policy import context_length, default_device, load_policy
 from dpa.sampling.batching import Row
 from dpa.serve.bodies import (
@@ -156,7 +156,7 @@ class Engine:
 
     async def _score(self, request: Request) -> Response:
         if self._scorer is None:
-            raise RefusedError("scores: this engine has no reward model; start it with --reward FOLDER.")
+            raise RefusedError("scores: this engine has no reward model; start it with --reward.")
         body = check_body(ScoreBody, await _body(request))
         messages = plain_messages(body.messages)
         conversations = [messages] * len(body.responses)
@@ -302,9 +302,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _load(settings: EngineSettings) -> Engine:
-    model = tokenizer = scorer = None
+    model = tokenizer = given = None
     revision = "none"
     code = settings.remote_code_revision
+    if settings.reward:
+        from dpa.scoring.given_reward import GivenReward
+
+        given = GivenReward(settings.reward, code)
+        if settings.space is not None:
+            given.check(load_space(settings.space))
     if settings.model:
         safe = resolve_model(ModelReference(settings.model, code))
         device = default_device()
@@ -314,10 +320,7 @@ def _load(settings: EngineSettings) -> Engine:
         if tokenizer.chat_template:
             has_system_role(tokenizer.get_chat_template())  # a template that escapes or never ends is refused now
         revision = folder_revision(safe.path)
-    if settings.reward:
-        from dpa.scoring.reward_scorer import RewardModelScorer
-
-        scorer = RewardModelScorer(ModelReference(settings.reward, code))
+    scorer = None if given is None else given.open()
     return Engine(settings.name or settings.model or "none", model, tokenizer, revision, scorer, settings.rows)
 
 

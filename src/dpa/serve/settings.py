@@ -58,7 +58,7 @@ class Limits(_Settings):
 class _ModelSettings(_Settings):
     model: str | None = _option(None, "Policy folder made by the loop, or Hub id; it starts an engine.")
     name: str | None = _option(None, "What clients call the model; default: after its folder.")
-    reward: str | None = _option(None, "Reward model folder: scores, best_of, robust.")
+    reward: str | None = _option(None, "Reward model, or a run (folder or YAML) that scores: scores, best_of, robust.")
     rows: int = _option(32, "Answers the engine writes at once.", ge=1)
     threads: int | None = _option(None, "Threads of the engine; default: all cores.", ge=1)
     remote_code_revision: str | None = _option(None, "Opt in to the model's own code (commit).")
@@ -67,6 +67,7 @@ class _ModelSettings(_Settings):
 class EngineSettings(_ModelSettings):
     """A small engine that speaks OpenAI: `python -m dpa.serve.engine --model FOLDER --port 8001`."""
 
+    space: str | None = _option(None, "Policy folder whose objectives the reward must score.")
     uds: str | None = _option(None, "Unix socket to listen on ...")
     port: int = _option(8001, "... or the port of 127.0.0.1.")
 

@@ -84,7 +84,7 @@ def _check_selection(asked: Sampling, options: DpaOptions, steering: Steering, l
     if options.robustly and isinstance(steering.direction, Target):
         raise RefusedError("dpa_options.robust: a target has no neighbours; take best_of.", param="dpa_options")
     if not scorer:
-        raise RefusedError("dpa_options: no scorer is loaded; start the gateway with --reward FOLDER.")
+        raise RefusedError("dpa_options: no scorer is loaded; start the gateway with --reward.")
     if (asked.n or 1) > 1:
         raise RefusedError("n: a selection returns one answer; leave n out.", param="n")
 
