@@ -126,7 +126,8 @@ def compare(
     if config is None:
         from dpa.world.comparison import compare_demo
 
-        typer.echo(f"report: {compare_demo(out or Path('runs/compare'), development, quick, flags)}")
+        where = out or Path("runs/compare-quick" if quick else "runs/compare")
+        typer.echo(f"report: {compare_demo(where, development, quick, flags)}")
         return
     if quick or development:
         raise ConfigError("--quick, --development: they belong to the demo world; leave CONFIG out, or them.")

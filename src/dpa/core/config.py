@@ -126,8 +126,9 @@ class SpaceConfig(_Section):
         0.0,
         ge=0,
         le=1,
-        description="K > 2. Share of the directions drawn in training that lie on the arc of one objective, where the "
-        "others weigh exactly 0, as most requests have it; drawn freely, a `warmth*0` is hardly ever read.",
+        description="With three or more objectives: share of the directions drawn in training that lie on the arc of "
+        "one objective, where the others weigh exactly 0, as most requests have it; drawn freely, a `warmth*0` is "
+        "hardly ever read.",
     )
     template: str = Field(
         PUBLISHED_TEMPLATE, description="System sentence; {weighted_rating} becomes `helpfulness*97 + verbosity*-26`."
