@@ -103,7 +103,9 @@ def _start_engines(
 ) -> dict[str, EngineProcess]:
     """The child processes: policy (which scores too), base, or a scorer alone in front of a foreign engine."""
     shared = settings.model_dump(include={"rows", "threads", "remote_code_revision"})
-    scoring = {"reward": settings.reward, "space": _space_folder(settings, folder)} if settings.reward else {}
+    scoring: dict[str, Any] = {}
+    if settings.reward:
+        scoring = {"reward": settings.reward, "space": _space_folder(settings, folder)}
     wanted: dict[str, EngineSettings] = {}
     if folder is not None:
         wanted["policy"] = EngineSettings(**shared, **scoring, model=folder, name="policy")
