@@ -49,14 +49,14 @@ def expand_home(text: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(expand_home)]
+"""A field that may hold a path: `~` is written out here, once, so that nothing below the configuration meets it."""
 MixedBf16 = Annotated[
     bool | Literal["auto"],
     Field(
-        description="Compute in bf16. false: on a card that supports it; true: on a processor too; auto: on a "
-        "processor that has units for it, others are many times slower with it."
+        description="Compute in bf16: on a card that supports it always. On a processor, false: never; true: yes; auto: "
+        "where it has units for it, since others are many times slower with it."
     ),
 ]
-"""A field that may hold a path: `~` is written out here, once, so that nothing below the configuration meets it."""
 
 
 def _read_as_numbers(given: Any, found: Any) -> Any:
