@@ -53,8 +53,8 @@ PathText = Annotated[str, AfterValidator(expand_home)]
 MixedBf16 = Annotated[
     bool | Literal["auto"],
     Field(
-        description="Compute in bf16: on a card that supports it always. On a processor, false: never; true: yes; auto: "
-        "where it has units for it, since others are many times slower with it."
+        description="Compute in bf16: on a card that supports it always; on a processor false: never; true: yes; "
+        "auto: where it has units for it, since others are many times slower with it."
     ),
 ]
 
