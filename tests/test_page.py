@@ -178,7 +178,8 @@ def test_the_pages_arithmetic_is_that_of_the_package(visit, space):
     script = """async ([data, weights]) => {
         const { Space } = await import("/space.js");
         const space = new Space(data);
-        const of = (w) => ({ sent: space.mapping(w), text: space.text(w), angle: space.angle(w) });
+        const stays = (w) => space.rounded(w).every((value, k) => value === w[k]);
+        const of = (w) => ({ sent: space.mapping(w), text: space.text(w), angle: space.angle(w), stays: stays(w) });
         return weights.map((weight) => {
             const w = space.rounded(weight);
             const reached = space.names.flatMap((_, k) => [
@@ -200,9 +201,10 @@ def test_the_pages_arithmetic_is_that_of_the_package(visit, space):
     }
     for weights_K, found in zip(weights_DK, opened.page.evaluate(script, [data, weights_DK.tolist()]), strict=True):
         assert found["text"] == str(space.parse(found["sent"]))
+        assert found["stays"], "what was rounded once stays, in a link and in the history"
         assert found["angle"] == pytest.approx(space.angle_to_center(weights_K[None])[0], abs=0.1)
         for level, shown, direction in found["reached"]:
-            assert direction["text"] == str(space.parse(direction["sent"]))
+            assert direction["text"] == str(space.parse(direction["sent"])) and direction["stays"]
             assert level in (None, shown), "a pressed button stays pressed"
 
 
@@ -376,9 +378,9 @@ def test_a_link_that_does_not_fit_the_model_says_so(visit):
         "helpfulness:1",
         "honesty:1",
     ):
-        opened.page.evaluate("(d) => { location.hash = `d=${d}&seed=-4&t=900&n=1e9`; }", direction)
+        opened.follow_link(f"d={direction}&seed=-4&t=900&n=1e9")
         fits = direction == "helpfulness:1"
-        opened.page.wait_for_selector("#notice", state="hidden" if fits else "visible")
+        assert opened.page.locator("#notice").is_hidden() == fits
         if not fits:
             assert "does not fit this model" in opened.text("#notice")
     assert opened.text("#numbers") == "helpfulness*100 + verbosity*0", "the last that did"

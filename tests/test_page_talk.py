@@ -5,6 +5,7 @@ pytest tests/test_page_talk.py
 """
 
 import json
+from urllib.parse import unquote
 
 import pytest
 from opened_page import PRESETS, THREE, browser, space_of, visit
@@ -152,6 +153,37 @@ def test_conversations_survive_a_reload_and_are_opened_exported_and_deleted(visi
     page.click("#delete-all")
     assert rows.count() == 0
     assert page.evaluate("localStorage.length") == 0
+
+
+def test_opening_a_conversation_asks_nothing_wherever_the_direction_stands(visit):
+    opened = visit(extra={"presets": {"nearly": {"weights": {"helpfulness": 0.995, "verbosity": 0.105}, "text": ""}}})
+    page = opened.ready().page
+
+    def nothing_is_asked(earlier: bool) -> None:
+        page.wait_for_timeout(600)  # steering asks after 400 ms
+        assert len(opened.gateway.bodies) == 2
+        assert page.evaluate("JSON.parse(Object.values(localStorage)[0]).turns[0].answers[1].text") == words(22)
+        assert ("earlier" in page.locator("#steered").get_attribute("class")) == earlier
+
+    opened.ask(IVY)
+    page.click("#settings summary")
+    page.uncheck("#follow")
+    opened.press_level(1, -1)
+    page.wait_for_url(lambda url: "verbosity:-" in unquote(url))
+    page.reload()
+    opened.ready()
+    assert page.is_checked("#follow")
+    assert opened.text("#words") == "Less verbosity.", "the link's"
+    nothing_is_asked(earlier=True)
+
+    opened.open_history()
+    page.click(".talk-open")
+    nothing_is_asked(earlier=False)
+    page.wait_for_url(lambda url: "helpfulness:0.995,verbosity:0.105" in unquote(url))
+    opened.follow_link("d=helpfulness:0.8,verbosity:0.6")
+    nothing_is_asked(earlier=True)
+    opened.follow_link("d=helpfulness:0.995,verbosity:0.105")
+    nothing_is_asked(earlier=False)
 
 
 FORBIDDEN = """for (const name of ["localStorage", "sessionStorage"])

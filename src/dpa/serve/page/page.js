@@ -55,10 +55,20 @@ function build(space, wantsKey) {
     const moved = !same(weights, state.weights) || JSON.stringify(held) !== JSON.stringify(state.held);
     state.pressed = pressed;
     if (moved) Object.assign(state, { weights, held });
-    $("expression-error").replaceChildren();
     show();
     if (moved && state.follow) answerAgain();
     else talk.showEarlier();
+  }
+
+  // What the address says is set and shown; nothing is asked.
+  function followLink() {
+    readAddress(space);
+    // A link made here names the question that is on the page already.
+    if (state.question === talk.turn?.question) state.question = "";
+    if (space.names.length > 2) $("x-axis").value = space.names[state.x];
+    controls.redrawFront();
+    show();
+    talk.showEarlier();
   }
 
   // Something began or ended.
@@ -78,7 +88,7 @@ function build(space, wantsKey) {
     $("question").focus();
   }
 
-  const talk = new Talk(space, store, { changed, steer: ({ weights, held }) => steer(weights, null, held) });
+  const talk = new Talk(space, store, { changed, show });
   const controls = new Controls(space, steer, () => talk.showAnswer());
   const composer = new Composer(space, talk, showSettings);
   const share = new Share(space, wantsKey, () => talk.request(state.question));
@@ -96,21 +106,12 @@ function build(space, wantsKey) {
     },
   );
   $("new").addEventListener("click", fresh);
-  addEventListener("hashchange", () => {
-    readAddress(space);
-    controls.redrawFront();
-    show();
-  });
+  addEventListener("hashchange", followLink);
 
   const id = recall(OPEN);
   if (id && talk.open(id)) list.current = id;
-  readAddress(space);
-  // A link made here names the question that is on the page already.
-  if (state.question === talk.turn?.question) state.question = "";
-  if (space.names.length > 2) $("x-axis").value = space.names[state.x];
-  controls.redrawFront();
+  followLink();
   changed();
-  show();
   return { share };
 }
 

@@ -11,12 +11,12 @@ import { sweeps } from "./sweep.js";
 import { differences } from "./words.js";
 
 export class Talk {
-  // `changed(refusal)` is called whenever something began or ended, `steer({weights, held})` sets the direction shown.
-  constructor(space, store, { changed, steer }) {
+  // `changed(refusal)` is called whenever something began or ended, `show()` when another direction was set.
+  constructor(space, store, { changed, show }) {
     this.space = space;
     this.store = store;
     this.changed = changed;
-    this.steer = steer;
+    this.show = show;
     this.sweeps = sweeps(space);
     $("along").replaceChildren(...this.sweeps.map(({ name }) => make("option", { value: name, textContent: name })));
     $("along").addEventListener("change", () => this.sweep(""));
@@ -105,10 +105,17 @@ export class Talk {
       this.cards[place].restore(answer);
       if (this.cards[place] !== this.steeredCard) this.cards[place].label(answer.label);
     });
-    const wish = fitting(this.space, last.answers[last.kept].direction);
-    if (wish) this.steer(wish);
     this.#compare();
+    this.#turnTo(last.answers[last.kept].direction);
+    this.showEarlier();
     return true;
+  }
+
+  // Set and show the direction of an answer that is there; it asks nothing.
+  #turnTo(direction) {
+    const wish = fitting(this.space, direction);
+    if (wish) Object.assign(state, wish, { pressed: null });
+    this.show();
   }
 
   // --- what is asked ---
@@ -233,8 +240,7 @@ export class Talk {
   #keep(place) {
     this.turn.kept = place;
     this.#showKept();
-    const wish = fitting(this.space, this.cards[place].direction);
-    if (wish) this.steer(wish);
+    this.#turnTo(this.cards[place].direction);
     this.#save();
   }
 
