@@ -186,6 +186,65 @@ def test_opening_a_conversation_asks_nothing_wherever_the_direction_stands(visit
     nothing_is_asked(earlier=False)
 
 
+def test_what_is_being_written_is_kept_when_the_page_turns_to_something_else(visit):
+    opened = visit().ready()
+    page = opened.page
+    opened.ask(IVY)
+    page.click("#new")
+
+    def ask_slowly() -> None:
+        page.fill("#question", "slow")
+        page.click("#go")
+        for card in ("default", "steered"):
+            page.wait_for_selector(f"#{card} .text:has-text('word2')")
+
+    def is_kept() -> None:
+        assert opened.text("#asked") == "slow"
+        states = set(page.locator(".answer .state").all_inner_texts())
+        assert states <= {"stopped", "broken off"}, "a reload lets the browser break it off"
+        assert opened.text("#steered .text").startswith(words(3))
+
+    ask_slowly()
+    page.click("#new")
+    opened.open_history()
+    assert page.locator("#talks span").all_inner_texts() == ["slow", IVY]
+    page.click("#talks li:first-child .talk-open")
+    is_kept()
+
+    ask_slowly()
+    opened.open_history()
+    page.click("#talks li:last-child .talk-open")
+    assert opened.text("#asked") == IVY
+    opened.open_history()
+    assert page.locator("#talks small").nth(0).inner_text().startswith("2 turns")
+    page.click("#talks li:first-child .talk-open")
+    is_kept()
+
+    ask_slowly()
+    page.reload()
+    opened.ready()
+    is_kept()
+    assert page.locator(".past").count() == 2
+
+    ask_slowly()
+    opened.open_history()
+    page.click("#talks li:first-child >> text=Delete")
+    page.reload()
+    opened.ready().open_history()
+    assert page.locator("#talks span").all_inner_texts() == [IVY], "what is deleted does not come back"
+
+
+def test_of_a_conversation_too_long_to_be_read_whole_the_newest_turns_are(visit):
+    opened = visit(at="/conversation.js")
+    first, last = opened.page.evaluate(
+        """async () => { const { readConversation } = await import("/conversation.js");
+        const turns = Array.from({ length: 300 }, (_, n) => ({ question: `${n}`, answers: [{}, {}] }));
+        const read = readConversation({ id: "c", turns }).turns;
+        return [read[0].question, read.at(-1).question]; }"""
+    )
+    assert (first, last) == ("100", "299")
+
+
 FORBIDDEN = """for (const name of ["localStorage", "sessionStorage"])
     Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });"""
 FULL = """Storage.prototype.setItem = () => { throw new DOMException("full", "QuotaExceededError"); };"""

@@ -82,6 +82,7 @@ function build(space, wantsKey) {
   }
 
   function fresh() {
+    talk.leave();
     talk.clear();
     changed();
     showSettings();
@@ -107,6 +108,7 @@ function build(space, wantsKey) {
   );
   $("new").addEventListener("click", fresh);
   addEventListener("hashchange", followLink);
+  addEventListener("pagehide", () => talk.leave());
 
   const id = recall(OPEN);
   if (id && talk.open(id)) list.current = id;

@@ -82,6 +82,11 @@ export class Talk {
     if (this.isPair && matchMedia("(max-width: 899px)").matches) leadTo(this.steeredCard.card, "nearest");
   }
 
+  // What is being written is kept as far as it came, before the page turns to something else.
+  leave() {
+    if (this.running) this.#save();
+  }
+
   clear() {
     this.cards?.forEach((card) => card.stop());
     this.conversation = null;
@@ -94,6 +99,7 @@ export class Talk {
 
   // Whether there was such a conversation.
   open(id) {
+    this.leave();
     const conversation = this.store.read(id);
     if (!conversation) return false;
     this.clear();
