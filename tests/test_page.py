@@ -482,6 +482,31 @@ def test_everything_is_reached_by_tab_and_the_focus_is_seen(visit):
     assert [place for place in reached if place in expected] == expected
 
 
+def test_the_first_tab_stop_skips_to_the_question_and_then_to_the_answers_and_changes_nothing(visit):
+    opened = visit(extra={"base": True}).ready()
+    page = opened.page
+
+    def skip_to(place: str) -> None:
+        skip = page.locator("#skip")
+        skip.focus()
+        assert opened.text("#skip") == f"Skip to the {place}"
+        assert skip.bounding_box()["y"] >= 0, "it is seen where it has the focus"
+        told = page.evaluate_handle("({ once: new Promise((told) => { addEventListener('hashchange', told); }) })")
+        page.keyboard.press("Enter")
+        told.evaluate("async (told) => { await told.once; }")
+        assert page.evaluate("document.activeElement.id") == place
+
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "skip"
+    page.click("#settings summary")
+    page.select_option("#compare", "base")
+    skip_to("question")
+    opened.ask("What is the home of Ivy?")
+    skip_to("answers")
+    assert page.input_value("#compare") == "base"
+    page.wait_for_url(lambda url: "vs=base" in url and "d=" in url)
+
+
 def test_phone_width_needs_no_sideways_scrolling(visit):
     long = space_of("helpfulness", "a-very-long-objective-name-without-any-break-in-it", "warmth", "honesty")
     opened = visit(long, viewport={"width": 360, "height": 740}, reduced_motion="reduce").ready()

@@ -224,6 +224,8 @@ export class Talk {
 
   #show() {
     const sweep = this.turn?.kind === "sweep";
+    const [place, name] = this.turn ? ["#answers", "answers"] : ["#question", "question"];
+    Object.assign($("skip"), { href: place, textContent: `Skip to the ${name}` });
     $("welcome").hidden = Boolean(this.turn);
     $("answers").hidden = !this.turn;
     $("asked").textContent = this.turn?.question ?? "";
