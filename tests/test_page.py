@@ -257,11 +257,7 @@ def test_the_base_model_stands_beside_it_on_request(visit):
     assert {body["model"]: "dpa" in body for body in opened.gateway.bodies} == {"fake": True, "fake@base": False}
     assert opened.text("#default h3") == "Told no direction"
     assert opened.text("#default .told") == "no direction stated"
-    for _ in range(100):  # the link follows after a moment
-        if "vs=base" in opened.page.evaluate("location.href"):
-            break
-        opened.page.wait_for_timeout(100)
-    assert "vs=base" in opened.page.evaluate("location.href")
+    opened.page.wait_for_url(lambda url: "vs=base" in url)  # the link follows after a moment
 
 
 def test_another_seed_asks_both_again(visit):
@@ -302,7 +298,7 @@ def test_a_busy_server_is_said_kindly_and_can_be_asked_again_when_it_said(visit)
     opened.ask("busy")
     again = opened.page.locator("#steered .trouble button")
     assert "hands full" in opened.text("#steered .trouble")
-    assert "in 1 s" in opened.text("#steered .trouble")
+    assert re.search("in [123] s", opened.text("#steered .trouble"))
     assert again.is_disabled()
     again.click()  # waits until it can be pressed
     opened.page.wait_for_selector("#steered .count:has-text('7 words')")

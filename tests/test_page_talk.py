@@ -8,6 +8,7 @@ import json
 from urllib.parse import unquote
 
 import pytest
+from browser import answered_again
 from opened_page import PRESETS, THREE, browser, space_of, visit
 
 __all__ = ["browser", "visit"]  # fixtures
@@ -27,10 +28,10 @@ def test_every_turn_has_its_own_direction_and_the_whole_conversation_is_sent(vis
     opened = visit().ready()
     opened.ask(IVY)
     opened.page.click("#presets >> text=full")
-    opened.page.wait_for_selector("#steered .count:has-text('20 words')")
+    answered_again(opened.page)
     opened.ask(BEE)
     opened.press_level(1, 1)
-    opened.page.wait_for_selector("#steered .count:has-text('30 words')")
+    answered_again(opened.page)
     opened.ask("And Ida?")
     before = [("user", IVY), ("assistant", words(20)), ("user", BEE), ("assistant", words(30))]
     assert opened.said(-1) == [*before, ("user", "And Ida?")]
@@ -468,8 +469,7 @@ def test_on_a_phone_the_answer_stays_in_sight_while_presets_are_tapped(visit):
     opened.ask("Notes on Ivy. " * 8 + IVY)
     for preset in ("wordy", "full", "terse"):
         opened.page.tap(f"#presets >> text={preset}")
-        opened.page.wait_for_timeout(500)
-        opened.finished()
+        answered_again(opened.page)
         dock = opened.page.locator("#ask").bounding_box()
         text = opened.page.locator("#steered .text").bounding_box()
         assert text["y"] >= 0, preset
@@ -495,7 +495,7 @@ def test_everything_is_done_by_keyboard_alone(visit):
     opened.finished()
     tab_to("#presets button:nth-child(2)", "Shift+Tab")
     press("Space")
-    page.wait_for_selector("#steered .count:has-text('20 words')")
+    answered_again(page)
     tab_to("#sweep")
     press("Enter")
     page.wait_for_selector("#cards.sweep")
@@ -513,6 +513,7 @@ def test_everything_is_done_by_keyboard_alone(visit):
     assert page.evaluate("document.activeElement.id") == "question"
     tab_to("#history summary", "Shift+Tab")
     press("Enter")
+    page.wait_for_selector("#talks li")
     tab_to(".talk-open")
     tab_to("#talks button:last-child")
     press("Enter")
