@@ -410,6 +410,31 @@ def test_every_snippet_sends_exactly_what_the_page_sends(visit):
     assert stock == {**sent, "chat_template_kwargs": {"preference": direction}}
 
 
+def test_a_request_is_written_out_in_a_pause_and_at_once_where_it_is_copied(visit):
+    opened = visit(permissions=["clipboard-read", "clipboard-write"]).ready()
+    page = opened.page
+    page.evaluate(
+        """() => { window.written = 0;
+        new MutationObserver((all) => { written += all.length; })
+            .observe(document.querySelector("#snippet code"), { childList: true });
+        const box = document.getElementById("question");
+        for (let n = 1; n <= 30; n++) {
+            box.value = `question ${n}`;
+            box.dispatchEvent(new Event("input"));
+        } }"""
+    )
+    page.wait_for_selector("#snippet:has-text('question 30')")
+    assert page.evaluate("written") <= 2, "not once a keystroke"
+    page.evaluate(
+        """() => { const box = document.getElementById("question");
+        box.value = "the last";
+        box.dispatchEvent(new Event("input"));
+        document.getElementById("copy-snippet").click(); }"""
+    )
+    page.wait_for_selector("#copy-snippet:has-text('Copied')")
+    assert "the last" in page.evaluate("navigator.clipboard.readText()")
+
+
 def test_a_key_is_asked_for_kept_in_the_tab_and_never_written_into_a_snippet(visit):
     opened = visit(key="open-sesame")
     page = opened.page

@@ -94,7 +94,7 @@ def test_behind_a_key_the_browser_asks_for_it_and_the_snippets_name_where_it_goe
         page.click("#go")
         page.wait_for_selector("article[aria-busy]", state="detached")
         assert 'told {"helpfulness": 0.86' in page.locator("#steered .text").inner_text()
-        assert "Authorization: Bearer $DPA_API_KEY" in page.locator("#snippet").text_content()
+        page.wait_for_selector("#snippet:has-text('Authorization: Bearer $DPA_API_KEY')")
         assert KEY not in page.content() + page.evaluate("location.href + JSON.stringify(sessionStorage)")
 
 

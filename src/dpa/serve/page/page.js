@@ -48,7 +48,7 @@ function build(space, wantsKey) {
   function showSettings() {
     composer.show();
     share.show();
-    writeAddress(space, talk.request(state.question).question);
+    writeAddress(space, talk.question);
   }
 
   function steer(weights, pressed = null, held = {}) {
@@ -92,7 +92,7 @@ function build(space, wantsKey) {
   const talk = new Talk(space, store, { changed, show });
   const controls = new Controls(space, steer, () => talk.showAnswer());
   const composer = new Composer(space, talk, showSettings);
-  const share = new Share(space, wantsKey, () => talk.request(state.question));
+  const share = new Share(space, wantsKey, talk);
   const list = new History(
     store,
     (id) => {

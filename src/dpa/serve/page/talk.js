@@ -126,11 +126,15 @@ export class Talk {
 
   // --- what is asked ---
 
-  // The steered request of `question`, or of the live turn where it is empty; what the snippets show.
-  request(question) {
-    const before = this.#before(Boolean(question) || !this.turn);
-    const asked = question || this.turn?.question || "…";
-    return { question: question || this.turn?.question || "", body: this.#body(before, asked, this.#wish()) };
+  // The question in the box, or the live turn's where it is empty; what the link says.
+  get question() {
+    return state.question || this.turn?.question || "";
+  }
+
+  // The body of its steered request; what the snippets show.
+  request() {
+    const before = this.#before(Boolean(state.question) || !this.turn);
+    return this.#body(before, this.question || "…", this.#wish());
   }
 
   // The direction that is set, or the target.
@@ -203,8 +207,8 @@ export class Talk {
     const { names } = this.space;
     const ended = (card, how) => this.#ended(card, how);
     if (pair) {
-      this.plainCard = new Answer("Default", names, ended, { id: "default" });
-      this.steeredCard = new Answer("Steered", names, ended, { id: "steered" });
+      this.plainCard = new Answer("Default", names, ended, "default");
+      this.steeredCard = new Answer("Steered", names, ended, "steered");
       this.steeredCard.card.classList.add("steered");
       this.cards = [this.plainCard, this.steeredCard];
     } else {
