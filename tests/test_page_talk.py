@@ -187,6 +187,14 @@ def test_opening_a_conversation_asks_nothing_wherever_the_direction_stands(visit
     nothing_is_asked(earlier=False)
 
 
+def test_a_box_that_the_browser_brought_back_unticked_shows_what_holds(visit):
+    boxes = ("follow", "memory", "marks")
+    back = f"for (const box of {list(boxes)}) document.getElementById(box).checked = false;"
+    opened = visit(script=f'document.addEventListener("DOMContentLoaded", () => {{ {back} }});').ready()
+    for box in boxes:
+        assert opened.page.locator(f"#{box}").evaluate("node => node.checked")
+
+
 def test_what_is_being_written_is_kept_when_the_page_turns_to_something_else(visit):
     opened = visit().ready()
     page = opened.page

@@ -24,6 +24,7 @@ export class Talk {
       state.seed = Math.floor(Math.random() * 2 ** 31);
       this.again();
     });
+    $("marks").checked = state.marks;
     $("marks").addEventListener("change", () => {
       state.marks = $("marks").checked;
       this.#mark();
