@@ -38,6 +38,13 @@ def chromium() -> Iterator[Any]:
             browser.close()
 
 
+def answered_again(page: Any, timeout_ms: float = 10_000) -> None:
+    """Wait until the steered answer is that of the direction which is set: it is asked a moment after the last turn."""
+    told = page.locator("#numbers").inner_text()
+    page.wait_for_selector(f"#steered:not([aria-busy]) .told:text-is('{told}')", timeout=timeout_ms)
+    page.wait_for_selector("article[aria-busy]", state="detached", timeout=timeout_ms)
+
+
 @contextmanager
 def watched_page(
     browser: Any,

@@ -116,7 +116,7 @@ class FakeGateway:
         match question:
             case "busy" if str(preference) not in self._was_busy:
                 self._was_busy.add(str(preference))
-                return _error(429, "queue: it is full; ask again in 1 s.", {"Retry-After": "1"})
+                return _error(429, "queue: it is full; ask again in 3 s.", {"Retry-After": "3"})
             case "broken":
                 return _error(500, "engine: it failed; look at its log.")
         leaning = direction.weights[1] if direction else 0.0

@@ -64,6 +64,16 @@ class Opened:
             })"""
         )
 
+    def follow_link(self, address: str) -> None:
+        """Put `#address` into the address bar, and wait: a browser tells a page of it in a task of its own."""
+        self.page.evaluate(
+            """(address) => new Promise((told) => {
+                addEventListener("hashchange", told, { once: true });
+                location.hash = address;
+            })""",
+            address,
+        )
+
     def said(self, place: int = -1) -> list[tuple[str, str]]:
         """Who said what in the messages of a request."""
         return [(message["role"], message["content"]) for message in self.gateway.bodies[place]["messages"]]

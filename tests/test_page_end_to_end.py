@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import chromium, watched_page
+from browser import answered_again, chromium, watched_page
 
 pytest.importorskip("fastapi", reason="the server's libraries are not installed: pip install 'dpa[serve]'")
 from obedient_policy import QUESTIONS, save_obedient_policy
@@ -41,8 +41,7 @@ def test_the_two_answers_differ_as_the_direction_picked_on_the_front_says(url: s
 
         def answer_at(point: int) -> tuple[str, str]:
             points.nth(point).locator(".dot").click()
-            page.wait_for_timeout(500)  # it answers again by itself, a moment after the last turn
-            page.wait_for_selector("article[aria-busy]", state="detached", timeout=30_000)
+            answered_again(page, timeout_ms=30_000)
             return tuple(page.locator(f"#{card} .text").inner_text() for card in ("default", "steered"))
 
         for question in QUESTIONS[:2]:
@@ -95,7 +94,7 @@ def test_behind_a_key_the_browser_asks_for_it_and_the_snippets_name_where_it_goe
         page.click("#go")
         page.wait_for_selector("article[aria-busy]", state="detached")
         assert 'told {"helpfulness": 0.86' in page.locator("#steered .text").inner_text()
-        assert "Authorization: Bearer $DPA_API_KEY" in page.locator("#snippet").text_content()
+        page.wait_for_selector("#snippet:has-text('Authorization: Bearer $DPA_API_KEY')")
         assert KEY not in page.content() + page.evaluate("location.href + JSON.stringify(sessionStorage)")
 
 

@@ -5,8 +5,10 @@ pytest tests/test_page_talk.py
 """
 
 import json
+from urllib.parse import unquote
 
 import pytest
+from browser import answered_again
 from opened_page import PRESETS, THREE, browser, space_of, visit
 
 __all__ = ["browser", "visit"]  # fixtures
@@ -26,10 +28,10 @@ def test_every_turn_has_its_own_direction_and_the_whole_conversation_is_sent(vis
     opened = visit().ready()
     opened.ask(IVY)
     opened.page.click("#presets >> text=full")
-    opened.page.wait_for_selector("#steered .count:has-text('20 words')")
+    answered_again(opened.page)
     opened.ask(BEE)
     opened.press_level(1, 1)
-    opened.page.wait_for_selector("#steered .count:has-text('30 words')")
+    answered_again(opened.page)
     opened.ask("And Ida?")
     before = [("user", IVY), ("assistant", words(20)), ("user", BEE), ("assistant", words(30))]
     assert opened.said(-1) == [*before, ("user", "And Ida?")]
@@ -40,7 +42,7 @@ def test_every_turn_has_its_own_direction_and_the_whole_conversation_is_sent(vis
     assert "More verbosity. 30 words" in facts.nth(2).inner_text()
     assert opened.text("#asked") == "And Ida?"
     assert opened.page.input_value("#question") == ""
-    assert json.dumps(before[0][1]) in opened.page.locator("#snippet").text_content(), "the snippet sends it too"
+    opened.page.wait_for_selector(f"#snippet:has-text('{words(20)}')")  # the snippet sends it too
 
 
 def test_a_turn_that_was_never_answered_is_not_sent_along_nor_any_where_that_is_set(visit):
@@ -152,6 +154,104 @@ def test_conversations_survive_a_reload_and_are_opened_exported_and_deleted(visi
     page.click("#delete-all")
     assert rows.count() == 0
     assert page.evaluate("localStorage.length") == 0
+
+
+def test_opening_a_conversation_asks_nothing_wherever_the_direction_stands(visit):
+    opened = visit(extra={"presets": {"nearly": {"weights": {"helpfulness": 0.995, "verbosity": 0.105}, "text": ""}}})
+    page = opened.ready().page
+
+    def nothing_is_asked(earlier: bool) -> None:
+        page.wait_for_timeout(600)  # steering asks after 400 ms
+        assert len(opened.gateway.bodies) == 2
+        assert page.evaluate("JSON.parse(Object.values(localStorage)[0]).turns[0].answers[1].text") == words(22)
+        assert ("earlier" in page.locator("#steered").get_attribute("class")) == earlier
+
+    opened.ask(IVY)
+    page.click("#settings summary")
+    page.uncheck("#follow")
+    opened.press_level(1, -1)
+    page.wait_for_url(lambda url: "verbosity:-" in unquote(url))
+    page.reload()
+    opened.ready()
+    assert page.is_checked("#follow")
+    assert opened.text("#words") == "Less verbosity.", "the link's"
+    nothing_is_asked(earlier=True)
+
+    opened.open_history()
+    page.click(".talk-open")
+    nothing_is_asked(earlier=False)
+    page.wait_for_url(lambda url: "helpfulness:0.995,verbosity:0.105" in unquote(url))
+    opened.follow_link("d=helpfulness:0.8,verbosity:0.6")
+    nothing_is_asked(earlier=True)
+    opened.follow_link("d=helpfulness:0.995,verbosity:0.105")
+    nothing_is_asked(earlier=False)
+
+
+def test_a_box_that_the_browser_brought_back_unticked_shows_what_holds(visit):
+    boxes = ("follow", "memory", "marks")
+    back = f"for (const box of {list(boxes)}) document.getElementById(box).checked = false;"
+    opened = visit(script=f'document.addEventListener("DOMContentLoaded", () => {{ {back} }});').ready()
+    for box in boxes:
+        assert opened.page.locator(f"#{box}").evaluate("node => node.checked")
+
+
+def test_what_is_being_written_is_kept_when_the_page_turns_to_something_else(visit):
+    opened = visit().ready()
+    page = opened.page
+    opened.ask(IVY)
+    page.click("#new")
+
+    def ask_slowly() -> None:
+        page.fill("#question", "slow")
+        page.click("#go")
+        for card in ("default", "steered"):
+            page.wait_for_selector(f"#{card} .text:has-text('word2')")
+
+    def is_kept() -> None:
+        assert opened.text("#asked") == "slow"
+        states = set(page.locator(".answer .state").all_inner_texts())
+        assert states <= {"stopped", "broken off"}, "a reload lets the browser break it off"
+        assert opened.text("#steered .text").startswith(words(3))
+
+    ask_slowly()
+    page.click("#new")
+    opened.open_history()
+    assert page.locator("#talks span").all_inner_texts() == ["slow", IVY]
+    page.click("#talks li:first-child .talk-open")
+    is_kept()
+
+    ask_slowly()
+    opened.open_history()
+    page.click("#talks li:last-child .talk-open")
+    assert opened.text("#asked") == IVY
+    opened.open_history()
+    assert page.locator("#talks small").nth(0).inner_text().startswith("2 turns")
+    page.click("#talks li:first-child .talk-open")
+    is_kept()
+
+    ask_slowly()
+    page.reload()
+    opened.ready()
+    is_kept()
+    assert page.locator(".past").count() == 2
+
+    ask_slowly()
+    opened.open_history()
+    page.click("#talks li:first-child >> text=Delete")
+    page.reload()
+    opened.ready().open_history()
+    assert page.locator("#talks span").all_inner_texts() == [IVY], "what is deleted does not come back"
+
+
+def test_of_a_conversation_too_long_to_be_read_whole_the_newest_turns_are(visit):
+    opened = visit(at="/conversation.js")
+    first, last = opened.page.evaluate(
+        """async () => { const { readConversation } = await import("/conversation.js");
+        const turns = Array.from({ length: 300 }, (_, n) => ({ question: `${n}`, answers: [{}, {}] }));
+        const read = readConversation({ id: "c", turns }).turns;
+        return [read[0].question, read.at(-1).question]; }"""
+    )
+    assert (first, last) == ("100", "299")
 
 
 FORBIDDEN = """for (const name of ["localStorage", "sessionStorage"])
@@ -377,8 +477,7 @@ def test_on_a_phone_the_answer_stays_in_sight_while_presets_are_tapped(visit):
     opened.ask("Notes on Ivy. " * 8 + IVY)
     for preset in ("wordy", "full", "terse"):
         opened.page.tap(f"#presets >> text={preset}")
-        opened.page.wait_for_timeout(500)
-        opened.finished()
+        answered_again(opened.page)
         dock = opened.page.locator("#ask").bounding_box()
         text = opened.page.locator("#steered .text").bounding_box()
         assert text["y"] >= 0, preset
@@ -404,7 +503,7 @@ def test_everything_is_done_by_keyboard_alone(visit):
     opened.finished()
     tab_to("#presets button:nth-child(2)", "Shift+Tab")
     press("Space")
-    page.wait_for_selector("#steered .count:has-text('20 words')")
+    answered_again(page)
     tab_to("#sweep")
     press("Enter")
     page.wait_for_selector("#cards.sweep")
@@ -422,6 +521,7 @@ def test_everything_is_done_by_keyboard_alone(visit):
     assert page.evaluate("document.activeElement.id") == "question"
     tab_to("#history summary", "Shift+Tab")
     press("Enter")
+    page.wait_for_selector("#talks li")
     tab_to(".talk-open")
     tab_to("#talks button:last-child")
     press("Enter")

@@ -14,14 +14,13 @@ export class Answer {
   #frame = 0;
 
   // `label`: the card's heading; `changed()` is called when an answer has ended, well or badly.
-  constructor(label, names, changed, { id, empty = "" } = {}) {
+  constructor(label, names, changed, id = "") {
     this.card = $("answer-card").content.firstElementChild.cloneNode(true);
     this.names = names;
     this.changed = changed;
     this.part = (selector) => this.card.querySelector(selector);
     if (id) this.card.id = id;
     this.label(label);
-    this.part(".text").dataset.empty = empty;
     this.retry = () => {};
     this.part(".trouble button").addEventListener("click", () => this.retry());
     this.part(".copy").addEventListener("click", () => copy(this.text, this.part(".copy")));

@@ -83,11 +83,12 @@ export class Composer {
       state.compare = $("compare").value;
       this.changed();
     });
-    $("memory").checked = state.memory;
-    for (const name of ["follow", "memory"])
+    for (const name of ["follow", "memory"]) {
+      $(name).checked = state[name]; // some browsers bring the boxes of before a reload back
       $(name).addEventListener("change", () => {
         state[name] = $(name).checked;
         this.changed();
       });
+    }
   }
 }

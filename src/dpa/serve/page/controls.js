@@ -62,6 +62,7 @@ export class Controls {
       slider.output.textContent = signedDegrees(lean * space.maxAngle);
     }
     $("expression").value = space.wishText(weights, held);
+    $("expression-error").replaceChildren();
     for (const row of $("holds").children) row.show(held);
     this.#draw();
   }
@@ -192,10 +193,7 @@ export class Controls {
       error.replaceChildren(refusal.message);
       const nearest = refusal.status === 400 ? await check("clamp").catch(() => null) : null;
       if (!nearest || signal.aborted) return;
-      const take = () => {
-        error.replaceChildren();
-        this.steer(this.space.weightsOf(nearest.weights), null, nearest.held);
-      };
+      const take = () => this.steer(this.space.weightsOf(nearest.weights), null, nearest.held);
       error.append(" ", button("Take the nearest trained one", take));
     }
   }

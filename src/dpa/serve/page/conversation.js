@@ -57,7 +57,7 @@ export function exported(conversation) {
 export function readConversation(value) {
   if (!value || typeof value !== "object" || !Array.isArray(value.turns)) return null;
   if (typeof value.id !== "string" || !/^[\w-]{1,40}$/.test(value.id)) return null;
-  const turns = value.turns.slice(0, MOST_TURNS).map(readTurn);
+  const turns = value.turns.slice(-MOST_TURNS).map(readTurn);
   if (!turns.length || turns.includes(null)) return null;
   return { id: value.id, model: text(value.model), changed: time(value.changed), turns };
 }

@@ -48,17 +48,27 @@ function build(space, wantsKey) {
   function showSettings() {
     composer.show();
     share.show();
-    writeAddress(space, talk.request(state.question).question);
+    writeAddress(space, talk.question);
   }
 
   function steer(weights, pressed = null, held = {}) {
     const moved = !same(weights, state.weights) || JSON.stringify(held) !== JSON.stringify(state.held);
     state.pressed = pressed;
     if (moved) Object.assign(state, { weights, held });
-    $("expression-error").replaceChildren();
     show();
     if (moved && state.follow) answerAgain();
     else talk.showEarlier();
+  }
+
+  // What the address says is set and shown; nothing is asked.
+  function followLink() {
+    readAddress(space);
+    // A link made here names the question that is on the page already.
+    if (state.question === talk.turn?.question) state.question = "";
+    if (space.names.length > 2) $("x-axis").value = space.names[state.x];
+    controls.redrawFront();
+    show();
+    talk.showEarlier();
   }
 
   // Something began or ended.
@@ -72,16 +82,17 @@ function build(space, wantsKey) {
   }
 
   function fresh() {
+    talk.leave();
     talk.clear();
     changed();
     showSettings();
     $("question").focus();
   }
 
-  const talk = new Talk(space, store, { changed, steer: ({ weights, held }) => steer(weights, null, held) });
+  const talk = new Talk(space, store, { changed, show });
   const controls = new Controls(space, steer, () => talk.showAnswer());
   const composer = new Composer(space, talk, showSettings);
-  const share = new Share(space, wantsKey, () => talk.request(state.question));
+  const share = new Share(space, wantsKey, talk);
   const list = new History(
     store,
     (id) => {
@@ -96,21 +107,13 @@ function build(space, wantsKey) {
     },
   );
   $("new").addEventListener("click", fresh);
-  addEventListener("hashchange", () => {
-    readAddress(space);
-    controls.redrawFront();
-    show();
-  });
+  addEventListener("hashchange", followLink);
+  addEventListener("pagehide", () => talk.leave());
 
   const id = recall(OPEN);
   if (id && talk.open(id)) list.current = id;
-  readAddress(space);
-  // A link made here names the question that is on the page already.
-  if (state.question === talk.turn?.question) state.question = "";
-  if (space.names.length > 2) $("x-axis").value = space.names[state.x];
-  controls.redrawFront();
+  followLink();
   changed();
-  show();
   return { share };
 }
 

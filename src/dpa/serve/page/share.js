@@ -1,26 +1,33 @@
 // "Take it with you": the link, and the very request as curl, Python, and for a server that is not ours.
 
-import { $, copy } from "./dom.js";
+import { $, copy, later } from "./dom.js";
 import { curl, python, stock } from "./snippets.js";
 import { addressOf, key, state } from "./state.js";
 
 const WRITERS = { curl, python, stock };
 
 export class Share {
-  // `wantsKey`: a client needs one. `asked()` gives the question shown and the body of its steered request.
-  constructor(space, wantsKey, asked) {
+  // A long conversation is not written out at every keystroke and turn of the dial.
+  #fillSoon = later(100, () => this.#fill());
+
+  // `wantsKey`: a client needs one.
+  constructor(space, wantsKey, talk) {
     this.wantsKey = wantsKey;
-    this.asked = asked;
+    this.talk = talk;
     this.tabs = [...document.querySelectorAll('[role="tab"]')];
     $("copy-link").addEventListener("click", () => {
-      history.replaceState(null, "", addressOf(space, this.asked().question));
+      history.replaceState(null, "", addressOf(space, talk.question));
       copy(location.href, $("copy-link"));
     });
-    $("copy-snippet").addEventListener("click", () => copy($("snippet").textContent, $("copy-snippet")));
+    $("copy-snippet").addEventListener("click", () => {
+      this.#fill();
+      copy($("snippet").textContent, $("copy-snippet"));
+    });
     this.tabs.forEach((tab, index) => {
       tab.addEventListener("click", () => {
         state.snippet = tab.dataset.kind;
         this.show();
+        this.#fill();
       });
       tab.addEventListener("keydown", (event) => {
         const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -33,13 +40,18 @@ export class Share {
   }
 
   show() {
-    const origin = location.origin + location.pathname.replace(/\/[^/]*$/, "");
-    $("snippet").firstElementChild.textContent = WRITERS[state.snippet](origin, this.wantsKey || Boolean(key()), this.asked().body);
+    this.#fillSoon();
     for (const tab of this.tabs) {
       const chosen = tab.dataset.kind === state.snippet;
       tab.setAttribute("aria-selected", chosen);
       tab.tabIndex = chosen ? 0 : -1;
       if (chosen) $("snippet").setAttribute("aria-labelledby", tab.id);
     }
+  }
+
+  #fill() {
+    const origin = location.origin + location.pathname.replace(/\/[^/]*$/, "");
+    const hasKey = this.wantsKey || Boolean(key());
+    $("snippet").firstElementChild.textContent = WRITERS[state.snippet](origin, hasKey, this.talk.request());
   }
 }

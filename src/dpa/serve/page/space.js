@@ -39,12 +39,14 @@ export class Space {
 
   // K numbers from a mapping; objectives left out weigh nothing.
   weightsOf(mapping) {
-    return this.rounded(unit(this.names.map((name) => mapping[name] ?? 0)));
+    return this.rounded(this.names.map((name) => mapping[name] ?? 0));
   }
 
-  // What is shown, linked, copied and sent are the same three decimals.
+  // What is shown, linked, copied, kept and sent are the same three decimals: they are no unit vector quite, and stay.
   rounded(weights) {
-    return unit(weights).map((value) => Math.round(value * 1000) / 1000 + 0);
+    const length = norm(weights);
+    const isRounded = Math.abs(length - 1) <= 0.0005 * Math.sqrt(weights.length);
+    return weights.map((value) => Math.round((1000 * value) / (isRounded ? 1 : length)) / 1000 + 0);
   }
 
   mapping(weights) {

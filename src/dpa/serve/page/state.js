@@ -54,10 +54,10 @@ export function readAddress(space) {
   number("seed", "seed");
   number("t", "temperature");
   number("n", "maxTokens");
-  state.compare = space.data.base && fields.get("vs") === "base" ? "base" : "default";
   const x = space.names.indexOf(fields.get("x"));
   if (x >= 0 && space.poles[x]) state.x = x;
-  if (!fields.has("d")) return;
+  if (!fields.has("d")) return; // no link of ours
+  state.compare = space.data.base && fields.get("vs") === "base" ? "base" : "default";
   const wish = fitting(space, Object.fromEntries(fields.get("d").split(",").map((term) => term.split(":"))));
   if (wish) Object.assign(state, wish, { pressed: null });
   notice(wish ? "" : "The link’s direction does not fit this model, so another one is set instead.");

@@ -11,12 +11,12 @@ import { sweeps } from "./sweep.js";
 import { differences } from "./words.js";
 
 export class Talk {
-  // `changed(refusal)` is called whenever something began or ended, `steer({weights, held})` sets the direction shown.
-  constructor(space, store, { changed, steer }) {
+  // `changed(refusal)` is called whenever something began or ended, `show()` when another direction was set.
+  constructor(space, store, { changed, show }) {
     this.space = space;
     this.store = store;
     this.changed = changed;
-    this.steer = steer;
+    this.show = show;
     this.sweeps = sweeps(space);
     $("along").replaceChildren(...this.sweeps.map(({ name }) => make("option", { value: name, textContent: name })));
     $("along").addEventListener("change", () => this.sweep(""));
@@ -24,6 +24,7 @@ export class Talk {
       state.seed = Math.floor(Math.random() * 2 ** 31);
       this.again();
     });
+    $("marks").checked = state.marks;
     $("marks").addEventListener("change", () => {
       state.marks = $("marks").checked;
       this.#mark();
@@ -82,6 +83,11 @@ export class Talk {
     if (this.isPair && matchMedia("(max-width: 899px)").matches) leadTo(this.steeredCard.card, "nearest");
   }
 
+  // What is being written is kept as far as it came, before the page turns to something else.
+  leave() {
+    if (this.running) this.#save();
+  }
+
   clear() {
     this.cards?.forEach((card) => card.stop());
     this.conversation = null;
@@ -94,6 +100,7 @@ export class Talk {
 
   // Whether there was such a conversation.
   open(id) {
+    this.leave();
     const conversation = this.store.read(id);
     if (!conversation) return false;
     this.clear();
@@ -105,19 +112,30 @@ export class Talk {
       this.cards[place].restore(answer);
       if (this.cards[place] !== this.steeredCard) this.cards[place].label(answer.label);
     });
-    const wish = fitting(this.space, last.answers[last.kept].direction);
-    if (wish) this.steer(wish);
     this.#compare();
+    this.#turnTo(last.answers[last.kept].direction);
+    this.showEarlier();
     return true;
+  }
+
+  // Set and show the direction of an answer that is there; it asks nothing.
+  #turnTo(direction) {
+    const wish = fitting(this.space, direction);
+    if (wish) Object.assign(state, wish, { pressed: null });
+    this.show();
   }
 
   // --- what is asked ---
 
-  // The steered request of `question`, or of the live turn where it is empty; what the snippets show.
-  request(question) {
-    const before = this.#before(Boolean(question) || !this.turn);
-    const asked = question || this.turn?.question || "…";
-    return { question: question || this.turn?.question || "", body: this.#body(before, asked, this.#wish()) };
+  // The question in the box, or the live turn's where it is empty; what the link says.
+  get question() {
+    return state.question || this.turn?.question || "";
+  }
+
+  // The body of its steered request; what the snippets show.
+  request() {
+    const before = this.#before(Boolean(state.question) || !this.turn);
+    return this.#body(before, this.question || "…", this.#wish());
   }
 
   // The direction that is set, or the target.
@@ -190,8 +208,8 @@ export class Talk {
     const { names } = this.space;
     const ended = (card, how) => this.#ended(card, how);
     if (pair) {
-      this.plainCard = new Answer("Default", names, ended, { id: "default" });
-      this.steeredCard = new Answer("Steered", names, ended, { id: "steered" });
+      this.plainCard = new Answer("Default", names, ended, "default");
+      this.steeredCard = new Answer("Steered", names, ended, "steered");
       this.steeredCard.card.classList.add("steered");
       this.cards = [this.plainCard, this.steeredCard];
     } else {
@@ -211,6 +229,8 @@ export class Talk {
 
   #show() {
     const sweep = this.turn?.kind === "sweep";
+    const [place, name] = this.turn ? ["#answers", "answers"] : ["#question", "question"];
+    Object.assign($("skip"), { href: place, textContent: `Skip to the ${name}` });
     $("welcome").hidden = Boolean(this.turn);
     $("answers").hidden = !this.turn;
     $("asked").textContent = this.turn?.question ?? "";
@@ -233,8 +253,7 @@ export class Talk {
   #keep(place) {
     this.turn.kept = place;
     this.#showKept();
-    const wish = fitting(this.space, this.cards[place].direction);
-    if (wish) this.steer(wish);
+    this.#turnTo(this.cards[place].direction);
     this.#save();
   }
 
