@@ -44,8 +44,8 @@ class FakeUpstream:
     """An OpenAI-compatible server that keeps what it was asked and answers as it is told.
 
     An answer says which direction it was asked with, and has seed modulo 7 more words. `mode`: "answer", "slow" (until
-    `release` is set), "stall" (a stream goes silent), "die" (it breaks off), "garbage" (no JSON), "second speaks" (of
-    two choices of a stream), a number (a status).
+    `release` is set), "stall" (a stream goes silent), "mute" (it never speaks), "die" (it breaks off),
+    "garbage" (no JSON), "second speaks" (of two choices of a stream), a number (a status).
     It scores too: "good" is 50, "long" the number of the response's words.
     """
 
@@ -108,7 +108,7 @@ class FakeUpstream:
                 for choice in choices:
                     yield _event({"id": "x", "object": "o", "choices": [choice]})
             for number, word in enumerate(words.split()):
-                if self.mode == "stall" and number == 1:
+                if (self.mode, number) in (("stall", 1), ("mute", 0)):
                     await asyncio.sleep(3600)
                 if self.mode == "die" and number == 1:
                     raise RuntimeError("the engine is gone")

@@ -470,12 +470,19 @@ def test_an_upstream_error_is_passed_on_or_a_bad_gateway(
     fake: FakeUpstream, client: httpx.Client, mode: str | int, status: int
 ) -> None:
     fake.mode = mode
-    answer = client.post(CHAT, json=chat())
-    refused(answer, status)
-    if status in (429, 503):
-        assert answer.headers["retry-after"] == "7"
-    *_, error, done = events_of(client.post(CHAT, json=chat(stream=True)))
-    assert "error" in error and done == "[DONE]"
+    for stream in (False, True):  # before the first token a stream is refused like any other request
+        answer = client.post(CHAT, json=chat(stream=stream))
+        refused(answer, status)
+        if status in (429, 503):
+            assert answer.headers["retry-after"] == "7"
+
+
+def test_a_stream_that_never_begins_has_the_status_of_its_failure(fake: FakeUpstream, client: httpx.Client) -> None:
+    fake.mode = "mute"
+    assert "silent" in refused(client.post(CHAT, json=chat(stream=True)), 504)
+    with pytest.raises(httpx.ReadTimeout):
+        client.post(CHAT, json=chat(stream=True), timeout=0.2)
+    assert within(1.0, lambda: fake.running == 0) and "dpa_requests_in_flight 0.0" in client.get("/metrics").text
 
 
 def test_an_upstream_that_is_not_there_is_503(fake: FakeUpstream) -> None:
@@ -483,6 +490,7 @@ def test_an_upstream_that_is_not_there_is_503(fake: FakeUpstream) -> None:
         answer = httpx.post(url + CHAT, json=chat())
         refused(answer, 503)
         assert "retry-after" in answer.headers
+        refused(httpx.post(url + CHAT, json=chat(stream=True)), 503)
 
 
 OPEN_WEBUI = {

@@ -174,7 +174,9 @@ class Gateway:
         )
         headers = {"X-DPA-Direction": str(steering.direction or "none"), "X-DPA-Source": steering.source}
         if asked.body.stream:
-            return EventStream(self._events(self._answering.stream(asked), request), headers)
+            events = self._events(self._answering.stream(asked), request)
+            # A refusal before the first chunk has its own status, as without a stream: clients ask again by it.
+            return EventStream(events, headers, await or_gone(request.receive, anext(events)))
         limit = self._served.limits.seconds
         try:
             async with asyncio.timeout(limit):
@@ -193,7 +195,9 @@ class Gateway:
     async def _events(
         self, chunks: AsyncGenerator[dict[str, Any], None], request: Request
     ) -> AsyncGenerator[bytes, None]:
-        """Server-sent events; whatever goes wrong in the middle is an error event, and `[DONE]` always ends them."""
+        """Server-sent events. Whatever goes wrong after the first is an error event, and `[DONE]` ends them; before it
+        RefusedError is raised.
+        """
         limit = self._served.limits.seconds
         begun, first = time.monotonic(), True
         facts = request.scope["dpa"]
@@ -208,13 +212,12 @@ class Gateway:
                         self._count(chunk["usage"])
                         facts["tokens"] = chunk["usage"].get("completion_tokens")
                     yield event(chunk)
-        except TimeoutError:
-            error = too_slow(limit)
-            yield event(error_body(str(error), error.status))
+        except (TimeoutError, RefusedError) as failure:
+            error = failure if isinstance(failure, RefusedError) else too_slow(limit)
+            if first:
+                raise error from None
             facts["broken"] = error.status
-        except RefusedError as error:
             yield event(error_body(str(error), error.status, error.param, error.code))
-            facts["broken"] = error.status
         yield DONE
 
     async def _body(self, request: Request) -> dict[str, Any]:
