@@ -100,6 +100,7 @@ class FakeUpstream:
     async def _stream(self, words: str, chat: bool) -> AsyncIterator[bytes]:
         self.running += 1
         try:
+            yield b": a comment, as our engine writes while a stream waits its turn\n\n"
             if self.mode == "second speaks":
                 words = ""
                 choices = [
