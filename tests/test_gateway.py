@@ -189,6 +189,23 @@ def test_a_selection_without_a_scorer_is_refused(engine: tuple[FakeUpstream, str
         assert answer["dpa"]["scores"] is None and [one["words"] for one in answer["dpa"]["choices"]] == [5, 5]
 
 
+def test_an_answer_outlives_its_scorer_and_a_selection_names_it(
+    engine: tuple[FakeUpstream, str], fake: FakeUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway = Gateway(settings_with(), Engines(policy=Upstream(engine[1]), scorer=Upstream("http://127.0.0.1:9")))
+    with in_thread(gateway.gate) as url, httpx.Client(base_url=url, timeout=10) as client:
+        answer = client.post(CHAT, json=chat(dpa="terse", dpa_options={"base": True})).json()
+        assert answer["dpa"]["scores"] is None and answer["dpa"]["base"]["scores"] is None
+        *_, last, done = events_of(client.post(CHAT, json=chat(dpa="terse", stream=True)))
+        assert last["choices"][0]["finish_reason"] == "stop" and done == "[DONE]"
+        assert last["dpa"]["scores"] is None and last["dpa"]["words"] == 5
+        assert caplog.text.count("the scorer failed") == 2 and "Why?" not in caplog.text
+        for stream in (False, True):
+            selection = client.post(CHAT, json=chat(dpa="terse", dpa_options={"best_of": 2}, stream=stream))
+            assert refused(selection, 503).startswith("scorer: it cannot be reached")
+            assert selection.headers["retry-after"]
+
+
 def test_the_space_says_what_may_be_asked(client: httpx.Client) -> None:
     space = client.get("/v1/dpa/space").json()
     assert space["model"] == "demo" and [o["name"] for o in space["objectives"]] == ["helpfulness", "verbosity"]
