@@ -76,6 +76,8 @@ class FakeUpstream:
         self.asked.append(body)
         if isinstance(self.mode, int):
             return JSONResponse({"error": {"message": "no luck", "type": "x"}}, self.mode, {"Retry-After": "7"})
+        if "stream_options" in body and not body.get("stream"):  # OpenAI and vLLM do so
+            return JSONResponse({"error": {"message": "stream_options: only with stream", "type": "x"}}, 400)
         if self.mode == "garbage":
             return Response("<html>", media_type="text/html")
         chat = request.url.path == CHAT

@@ -138,6 +138,8 @@ def test_completions_are_steered_through_the_template_and_raw_without_a_directio
 @pytest.mark.parametrize("stream", [False, True])
 def test_best_of_returns_what_the_direction_values_most(fake: FakeUpstream, client: httpx.Client, stream: bool) -> None:
     body = chat(dpa="terse", seed=6, dpa_options={"best_of": 4}, stream=stream)
+    if stream:
+        body["stream_options"] = {"include_usage": True}
     answer = client.post(CHAT, json=body)
     assert len(fake.asked) == 4 and len({sent["seed"] for sent in fake.asked}) == 4
     assert 6 in {sent["seed"] for sent in fake.asked}
@@ -148,10 +150,10 @@ def test_best_of_returns_what_the_direction_values_most(fake: FakeUpstream, clie
     assert chosen["utility"] == max(one["utility"] for one in dpa["candidates"])
     assert chosen["scores"] == dpa["scores"] and dpa["scores"]["verbosity"] == dpa["words"]
     assert dpa["words"] == min(one["scores"]["verbosity"] for one in dpa["candidates"]), "terse: the shortest"
+    assert last["usage"] == {"prompt_tokens": 12, "completion_tokens": 20, "total_tokens": 32}
     if not stream:
-        assert answer.json()["usage"] == {"prompt_tokens": 12, "completion_tokens": 20, "total_tokens": 32}
         assert len(_said(answer).split()) == dpa["words"]
-    again = client.post(CHAT, json={**body, "stream": False}).json()
+    again = client.post(CHAT, json=body | {"stream": False, "stream_options": None}).json()
     assert again["dpa"]["candidates"] == dpa["candidates"], "the same seed, the same answers"
 
 
