@@ -24,11 +24,11 @@ from dpa.core.errors import DirectionError
 from dpa.core.sentences import target_template_of
 from dpa.core.targets import read_wish
 from dpa.models.files import EVALUATION_FILE
-from dpa.serve.command import _default_wish
+from dpa.serve.command import _default_wish, _hosts
 from dpa.serve.front import Front, load_front
 from dpa.serve.gate import Gate, JsonLines
 from dpa.serve.gateway import Gateway
-from dpa.serve.settings import Limits
+from dpa.serve.settings import Limits, ServeSettings
 from dpa.serve.upstream import Engines, Upstream
 
 KEY = "correct-horse-battery"
@@ -429,6 +429,26 @@ def test_another_site_in_the_users_browser_is_turned_away(engine: tuple[FakeUpst
         assert client.post(url + CHAT, json=chat(), headers={"Origin": url}).status_code == 200
         refused(client.post(url + CHAT, json=chat(), headers={"Origin": "http://evil.example"}), 403)
         refused(client.post(url + CHAT, json=chat(), headers={"Host": "evil.example"}), 403)
+
+
+def test_a_gateway_whose_names_were_given_is_known_by_them_and_by_its_own(engine: tuple[FakeUpstream, str]) -> None:
+    given = ServeSettings(host="Box.lab", allow_host=["GPU.lab", "other.lab:8000", "2001:DB8::5", "[::2]:80", "[::"])
+    hosts = _hosts(given)
+    assert _hosts(ServeSettings(host="0.0.0.0")) == () and len(_hosts(ServeSettings())) == 4
+    known = [
+        "gpu.lab",
+        "GPU.Lab:8000",
+        "other.lab",
+        "box.lab:9",
+        "localhost",
+        "127.0.0.1:80",
+        "[::1]",
+        "[2001:db8::5]:80",
+    ]
+    with gateway_before(engine[1], settings_with(hosts=hosts)) as url, httpx.Client(base_url=url) as client:
+        for host in [*known, "[::2]"]:
+            assert client.get("/health", headers={"Host": host}).status_code == 200, host
+        refused(client.get("/health", headers={"Host": "evil.example"}), 403)
 
 
 def test_37_beyond_the_limit_429_at_once_and_the_accepted_finish(

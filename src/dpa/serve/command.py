@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DpaError
@@ -236,10 +237,19 @@ def _name(folder: str | None, upstream_model: str) -> str:
 
 
 def _hosts(settings: ServeSettings) -> tuple[str, ...]:
-    """On this machine only its own names are answered to; beyond it, those that were given, or any."""
-    if not _is_local(settings.host):
-        return tuple(settings.allow_host)
-    return ("localhost", "127.0.0.1", "::1", settings.host, *settings.allow_host)
+    """Names a Host header may carry, as serve/gate.py reads it; none: any. A gateway on this machine, and one whose
+    names were given, is known by these and by its own."""
+    if not settings.allow_host and not _is_local(settings.host):
+        return ()
+    return ("localhost", "127.0.0.1", "::1", settings.host.lower(), *map(_host_name, settings.allow_host))
+
+
+def _host_name(given: str) -> str:
+    """The name in NAME or NAME:PORT, in lower case."""
+    if given.startswith("[") or given.count(":") == 1:  # a bare IPv6 address has more colons
+        with contextlib.suppress(ValueError):
+            return urlsplit(f"//{given}").hostname or ""
+    return given.lower()
 
 
 def _is_local(host: str) -> bool:
