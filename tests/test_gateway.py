@@ -19,12 +19,16 @@ from typing import Any
 import httpx
 import pytest
 from serving import CHAT, QUESTION, SPACE, FakeUpstream, events_of, gateway_before, in_thread, settings_with, within
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
-from dpa.core.errors import DirectionError
+from dpa.core.errors import ConfigError, DirectionError
 from dpa.core.sentences import target_template_of
 from dpa.core.targets import read_wish
 from dpa.models.files import EVALUATION_FILE
-from dpa.serve.command import _default_wish, _hosts
+from dpa.serve.command import _default_wish, _first_model, _hosts, _say_ready
 from dpa.serve.front import Front, load_front
 from dpa.serve.gate import Gate, JsonLines
 from dpa.serve.gateway import Gateway
@@ -617,6 +621,17 @@ def test_questions_to_try_travel_with_the_front(tmp_path: Path) -> None:
     assert load_front(tmp_path, SPACE).follows is False
     (tmp_path / EVALUATION_FILE).write_text("[1, 2]")
     assert load_front(tmp_path, SPACE).examples == ()
+
+
+def test_a_terminal_obeys_nothing_that_an_upstream_says(capsys: pytest.CaptureFixture) -> None:
+    async def models(request: Request) -> Response:
+        return JSONResponse({"error": {"message": "\x1b[2Jno\nluck\x07"}}, 500)
+
+    said = r"--upstream: http://\S+ does not say .*upstream: \\x1b\[2Jno\\nluck\\x07"
+    with in_thread(Starlette(routes=[Route("/v1/models", models)])) as url, pytest.raises(ConfigError, match=said):
+        _first_model(url, None)
+    _say_ready("http://x", settings_with(name="a\x1b]0;x\x07\nb"), [])
+    assert capsys.readouterr().out == "dpa: serving a\\x1b]0;x\\x07\\nb (terse, wordy) at http://x\n"
 
 
 def test_a_request_that_states_nothing_is_asked_at_the_center_unless_the_server_is_told_otherwise() -> None:

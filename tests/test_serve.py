@@ -263,6 +263,8 @@ def test_35_schemathesis_finds_no_5xx_from_the_servers_own_description(server: S
         ([], "either a MODEL"),
         (["nowhere"], "no folder"),
         (["--upstream", "http://127.0.0.1:9"], "--space"),
+        (["--upstream", "localhost:8001", "--space", "POLICY"], "--upstream: 'localhost:8001' is no address; write"),
+        (["--upstream", "http://localhost:99999", "--space", "POLICY"], "99999' is no address; write"),
         (["POLICY", "--host", "0.0.0.0"], "key is needed"),
         (["POLICY", "--direction", "helpfulnes"], "helpfulness"),
         (["POLICY", "--reward", "nowhere"], "--reward: model: no folder at nowhere"),

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from dpa.core.direction_text import printable
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DpaError
 from dpa.core.reference import ModelReference
 from dpa.core.targets import Wish, read_wish
 from dpa.models.files import count_parameters, load_space, policy_name, resolve_model
-from dpa.remote.http_exchange import key_of_first
+from dpa.remote.http_exchange import check_address, key_of_first
 from dpa.serve.settings import EngineSettings, Served, ServeSettings
 from dpa.serve.supervisor import EngineProcess
 from dpa.storage.seals import check_in_run
@@ -36,6 +37,8 @@ def serve(settings: ServeSettings) -> None:
     """
     if (settings.model is None) == (settings.upstream is None):
         raise ConfigError("serve: give either a MODEL folder or --upstream URL.")
+    if settings.upstream is not None:
+        check_address(settings.upstream, "--upstream")
     keys = read_keys(settings.api_key_file)
     if not keys and not _is_local(settings.host):
         raise ConfigError(
@@ -104,7 +107,9 @@ def _start_engines(
 ) -> dict[str, EngineProcess]:
     """The child processes: policy (which scores too), base, or a scorer alone in front of a foreign engine."""
     shared = settings.model_dump(include={"rows", "threads", "remote_code_revision"})
-    scoring = {"reward": settings.reward, "space": _space_folder(settings, folder)} if settings.reward else {}
+    scoring: dict[str, Any] = (
+        {"reward": settings.reward, "space": _space_folder(settings, folder)} if settings.reward else {}
+    )
     wanted: dict[str, EngineSettings] = {}
     if folder is not None:
         wanted["policy"] = EngineSettings(**shared, **scoring, model=folder, name="policy")
@@ -211,7 +216,7 @@ def _say_ready(url: str, served: Served, engines: Iterable[EngineProcess]) -> No
     for engine in engines:
         engine.ready.wait()
     presets = f" ({', '.join(served.space.presets)})" if served.space.presets else ""
-    print(f"dpa: serving {served.name}{presets} at {url}", flush=True)
+    print(f"dpa: serving {printable(served.name)}{presets} at {url}", flush=True)
 
 
 def _first_model(url: str, key: str | None) -> str:
@@ -228,7 +233,8 @@ def _first_model(url: str, key: str | None) -> str:
     try:
         return str(asyncio.run(ask())["data"][0]["id"])
     except (RefusedError, KeyError, IndexError, TypeError) as error:
-        raise ConfigError(f"--upstream: {url} does not say what it serves ({error}); give --upstream-model.") from None
+        said = printable(str(error))
+        raise ConfigError(f"--upstream: {url} does not say what it serves ({said}); give --upstream-model.") from None
 
 
 def _name(folder: str | None, upstream_model: str) -> str:
