@@ -602,11 +602,23 @@ def test_text_is_logged_only_when_asked_and_the_pages_own_files_are_not(
         for log_text in (False, True):
             stream.truncate(0)
             with gateway_before(engine[1], settings_with(log_text=log_text)) as url:
-                httpx.post(url + CHAT, json=chat())
+                for streams in (False, True):
+                    httpx.post(url + CHAT, json=chat(seed=1, stream=streams))
+                    httpx.post(url + "/v1/completions", json={"prompt": "Once", "seed": 1, "stream": streams})
+                fake.mode = "second speaks"
+                httpx.post(url + CHAT, json=chat(stream=True))
+                fake.mode = "die"
+                httpx.post(url + CHAT, json=chat(stream=True))
+                fake.mode = "answer"
                 assert httpx.get(url + "/page.js").status_code == 200
-            assert ("Why?" in stream.getvalue()) is log_text
-            routes = [json.loads(line)["route"] for line in stream.getvalue().replace("\0", "").splitlines()]
-            assert routes.count(CHAT) == 1
+            lines = [json.loads(line) for line in stream.getvalue().replace("\0", "").splitlines()]
+            said = ["told {} word"] * 4 + ["two words", "told"]
+            asked = [QUESTION, "Once"] * 2 + [QUESTION] * 2
+            assert [line.get("asked") for line in lines] == (asked if log_text else [None] * 6)
+            texts = ["".join(line.get("said", ())).strip() for line in lines]
+            assert texts == (said if log_text else [""] * 6)
+            routes = [line["route"] for line in lines]
+            assert routes.count(CHAT) == 4
             assert not [route for route in routes if "page" in route or "{" in route], "the page's own files"
     finally:
         logger.removeHandler(handler)

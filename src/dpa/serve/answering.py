@@ -15,7 +15,18 @@ import numpy as np
 from dpa.serve.bodies import RefusedError
 from dpa.serve.selection import best_of, candidates, chosen_of, listing
 from dpa.serve.settings import Served
-from dpa.serve.shapes import Scores, as_chunks, echo, in_clients_words, is_silent, named, texts_of, told, told_of_base
+from dpa.serve.shapes import (
+    Scores,
+    as_chunks,
+    echo,
+    in_clients_words,
+    is_silent,
+    named,
+    said_in,
+    texts_of,
+    told,
+    told_of_base,
+)
 from dpa.serve.understanding import CHAT, Asked
 from dpa.serve.upstream import Engines, UpstreamError
 
@@ -50,11 +61,10 @@ class Answering:
         engine = self._engines.asked_by(asked.steering)
         async with aclosing(engine.stream(asked.to, {**asked.steering.body, "stream": True})) as chunks:
             async for chunk in chunks:
-                ending = not chunk.get("choices")
-                for choice in chunk.get("choices") or ():
-                    text = choice.get("text") or (choice.get("delta") or {}).get("content")
-                    said.setdefault(choice.get("index", 0), []).append(text or "")
-                    ending = ending or choice.get("finish_reason") is not None
+                for index, text in said_in(chunk):
+                    said.setdefault(index, []).append(text)
+                choices = chunk.get("choices")
+                ending = not choices or any(choice.get("finish_reason") is not None for choice in choices)
                 chunk = in_clients_words(asked, chunk, self._served.name)
                 if first:
                     chunk["dpa"] = echo(asked.steering)

@@ -22,7 +22,7 @@ from dpa.serve.bodies import ChatBody, CompletionBody, DirectionBody, RefusedErr
 from dpa.serve.gate import Gate, Metrics
 from dpa.serve.http import DONE, EventStream, Json, event, or_gone
 from dpa.serve.settings import Served
-from dpa.serve.shapes import ERRORS, HANDLERS, direction_json, request_schema, texts_of, too_slow
+from dpa.serve.shapes import ERRORS, HANDLERS, direction_json, request_schema, said_in, texts_of, too_slow
 from dpa.serve.steering import HEADER, read_direction, read_model
 from dpa.serve.understanding import CHAT, COMPLETIONS, understand
 from dpa.serve.upstream import Engines
@@ -172,6 +172,9 @@ class Gateway:
         request.scope["dpa"].update(
             source=steering.source, direction=str(steering.direction) if steering.direction else None
         )
+        if self._served.log_text:
+            body = steering.body
+            request.scope["dpa"]["asked"] = body["messages"] if "messages" in body else body["prompt"]
         headers = {"X-DPA-Direction": str(steering.direction or "none"), "X-DPA-Source": steering.source}
         if asked.body.stream:
             events = self._events(self._answering.stream(asked), request)
@@ -187,7 +190,7 @@ class Gateway:
         self._count(usage)
         request.scope["dpa"]["tokens"] = usage.get("completion_tokens")
         if self._served.log_text:
-            request.scope["dpa"].update(asked=steering.body.get("messages"), said=texts_of(answer))
+            request.scope["dpa"]["said"] = texts_of(answer)
         return Json(answer, headers=headers)
 
     # --- streams -----------------------------------------------------------------------------------------------
@@ -201,6 +204,7 @@ class Gateway:
         limit = self._served.limits.seconds
         begun, first = time.monotonic(), True
         facts = request.scope["dpa"]
+        said: dict[int, list[str]] = {}
         try:
             async with aclosing(chunks):
                 # Around each chunk: a limit around the yields would end the client's part of the work, not ours.
@@ -208,6 +212,8 @@ class Gateway:
                     if first:
                         self.metrics.first_token.observe(time.monotonic() - begun)
                         first = False
+                    for index, text in said_in(chunk) if self._served.log_text else ():
+                        said.setdefault(index, []).append(text)
                     if chunk.get("usage"):
                         self._count(chunk["usage"])
                         facts["tokens"] = chunk["usage"].get("completion_tokens")
@@ -218,6 +224,9 @@ class Gateway:
                 raise error from None
             facts["broken"] = error.status
             yield event(error_body(str(error), error.status, error.param, error.code))
+        finally:
+            if said:
+                facts["said"] = ["".join(said[index]) for index in sorted(said)]
         yield DONE
 
     async def _body(self, request: Request) -> dict[str, Any]:
