@@ -245,6 +245,14 @@ def test_front_comes_from_the_record_beside_the_model(tmp_path: Path) -> None:
     (found,), reward, *_ = load_front(tmp_path, SPACE)
     assert reward == "gold" and found["text"] == "helpfulness*80 + verbosity*-60" and found["words"] == 2.0
     assert found["objectives"]["verbosity"] == value
+    unknown = {"value": None, "low": float("nan"), "high": float("-inf")}
+    odd = {**point, "objectives": {"gold": {**measured, "helpfulness": unknown}}, "words": unknown}
+    (tmp_path / EVALUATION_FILE).write_text(json.dumps({"directions": [point, odd]}))
+    (found, unscored), *_ = load_front(tmp_path, SPACE)
+    assert found["objectives"]["helpfulness"] == value and unscored["words"] is None
+    assert unscored["objectives"] == {"helpfulness": dict.fromkeys(unknown), "verbosity": value}
+    with gateway_before("http://127.0.0.1:9", settings_with(front=[found, unscored])) as url:
+        assert httpx.get(url + "/v1/dpa/space").json()["front"] == [found, unscored]
     for damaged in ("{", "[]", '{"directions": [{"weights": [1], "objectives": {}}]}', '{"directions": 3}'):
         (tmp_path / EVALUATION_FILE).write_text(damaged)
         assert load_front(tmp_path, SPACE) == Front()
