@@ -173,7 +173,7 @@ def _server(
     measured = settings.space if settings.space is not None and settings.space.is_dir() else folder
     front = Front() if measured is None else load_front(Path(measured), space)
     served = Served(
-        name=settings.name or _name(folder, upstream_model),
+        name=settings.name or _name(settings.model, upstream_model),
         upstream_model=upstream_model,
         space=space,
         default=default,
@@ -237,9 +237,9 @@ def _first_model(url: str, key: str | None) -> str:
         raise ConfigError(f"--upstream: {url} does not say what it serves ({said}); give --upstream-model.") from None
 
 
-def _name(folder: str | None, upstream_model: str) -> str:
+def _name(model: str | None, upstream_model: str) -> str:
     """A name clients can write: the policy's, or the last part of what the upstream calls its model."""
-    return upstream_model.rstrip("/").rpartition("/")[2] if folder is None else policy_name(folder)
+    return upstream_model.rstrip("/").rpartition("/")[2] if model is None else policy_name(model)
 
 
 def _hosts(settings: ServeSettings) -> tuple[str, ...]:
