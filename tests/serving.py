@@ -44,8 +44,8 @@ class FakeUpstream:
     """An OpenAI-compatible server that keeps what it was asked and answers as it is told.
 
     An answer says which direction it was asked with, and has seed modulo 7 more words. `mode`: "answer", "slow" (until
-    `release` is set), "stall" (a stream goes silent), "die" (it breaks off), "garbage" (no JSON), "second speaks" (of
-    two choices of a stream), a number (a status).
+    `release` is set), "stall" (a stream goes silent), "mute" (it never speaks), "die" (it breaks off),
+    "garbage" (no JSON), "second speaks" (of two choices of a stream), a number (a status).
     It scores too: "good" is 50, "long" the number of the response's words.
     """
 
@@ -76,6 +76,8 @@ class FakeUpstream:
         self.asked.append(body)
         if isinstance(self.mode, int):
             return JSONResponse({"error": {"message": "no luck", "type": "x"}}, self.mode, {"Retry-After": "7"})
+        if "stream_options" in body and not body.get("stream"):  # OpenAI and vLLM do so
+            return JSONResponse({"error": {"message": "stream_options: only with stream", "type": "x"}}, 400)
         if self.mode == "garbage":
             return Response("<html>", media_type="text/html")
         chat = request.url.path == CHAT
@@ -100,6 +102,7 @@ class FakeUpstream:
     async def _stream(self, words: str, chat: bool) -> AsyncIterator[bytes]:
         self.running += 1
         try:
+            yield b": a comment, as our engine writes while a stream waits its turn\n\n"
             if self.mode == "second speaks":
                 words = ""
                 choices = [
@@ -108,7 +111,7 @@ class FakeUpstream:
                 for choice in choices:
                     yield _event({"id": "x", "object": "o", "choices": [choice]})
             for number, word in enumerate(words.split()):
-                if self.mode == "stall" and number == 1:
+                if (self.mode, number) in (("stall", 1), ("mute", 0)):
                     await asyncio.sleep(3600)
                 if self.mode == "die" and number == 1:
                     raise RuntimeError("the engine is gone")

@@ -12,10 +12,11 @@ import typer
 from forks import python
 from pydantic import BaseModel, Field
 
+from dpa.__main__ import main
 from dpa.cli.options import as_yaml, takes_fields
 from dpa.core.compare_config import load_comparison
 from dpa.core.config import RewardTrainConfig, load_config, set_dotted
-from dpa.core.errors import ConfigError
+from dpa.core.errors import ConfigError, UserError
 from dpa.serve.settings import EngineSettings
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +62,18 @@ def test_a_bad_configuration_is_one_sentence_and_exit_2(tmp_path: Path, content:
     assert result.returncode == 2
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_terminal_obeys_nothing_in_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def fails() -> None:
+        raise UserError("first: \x1b[2Jit says\x07.\nsecond: é.")
+
+    monkeypatch.setattr("dpa.cli.commands.app", fails)
+    monkeypatch.setattr("dpa.__main__._choose_how_threads_wait", lambda: None)
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "dpa: first: \\x1b[2Jit says\\x07.\nsecond: é.\n"
 
 
 def test_a_missing_file_and_a_bad_override_exit_2(tmp_path: Path) -> None:

@@ -120,6 +120,20 @@ def test_the_policies_of_two_runs_bear_two_names_and_two_of_one_name_are_not_jud
     assert not (tmp_path / "judged").exists()
 
 
+def test_a_policy_of_the_hub_bears_its_ids_name_not_its_commits(
+    policy: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = Path(shutil.copytree(policy, tmp_path / "snapshots" / ("0a" * 20)))
+    monkeypatch.setattr("dpa.models.files._fetch", lambda hub_id, revision: fetched)
+    how = ("--out", tmp_path / "out", "--max-new-tokens", 3, "--limit", 1)
+    assert "/pol-7b@helpfulness" in dpa("export", "me/pol-7b", questions, "-d", "0deg", *how)
+    with pytest.raises(ConfigError, match="--yes"):
+        dpa("judge", "me/pol-7b@-40deg", "me/pol-7b@40deg", "-p", "0deg", "--judge", "fake", "--questions", questions,
+            *how, "--limit-tokens", 0)  # fmt: skip
+    names = [file.name.partition("@")[0] for file in (tmp_path / "out" / "alpaca_eval").glob("*.json")]
+    assert names == ["pol-7b"] * 3
+
+
 def test_only_the_first_questions_are_answered_where_only_the_first_pairs_are_judged(
     policy: Path, questions: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import inspect
 import json
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -199,8 +200,8 @@ def test_bytes_that_are_no_character_end_no_stream() -> None:
 class Started:
     """An engine whose loop starts in the event loop that serves it."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.engine = Engine("m", model, tokenizer, "rev", None, max_rows=4)
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_rows: int = 4) -> None:
+        self.engine = Engine("m", model, tokenizer, "rev", None, max_rows)
         self.app = self.engine.app()
         self.begun = False
 
@@ -319,6 +320,42 @@ def test_38_a_client_that_leaves_frees_its_row(stream: bool) -> None:
 def test_more_than_fit_wait_their_turn(client: httpx.Client) -> None:
     answers = said(ask(client, n=8, max_tokens=20))  # four rows are written at once
     assert len(answers) == 8 and answers[:3] == said(ask(client, n=3, max_tokens=20))
+
+
+def test_a_stream_that_waits_its_turn_gives_signs_of_life_while_others_are_served_and_none_in_a_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dpa.serve.engine._SIGN_OF_LIFE_S", 0.1)
+    model, tokenizer = steerable()
+    forward, at_work, goes_on = model.forward, threading.Event(), threading.Event()
+
+    def slow(**inputs: Any) -> Any:
+        at_work.set()
+        assert goes_on.wait(30)
+        time.sleep(0.005)
+        return forward(**inputs)
+
+    slow.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    model.forward = slow  # type: ignore[method-assign]
+    model.lm_head.weight.data[tokenizer.eos_token_id] = 0.0  # never the likeliest: answers end at their limit
+    started = Started(model, tokenizer, max_rows=1)
+    with (
+        in_thread(started) as url,
+        httpx.Client(base_url=url, timeout=30) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        loop = started.engine.loop
+        assert loop is not None
+        first = pool.submit(ask, client, stream=True, temperature=0, max_tokens=100)
+        assert at_work.wait(10)
+        hung = httpx.Timeout(30, read=0.5)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(CHAT, json={"messages": QUESTION, "stream": True}, timeout=hung)
+        second = pool.submit(ask, client, stream=True, temperature=0, max_tokens=3)
+        assert within(10, lambda: loop.load[1] == 1)
+        goes_on.set()
+        assert ": waiting\n\n" in second.result().text and events_of(second.result())[-1] == "[DONE]"
+        assert events_of(first.result())[-1] == "[DONE]"
 
 
 def test_30_a_request_cannot_make_the_template_loop_for_ever(tmp_path: Path) -> None:

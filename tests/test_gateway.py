@@ -19,16 +19,20 @@ from typing import Any
 import httpx
 import pytest
 from serving import CHAT, QUESTION, SPACE, FakeUpstream, events_of, gateway_before, in_thread, settings_with, within
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
-from dpa.core.errors import DirectionError
+from dpa.core.errors import ConfigError, DirectionError
 from dpa.core.sentences import target_template_of
 from dpa.core.targets import read_wish
 from dpa.models.files import EVALUATION_FILE
-from dpa.serve.command import _default_wish
+from dpa.serve.command import _default_wish, _first_model, _hosts, _say_ready
 from dpa.serve.front import Front, load_front
 from dpa.serve.gate import Gate, JsonLines
 from dpa.serve.gateway import Gateway
-from dpa.serve.settings import Limits
+from dpa.serve.settings import Limits, ServeSettings
 from dpa.serve.upstream import Engines, Upstream
 
 KEY = "correct-horse-battery"
@@ -138,6 +142,8 @@ def test_completions_are_steered_through_the_template_and_raw_without_a_directio
 @pytest.mark.parametrize("stream", [False, True])
 def test_best_of_returns_what_the_direction_values_most(fake: FakeUpstream, client: httpx.Client, stream: bool) -> None:
     body = chat(dpa="terse", seed=6, dpa_options={"best_of": 4}, stream=stream)
+    if stream:
+        body["stream_options"] = {"include_usage": True}
     answer = client.post(CHAT, json=body)
     assert len(fake.asked) == 4 and len({sent["seed"] for sent in fake.asked}) == 4
     assert 6 in {sent["seed"] for sent in fake.asked}
@@ -148,10 +154,10 @@ def test_best_of_returns_what_the_direction_values_most(fake: FakeUpstream, clie
     assert chosen["utility"] == max(one["utility"] for one in dpa["candidates"])
     assert chosen["scores"] == dpa["scores"] and dpa["scores"]["verbosity"] == dpa["words"]
     assert dpa["words"] == min(one["scores"]["verbosity"] for one in dpa["candidates"]), "terse: the shortest"
+    assert last["usage"] == {"prompt_tokens": 12, "completion_tokens": 20, "total_tokens": 32}
     if not stream:
-        assert answer.json()["usage"] == {"prompt_tokens": 12, "completion_tokens": 20, "total_tokens": 32}
         assert len(_said(answer).split()) == dpa["words"]
-    again = client.post(CHAT, json={**body, "stream": False}).json()
+    again = client.post(CHAT, json=body | {"stream": False, "stream_options": None}).json()
     assert again["dpa"]["candidates"] == dpa["candidates"], "the same seed, the same answers"
 
 
@@ -189,6 +195,23 @@ def test_a_selection_without_a_scorer_is_refused(engine: tuple[FakeUpstream, str
         assert answer["dpa"]["scores"] is None and [one["words"] for one in answer["dpa"]["choices"]] == [5, 5]
 
 
+def test_an_answer_outlives_its_scorer_and_a_selection_names_it(
+    engine: tuple[FakeUpstream, str], fake: FakeUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway = Gateway(settings_with(), Engines(policy=Upstream(engine[1]), scorer=Upstream("http://127.0.0.1:9")))
+    with in_thread(gateway.gate) as url, httpx.Client(base_url=url, timeout=10) as client:
+        answer = client.post(CHAT, json=chat(dpa="terse", dpa_options={"base": True})).json()
+        assert answer["dpa"]["scores"] is None and answer["dpa"]["base"]["scores"] is None
+        *_, last, done = events_of(client.post(CHAT, json=chat(dpa="terse", stream=True)))
+        assert last["choices"][0]["finish_reason"] == "stop" and done == "[DONE]"
+        assert last["dpa"]["scores"] is None and last["dpa"]["words"] == 5
+        assert caplog.text.count("the scorer failed") == 2 and "Why?" not in caplog.text
+        for stream in (False, True):
+            selection = client.post(CHAT, json=chat(dpa="terse", dpa_options={"best_of": 2}, stream=stream))
+            assert refused(selection, 503).startswith("scorer: it cannot be reached")
+            assert selection.headers["retry-after"]
+
+
 def test_the_space_says_what_may_be_asked(client: httpx.Client) -> None:
     space = client.get("/v1/dpa/space").json()
     assert space["model"] == "demo" and [o["name"] for o in space["objectives"]] == ["helpfulness", "verbosity"]
@@ -222,6 +245,14 @@ def test_front_comes_from_the_record_beside_the_model(tmp_path: Path) -> None:
     (found,), reward, *_ = load_front(tmp_path, SPACE)
     assert reward == "gold" and found["text"] == "helpfulness*80 + verbosity*-60" and found["words"] == 2.0
     assert found["objectives"]["verbosity"] == value
+    unknown = {"value": None, "low": float("nan"), "high": float("-inf")}
+    odd = {**point, "objectives": {"gold": {**measured, "helpfulness": unknown}}, "words": unknown}
+    (tmp_path / EVALUATION_FILE).write_text(json.dumps({"directions": [point, odd]}))
+    (found, unscored), *_ = load_front(tmp_path, SPACE)
+    assert found["objectives"]["helpfulness"] == value and unscored["words"] is None
+    assert unscored["objectives"] == {"helpfulness": dict.fromkeys(unknown), "verbosity": value}
+    with gateway_before("http://127.0.0.1:9", settings_with(front=[found, unscored])) as url:
+        assert httpx.get(url + "/v1/dpa/space").json()["front"] == [found, unscored]
     for damaged in ("{", "[]", '{"directions": [{"weights": [1], "objectives": {}}]}', '{"directions": 3}'):
         (tmp_path / EVALUATION_FILE).write_text(damaged)
         assert load_front(tmp_path, SPACE) == Front()
@@ -412,6 +443,26 @@ def test_another_site_in_the_users_browser_is_turned_away(engine: tuple[FakeUpst
         refused(client.post(url + CHAT, json=chat(), headers={"Host": "evil.example"}), 403)
 
 
+def test_a_gateway_whose_names_were_given_is_known_by_them_and_by_its_own(engine: tuple[FakeUpstream, str]) -> None:
+    given = ServeSettings(host="Box.lab", allow_host=["GPU.lab", "other.lab:8000", "2001:DB8::5", "[::2]:80", "[::"])
+    hosts = _hosts(given)
+    assert _hosts(ServeSettings(host="0.0.0.0")) == () and len(_hosts(ServeSettings())) == 4
+    known = [
+        "gpu.lab",
+        "GPU.Lab:8000",
+        "other.lab",
+        "box.lab:9",
+        "localhost",
+        "127.0.0.1:80",
+        "[::1]",
+        "[2001:db8::5]:80",
+    ]
+    with gateway_before(engine[1], settings_with(hosts=hosts)) as url, httpx.Client(base_url=url) as client:
+        for host in [*known, "[::2]"]:
+            assert client.get("/health", headers={"Host": host}).status_code == 200, host
+        refused(client.get("/health", headers={"Host": "evil.example"}), 403)
+
+
 def test_37_beyond_the_limit_429_at_once_and_the_accepted_finish(
     fake: FakeUpstream, client: httpx.Client, url: str
 ) -> None:
@@ -419,10 +470,15 @@ def test_37_beyond_the_limit_429_at_once_and_the_accepted_finish(
     with ThreadPoolExecutor(4) as pool:
         accepted = [pool.submit(httpx.post, url + CHAT, json=chat(stream=bool(n % 2)), timeout=10) for n in range(4)]
         assert within(3, lambda: fake.running == 4)
-        begun = time.perf_counter()
-        answer = client.post(CHAT, json=chat())
-        assert time.perf_counter() - begun < 0.2
-        refused(answer, 429)
+        fastest = 9.0
+        for _ in range(5):  # the machine may be busy with other things
+            begun = time.perf_counter()
+            answer = client.post(CHAT, json=chat())
+            fastest = min(fastest, time.perf_counter() - begun)
+            refused(answer, 429)
+            if fastest < 0.2:
+                break
+        assert fastest < 0.2
         assert int(answer.headers["retry-after"]) >= 1
         assert client.get("/health").status_code == 200 and client.get("/v1/models").status_code == 200
         fake.release.set()
@@ -470,12 +526,19 @@ def test_an_upstream_error_is_passed_on_or_a_bad_gateway(
     fake: FakeUpstream, client: httpx.Client, mode: str | int, status: int
 ) -> None:
     fake.mode = mode
-    answer = client.post(CHAT, json=chat())
-    refused(answer, status)
-    if status in (429, 503):
-        assert answer.headers["retry-after"] == "7"
-    *_, error, done = events_of(client.post(CHAT, json=chat(stream=True)))
-    assert "error" in error and done == "[DONE]"
+    for stream in (False, True):  # before the first token a stream is refused like any other request
+        answer = client.post(CHAT, json=chat(stream=stream))
+        refused(answer, status)
+        if status in (429, 503):
+            assert answer.headers["retry-after"] == "7"
+
+
+def test_a_stream_that_never_begins_has_the_status_of_its_failure(fake: FakeUpstream, client: httpx.Client) -> None:
+    fake.mode = "mute"
+    assert "silent" in refused(client.post(CHAT, json=chat(stream=True)), 504)
+    with pytest.raises(httpx.ReadTimeout):
+        client.post(CHAT, json=chat(stream=True), timeout=0.2)
+    assert within(1.0, lambda: fake.running == 0) and "dpa_requests_in_flight 0.0" in client.get("/metrics").text
 
 
 def test_an_upstream_that_is_not_there_is_503(fake: FakeUpstream) -> None:
@@ -483,6 +546,7 @@ def test_an_upstream_that_is_not_there_is_503(fake: FakeUpstream) -> None:
         answer = httpx.post(url + CHAT, json=chat())
         refused(answer, 503)
         assert "retry-after" in answer.headers
+        refused(httpx.post(url + CHAT, json=chat(stream=True)), 503)
 
 
 OPEN_WEBUI = {
@@ -551,11 +615,23 @@ def test_text_is_logged_only_when_asked_and_the_pages_own_files_are_not(
         for log_text in (False, True):
             stream.truncate(0)
             with gateway_before(engine[1], settings_with(log_text=log_text)) as url:
-                httpx.post(url + CHAT, json=chat())
+                for streams in (False, True):
+                    httpx.post(url + CHAT, json=chat(seed=1, stream=streams))
+                    httpx.post(url + "/v1/completions", json={"prompt": "Once", "seed": 1, "stream": streams})
+                fake.mode = "second speaks"
+                httpx.post(url + CHAT, json=chat(stream=True))
+                fake.mode = "die"
+                httpx.post(url + CHAT, json=chat(stream=True))
+                fake.mode = "answer"
                 assert httpx.get(url + "/page.js").status_code == 200
-            assert ("Why?" in stream.getvalue()) is log_text
-            routes = [json.loads(line)["route"] for line in stream.getvalue().replace("\0", "").splitlines()]
-            assert routes.count(CHAT) == 1
+            lines = [json.loads(line) for line in stream.getvalue().replace("\0", "").splitlines()]
+            said = ["told {} word"] * 4 + ["two words", "told"]
+            asked = [QUESTION, "Once"] * 2 + [QUESTION] * 2
+            assert [line.get("asked") for line in lines] == (asked if log_text else [None] * 6)
+            texts = ["".join(line.get("said", ())).strip() for line in lines]
+            assert texts == (said if log_text else [""] * 6)
+            routes = [line["route"] for line in lines]
+            assert routes.count(CHAT) == 4
             assert not [route for route in routes if "page" in route or "{" in route], "the page's own files"
     finally:
         logger.removeHandler(handler)
@@ -570,6 +646,17 @@ def test_questions_to_try_travel_with_the_front(tmp_path: Path) -> None:
     assert load_front(tmp_path, SPACE).follows is False
     (tmp_path / EVALUATION_FILE).write_text("[1, 2]")
     assert load_front(tmp_path, SPACE).examples == ()
+
+
+def test_a_terminal_obeys_nothing_that_an_upstream_says(capsys: pytest.CaptureFixture) -> None:
+    async def models(request: Request) -> Response:
+        return JSONResponse({"error": {"message": "\x1b[2Jno\nluck\x07"}}, 500)
+
+    said = r"--upstream: http://\S+ does not say .*upstream: \\x1b\[2Jno\\nluck\\x07"
+    with in_thread(Starlette(routes=[Route("/v1/models", models)])) as url, pytest.raises(ConfigError, match=said):
+        _first_model(url, None)
+    _say_ready("http://x", settings_with(name="a\x1b]0;x\x07\nb"), [])
+    assert capsys.readouterr().out == "dpa: serving a\\x1b]0;x\\x07\\nb (terse, wordy) at http://x\n"
 
 
 def test_a_request_that_states_nothing_is_asked_at_the_center_unless_the_server_is_told_otherwise() -> None:

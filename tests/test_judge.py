@@ -146,8 +146,9 @@ def test_trouble_is_tried_again_and_refusals_are_not(server: Server, tmp_path: P
     gone = ChatJudge([server.url], "m", tmp_path / "third.jsonl", backoff_s=0.001)
     with pytest.raises(EngineError, match="no server answers"):
         gone.ask(["x"])
-    with pytest.raises(ConfigError, match="no address"):
-        ChatJudge(["localhost:8000"], "m", tmp_path / "third.jsonl")
+    for address in ("localhost:8000", "http://localhost:99999", "http://", "http://[::1", "http://a\x1b[2J"):
+        with pytest.raises(ConfigError, match=r"^--base-url: '[ -~]*' is no address; write"):
+            ChatJudge([address], "m", tmp_path / "third.jsonl")
 
 
 def test_replies_that_came_before_a_failure_are_kept(server: Server, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -34,6 +35,8 @@ from dpa.core.errors import UserError
 from dpa.core.objective import Objective
 from dpa.models.policy import load_policy, save_policy
 from dpa.sampling.drawing import uniforms
+from dpa.serve.command import _server
+from dpa.serve.settings import ServeSettings
 from dpa.training.reward_rows import RatedExample
 from dpa.training.reward_training import train_reward_model
 from dpa.world.demo import START_MODEL
@@ -263,6 +266,8 @@ def test_35_schemathesis_finds_no_5xx_from_the_servers_own_description(server: S
         ([], "either a MODEL"),
         (["nowhere"], "no folder"),
         (["--upstream", "http://127.0.0.1:9"], "--space"),
+        (["--upstream", "localhost:8001", "--space", "POLICY"], "--upstream: 'localhost:8001' is no address; write"),
+        (["--upstream", "http://localhost:99999", "--space", "POLICY"], "99999' is no address; write"),
         (["POLICY", "--host", "0.0.0.0"], "key is needed"),
         (["POLICY", "--direction", "helpfulnes"], "helpfulness"),
         (["POLICY", "--reward", "nowhere"], "--reward: model: no folder at nowhere"),
@@ -274,6 +279,13 @@ def test_36_a_users_mistake_is_one_sentence_and_exit_code_2(policy: Path, argume
     result = CliRunner().invoke(app, ["serve", *given, "--port", "0"])
     assert isinstance(result.exception, UserError) and result.exception.exit_code == 2
     assert message in str(result.exception) and "\n" not in str(result.exception)
+
+
+def test_a_policy_of_the_hub_is_served_under_its_ids_name(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpa.serve.gate.log_json", lambda: None)
+    engine: Any = SimpleNamespace(socket="nowhere", ready=threading.Event())
+    served, _ = _server(ServeSettings(model="me/pol-7b"), (), str(policy), SPACE, None, {"policy": engine})
+    assert served.name == "pol-7b"
 
 
 def test_41_tokens_that_cannot_be_read_end_no_engine(server: ServeProcess) -> None:

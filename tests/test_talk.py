@@ -104,6 +104,19 @@ def test_a_conversation_goes_on_after_a_prompt_that_does_not_fit(
     assert "shorten it" in capsys.readouterr().out and typed.read() == "not read\n"
 
 
+def test_a_terminal_obeys_nothing_that_a_model_writes(
+    policy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    written = "a\tb\n\x1b]0;x\x07\x9b2J\u202eé 👩\u200d🔬"
+    monkeypatch.setattr("dpa.cli.talk._ask", lambda *arguments: [written])
+    for screen in (False, True):
+        monkeypatch.setattr("sys.stdout.isatty", lambda screen=screen: screen)
+        monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n/quit\n"))
+        converse(ModelReference(str(policy)), "terse", 1.0, 3, 0)
+        shown = "a\tb\n\\x1b]0;x\\x07\\x9b2J\\u202eé 👩\u200d🔬" if screen else written
+        assert capsys.readouterr().out.endswith(f"you> {shown}\nyou> ")
+
+
 def test_a_reward_model_is_folded_in_the_space_of_its_run(policy: Path, tmp_path: Path) -> None:
     reward = tmp_path / "reward_model"
     reward.mkdir()

@@ -15,7 +15,9 @@ def main() -> None:
     try:
         app()
     except DpaError as error:
-        print(f"dpa: {error}", file=sys.stderr)
+        from dpa.core.direction_text import printable
+
+        print("dpa:", printable(str(error), kept="\n"), file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("dpa: interrupted; a run is resumed by the same command.", file=sys.stderr)

@@ -223,7 +223,7 @@ def generate(
     remote_code_revision: RevisionText = None,
 ) -> None:
     """Answer prompts under a direction."""
-    from dpa.cli.talk import answer
+    from dpa.cli.talk import answer, for_screen
     from dpa.core.reference import ModelReference
 
     questions = [typer.get_text_stream("stdin").read() if text == "-" else text for text in prompt]
@@ -241,7 +241,7 @@ def generate(
         reward,
         space,
     ):
-        typer.echo(reply)
+        typer.echo(for_screen(reply))
 
 
 @app.command()

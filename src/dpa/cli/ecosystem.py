@@ -78,7 +78,7 @@ def export(
     chosen += [where.direction(weights_K) for weights_K in where.grid(grid)] if grid else []
     chosen = chosen or [where.parse(preset) for preset in where.presets] or [where.direction(where.center)]
     chosen = list({str(direction): direction for direction in chosen}.values())
-    name = name or policy_name(path)
+    name = name or policy_name(model)
     if form == "lm-eval":
         for file in _lm_eval(Path(path).resolve(), chosen, out, name):
             typer.echo(f"lm-eval run --config {file} --tasks ...")
@@ -246,7 +246,7 @@ def _side(
     path = resolve_model(model).path
     check_in_run(path)
     where = read_space(path)
-    chosen, name = [where.parse(direction)], policy_name(path)
+    chosen, name = [where.parse(direction)], policy_name(model)
     files = _export(path, where, questions, "alpaca-eval", chosen, out, name, 0.7, max_new_tokens, 64, limit, seed)  # fmt: skip # noqa: E501
     return files[0], path
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from dpa.cli.ecosystem import read_space
+from dpa.core.direction_text import printable
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError, DirectionError, OutsideConeError
 from dpa.core.records import Messages, SampleRequest, seed_of
@@ -85,11 +86,16 @@ def converse(
             try:
                 (reply,) = _ask(model, space, sampler, messages, chosen, 1, seed + len(messages))
             except DataError as error:
-                print(error)
+                print(for_screen(str(error)))
                 messages.pop()
                 continue
             messages.append({"role": "assistant", "content": reply})
-            print(reply)
+            print(for_screen(reply))
+
+
+def for_screen(text: str) -> str:
+    """What a model wrote, as standard output is to have it: a terminal must not obey it, anything else gets all."""
+    return printable(text, kept="\n\t") if sys.stdout.isatty() else text
 
 
 def _open(

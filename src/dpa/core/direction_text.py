@@ -119,6 +119,13 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value).encode("ascii", "backslashreplace").decode()
 
 
+def printable(text: str, kept: str = "") -> str:
+    """A text of others for a terminal: what is no character there (its commands, a turn of the direction of writing,
+    half a character) is escaped, save what is `kept`."""
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in kept else ascii(found[0])[1:-1], text)
+
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlevel = 2

@@ -176,10 +176,10 @@ def load_space(folder: str | Path) -> DirectionSpace:
     return DirectionSpace.from_dict(data.get("space") if isinstance(data, dict) else data)
 
 
-def policy_name(folder: str | Path) -> str:
-    """A name clients and files can bear: the folder's; of a `policy` in a run folder, the run's and the iteration's
-    number (`demo-3`)."""
-    path = Path(folder).resolve()
+def policy_name(model: str | Path) -> str:
+    """A name clients and files can bear: the last part of a folder's or of a Hub id (as it was given: the folder it was
+    fetched to bears a commit's); of a `policy` in a run folder, the run's and the iteration's number (`demo-3`)."""
+    path = Path(model).resolve()
     if path.name == "policy" and path.parent.name.startswith("iter_"):
         return f"{path.parents[1].name}-{path.parent.name.removeprefix('iter_')}"
     return path.name

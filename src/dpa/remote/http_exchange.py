@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
+from dpa.core.direction_text import shown
 from dpa.core.errors import ConfigError
 
 MAX_ANSWER_BYTES = 16_000_000
@@ -47,6 +49,17 @@ async def exchange(client: Any, address: str, content: bytes | None) -> tuple[in
                 raise TooLong
             parts.append(part)
         return response.status_code, dict(response.headers), b"".join(parts)
+
+
+def check_address(address: str, field: str) -> None:
+    """Raises ConfigError that names the `field` where this is no address of a server."""
+    try:
+        parts = urlsplit(address)
+        right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and address.isprintable()
+    except ValueError:  # a port beyond 65535, half a bracket
+        right = False
+    if not right:
+        raise ConfigError(f"{field}: {shown(address)} is no address; write for example http://localhost:8000/v1.")
 
 
 def key_in(variable: str | None, field: str) -> str | None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dpa.core.errors import ConfigError, EngineError
+from dpa.core.errors import EngineError
 from dpa.core.records import JUDGE_COSTS, Messages, add_costs, stable_hash
-from dpa.remote.http_exchange import Answer, Refusal
+from dpa.remote.http_exchange import Answer, Refusal, check_address
 from dpa.remote.http_pool import BACKOFF_S, HttpPool
 from dpa.storage.replies import Replies
 
@@ -45,8 +45,7 @@ class ChatJudge:
         fields: tuple[str, str] = ("--base-url", "DPA_JUDGE_API_KEY"),
     ) -> None:
         for server in servers:
-            if not server.startswith(("http://", "https://")):
-                raise ConfigError(f"{fields[0]}: {server!r} is no address; write for example http://localhost:8000/v1.")
+            check_address(server, fields[0])
         self.model, self.calls = model, 0
         self._kept, self._fields = Replies(cache), fields
         self._settings = (max_tokens, *sorted(f"{name}={value!r}" for name, value in (arguments or {}).items()))

@@ -5,6 +5,7 @@ Run its tests: pytest tests/test_gateway.py
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -14,9 +15,22 @@ import numpy as np
 from dpa.serve.bodies import RefusedError
 from dpa.serve.selection import best_of, candidates, chosen_of, listing
 from dpa.serve.settings import Served
-from dpa.serve.shapes import Scores, as_chunks, echo, in_clients_words, is_silent, named, texts_of, told, told_of_base
+from dpa.serve.shapes import (
+    Scores,
+    as_chunks,
+    echo,
+    in_clients_words,
+    is_silent,
+    named,
+    said_in,
+    texts_of,
+    told,
+    told_of_base,
+)
 from dpa.serve.understanding import CHAT, Asked
 from dpa.serve.upstream import Engines, UpstreamError
+
+_log = logging.getLogger(__name__)
 
 
 class Answering:
@@ -47,11 +61,10 @@ class Answering:
         engine = self._engines.asked_by(asked.steering)
         async with aclosing(engine.stream(asked.to, {**asked.steering.body, "stream": True})) as chunks:
             async for chunk in chunks:
-                ending = not chunk.get("choices")
-                for choice in chunk.get("choices") or ():
-                    text = choice.get("text") or (choice.get("delta") or {}).get("content")
-                    said.setdefault(choice.get("index", 0), []).append(text or "")
-                    ending = ending or choice.get("finish_reason") is not None
+                for index, text in said_in(chunk):
+                    said.setdefault(index, []).append(text)
+                choices = chunk.get("choices")
+                ending = not choices or any(choice.get("finish_reason") is not None for choice in choices)
                 chunk = in_clients_words(asked, chunk, self._served.name)
                 if first:
                     chunk["dpa"] = echo(asked.steering)
@@ -131,17 +144,27 @@ class Answering:
         return asked.options.scores and self._engines.scorer is not None and asked.to == CHAT
 
     async def _named_scores(self, asked: Asked, texts: list[str]) -> list[Scores]:
-        return [named(self._served.space.names, row_K) for row_K in await self._scores(asked, texts)]
+        """The scores of answers that are there: none is lost because the scorer fails, which is logged."""
+        try:
+            return [named(self._served.space.names, row_K) for row_K in await self._scores(asked, texts)]
+        except RefusedError as error:
+            # Without its words: they may hold a user's.
+            _log.warning("the scorer failed; the answer goes without scores", extra={"facts": {"status": error.status}})
+            return [None] * len(texts)
 
     async def _scores(self, asked: Asked, texts: list[str]) -> np.ndarray:
-        """scores_NK of the objectives; NaN where the scorer could not score."""
+        """scores_NK of the objectives; NaN where the scorer could not score. Raises RefusedError that names it."""
         assert self._engines.scorer is not None
         messages = [
             {"role": message["role"], "content": _plain_text(message.get("content"))}
             for message in asked.steering.body["messages"]
             if message.get("role") in ("system", "developer", "user", "assistant")
         ]
-        said = await self._engines.scorer.post("/dpa/score", {"messages": messages, "responses": texts})
+        try:
+            said = await self._engines.scorer.post("/dpa/score", {"messages": messages, "responses": texts})
+        except RefusedError as error:
+            message = f"scorer: {str(error).removeprefix('upstream: ')}"
+            raise RefusedError(message, error.status, retry_after_s=error.retry_after_s) from None
         return self._served.space.combine(np.array(said["scores"], dtype=np.float64), said["attributes"])
 
 

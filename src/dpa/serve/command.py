@@ -11,13 +11,15 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from dpa.core.direction_text import printable
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DpaError
 from dpa.core.reference import ModelReference
 from dpa.core.targets import Wish, read_wish
 from dpa.models.files import count_parameters, load_space, policy_name, resolve_model
-from dpa.remote.http_exchange import key_of_first
+from dpa.remote.http_exchange import check_address, key_of_first
 from dpa.serve.settings import EngineSettings, Served, ServeSettings
 from dpa.serve.supervisor import EngineProcess
 from dpa.storage.seals import check_in_run
@@ -35,6 +37,8 @@ def serve(settings: ServeSettings) -> None:
     """
     if (settings.model is None) == (settings.upstream is None):
         raise ConfigError("serve: give either a MODEL folder or --upstream URL.")
+    if settings.upstream is not None:
+        check_address(settings.upstream, "--upstream")
     keys = read_keys(settings.api_key_file)
     if not keys and not _is_local(settings.host):
         raise ConfigError(
@@ -169,7 +173,7 @@ def _server(
     measured = settings.space if settings.space is not None and settings.space.is_dir() else folder
     front = Front() if measured is None else load_front(Path(measured), space)
     served = Served(
-        name=settings.name or _name(folder, upstream_model),
+        name=settings.name or _name(settings.model, upstream_model),
         upstream_model=upstream_model,
         space=space,
         default=default,
@@ -212,7 +216,7 @@ def _say_ready(url: str, served: Served, engines: Iterable[EngineProcess]) -> No
     for engine in engines:
         engine.ready.wait()
     presets = f" ({', '.join(served.space.presets)})" if served.space.presets else ""
-    print(f"dpa: serving {served.name}{presets} at {url}", flush=True)
+    print(f"dpa: serving {printable(served.name)}{presets} at {url}", flush=True)
 
 
 def _first_model(url: str, key: str | None) -> str:
@@ -229,19 +233,29 @@ def _first_model(url: str, key: str | None) -> str:
     try:
         return str(asyncio.run(ask())["data"][0]["id"])
     except (RefusedError, KeyError, IndexError, TypeError) as error:
-        raise ConfigError(f"--upstream: {url} does not say what it serves ({error}); give --upstream-model.") from None
+        said = printable(str(error))
+        raise ConfigError(f"--upstream: {url} does not say what it serves ({said}); give --upstream-model.") from None
 
 
-def _name(folder: str | None, upstream_model: str) -> str:
+def _name(model: str | None, upstream_model: str) -> str:
     """A name clients can write: the policy's, or the last part of what the upstream calls its model."""
-    return upstream_model.rstrip("/").rpartition("/")[2] if folder is None else policy_name(folder)
+    return upstream_model.rstrip("/").rpartition("/")[2] if model is None else policy_name(model)
 
 
 def _hosts(settings: ServeSettings) -> tuple[str, ...]:
-    """On this machine only its own names are answered to; beyond it, those that were given, or any."""
-    if not _is_local(settings.host):
-        return tuple(settings.allow_host)
-    return ("localhost", "127.0.0.1", "::1", settings.host, *settings.allow_host)
+    """Names a Host header may carry, as serve/gate.py reads it; none: any. A gateway on this machine, and one whose
+    names were given, is known by these and by its own."""
+    if not settings.allow_host and not _is_local(settings.host):
+        return ()
+    return ("localhost", "127.0.0.1", "::1", settings.host.lower(), *map(_host_name, settings.allow_host))
+
+
+def _host_name(given: str) -> str:
+    """The name in NAME or NAME:PORT, in lower case."""
+    if given.startswith("[") or given.count(":") == 1:  # a bare IPv6 address has more colons
+        with contextlib.suppress(ValueError):
+            return urlsplit(f"//{given}").hostname or ""
+    return given.lower()
 
 
 def _is_local(host: str) -> bool:

@@ -66,6 +66,9 @@ from dpa.serve.settings import EngineSettings
 MAX_BODY = 64_000_000  # bytes; the gateway's own limit is far below
 MAX_ANSWERS = 1024  # to one request
 _KEEP_ALIVE_S = 60  # the gateway lets its idle connections go long before
+_SIGN_OF_LIFE_S = 5.0
+"""A stream that waits its turn says so this often while others are served: a long silence is taken for a hang."""
+_WAITING = b": waiting\n\n"
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": (None, []),
     "logprobs": (None, False, 0),
@@ -220,7 +223,14 @@ class Engine:
                     yield chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
             left = len(answers)
             while left:
-                index, piece = await pieces.get()
+                rounds = self.loop.rounds
+                try:
+                    async with asyncio.timeout(_SIGN_OF_LIFE_S):
+                        index, piece = await pieces.get()
+                except TimeoutError:
+                    if self.loop.rounds > rounds:
+                        yield _WAITING
+                    continue
                 if piece.failed is not None:
                     yield event(error_body(piece.failed, 500))
                     break

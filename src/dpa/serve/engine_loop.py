@@ -80,6 +80,8 @@ class EngineLoop:
         self._waiting: dict[Hashable, deque[Answer]] = {}
         self._running: dict[int, Answer] = {}
         self._count = 0
+        self.rounds = 0
+        """How often the model's thread went round: who still waits sees by it that others are served."""
         self._wake = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -151,6 +153,7 @@ class EngineLoop:
         if lost:  # by an error: they go on where they were
             with self._wake:
                 self._set_aside(lost)
+        self.rounds += 1
 
     # --- whose turn it is --------------------------------------------------------------------------------------
 

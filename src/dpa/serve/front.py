@@ -4,6 +4,7 @@ Run its tests: pytest tests/test_gateway.py -k front
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,12 @@ def _point(point: dict[str, Any], reward: str, space: DirectionSpace) -> dict[st
         "weights": direction.as_mapping(),
         "text": str(direction),
         "objectives": {
-            name: {bound: float(measured[name][bound]) for bound in ("value", "low", "high")} for name in space.names
+            name: {bound: _known(measured[name][bound]) for bound in ("value", "low", "high")} for name in space.names
         },
-        "words": float(words["value"]) if words else None,
+        "words": _known(words["value"]) if words else None,
     }
+
+
+def _known(number: Any) -> float | None:
+    """None where nothing was measured: an answer that no reward could score, or no number in a foreign file."""
+    return float(number) if number is not None and math.isfinite(number) else None

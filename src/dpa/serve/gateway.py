@@ -22,7 +22,7 @@ from dpa.serve.bodies import ChatBody, CompletionBody, DirectionBody, RefusedErr
 from dpa.serve.gate import Gate, Metrics
 from dpa.serve.http import DONE, EventStream, Json, event, or_gone
 from dpa.serve.settings import Served
-from dpa.serve.shapes import ERRORS, HANDLERS, direction_json, request_schema, texts_of, too_slow
+from dpa.serve.shapes import ERRORS, HANDLERS, direction_json, request_schema, said_in, texts_of, too_slow
 from dpa.serve.steering import HEADER, read_direction, read_model
 from dpa.serve.understanding import CHAT, COMPLETIONS, understand
 from dpa.serve.upstream import Engines
@@ -172,9 +172,14 @@ class Gateway:
         request.scope["dpa"].update(
             source=steering.source, direction=str(steering.direction) if steering.direction else None
         )
+        if self._served.log_text:
+            body = steering.body
+            request.scope["dpa"]["asked"] = body["messages"] if "messages" in body else body["prompt"]
         headers = {"X-DPA-Direction": str(steering.direction or "none"), "X-DPA-Source": steering.source}
         if asked.body.stream:
-            return EventStream(self._events(self._answering.stream(asked), request), headers)
+            events = self._events(self._answering.stream(asked), request)
+            # A refusal before the first chunk has its own status, as without a stream: clients ask again by it.
+            return EventStream(events, headers, await or_gone(request.receive, anext(events)))
         limit = self._served.limits.seconds
         try:
             async with asyncio.timeout(limit):
@@ -185,7 +190,7 @@ class Gateway:
         self._count(usage)
         request.scope["dpa"]["tokens"] = usage.get("completion_tokens")
         if self._served.log_text:
-            request.scope["dpa"].update(asked=steering.body.get("messages"), said=texts_of(answer))
+            request.scope["dpa"]["said"] = texts_of(answer)
         return Json(answer, headers=headers)
 
     # --- streams -----------------------------------------------------------------------------------------------
@@ -193,10 +198,13 @@ class Gateway:
     async def _events(
         self, chunks: AsyncGenerator[dict[str, Any], None], request: Request
     ) -> AsyncGenerator[bytes, None]:
-        """Server-sent events; whatever goes wrong in the middle is an error event, and `[DONE]` always ends them."""
+        """Server-sent events. Whatever goes wrong after the first is an error event, and `[DONE]` ends them; before it
+        RefusedError is raised.
+        """
         limit = self._served.limits.seconds
         begun, first = time.monotonic(), True
         facts = request.scope["dpa"]
+        said: dict[int, list[str]] = {}
         try:
             async with aclosing(chunks):
                 # Around each chunk: a limit around the yields would end the client's part of the work, not ours.
@@ -204,17 +212,21 @@ class Gateway:
                     if first:
                         self.metrics.first_token.observe(time.monotonic() - begun)
                         first = False
+                    for index, text in said_in(chunk) if self._served.log_text else ():
+                        said.setdefault(index, []).append(text)
                     if chunk.get("usage"):
                         self._count(chunk["usage"])
                         facts["tokens"] = chunk["usage"].get("completion_tokens")
                     yield event(chunk)
-        except TimeoutError:
-            error = too_slow(limit)
-            yield event(error_body(str(error), error.status))
+        except (TimeoutError, RefusedError) as failure:
+            error = failure if isinstance(failure, RefusedError) else too_slow(limit)
+            if first:
+                raise error from None
             facts["broken"] = error.status
-        except RefusedError as error:
             yield event(error_body(str(error), error.status, error.param, error.code))
-            facts["broken"] = error.status
+        finally:
+            if said:
+                facts["said"] = ["".join(said[index]) for index in sorted(said)]
         yield DONE
 
     async def _body(self, request: Request) -> dict[str, Any]:

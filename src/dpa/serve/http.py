@@ -91,14 +91,16 @@ async def or_gone(receive: Receive, work: Awaitable[Result]) -> Result:
 
 
 class EventStream(Response):
-    """Server-sent events. When the client hangs up, before the first of them too, the generator is closed at once."""
+    """Server-sent events, after `first` if that was taken already. When the client hangs up, before the first of them
+    too, the generator is closed at once.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], first: bytes = b"") -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._first = events, first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send each event as it comes."""
@@ -111,6 +113,8 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        if self._first:
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
         async for data in self._events:
             await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -37,7 +37,8 @@ def candidates(asked: Asked, space: DirectionSpace, together: bool) -> list[Cand
     if robust is not None and isinstance(direction, Direction):
         under_D += map(space.direction, space.neighbours(direction, robust.angle, robust.neighbors))
     seed = asked.body.seed if asked.body.seed is not None else secrets.randbits(48)
-    shared = {**body, "stream": False, **({TOGETHER: secrets.token_hex(8)} if together else {})}
+    whole = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+    shared = {**whole, **({TOGETHER: secrets.token_hex(8)} if together else {})}
     found: list[Candidate] = []
     for under in under_D:
         kwargs = {**body.get("chat_template_kwargs", {}), "preference": under.as_mapping()}

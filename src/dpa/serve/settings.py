@@ -57,7 +57,7 @@ class Limits(_Settings):
 
 class _ModelSettings(_Settings):
     model: str | None = _option(None, "Policy folder made by the loop, or Hub id; it starts an engine.")
-    name: str | None = _option(None, "What clients call the model; default: after its folder.")
+    name: str | None = _option(None, "What clients call the model; default: after its folder or id.")
     reward: str | None = _option(None, "Reward model, or a run (folder or YAML) that scores: scores, best_of, robust.")
     rows: int = _option(32, "Answers the engine writes at once.", ge=1)
     threads: int | None = _option(None, "Threads of the engine; default: all cores.", ge=1)

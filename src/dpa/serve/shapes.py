@@ -102,6 +102,12 @@ def as_chunks(asked: Asked, answer: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {**head, "choices": ends, "dpa": dpa}
 
 
+def said_in(chunk: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """What a chunk adds to each choice it names, by the choice's number."""
+    for choice in chunk.get("choices") or ():
+        yield choice.get("index", 0), choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+
+
 def is_silent(chunk: dict[str, Any]) -> bool:
     """Whether a chunk of completions says nothing."""
     return chunk["object"] == "text_completion" and all(not choice.get("text") for choice in chunk.get("choices") or ())
