@@ -436,6 +436,7 @@ def test_dpo_pairs_are_the_best_against_the_others_and_its_margin_grows(lab: Lab
     lab = in_folder(lab, tmp_path)
     pairs = dpo.rated_pairs(lab, unstated(lab.best_rated(lab.space.center_K)))
     assert all(row["utility_chosen"] > row["utility_rejected"] for row in pairs.to_pylist())
+    assert all(row["chosen"] != row["rejected"] for row in pairs.to_pylist()), "not the best against itself"
     assert len(pairs) > 4 * len(set(pairs["prompt_id"].to_pylist()))
     policy = lab.prefer(1, lab.config.policy, pairs.slice(0, 64), 16_000)
     assert load_file(policy / "model.safetensors")
