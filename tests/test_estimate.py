@@ -152,6 +152,14 @@ def test_what_a_winner_is_contrasted_with_is_trained_on_too_and_so_are_replayed_
     more = {"finetune.contrastive": "0.3", "finetune.contrastive_negatives": "2", "finetune.replay": "0.5"}
     dearer = stages_of(load_config(recipe, more))["iter_2/finetune"].tokens
     assert plain is not None and dearer == plain * 3 * 1.5
+    config = load_config(recipe, more)
+    with RunFolder(config.out).open(config) as run:
+        run.stage(0, "finetune").finish(Ledger(training_tokens=27_000, rows=45, wall_s=3.0))
+    stages = stages_of(config)
+    assert stages["iter_0/finetune"].tokens == 27_000, "a ledger's tokens are those of the negatives too"
+    assert stages["iter_0/finetune"].seconds == pytest.approx(3.0)
+    plain = stages_of(load_config(recipe, {"out": "nowhere"}), [Path(config.out)])["iter_0/finetune"].tokens
+    assert plain == 9_000, "an example without its negatives"
     pairs = {"learner": "dpo", "dpo.replay": "0.5"}
     first, second = (stages_of(load_config(recipe, pairs))[f"iter_{t}/finetune"].tokens for t in (1, 2))
     assert first is not None and second == 1.5 * first, "no earlier pairs, only winners"
