@@ -132,6 +132,17 @@ def test_dpo_counts_both_responses_of_a_pair_and_the_reference(recipe: Path) -> 
     assert measured["iter_2/finetune"].seconds == pytest.approx(6.0)
 
 
+def test_every_policy_is_kept_and_the_checkpoints_of_one_training_beside_them(recipe: Path) -> None:
+    by = {"policy": "somebody/secret-model", "iterations": "3"}
+    whole = estimate(load_config(recipe, by), parameters=7e9, device=DEVICES["l40s"])
+    adapters = estimate(
+        load_config(recipe, {**by, "finetune.lora": "{rank: 8}"}), parameters=7e9, device=DEVICES["l40s"]
+    )
+    policies = 4 * 4 * 7e9
+    assert run_needs(adapters)[2] == pytest.approx(policies, rel=0.01), "four finetunings, no checkpoint of all weights"
+    assert run_needs(whole)[2] == pytest.approx(policies + 3 * 12 * 7e9, rel=0.01)
+
+
 def test_grpo_counts_the_answers_it_makes_scores_and_reads_as_its_finetuning(recipe: Path) -> None:
     config = load_config(recipe, {"learner": "grpo", "grpo.epochs": "3"})
     stages = stages_of(config)
