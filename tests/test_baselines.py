@@ -4,15 +4,16 @@ pytest tests/test_baselines.py
 """
 
 import json
+import weakref
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from fakes import space_of
+from fakes import FakeSampler, space_of
 from safetensors.torch import load_file
 
 from dpa.core.compare_config import load_comparison
@@ -22,7 +23,7 @@ from dpa.core.records import Sample, SampleRequest
 from dpa.models.policy import load_policy
 from dpa.recipes.baselines import demonstrations, dpo, moc, modpo, pooled_best, prompted, ric, soups, steerlm
 from dpa.recipes.baselines.asking import NearestSampler, TranslatingSampler, with_system, without_direction
-from dpa.recipes.baselines.lab import Lab, spent, unstated
+from dpa.recipes.baselines.lab import Lab, Trained, spent, unstated
 from dpa.recipes.baselines.labels import (
     Labelled,
     asking,
@@ -34,7 +35,8 @@ from dpa.recipes.baselines.labels import (
 )
 from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.baselines.ric import near_front
-from dpa.recipes.compare import ComparisonJob
+from dpa.recipes.compare import ComparisonJob, measure
+from dpa.sampling.engine import SamplingEngine
 from dpa.sampling.samplers import SamplerSpec
 from dpa.sampling.soups import SoupSampler, interpolate
 from dpa.world.answers import answer_of_size
@@ -277,6 +279,63 @@ def test_the_best_direction_is_the_one_whose_answers_score_highest_under_the_wis
     assert spent(tmp_path).tokens_generated > 0, "trying is charged"
 
 
+# --- what is loaded, and when ----------------------------------------------------------------------------------------
+
+
+def test_a_job_that_goes_on_loads_and_counts_nothing_for_what_is_done(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class GoesOn(Lab):
+        @property
+        def scorer(self) -> None:  # type: ignore[override]
+            raise AssertionError("the reward model is loaded")
+
+        def sampler(self, *_: object, **__: object) -> None:  # type: ignore[override]
+            raise AssertionError("a policy is loaded")
+
+    def counted(*_: object) -> None:
+        raise AssertionError("rows are tokenised")
+
+    policy = steerlm.labelled_policy(Lab(lab.config, lab.shared, tmp_path, 20_000)).policy
+    monkeypatch.setattr("dpa.recipes.baselines.lab.count_tokens", counted)
+    assert steerlm.labelled_policy(GoesOn(lab.config, lab.shared, tmp_path, 20_000)).policy == policy
+
+
+@pytest.mark.parametrize("card", [True, False])
+def test_no_policy_is_held_while_the_scorer_is_loaded_nor_on_a_card_the_scorer_while_a_policy_is(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, card: bool
+) -> None:
+    monkeypatch.setattr(SamplingEngine, "wants_card", card)
+    opened: list[weakref.ref] = []
+    stayed: list[bool] = []
+
+    class Even:
+        attributes, revision = lab.scorer.attributes, "even"
+
+        def score(self, prompts: list, responses: list[str]) -> np.ndarray:
+            return np.full((len(responses), len(self.attributes)), 50.0)
+
+    class Bench(Lab):
+        @cached_property
+        def scorer(self) -> Even:  # type: ignore[override]
+            assert not any(sampler() for sampler in opened)
+            return Even()
+
+        def sampler(self, *_: object, **__: object) -> FakeSampler:  # type: ignore[override]
+            stayed.append("scorer" in vars(self))
+            sampler = FakeSampler()
+            opened.append(weakref.ref(sampler))
+            return sampler
+
+    bench = Bench(lab.config, lab.shared, tmp_path, lab.budget)
+    for t in (1, 2):
+        bench.rollout(t, bench.sampler, count=2)
+    measure(bench, Trained("fake", bench.sampler))
+    assert stayed == [False, not card, not card]
+    vars(bench).pop("scorer")
+    assert bench.scorer, "what was measured is gone too"
+
+
 # --- soups -----------------------------------------------------------------------------------------------------------
 
 
@@ -424,7 +483,9 @@ def test_the_best_rated_responses_are_the_best_by_the_scalar(lab: Lab, tmp_path:
 def test_a_finetuning_spends_the_tokens_it_is_given(lab: Lab, tmp_path: Path) -> None:
     lab = in_folder(lab, tmp_path)
     rows = unstated(lab.best_rated(lab.space.center_K))
+    assert lab.scorer.attributes and "scorer" in vars(lab)
     lab.finetune(0, lab.config.policy, rows, 5_000)
+    assert "scorer" not in vars(lab), "the reward model leaves its memory to the training"
     assert spent(tmp_path).training_tokens == pytest.approx(5_000, rel=0.02)
     assert lab.left == lab.budget - spent(tmp_path).training_tokens
     lab.take_over_t0()
@@ -436,6 +497,7 @@ def test_dpo_pairs_are_the_best_against_the_others_and_its_margin_grows(lab: Lab
     lab = in_folder(lab, tmp_path)
     pairs = dpo.rated_pairs(lab, unstated(lab.best_rated(lab.space.center_K)))
     assert all(row["utility_chosen"] > row["utility_rejected"] for row in pairs.to_pylist())
+    assert all(row["chosen"] != row["rejected"] for row in pairs.to_pylist()), "not the best against itself"
     assert len(pairs) > 4 * len(set(pairs["prompt_id"].to_pylist()))
     policy = lab.prefer(1, lab.config.policy, pairs.slice(0, 64), 16_000)
     assert load_file(policy / "model.safetensors")

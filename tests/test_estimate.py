@@ -132,6 +132,17 @@ def test_dpo_counts_both_responses_of_a_pair_and_the_reference(recipe: Path) -> 
     assert measured["iter_2/finetune"].seconds == pytest.approx(6.0)
 
 
+def test_every_policy_is_kept_and_the_checkpoints_of_one_training_beside_them(recipe: Path) -> None:
+    by = {"policy": "somebody/secret-model", "iterations": "3"}
+    whole = estimate(load_config(recipe, by), parameters=7e9, device=DEVICES["l40s"])
+    adapters = estimate(
+        load_config(recipe, {**by, "finetune.lora": "{rank: 8}"}), parameters=7e9, device=DEVICES["l40s"]
+    )
+    policies = 4 * 4 * 7e9
+    assert run_needs(adapters)[2] == pytest.approx(policies, rel=0.01), "four finetunings, no checkpoint of all weights"
+    assert run_needs(whole)[2] == pytest.approx(policies + 3 * 12 * 7e9, rel=0.01)
+
+
 def test_grpo_counts_the_answers_it_makes_scores_and_reads_as_its_finetuning(recipe: Path) -> None:
     config = load_config(recipe, {"learner": "grpo", "grpo.epochs": "3"})
     stages = stages_of(config)
@@ -152,6 +163,14 @@ def test_what_a_winner_is_contrasted_with_is_trained_on_too_and_so_are_replayed_
     more = {"finetune.contrastive": "0.3", "finetune.contrastive_negatives": "2", "finetune.replay": "0.5"}
     dearer = stages_of(load_config(recipe, more))["iter_2/finetune"].tokens
     assert plain is not None and dearer == plain * 3 * 1.5
+    config = load_config(recipe, more)
+    with RunFolder(config.out).open(config) as run:
+        run.stage(0, "finetune").finish(Ledger(training_tokens=27_000, rows=45, wall_s=3.0))
+    stages = stages_of(config)
+    assert stages["iter_0/finetune"].tokens == 27_000, "a ledger's tokens are those of the negatives too"
+    assert stages["iter_0/finetune"].seconds == pytest.approx(3.0)
+    plain = stages_of(load_config(recipe, {"out": "nowhere"}), [Path(config.out)])["iter_0/finetune"].tokens
+    assert plain == 9_000, "an example without its negatives"
     pairs = {"learner": "dpo", "dpo.replay": "0.5"}
     first, second = (stages_of(load_config(recipe, pairs))[f"iter_{t}/finetune"].tokens for t in (1, 2))
     assert first is not None and second == 1.5 * first, "no earlier pairs, only winners"

@@ -19,7 +19,7 @@ from dpa.recipes.costs.data_sizes import Rated, prompt_count, prompt_tokens, rat
 from dpa.recipes.costs.devices import Device, this_device
 from dpa.recipes.costs.model_sizes import size_of
 from dpa.recipes.costs.speeds import read_speeds
-from dpa.recipes.costs.stages import CHECKPOINT_BYTES, Inputs, StageEstimate, Stages
+from dpa.recipes.costs.stages import Inputs, StageEstimate, Stages
 from dpa.recipes.costs.work import LIKELY, QUICK, SLOW, on_card
 from dpa.training.learners import learner_of
 
@@ -93,12 +93,10 @@ def looked_up(
 def run_needs(stages: Sequence[StageEstimate]) -> tuple[float, int, int]:
     """Of the whole run: likely seconds (of the stages whose time is known), peak memory, disk (a finetuning's
     checkpoints are deleted when it ends)."""
-    finetunings = [stage for stage in stages if stage.name.endswith("finetune")]
-    lasting = sum(stage.disk for stage in stages if stage not in finetunings)
-    kept = [stage.disk * 4 // (4 + 3 * CHECKPOINT_BYTES) for stage in finetunings]
-    largest = max((stage.disk for stage in finetunings), default=0)
+    kept = sum(stage.disk - stage.checkpoints for stage in stages)
     memory = max((stage.memory for stage in stages), default=0)
-    return sum(stage.seconds or 0.0 for stage in stages), memory, lasting + sum(kept) + largest
+    disk = kept + max((stage.checkpoints for stage in stages), default=0)
+    return sum(stage.seconds or 0.0 for stage in stages), memory, disk
 
 
 def run_span(stages: Sequence[StageEstimate]) -> tuple[float, float]:

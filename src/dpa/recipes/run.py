@@ -126,14 +126,14 @@ class Run:
             with ray_samplers(spec, config.workers, cluster) as samplers:
                 yield samplers
             return
-        if self._engine.wants_card:
-            self.let_scorer_go()
+        self.make_room()
         with build_samplers(policy, config, self.space, self._engine) as samplers:
             yield samplers
 
     @cached_property
     def scorer(self) -> Scorer:
         """What gives scores: the reward model trained here, and whatever else is configured."""
+        free_memory()  # of a policy that nobody holds any more, and its caches
         scorer = build_scorer(*self._scorer_parts())
         check_attributes(self.space, scorer.attributes)
         return scorer
@@ -147,6 +147,11 @@ class Run:
         with ray_scorers(*self._scorer_parts(), self.config.cluster) as scorers:
             check_attributes(self.space, scorers[0].attributes)
             yield scorers
+
+    def make_room(self) -> None:
+        """The scorer leaves a card that is to be sampled on. On a processor it stays: to load it again costs more."""
+        if self._engine.wants_card:
+            self.let_scorer_go()
 
     def let_scorer_go(self) -> None:
         """Its memory is needed now; it is loaded again when it is."""
@@ -183,10 +188,12 @@ class Run:
         changes = {"samples": settings.samples, "temperature": settings.temperature, "top_p": 1.0}
         how = self.config.rollout.model_copy(update=changes)
         if not all(stage(f"{kind}rollout").done for kind in kinds):
+            self.make_room()  # not every method opens those of `samplers`
             with samplers(how) as opened:
                 for kind, asked in kinds.items():
                     place = stage(f"{kind}rollout")
                     rollout(place, self.held_out, self.space, opened, how, self.config.seed, *asked)
+            del opened  # or they would be held, with their caches, while the scorer is loaded
         with self.scorers() as scorers:
             for kind in kinds:
                 score(stage(f"{kind}score"), stage(f"{kind}rollout"), self.held_out, scorers)

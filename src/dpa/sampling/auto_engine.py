@@ -32,7 +32,7 @@ class AutoEngine(SamplingEngine):
 
     @property
     def wants_card(self) -> bool:
-        return self._vllm is not None
+        return self._vllm is not None or super().wants_card
 
     @contextmanager
     def samplers(self, policy: Model, space: DirectionSpace, config: RolloutConfig) -> Iterator[list[Sampler]]:

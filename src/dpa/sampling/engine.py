@@ -4,6 +4,8 @@ Run its tests: pytest tests/test_engines.py
 
 from contextlib import AbstractContextManager
 
+import torch
+
 from dpa.core.closing import Closing
 from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
@@ -21,8 +23,8 @@ class SamplingEngine(Closing):
 
     @property
     def wants_card(self) -> bool:
-        """Whether it asks for most of a card, so that a scorer there makes room for it."""
-        return False
+        """Whether it takes the memory of a card, so that a scorer there makes room for it."""
+        return torch.cuda.is_available()
 
     def check(self, config: RolloutConfig) -> None:
         """Look for what it lacks to sample every policy of a whole run. Raises ConfigError."""

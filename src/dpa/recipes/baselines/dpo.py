@@ -27,11 +27,13 @@ def train(lab: Lab) -> list[Trained]:
 
 def rated_pairs(lab: Lab, best: pa.Table) -> pa.Table:
     """Each prompt's best response against every other one that scores less, shuffled; no direction is stated."""
-    scalar_R = lab.rated_scores() @ lab.space.center_K
+    # By the same numbers on both sides: a row's `utility` is that of a direction a hair's breadth from the center.
+    scalar_R = (lab.rated_scores() @ lab.space.center_K).tolist()
+    scalars = dict(zip(lab.ratings["row_id"].to_pylist(), scalar_R, strict=True))
     columns = (lab.ratings[name].to_pylist() for name in ("prompt_id", "response"))
     others: dict[str, list[tuple[str, float]]] = {}
-    for prompt_id, response, utility in zip(*columns, scalar_R.tolist(), strict=True):
-        others.setdefault(prompt_id, []).append((response, utility))
+    for prompt_id, response, scalar in zip(*columns, scalar_R, strict=True):
+        others.setdefault(prompt_id, []).append((response, scalar))
     pairs = [
         {
             "prompt_id": row["prompt_id"],
@@ -41,12 +43,12 @@ def rated_pairs(lab: Lab, best: pa.Table) -> pa.Table:
             "rejected": response,
             "chosen_complete": True,
             "rejected_complete": True,
-            "utility_chosen": row["utility"],
-            "utility_rejected": utility,
+            "utility_chosen": scalars[row["candidate_id"]],
+            "utility_rejected": scalar,
         }
         for row in best.to_pylist()
-        for response, utility in others[row["prompt_id"]]
-        if utility < row["utility"]
+        for response, scalar in others[row["prompt_id"]]
+        if scalar < scalars[row["candidate_id"]] and response != row["response"]
     ]
     order = np.random.default_rng(lab.config.seed).permutation(len(pairs))
     schema = pa.schema(

@@ -148,17 +148,23 @@ class Lab(Run):
     def rollout(
         self,
         t: int,
-        sampler: Sampler,
+        build: Callable[[], Sampler],
         directions_DK: np.ndarray | None = None,
         count: int | None = None,
         **changes: Any,
     ) -> None:
         """Sample the prompts of iteration t, the first `count` of them where one is given, as `config.rollout` and
-        `changes` of it say; score every candidate."""
-        prompts, candidates = self.prompts(t)[:count], self.stage(t, "rollout")
-        how = self.config.rollout.model_copy(update=changes)
-        rollout(candidates, prompts, self.space, [sampler], how, self.config.seed, directions_DK)
-        score(self.stage(t, "score"), candidates, prompts, self.scorer)
+        `changes` of it say; score every candidate. The sampler is built where there is something to sample, and gone
+        before the scorer comes."""
+        candidates, scores = self.stage(t, "rollout"), self.stage(t, "score")
+        if candidates.done and scores.done and self.stage(t, "finetune").done:
+            return  # until then another scorer's scores take their place, as in the loop
+        prompts = self.prompts(t)[:count]
+        if not candidates.done:
+            self.make_room()
+            how = self.config.rollout.model_copy(update=changes)
+            rollout(candidates, prompts, self.space, [build()], how, self.config.seed, directions_DK)
+        score(scores, candidates, prompts, self.scorer)
 
     def candidates(self, t: int) -> tuple[pa.Table, np.ndarray]:
         """The candidates of iteration t with `messages` (JSON text) and `complete` (stages/select.py), scores_RK."""
@@ -189,9 +195,8 @@ class Lab(Run):
         Rows have the columns of a select shard; a null direction means that none is stated. `online`: the policy made
         them, so `finetune.online_learning_rate` holds, as in the loop's own iterations.
         """
-        epochs = tokens / count_tokens(self.config.reference(policy), rows, self.space)
         rate = self.config.finetune.of_iteration(int(online)).learning_rate
-        return self._train(t, policy, rows, learner_named("sft"), epochs=epochs, learning_rate=rate)
+        return self._train(t, policy, rows, [rows], learner_named("sft"), tokens, learning_rate=rate)
 
     def prefer(self, t: int, policy: str | Path, pairs: pa.Table, tokens: float, **changes: Any) -> Path:
         """The same by DPO on pairs (columns `chosen` and `rejected` instead of `response`), `config.dpo` and `changes`
@@ -202,8 +207,7 @@ class Lab(Run):
                 "to learn from; rate several responses to a prompt, or leave this method out."
             )
         sides = [pairs.append_column("response", pairs[side]) for side in ("chosen", "rejected")]
-        epochs = tokens / sum(count_tokens(self.config.reference(policy), rows, self.space) for rows in sides)
-        return self._train(t, policy, pairs, learner_named("dpo"), epochs=epochs, **changes)
+        return self._train(t, policy, pairs, sides, learner_named("dpo"), tokens, **changes)
 
     def practise(self, t: int, policy: str | Path, count: int, learn: type[GRPO], **fields: Any) -> tuple[Path, Ledger]:
         """Let a learner that samples for itself, with these `fields`, learn from `count` prompts under directions drawn
@@ -218,13 +222,24 @@ class Lab(Run):
         return out, self.stage(t, "finetune").ledger
 
     def _train(
-        self, t: int, policy: str | Path, rows: pa.Table, learn: type[Learner[Any]], *, epochs: float, **changes: Any
+        self,
+        t: int,
+        policy: str | Path,
+        rows: pa.Table,
+        read: list[pa.Table],
+        learn: type[Learner[Any]],
+        tokens: float,
+        **changes: Any,
     ) -> Path:
-        if epochs <= 0 and not self.stage(t, "finetune").done:  # a job that goes on has spent what it did before
+        """`read`: what one pass over the rows reads."""
+        if self.stage(t, "finetune").done:  # a job that goes on has spent what it did before
+            return self.policy_folder(t)
+        if tokens <= 0:
             raise TrainingError(
                 f"iter_{t}: nothing of the budget of {self.budget:,} tokens is left to train on; raise `budget`, or "
                 "lower this method's prompts or samples in `changes`."
             )
+        epochs = tokens / sum(count_tokens(self.config.reference(policy), one, self.space) for one in read)
         # Several methods state no direction, or not as ours.
         config = getattr(self.config, learn.section).model_copy(
             update={"epochs": epochs, "listening_rows": 0, **changes}
@@ -238,7 +253,10 @@ class Lab(Run):
             stage.write_shard(0, rows, Ledger(rows=len(rows)), made_from=made_from)
         if not stage.done:
             stage.finish(shards=1)
-        finetune_policy(self.stage(t, "finetune"), stage, self.config.reference(policy), learner, out)
+        finetuned = self.stage(t, "finetune")
+        if learner.scorer is None and not finetuned.done:
+            self.let_scorer_go()
+        finetune_policy(finetuned, stage, self.config.reference(policy), learner, out)
         return out
 
     # --- small things ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Which ones: those of a rule (`asking`), or of all candidates those whose answers
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -129,6 +130,6 @@ def asking_best(lab: Lab, t: int, labelled: Labelled) -> Translate:
     """
     most = min(TRIED, answers_to_try(lab))
     targets_LK = candidate_targets(labelled.scores_RK, lab.space, labelled.write, lab.config.seed, most)
-    ask = lab.sampler(labelled.policy, measuring=True, translate=asking_for(np.asarray, labelled.write))
+    ask = partial(lab.sampler, labelled.policy, measuring=True, translate=asking_for(np.asarray, labelled.write))
     best = best_tried(lab, t, ask, targets_LK)  # in the column `direction` stand the scores that were asked for
     return asking_for(lambda direction: np.array(best(direction)), labelled.write)

@@ -9,6 +9,7 @@ makes of a direction need not be the best it can do under it.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def train(lab: Lab) -> list[Trained]:
     grid_DK, rng = lab.space.grid(lab.config.evaluate.directions), np.random.default_rng(lab.config.seed)
     more = max(0, min(TRIED, answers_to_try(lab)) - len(grid_DK))
     asked_LK = np.concatenate([grid_DK, lab.space.sample(more, rng)])
-    best = best_tried(lab, lab.config.iterations + 1, lab.sampler(policy, measuring=True), asked_LK)
+    best = best_tried(lab, lab.config.iterations + 1, partial(lab.sampler, policy, measuring=True), asked_LK)
 
     def translate(request: SampleRequest) -> SampleRequest:
         assert request.direction is not None

@@ -45,7 +45,7 @@ def labelled_policy(lab: Lab) -> Labelled:
     for t in range(1, ROUNDS + 1):
         ask = asking(lab.space, kept_RK, write)
         goal = (1 - OFFLINE) * lab.budget * (ROUNDS - t) / ROUNDS  # what must be left after this round
-        lab.rollout(t, lab.sampler(policy, translate=ask))
+        lab.rollout(t, partial(lab.sampler, policy, translate=ask))
         own, own_RK = lab.candidates(t)
         good = near_front(own["prompt_id"].to_pylist(), own_RK, lab.space)
         kept = pa.concat_tables([table.select(ANSWERS.names) for table in (kept, own.take(pa.array(good)))])

@@ -7,6 +7,8 @@ Published: best-of-n, keep 1, finetune from the current model. Ours: t = 0 offli
 of the budget for t = 0, the rest in equal parts; the numbers of prompts and samples.
 """
 
+from functools import partial
+
 from dpa.recipes.baselines.asking import without_direction
 from dpa.recipes.baselines.lab import Lab, Method, Trained, unstated
 
@@ -20,7 +22,7 @@ def train(lab: Lab) -> list[Trained]:
     policy = lab.finetune(0, lab.config.policy, unstated(lab.best_rated(center_K)), OFFLINE * lab.budget)
     for t in range(1, T + 1):
         goal = (1 - OFFLINE) * lab.budget * (T - t) / T  # what must be left after this iteration
-        lab.rollout(t, lab.sampler(policy, translate=without_direction), center_K[None])
+        lab.rollout(t, partial(lab.sampler, policy, translate=without_direction), center_K[None])
         policy = lab.finetune(t, policy, unstated(lab.best_sampled(center_K, t)), lab.left - goal, online=True)
     return [lab.as_point(f"t = {T}", policy)]
 

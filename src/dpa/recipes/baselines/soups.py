@@ -10,6 +10,8 @@ in proportion to how far v leans to each. They are trained by rejection sampling
 instead of PPO: best rated, then one online round. A fifth of the budget for SFT, equal parts for the specialists.
 """
 
+from functools import partial
+
 import numpy as np
 
 from dpa.core.directions import DirectionSpace
@@ -40,7 +42,7 @@ def specialists(lab: Lab) -> list[str]:
         goal = part * (len(wishes_IK) - i - 1)  # what must be left after this specialist
         rows = unstated(lab.best_rated(wish_K, offline))
         policy = lab.finetune(offline, start, rows, OFFLINE * part)
-        lab.rollout(online, lab.sampler(policy, translate=without_direction), wish_K[None])
+        lab.rollout(online, partial(lab.sampler, policy, translate=without_direction), wish_K[None])
         policy = lab.finetune(online, policy, unstated(lab.best_sampled(wish_K, online)), lab.left - goal, online=True)
         folders.append(str(policy))
     return folders

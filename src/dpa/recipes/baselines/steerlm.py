@@ -39,7 +39,7 @@ def labelled_policy(lab: Lab) -> Labelled:
     rated, scores_RK = lab.rated, lab.rated_scores()
     ask = asking(lab.space, scores_RK, write)
     policy = lab.finetune(0, lab.config.policy, labelled(rated, scores_RK, write), OFFLINE * lab.budget)
-    lab.rollout(BOOTSTRAP, lab.sampler(policy, translate=ask))
+    lab.rollout(BOOTSTRAP, partial(lab.sampler, policy, translate=ask))
     own, own_RK = lab.candidates(BOOTSTRAP)
     policy = lab.finetune(BOOTSTRAP, policy, labelled(own, own_RK, write), lab.left, online=True)
     return Labelled(policy, write, scores_RK)

@@ -20,16 +20,16 @@ def answers_to_try(lab: Lab) -> int:
 
 
 def best_tried(
-    lab: Lab, t: int, sampler: Sampler, asked_LK: np.ndarray
+    lab: Lab, t: int, build: Callable[[], Sampler], asked_LK: np.ndarray
 ) -> Callable[[Sequence[float]], tuple[float, ...]]:
     """A function that gives, for a direction v, the asked numbers whose answers the reward model scores highest:
     argmax_l v . mean r(y_l). What was never scored is never the best.
 
-    `sampler` is asked each of asked_LK as if it were a direction. The means are over one answer to each of some
-    training prompts, the same under all, sampled once in iteration t of `lab` and charged to it.
+    The sampler that `build` gives is asked each of asked_LK as if it were a direction. The means are over one answer to
+    each of some training prompts, the same under all, sampled once in iteration t of `lab` and charged to it.
     """
     count = max(1, answers_to_try(lab) // len(asked_LK))
-    lab.rollout(t, sampler, asked_LK, count=count, samples=1)
+    lab.rollout(t, build, asked_LK, count=count, samples=1)
     asked, scores_RK = lab.stage(t, "rollout").whole_table(), lab.objectives(lab.stage(t, "score"))
     places = places_of(map(tuple, asked["direction"].to_pylist()))
     scored = {numbers: scores_RK[own][np.isfinite(scores_RK[own]).all(axis=1)] for numbers, own in places.items()}

@@ -90,7 +90,9 @@ def _count(speeds: Speeds, place: tuple[str, ...], ledger: Mapping[str, Any], co
         learn = learner_named("sft" if place[0] == "iter_0" else config["learner"])
         speeds.add(kind_of(learn), ledger["training_tokens"], seconds, memory)
         responses = {"winners": 1, "pairs": 2, "prompts": config["rollout"]["samples"]}[learn.reads]
-        examples = ledger["rows"] * responses * config[learn.section]["epochs"]
+        section = config[learn.section]
+        negatives = section.get("contrastive_negatives", 0) if section.get("contrastive") else 0
+        examples = ledger["rows"] * responses * section["epochs"] * (1 + negatives)  # their tokens are trained on too
         speeds.add("examples" if learn.reads == "winners" else f"examples of {learn.reads}", examples, seconds)
         if place[0] == "iter_0":
             speeds.offline_winners = ledger["rows"]

@@ -37,7 +37,8 @@ class StageEstimate:
     likely `seconds`, and between which they may lie. None: unknown, and `unknown` says why.
 
     `measured`: where its speed comes from; empty where it is arithmetic. `misfit`: the device's memory does not hold
-    it, and what to change. `judge`: what it asks of servers, whose time is not known.
+    it, and what to change. `judge`: what it asks of servers, whose time is not known. `checkpoints`: bytes of `disk`
+    that are deleted when it ends.
     """
 
     name: str
@@ -52,6 +53,7 @@ class StageEstimate:
     misfit: str = ""
     unknown: str = ""
     judge: JudgeCalls | None = None
+    checkpoints: int = 0
 
 
 @dataclass(frozen=True)
@@ -230,11 +232,13 @@ class Stages:
             sampled=most * longest * 4 * size.cache_bytes if learn.reads == "prompts" else 0,
         )  # fmt: skip
         memory = self.speeds.memory.get(kind) or int(need.memory)
-        checkpoints = 0 if config.lora else 3 * CHECKPOINT_BYTES  # two kept, one being written
-        disk = int((4 + checkpoints) * size.parameters)
+        checkpoints = 0 if config.lora else int(3 * CHECKPOINT_BYTES * size.parameters)  # two kept, one being written
+        disk = int(4 * size.parameters) + checkpoints
         if rows is None:
             why = "rated rows are not here" if t == 0 else "prompts are not here"
-            return StageEstimate(name, None, None, None, memory, disk, misfit=need.misfit, unknown=why)
+            return StageEstimate(
+                name, None, None, None, memory, disk, misfit=need.misfit, unknown=why, checkpoints=checkpoints
+            )
         earlier = (learner_of(self.config, before) for before in range(first_iteration(self.config), t))
         replayed = config.replay if any(one.reads == learn.reads for one in earlier) else 0
         contrast = 1 + getattr(config, "contrastive_negatives", 0) * bool(getattr(config, "contrastive", 0))
@@ -252,7 +256,8 @@ class Stages:
             memory += score.memory
         misfit = "" if measured else need.misfit
         return StageEstimate(
-            name, rows, tokens, seconds, memory, disk, measured, misfit=misfit, unknown=unknown, judge=judge
+            name, rows, tokens, seconds, memory, disk, measured,
+            misfit=misfit, unknown=unknown, judge=judge, checkpoints=checkpoints,
         )  # fmt: skip
 
     def _trains(
