@@ -591,6 +591,22 @@ def test_an_objective_is_held_at_a_value_where_the_policy_knows_targets(visit):
     assert opened.text("#numbers") == "helpfulness*75 + verbosity*-66 + warmth*0"
 
 
+def test_where_the_center_is_of_several_what_is_free_is_measured_from_what_is_free_of_it(visit):
+    space = replace(
+        THREE, center={"helpfulness": 1, "verbosity": 1, "warmth": 1}, max_angle=30, presets={},
+        target_template=target_template_of(THREE.template),
+    )  # fmt: skip
+    opened = visit(space).ready()
+    opened.page.fill("#expression", "helpfulness + verbosity; warmth=40")
+    opened.page.click("#expert button")
+    opened.page.wait_for_selector("#hold-2:checked")
+    assert opened.text("#numbers") == "helpfulness*71 + verbosity*71; warmth=40"
+    assert opened.text("#angle") == "the middle of what was trained"
+    opened.page.wait_for_url(lambda url: "warmth:=40" in unquote(url))
+    opened.page.reload()
+    assert opened.ready().text("#numbers") == "helpfulness*71 + verbosity*71; warmth=40"
+
+
 def test_a_policy_that_knows_no_targets_offers_none_and_says_so(visit):
     opened = visit(THREE).ready()
     assert opened.page.is_hidden("#holding")

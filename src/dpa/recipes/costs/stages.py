@@ -20,6 +20,12 @@ from dpa.training.learner import Learner
 from dpa.training.learners import learner_of
 
 CHECKPOINT_BYTES = 12
+"""A parameter's weight and AdamW's two moments, in fp32."""
+
+
+def checkpoint_bytes(parameters: float) -> int:
+    """Of a training of all weights: two checkpoints that are kept until it ends, and one being written."""
+    return int(3 * CHECKPOINT_BYTES * parameters)
 
 
 @dataclass(frozen=True)
@@ -132,9 +138,13 @@ class Stages:
         memory = self.speeds.memory.get("reward tokens") or int(4 * size.parameters if ridge else need.memory)
         misfit = "" if measured or ridge else need.misfit
         rows = None if rated is None else rated.rows
-        disk = int(4 * size.parameters)
+        checkpoints = checkpoint_bytes(size.parameters) if train.method == "full" else 0
+        disk = int(4 * size.parameters) + checkpoints
         why = "" if rated else "rated rows are not here"
-        return StageEstimate("train_reward", rows, tokens, seconds, memory, disk, measured, misfit=misfit, unknown=why)
+        return StageEstimate(
+            "train_reward", rows, tokens, seconds, memory, disk, measured,
+            misfit=misfit, unknown=why, checkpoints=checkpoints,
+        )  # fmt: skip
 
     def iteration(self, t: int, sampled: int | None, scored: int | None, winners: int | None) -> list[StageEstimate]:
         """The stages of iteration t, its measurement included; `sampled`, `scored` None: unknown, or not there."""
@@ -232,7 +242,7 @@ class Stages:
             sampled=most * longest * 4 * size.cache_bytes if learn.reads == "prompts" else 0,
         )  # fmt: skip
         memory = self.speeds.memory.get(kind) or int(need.memory)
-        checkpoints = 0 if config.lora else int(3 * CHECKPOINT_BYTES * size.parameters)  # two kept, one being written
+        checkpoints = 0 if config.lora else checkpoint_bytes(size.parameters)
         disk = int(4 * size.parameters) + checkpoints
         if rows is None:
             why = "rated rows are not here" if t == 0 else "prompts are not here"

@@ -40,7 +40,7 @@ export class Controls {
     const { weights, pressed, held } = state;
     $("words").textContent = `${space.wishWords(weights, held, pressed)}.`;
     $("numbers").textContent = space.wishText(weights, held);
-    const angle = Math.round(space.angle(space.free(weights, held)));
+    const angle = Math.round(space.angle(space.free(weights, held), held));
     $("angle").textContent = angle === 0 ? "the middle of what was trained" : `${angle}° from the middle, trained to ${space.maxAngle}°`;
     const levels = space.levels(weights, pressed);
     for (const k of space.adjustable)

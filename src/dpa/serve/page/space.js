@@ -59,11 +59,11 @@ export class Space {
     return this.names.map((name, k) => `${name}*${whole[k]}`).join(" + ");
   }
 
-  // Degrees between a direction and the center.
-  angle(weights) {
-    const w = unit(weights);
-    const along = dot(w, this.center);
-    return degrees(Math.atan2(norm(add(w, this.center, -along)), along));
+  // Degrees between a direction and the center, of both what is free where some are held.
+  angle(weights, held = {}) {
+    const [w, center] = [weights, this.center].map((all) => unit(this.#left(all, held)));
+    const along = dot(w, center);
+    return degrees(Math.atan2(norm(add(w, center, -along)), along));
   }
 
   tangent(weights) {
@@ -172,8 +172,12 @@ export class Space {
   // What is left of a direction where `held` (objective to value) are held.
   free(weights, held) {
     if (!Object.keys(held).length) return weights;
-    const rest = (all) => all.map((value, k) => (this.names[k] in held ? 0 : value));
-    return this.rounded(norm(rest(weights)) > 1e-6 ? rest(weights) : rest(this.center));
+    const left = this.#left(weights, held);
+    return this.rounded(norm(left) > 1e-6 ? left : this.#left(this.center, held));
+  }
+
+  #left(all, held) {
+    return all.map((value, k) => (this.names[k] in held ? 0 : value));
   }
 
   // What is sent: objective to weight, or to "=40" where it is held.

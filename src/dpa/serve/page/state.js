@@ -73,7 +73,7 @@ export function fitting(space, mapping) {
   const mayHold = Object.keys(held).every((name) => space.holdable.includes(space.names.indexOf(name)));
   const weights = space.names.map((name) => rest[name] ?? 0);
   if (!known || !mayHold || !(norm(weights) > 1e-6)) return null;
-  return space.angle(weights) <= space.maxAngle + 0.5 ? { weights: space.rounded(weights), held } : null;
+  return space.angle(weights, held) <= space.maxAngle + 0.5 ? { weights: space.rounded(weights), held } : null;
 }
 
 // Where the page begins: a preset whose answer differs from the default one, terse where there is such.
