@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -446,3 +447,17 @@ def test_bf16_auto_asks_the_processor(asked: Any, units: bool, expected: bool, m
     monkeypatch.setattr(half_precision, "processor_has_bf16", lambda: units)
     assert half_precision.computes_in_bf16(asked) is expected
     assert half_precision.computes_in_bf16(FinetuneConfig(bf16=asked).bf16) is expected
+
+
+@pytest.mark.parametrize("major", [7, 8], ids=["turing", "ampere"])
+def test_a_card_that_emulates_bf16_computes_in_fp32_unless_told(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch calls bf16 supported on a T4, which emulates it; vLLM refuses it there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert half_precision.computes_in_bf16(False) is half_precision.computes_in_bf16("auto") is (major == 8)
+    assert half_precision.computes_in_bf16(True) is True
+    for file in Path(half_precision.__file__).parents[1].rglob("*.py"):
+        if file.name != "half_precision.py":
+            assert "is_bf16_supported" not in file.read_text(), f"{file.name} asks torch, which counts emulation"
