@@ -295,13 +295,17 @@ def test_sigterm_finishes_the_step_saves_and_resumes_in_other_batches_too(
     assert np.array(logged(tmp_path)) == pytest.approx(np.array(logged(whole[0])), rel=1e-3)
 
 
-def test_killed_after_the_last_step_only_saves(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("epochs", [1, 0.5, 1.5])
+def test_killed_after_the_last_step_only_saves(base: Path, tmp_path: Path, epochs: float) -> None:
+    """A Trainer would go on with the epoch that `epochs` ends in, at full rate."""
+    config = CONFIG.model_copy(update={"epochs": epochs, "schedule": "constant_with_warmup"})
     begun = time.monotonic()
-    assert run(base, tmp_path).earlier_s == 0
+    done = run(base, tmp_path, config)
     spent = time.monotonic() - begun
     first, log = weights(tmp_path), logged(tmp_path)
-    assert 0 < run(base, tmp_path).earlier_s <= spent, "what the first process took is not lost"
-    assert logged(tmp_path) == log
+    again = run(base, tmp_path, config)
+    assert done.earlier_s == 0 < again.earlier_s <= spent, "what the first process took is not lost"
+    assert logged(tmp_path) == log and again.steps == done.steps
     assert all(torch.equal(tensor, first[name]) for name, tensor in weights(tmp_path).items())
 
 

@@ -25,7 +25,7 @@ from dpa.training.ranks import any_of
 
 class StopsAtBadStep:
     """Mixin before a Trainer class: a loss or a gradient that is NaN or infinite is logged and ends training before the
-    optimizer step. Use it with `logging_nan_inf_filter=False`, whose default hides such a loss.
+    optimizer step, and training ends after its last step. Use it with `logging_nan_inf_filter=False`, whose default hides such a loss.
 
     The gradient's norm is the one that clipping has measured, and it is read together with the losses of the step's
     passes: the card is waited for once a step.
@@ -44,6 +44,14 @@ class StopsAtBadStep:
             return norm
 
         accelerator.clip_grad_norm_ = clip_and_check
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of one optimizer step; none where a checkpoint has taken all. A Trainer that goes on from the last
+        checkpoint of a fractional number of epochs would take a step more."""
+        state: Any = self.state  # type: ignore[attr-defined]
+        if 0 < state.max_steps <= state.global_step:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass."""
