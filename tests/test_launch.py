@@ -213,14 +213,15 @@ except RunFolderError as error:
 """
 
 
-def test_the_other_ranks_leave_when_the_first_cannot_open_the_folder(tmp_path: Path) -> None:
+def two_ranks(script: str) -> tuple[list[list[str]], list[int]]:
+    """What two ranks of a launch, told their number, say, and how they end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     both = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [
         subprocess.Popen(
-            [interpreter(), "-c", RANK, rank],
+            [interpreter(), "-c", script, rank],
             env={**both, "RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -229,8 +230,33 @@ def test_the_other_ranks_leave_when_the_first_cannot_open_the_folder(tmp_path: P
         for rank in ("0", "1")
     ]
     said = [process.communicate(timeout=200)[0].splitlines() for process in ranks]
+    return said, [process.returncode for process in ranks]
+
+
+def test_the_other_ranks_leave_when_the_first_cannot_open_the_folder() -> None:
+    said, codes = two_ranks(RANK)
     assert said == [["join=False True", "out: in use by process 1."], ["join=True True"]]
-    assert [process.returncode for process in ranks] == [0, 2]
+    assert codes == [0, 2]
+
+
+PASSES = """
+import sys
+from dpa.core.config import PreferenceConfig
+from dpa.models.memory import Plan
+from dpa.training import trainer_arguments
+from dpa.training.dpo import DPO
+from dpa.training.ranks import wait_for_all
+trainer_arguments.first_plan = lambda *_, **__: (Plan(4, False), Plan(3, True))[int(sys.argv[1])]
+shared = {"bf16": False}
+print(trainer_arguments.units_a_pass(DPO(PreferenceConfig(), None, 0), "auto", None, 100, 8, shared), shared)
+wait_for_all()
+"""
+
+
+def test_ranks_with_other_memory_free_take_as_many_passes() -> None:
+    """Else one waits in a pass for a rank that has none left."""
+    said, _ = two_ranks(PASSES)
+    assert said == [["2 {'bf16': False, 'gradient_checkpointing': True}"]] * 2
 
 
 @pytest.fixture
