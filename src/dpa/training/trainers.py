@@ -25,7 +25,8 @@ from dpa.training.ranks import any_of
 
 class StopsAtBadStep:
     """Mixin before a Trainer class: a loss or a gradient that is NaN or infinite is logged and ends training before the
-    optimizer step, and training ends after its last step. Use it with `logging_nan_inf_filter=False`, whose default hides such a loss.
+    optimizer step, and no step is taken after the last. Use it with `logging_nan_inf_filter=False`, whose default hides
+    such a loss.
 
     The gradient's norm is the one that clipping has measured, and it is read together with the losses of the step's
     passes: the card is waited for once a step.
@@ -46,8 +47,8 @@ class StopsAtBadStep:
         accelerator.clip_grad_norm_ = clip_and_check
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of one optimizer step; none where a checkpoint has taken all. A Trainer that goes on from the last
-        checkpoint of a fractional number of epochs would take a step more."""
+        """The batches of one optimizer step; none where all steps are taken. A Trainer that goes on from the last
+        checkpoint of a fractional number of epochs would take one more."""
         state: Any = self.state  # type: ignore[attr-defined]
         if 0 < state.max_steps <= state.global_step:
             return [], None
