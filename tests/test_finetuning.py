@@ -2,6 +2,7 @@
 pytest tests/test_finetuning.py
 """
 
+import copy
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import torch
 from forks import start
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from torch import nn
@@ -37,6 +39,7 @@ from dpa.training.optimizers import MuonInFloat32, MuonWithAdamW
 from dpa.training.packing import Example, pack
 from dpa.training.policy_training import train_policy
 from dpa.training.sft import SFT, encode_examples
+from dpa.training.trainers import kept_share, lora_adapters, merge_adapters
 
 QUESTION = [{"role": "user", "content": "Why?"}]
 
@@ -362,6 +365,30 @@ def test_adapters_are_merged_into_a_plain_policy(base: Path, tmp_path: Path) -> 
     }
     assert changed and all("proj" in name for name in changed), "only the linear layers inside"
     assert not (tmp_path / "policy" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [("llama", "bfloat16"), ("gpt2", "bfloat16"), ("llama", "float32")])
+def test_an_update_that_is_rounded_away_is_said_with_the_rate(
+    architecture: str, dtype: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As is seen from the weights before and after: changes below half a step of bf16 leave none."""
+    narrow = getattr(torch, dtype)
+    for size, said in ((1e-4, dtype == "bfloat16"), (1e-1, False)):
+        caplog.clear()
+        start = tiny_model(architecture).to(torch.bfloat16)
+        before = {name: weight.float() for name, weight in start.state_dict().items()}
+        model = get_peft_model(start, lora_adapters(AdapterConfig(rank=4, alpha=8), "CAUSAL_LM"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = size * torch.randn(parameter.shape)
+        exact = merge_adapters(copy.deepcopy(model), torch.float32).state_dict()
+        update = {name: (exact[name] - weight).double() for name, weight in before.items()}
+        share = kept_share(model, narrow)
+        after = merge_adapters(model, narrow, rate="dpo.learning_rate: 1e-06").state_dict()
+        kept = sum(((after[name].float() - weight).double() * update[name]).sum() for name, weight in before.items())
+        assert share == pytest.approx(float(kept / sum(each.square().sum() for each in update.values())), rel=1e-3)
+        assert (share < 0.5) == said
+        assert ("dpo.learning_rate: 1e-06, but only" in caplog.text) == said
 
 
 def test_muon_in_float32_takes_the_steps_of_torchs_muon() -> None:

@@ -215,7 +215,8 @@ def _finetune(
     run_trainer(trained, data, config, pad, checkpoints, seed, check)
     free_memory()  # a Trainer is in a cycle, and holds AdamW's moments
     if config.method == "lora":
-        trained = merge_adapters(trained, _backbone_dtype(config), exact=head.name).to(default_device())
+        rate = f"reward.train.learning_rate: {config.learning_rate:g}"
+        trained = merge_adapters(trained, _backbone_dtype(config), head.name, rate).to(default_device())
     head = Head(trained, outputs)
     head.write(*unit.leave(*head.read()))
     return trained
