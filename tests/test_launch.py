@@ -259,6 +259,32 @@ def test_ranks_with_other_memory_free_take_as_many_passes() -> None:
     assert said == [["2 {'bf16': False, 'gradient_checkpointing': True}"]] * 2
 
 
+PAIRS = f"""
+import sys, tempfile
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from tiny_models import SPACE, tiny_model, tiny_tokenizer
+from dpa.core.config import PreferenceConfig
+from dpa.training.dpo import DPO, EncodedPair
+from dpa.training.ranks import ranks, wait_for_all
+together = 8 if ranks() == 1 else 2
+settings = dict(learning_rate=1e-3, epochs=3, pairs_per_step=8, pairs_per_device=together, sft_weight=0.7, warmup=0)
+pairs = [EncodedPair([2, 7, 4], [11 + i] * (1 + i * i) + [1], [30, 1 + i]) for i in range(8)]
+learner = DPO(PreferenceConfig(**settings), SPACE, 0)
+trainer = learner.trainer(tiny_model(), tiny_tokenizer(), pairs, tempfile.mkdtemp(), lambda: tiny_model(seed=1))
+trainer.train()
+print(*(entry["loss"] for entry in trainer.state.log_history if "loss" in entry))
+wait_for_all()
+"""
+
+
+def test_ranks_learn_from_pairs_as_one_process_does() -> None:
+    """A step is all pairs, in whatever order: at once, or two passes of two on each rank, of unlike many tokens."""
+    (first, _), _ = two_ranks(PAIRS)
+    done = subprocess.run([interpreter(), "-c", PAIRS], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    found, expected = ([float(loss) for loss in said.split()] for said in (first[-1], done.stdout.splitlines()[-1]))
+    assert len(expected) == 3 and found == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.fixture
 def three_ranks() -> Iterator[None]:
     os.environ["WORLD_SIZE"] = "3"

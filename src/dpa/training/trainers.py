@@ -204,8 +204,8 @@ def merge_adapters(model: Any, dtype: torch.dtype, exact: str | None = None, rat
     share = 1.0 if rate is None or dtype == torch.float32 else kept_share(model, dtype)
     if share < LEAST_KEPT:
         _log.warning(
-            "%s, but only %.0f%% of what its adapters learned is left in the %s weights that are saved: smaller changes "
-            "are rounded away; raise it.",
+            "%s, but only %.0f%% of what its adapters learned is left in the %s weights that are saved: smaller "
+            "changes are rounded away; raise it.",
             *(rate, 100 * share, str(dtype).removeprefix("torch.")),
         )
     merged = model.to("cpu", torch.float32).merge_and_unload()
