@@ -2,12 +2,14 @@
 pytest tests/test_finetuning.py
 """
 
+import copy
 import json
 import os
 import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from forks import start
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from torch import nn
@@ -36,6 +39,7 @@ from dpa.training.optimizers import MuonInFloat32, MuonWithAdamW
 from dpa.training.packing import Example, pack
 from dpa.training.policy_training import train_policy
 from dpa.training.sft import SFT, encode_examples
+from dpa.training.trainers import kept_share, lora_adapters, merge_adapters
 
 QUESTION = [{"role": "user", "content": "Why?"}]
 
@@ -294,13 +298,17 @@ def test_sigterm_finishes_the_step_saves_and_resumes_in_other_batches_too(
     assert np.array(logged(tmp_path)) == pytest.approx(np.array(logged(whole[0])), rel=1e-3)
 
 
-def test_killed_after_the_last_step_only_saves(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("epochs", [1, 0.5, 1.5])
+def test_killed_after_the_last_step_only_saves(base: Path, tmp_path: Path, epochs: float) -> None:
+    """A Trainer would go on with the epoch that `epochs` ends in, at full rate."""
+    config = CONFIG.model_copy(update={"epochs": epochs, "schedule": "constant_with_warmup"})
     begun = time.monotonic()
-    assert run(base, tmp_path).earlier_s == 0
+    done = run(base, tmp_path, config)
     spent = time.monotonic() - begun
     first, log = weights(tmp_path), logged(tmp_path)
-    assert 0 < run(base, tmp_path).earlier_s <= spent, "what the first process took is not lost"
-    assert logged(tmp_path) == log
+    again = run(base, tmp_path, config)
+    assert done.earlier_s == 0 < again.earlier_s <= spent, "what the first process took is not lost"
+    assert logged(tmp_path) == log and again.steps == done.steps
     assert all(torch.equal(tensor, first[name]) for name, tensor in weights(tmp_path).items())
 
 
@@ -357,6 +365,30 @@ def test_adapters_are_merged_into_a_plain_policy(base: Path, tmp_path: Path) -> 
     }
     assert changed and all("proj" in name for name in changed), "only the linear layers inside"
     assert not (tmp_path / "policy" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [("llama", "bfloat16"), ("gpt2", "bfloat16"), ("llama", "float32")])
+def test_an_update_that_is_rounded_away_is_said_with_the_rate(
+    architecture: str, dtype: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As is seen from the weights before and after: changes below half a step of bf16 leave none."""
+    narrow = getattr(torch, dtype)
+    for size, said in ((1e-4, dtype == "bfloat16"), (1e-1, False)):
+        caplog.clear()
+        start = tiny_model(architecture).to(torch.bfloat16)
+        before = {name: weight.float() for name, weight in start.state_dict().items()}
+        model = get_peft_model(start, lora_adapters(AdapterConfig(rank=4, alpha=8), "CAUSAL_LM"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = size * torch.randn(parameter.shape)
+        exact = merge_adapters(copy.deepcopy(model), torch.float32).state_dict()
+        update = {name: (exact[name] - weight).double() for name, weight in before.items()}
+        share = kept_share(model, narrow)
+        after = merge_adapters(model, narrow, rate="dpo.learning_rate: 1e-06").state_dict()
+        kept = sum(((after[name].float() - weight).double() * update[name]).sum() for name, weight in before.items())
+        assert share == pytest.approx(float(kept / sum(each.square().sum() for each in update.values())), rel=1e-3)
+        assert (share < 0.5) == said
+        assert ("dpo.learning_rate: 1e-06, but only" in caplog.text) == said
 
 
 def test_muon_in_float32_takes_the_steps_of_torchs_muon() -> None:
@@ -446,3 +478,17 @@ def test_bf16_auto_asks_the_processor(asked: Any, units: bool, expected: bool, m
     monkeypatch.setattr(half_precision, "processor_has_bf16", lambda: units)
     assert half_precision.computes_in_bf16(asked) is expected
     assert half_precision.computes_in_bf16(FinetuneConfig(bf16=asked).bf16) is expected
+
+
+@pytest.mark.parametrize("major", [7, 8], ids=["turing", "ampere"])
+def test_a_card_that_emulates_bf16_computes_in_fp32_unless_told(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch calls bf16 supported on a T4, which emulates it; vLLM refuses it there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert half_precision.computes_in_bf16(False) is half_precision.computes_in_bf16("auto") is (major == 8)
+    assert half_precision.computes_in_bf16(True) is True
+    for file in Path(half_precision.__file__).parents[1].rglob("*.py"):
+        if file.name != "half_precision.py":
+            assert "is_bf16_supported" not in file.read_text(), f"{file.name} asks torch, which counts emulation"

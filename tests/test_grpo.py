@@ -23,6 +23,7 @@ from dpa.models.policy import load_policy, make_steerable
 from dpa.recipes.baselines.lab import spent
 from dpa.recipes.compare import Comparison
 from dpa.recipes.dpa import Loop
+from dpa.sampling.decoding import Decoder
 from dpa.sampling.samplers import TransformersSampler
 from dpa.storage.run_folder import StageFolder
 from dpa.training.grpo import GRPO
@@ -138,6 +139,19 @@ def test_a_question_is_asked_as_the_sampler_shows_it_and_one_without_room_is_rej
         f"<|system|>{SPACE.prompt(SPACE.direction([0.8, -0.6]))}<|user|>Why? 0<|assistant|>"
     ]
     assert [reject.reason for reject in rejects] == ["the prompt fills the 200 tokens of an example"]
+
+
+def test_what_the_sampler_held_is_free_when_the_step_is_learned(tmp_path: Path) -> None:
+    """On a card its caches outlive the answers, and would stand beside the activations."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    make_steerable(tokenizer, SPACE)
+    learner = GRPO(CONFIG, SPACE, 0, ROLLOUT, Lengths())
+    questions, _ = learner.encode(ROWS, RowEncoder(model, tokenizer, SPACE, 200))
+    trainer = learner.trainer(model, tokenizer, questions, tmp_path)
+    sampler = trainer.rollout_func.args[0]
+    sampler._decoder = Decoder(model, "fixed")
+    assert len(trainer.rollout_func(["0"] * 4, trainer)["completion_ids"]) == 4
+    assert sampler._decoder.width == sampler._decoder.held_bytes == 0
 
 
 def test_its_cost_is_what_it_sampled_scored_and_read(base: Path, whole: tuple[Path, TrainingRecord]) -> None:

@@ -213,14 +213,15 @@ except RunFolderError as error:
 """
 
 
-def test_the_other_ranks_leave_when_the_first_cannot_open_the_folder(tmp_path: Path) -> None:
+def two_ranks(script: str) -> tuple[list[list[str]], list[int]]:
+    """What two ranks of a launch, told their number, say, and how they end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     both = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [
         subprocess.Popen(
-            [interpreter(), "-c", RANK, rank],
+            [interpreter(), "-c", script, rank],
             env={**both, "RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -229,8 +230,59 @@ def test_the_other_ranks_leave_when_the_first_cannot_open_the_folder(tmp_path: P
         for rank in ("0", "1")
     ]
     said = [process.communicate(timeout=200)[0].splitlines() for process in ranks]
+    return said, [process.returncode for process in ranks]
+
+
+def test_the_other_ranks_leave_when_the_first_cannot_open_the_folder() -> None:
+    said, codes = two_ranks(RANK)
     assert said == [["join=False True", "out: in use by process 1."], ["join=True True"]]
-    assert [process.returncode for process in ranks] == [0, 2]
+    assert codes == [0, 2]
+
+
+PASSES = """
+import sys
+from dpa.core.config import PreferenceConfig
+from dpa.models.memory import Plan
+from dpa.training import trainer_arguments
+from dpa.training.dpo import DPO
+from dpa.training.ranks import wait_for_all
+trainer_arguments.first_plan = lambda *_, **__: (Plan(4, False), Plan(3, True))[int(sys.argv[1])]
+shared = {"bf16": False}
+print(trainer_arguments.units_a_pass(DPO(PreferenceConfig(), None, 0), "auto", None, 100, 8, shared), shared)
+wait_for_all()
+"""
+
+
+def test_ranks_with_other_memory_free_take_as_many_passes() -> None:
+    """Else one waits in a pass for a rank that has none left."""
+    said, _ = two_ranks(PASSES)
+    assert said == [["2 {'bf16': False, 'gradient_checkpointing': True}"]] * 2
+
+
+PAIRS = f"""
+import sys, tempfile
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from tiny_models import SPACE, tiny_model, tiny_tokenizer
+from dpa.core.config import PreferenceConfig
+from dpa.training.dpo import DPO, EncodedPair
+from dpa.training.ranks import ranks, wait_for_all
+together = 8 if ranks() == 1 else 2
+settings = dict(learning_rate=1e-3, epochs=3, pairs_per_step=8, pairs_per_device=together, sft_weight=0.7, warmup=0)
+pairs = [EncodedPair([2, 7, 4], [11 + i] * (1 + i * i) + [1], [30, 1 + i]) for i in range(8)]
+learner = DPO(PreferenceConfig(**settings), SPACE, 0)
+trainer = learner.trainer(tiny_model(), tiny_tokenizer(), pairs, tempfile.mkdtemp(), lambda: tiny_model(seed=1))
+trainer.train()
+print(*(entry["loss"] for entry in trainer.state.log_history if "loss" in entry))
+wait_for_all()
+"""
+
+
+def test_ranks_learn_from_pairs_as_one_process_does() -> None:
+    """A step is all pairs, in whatever order: at once, or two passes of two on each rank, of unlike many tokens."""
+    (first, _), _ = two_ranks(PAIRS)
+    done = subprocess.run([interpreter(), "-c", PAIRS], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    found, expected = ([float(loss) for loss in said.split()] for said in (first[-1], done.stdout.splitlines()[-1]))
+    assert len(expected) == 3 and found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.fixture

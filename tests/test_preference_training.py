@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from trl import DPOTrainer
 
 from dpa.core.config import AdapterConfig, PreferenceConfig
 from dpa.core.errors import ConfigError, DataError, TrainingError
@@ -140,6 +141,14 @@ def _log_probability(model: nn.Module, prompt: list[int], response: list[int]) -
     return steps[torch.arange(len(response)), ids[0, len(prompt) :]].sum()
 
 
+def step_loss(trainer: DPOTrainer) -> torch.Tensor:
+    """The loss of one optimizer step over all pairs, whose gradients are left in the model."""
+    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 99, torch.device("cpu"))
+    losses = [trainer.compute_loss(trainer.model, batch) / len(batches) for batch in batches]
+    sum(losses).backward()
+    return sum(losses).detach()
+
+
 @pytest.mark.parametrize("sft_weight", [0.0, 0.7])
 def test_the_loss_and_its_gradient_are_those_written_by_hand(sft_weight: float, tmp_path: Path) -> None:
     pairs = [
@@ -152,9 +161,7 @@ def test_the_loss_and_its_gradient_are_those_written_by_hand(sft_weight: float, 
     )
     model, reference = tiny_model(seed=0), tiny_model(seed=1)
     trainer = DPO(config, SPACE, 0).trainer(model, tiny_tokenizer(), pairs, tmp_path, lambda: reference)
-    (batch,) = trainer.get_train_dataloader()
-    loss = trainer.compute_loss(model, batch)
-    loss.backward()
+    loss = step_loss(trainer)
 
     model_by_hand, reference = tiny_model(seed=0), tiny_model(seed=1)
     by_hand = torch.tensor(0.0)
@@ -185,8 +192,7 @@ def test_a_pairs_margin_is_taken_from_what_the_sigmoid_is_of(tmp_path: Path) -> 
         pairs = [EncodedPair(*own, margin=margin) for own, margin in zip(ids, margins, strict=True)]
         model, reference = tiny_model(seed=0), tiny_model(seed=1)
         trainer = DPO(config, SPACE, 0).trainer(model, tiny_tokenizer(), pairs, tmp_path, lambda: reference)
-        (batch,) = trainer.get_train_dataloader()
-        return trainer.compute_loss(model, batch).item()
+        return step_loss(trainer).item()
 
     model, reference = tiny_model(seed=0), tiny_model(seed=1)
     with torch.no_grad():
@@ -223,6 +229,21 @@ def test_the_new_policy_prefers_what_was_chosen(base: Path, whole: tuple[Path, T
                 before, pair.prompt, response
             )
     assert gain["chosen"] > gain["rejected"] + 5
+
+
+@pytest.mark.parametrize("sft_weight", [0.0, 0.7])
+def test_a_pair_weighs_the_same_in_a_short_pass_and_a_token_in_one_of_few(sft_weight: float, tmp_path: Path) -> None:
+    """Gradients of 7 pairs of unlike lengths, at once and in passes of 4 and 3, of 2, 2, 2 and 1, and one by one."""
+    pairs = [EncodedPair([2, 7, 4], [11 + i] * (1 + i * i) + [1], [30, 1 + i]) for i in range(7)]
+    found = []
+    for together in (8, 4, 2, 1):
+        update = {"sft_weight": sft_weight, "pairs_per_step": 8, "pairs_per_device": together}
+        model, reference = tiny_model(seed=0), tiny_model(seed=1)
+        learner = DPO(CONFIG.model_copy(update=update), SPACE, 0)
+        loss = step_loss(learner.trainer(model, tiny_tokenizer(), pairs, tmp_path, lambda start=reference: start))
+        found.append([loss, *(parameter.grad for parameter in model.parameters())])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
 
 
 def test_how_a_step_is_cut_into_passes_does_not_matter(base: Path, whole: tuple, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 pytest tests/test_reward_training.py
 """
 
+import gc
 import json
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from dpa.core.errors import ConfigError, DataError, TrainingError
 from dpa.scoring.reward_model import encode, forward, read_spec
 from dpa.scoring.reward_quality import measure_quality
 from dpa.stages.train_reward import print_quality, train_reward
+from dpa.training import reward_training
 from dpa.training.checkpoints import newest_checkpoint
 from dpa.training.reward_head import Head, Unit
 from dpa.training.reward_rows import RatedExample, split_by_prompt
@@ -272,6 +274,27 @@ def _forward_folder(folder: Path, rows: list[RatedExample]) -> np.ndarray:
     asked = [row.messages for row in rows]
     ids_N = encode(tokenizer, spec.template, spec.max_length, asked, [row.response for row in rows])
     return forward(model, [ids or [] for ids in ids_N], tokenizer.pad_token_id)
+
+
+def test_what_bf16_costs_is_measured_when_the_optimizer_is_gone_or_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The moments take twice the memory of the copy that the measurement needs."""
+    held: list[bool] = []
+
+    def no_memory(*_: Any) -> None:
+        held.append(any(isinstance(each, torch.optim.AdamW) for each in gc.get_objects()))
+
+    monkeypatch.setattr(reward_training, "measure_precision", no_memory)
+    gc.collect()
+    gc.disable()
+    try:
+        backbone = save_tiny_model(tmp_path / "backbone")
+        train_reward_model(examples(8), ATTRIBUTES, SCALES, config(backbone, epochs=1), tmp_path / "reward")
+    finally:
+        gc.enable()
+    assert held == [False, True, False], "before, after the first step, and after training"
+    assert caplog.text.count("in two precisions, so what bf16 costs it is not measured") == 1
 
 
 def test_a_trained_reward_model_is_a_backbone_for_other_attributes(tmp_path: Path) -> None:

@@ -194,6 +194,22 @@ def test_after_a_batch_that_did_not_fit_no_larger_one_is_tried(ending_model, cap
     assert len(small.taken) == failed
 
 
+def test_what_a_batch_that_did_not_fit_took_is_given_back(ending_model) -> None:
+    """Buffers of fixed shape outlive the rows, and smaller batches would go on in those that left no room."""
+
+    def refuse(_: torch.nn.Module, inputs: tuple) -> None:
+        if len(inputs[0]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    requests = asked(tuple(range(5)))[:1]
+    sampler, expected = sampler_of(ending_model), sampler_of(ending_model).sample(requests)
+    sampler._decoder = Decoder(ending_model, "fixed")
+    hook = ending_model.model.layers[0].input_layernorm.register_forward_pre_hook(refuse)
+    assert sampler.sample(requests) == expected
+    hook.remove()
+    assert sampler._most is not None and sampler._decoder._cache._rows <= 3
+
+
 def test_a_batch_is_as_large_as_the_free_memory_and_a_processor_allow(ending_model) -> None:
     """Bytes a row against the cache that decoding really holds; sixteen samplers on one device take a part each."""
     decoder = Decoder(ending_model, "fixed")

@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from dpa.core.errors import DpaError
+from dpa.models.half_precision import card_has_bf16
 from dpa.storage.locks import RunLock
 from dpa.storage.tables import read_json, write_json
 
@@ -128,7 +129,7 @@ def devices() -> Iterator[Check]:
     for place in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(place)
         free, total = torch.cuda.mem_get_info(place)
-        kind = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: fp32 will be used"
+        kind = "bf16" if card_has_bf16() else "no bf16: fp32 will be used"
         yield Check(f"cuda:{place}", True, f"{about.name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {kind}")
 
 

@@ -11,8 +11,14 @@ def computes_in_bf16(asked: bool | Literal["auto"], device: str | None = None) -
     """Whether products are computed in bf16: where it is asked for, and on a card that supports it. `auto` asks for it
     on a processor with units for it. `device`: default the card where there is one."""
     if torch.cuda.is_available() if device is None else device.startswith("cuda"):
-        return asked is True or torch.cuda.is_bf16_supported()
+        return asked is True or card_has_bf16()
     return processor_has_bf16() if asked == "auto" else asked
+
+
+def card_has_bf16() -> bool:
+    """Whether the card multiplies bf16 (Ampere and later). One before it emulates it, slower than fp32, and torch calls
+    that supported too."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def processor_has_bf16() -> bool:

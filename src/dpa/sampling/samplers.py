@@ -64,6 +64,10 @@ class TransformersSampler:
         """Replace the model's weights, all of them; whoever does it names them in `revision`."""
         self._model.load_state_dict(weights)
 
+    def release(self) -> None:
+        """Give back the memory that is kept for the next sequences."""
+        self._decoder.release()
+
     def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
         """One Sample per seed of each request (core.records.Sampler). Raises EngineError."""
         prompts = [self.prompting.encode(request.messages, request.direction, request.held) for request in requests]
@@ -93,6 +97,7 @@ class TransformersSampler:
                 raise
             rows = None
         if rows is None:  # outside the `except`, whose traceback would keep the cache that did not fit
+            self.release()  # buffers of as many rows as did not fit
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if len(prompts) == 1:

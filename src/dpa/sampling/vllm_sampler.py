@@ -24,6 +24,7 @@ from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Sample, Sampler, SampleRequest
 from dpa.core.reference import Model
 from dpa.models.files import SafeModel, folder_revision, resolve_model
+from dpa.models.half_precision import card_has_bf16
 from dpa.models.memory import free_memory
 from dpa.sampling.engine import SamplingEngine
 from dpa.sampling.prompting import Prompting
@@ -182,7 +183,7 @@ class VllmEngine(SamplingEngine):
 def _arguments(policy: SafeModel, context: int, config: RolloutConfig) -> dict[str, Any]:
     """Of `vllm.LLM`."""
     settings = config.engine.vllm
-    narrow = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    narrow = torch.cuda.is_available() and card_has_bf16()
     return {
         "model": policy.path,
         "tensor_parallel_size": settings.tensor_parallel,

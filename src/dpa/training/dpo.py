@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
@@ -60,7 +61,27 @@ class EncodedPair:
 
 
 class _Trainer(StopsAtBadStep, DPOTrainer):
-    """DPOTrainer that never takes a step from a NaN."""
+    """DPOTrainer that never takes a step from a NaN, and weighs a pass by its share of the step.
+
+    TRL's losses are means over a pass, and the step's is the mean over its passes: a pair of a short pass, and a token
+    of a pass of few, would weigh more.
+    """
+
+    _of_step: torch.Tensor
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of one optimizer step; what a pass has of them on average, over all ranks, is counted."""
+        batches, tokens = super().get_batch_samples(*args, **kwargs)
+        counts = sum(map(_counts, batches), torch.zeros(2, device=self.accelerator.device))
+        passes = max(1, len(batches)) * self.accelerator.num_processes
+        self._of_step = self.accelerator.reduce(counts, "sum") / passes
+        return batches, tokens
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The share of this pass in the loss of its step."""
+        shares = _counts(inputs) / self._of_step
+        self.loss_weights = [weight * share for weight, share in zip(self.args.loss_weights, shares, strict=False)]
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def with_margins(self, columns: dict[str, list[Any]], margins: Sequence[float], together: int) -> None:
         """Take a margin from beta * (difference) of each pair: its reference prefers the chosen one by margin / beta
@@ -76,6 +97,12 @@ class _Trainer(StopsAtBadStep, DPOTrainer):
         moved = [logp + margin / self.beta for logp, margin in zip(chosen, margins, strict=True)]
         self.train_dataset = Dataset.from_dict({**columns, "ref_chosen_logps": moved, "ref_rejected_logps": rejected})
         self.precompute_ref_logps = True
+
+
+def _counts(batch: dict[str, Any]) -> torch.Tensor:
+    """Pairs of a batch, and tokens of the chosen responses: what its losses, in that order, are means over."""
+    chosen_BT, _ = batch["completion_mask"][:, 1:].chunk(2)
+    return torch.stack([chosen_BT.new_tensor(len(chosen_BT)), chosen_BT.sum()]).float()
 
 
 class DPO(Learner[EncodedPair]):

@@ -164,6 +164,7 @@ class GRPO(Learner[Question]):
         try:
             answers = sampler.sample(requests)
         finally:
+            sampler.release()  # the passes of the step need the memory
             trainer.model.train()
         samples = [sample for answer in answers for sample in answer]
         return {

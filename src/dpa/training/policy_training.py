@@ -93,7 +93,7 @@ def train_policy(
             raise TrainingError(
                 f"{section}.min_listening: {config.min_listening:g}, but {advice(found, section, learner.advice)}"
             )
-        trained = _whole_model(trainer, policy, config, dtype)
+        trained = _whole_model(trainer, policy, config, dtype, section)
         provenance = {
             "from": str(policy),
             "remote_code_revision": ModelReference.of(policy).code_revision,
@@ -133,7 +133,9 @@ def remove_checkpoints(work: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
-def _whole_model(trainer: Trainer, policy: Model, config: TrainingConfig, dtype: torch.dtype) -> PreTrainedModel | None:
+def _whole_model(
+    trainer: Trainer, policy: Model, config: TrainingConfig, dtype: torch.dtype, section: str
+) -> PreTrainedModel | None:
     """The trained model with all its weights, adapters merged, on the rank that saves it; None on the others."""
     accelerator = trainer.accelerator
     trained: Any = accelerator.unwrap_model(trainer.model)
@@ -154,7 +156,8 @@ def _whole_model(trainer: Trainer, policy: Model, config: TrainingConfig, dtype:
         trained.load_state_dict(weights)
     if not is_first():
         return None
-    return trained if config.lora is None else merge_adapters(trained, dtype)
+    rate = f"{section}.learning_rate: {config.learning_rate:g}"
+    return trained if config.lora is None else merge_adapters(trained, dtype, rate=rate)
 
 
 def _train(

@@ -34,11 +34,16 @@ def wait_for_all() -> None:
 
 def any_of(flag: bool) -> bool:
     """Whether the flag is set on some rank; the same answer on all. Every rank must ask."""
+    return least_of(int(not flag)) == 0
+
+
+def least_of(count: int) -> int:
+    """The least that a rank has; the same answer on all. Every rank must ask."""
     if ranks() == 1:
-        return flag
-    found = torch.tensor(int(flag), device=_state().device)
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return bool(found)
+        return count
+    found = torch.tensor(count, device=_state().device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
+    return int(found)
 
 
 def first_then_rest(work: Callable[[bool], Any]) -> Any:

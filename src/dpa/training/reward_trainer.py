@@ -17,14 +17,14 @@ from dpa.models.half_precision import computes_in_bf16
 from dpa.scoring.reward_model import batches, last_token_logits, pad_batch, pools_last_token
 from dpa.storage.stopping import StopOnSignal
 from dpa.training.checkpoints import newest_checkpoint
-from dpa.training.passes import OverPackedRows, StepInPasses, Uncut, first_plan, one_card, without_adapters
+from dpa.training.passes import PASS_TOKENS, OverPackedRows, StepInPasses, Uncut, first_plan, one_card, without_adapters
 from dpa.training.trainers import ShowProgress, StopsAtBadStep, StopWhenAsked, trackers
 
 UNMARKED = -100.0
 """Label of a mark that is not there. The Trainer itself counts the labels that are not -100, over the whole step."""
 
-CPU_PASS, GPU_PASS = 2048, 65_536
-"""Tokens of one forward and backward pass, to begin with."""
+CPU_PASS = 2048
+"""Tokens of one forward and backward pass on a CPU, to begin with."""
 
 WARMUP = 0.05
 SAVE_STEPS = 200
@@ -100,7 +100,7 @@ def build_trainer(
     base = without_adapters(model)
     trainer.packed = pools_last_token(base) and best_way(base, torch.bfloat16 if arguments.bf16 else None) is not None
     longest = max(len(row["input_ids"]) for row in data)
-    most = max(1, (GPU_PASS if cuda else CPU_PASS) // longest)
+    most = max(1, (PASS_TOKENS if cuda else CPU_PASS) // longest)
     first = first_plan(model, config.gradient_checkpointing, longest, most, "reward.train", arguments.bf16)
     trainer.compile = config.compile
     trainer.pad, trainer.pass_size = pad, first.units * longest

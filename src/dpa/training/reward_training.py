@@ -8,6 +8,7 @@ attribute's own spread while training, so that no attribute dominates; the start
 (linear probing before finetuning, arXiv 2202.10054); the split by prompt; the golden example.
 """
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from dpa.core.records import stable_hash
 from dpa.core.reference import ModelReference
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.half_precision import computes_in_bf16
+from dpa.models.memory import free_memory
 from dpa.models.policy import context_length, default_device, ensure_pad_token
 from dpa.models.quiet import quiet_libraries
 from dpa.scoring.precision import PRECISION_ROWS, measure_precision, rows_to_compare, say_fp32, self_test
@@ -55,6 +57,8 @@ GOLDEN_TOLERANCE = 0.05
 
 QUICK_ROWS = 8
 """Held-out rows that the precisions are compared on before training and after its first step."""
+
+_log = logging.getLogger(__name__)
 
 
 @quiet_libraries()
@@ -102,7 +106,13 @@ def train_reward_model(
     model.eval()
     spec = describe(model)
     _check_set_up(model, tokenizer, spec, config.backbone)
-    if spec.precision is not None and not spec.precision.keeps_order:
+    if spec.precision is None:
+        _log.warning(
+            "reward model: memory did not hold %s in two precisions, so what bf16 costs it is not measured; scorers "
+            "take bf16 on a card.",
+            out,
+        )
+    elif not spec.precision.keeps_order:
         say_fp32(out, f"in bf16 Kendall's tau within prompts is {spec.precision.kendall:.3f} of what it is in fp32")
     facts = {
         **_quality(model, rows, attributes, pad),
@@ -203,8 +213,10 @@ def _finetune(
     labels_NM = np.nan_to_num(labels_NM, nan=UNMARKED)
     data = [{"input_ids": rows.ids_N[row], "labels": labels_NM[row]} for row in rows.train]
     run_trainer(trained, data, config, pad, checkpoints, seed, check)
+    free_memory()  # a Trainer is in a cycle, and holds AdamW's moments
     if config.method == "lora":
-        trained = merge_adapters(trained, _backbone_dtype(config), exact=head.name).to(default_device())
+        rate = f"reward.train.learning_rate: {config.learning_rate:g}"
+        trained = merge_adapters(trained, _backbone_dtype(config), head.name, rate).to(default_device())
     head = Head(trained, outputs)
     head.write(*unit.leave(*head.read()))
     return trained

@@ -15,7 +15,7 @@ from dpa.models.half_precision import computes_in_bf16
 from dpa.training.learner import Learner
 from dpa.training.optimizers import MuonWithAdamW
 from dpa.training.passes import first_plan
-from dpa.training.ranks import ranks
+from dpa.training.ranks import any_of, least_of, ranks
 from dpa.training.trainers import lora_adapters, trackers
 
 
@@ -66,13 +66,14 @@ def units_a_pass(
     learner: Learner[Any], asked: int | str, model: Any, longest: int, most: int, shared: dict[str, Any]
 ) -> int:
     """Units (pairs, answers) of `longest` tokens in a pass: what is asked, or for `auto` what fits, 4 on a CPU, so that
-    the passes of a step of `most` are alike. `shared` is told whether activations are computed twice for it."""
+    the passes of a step of `most` are alike. `shared` is told whether activations are computed twice for it. Ranks have
+    other memory free each, and passes of one size: theirs must be as many."""
     if asked != "auto":
         return int(asked)
     recompute, lora = learner.config.gradient_checkpointing, learner.config.lora is not None
     first = first_plan(model, recompute, longest, most, learner.section, shared["bf16"], adapters=lora)
-    shared["gradient_checkpointing"] = first.recompute
-    fits = min(first.units, most if torch.cuda.is_available() else 4)
+    shared["gradient_checkpointing"] = any_of(first.recompute)
+    fits = min(least_of(first.units), most if torch.cuda.is_available() else 4)
     return next(units for units in range(fits, 0, -1) if most % units == 0)
 
 

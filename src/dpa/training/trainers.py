@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_finetuning.py tests/test_passes.py
 """
 
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
@@ -22,10 +24,16 @@ from dpa.storage.progress import ProgressBar
 from dpa.storage.stopping import StopOnSignal
 from dpa.training.ranks import any_of
 
+LEAST_KEPT = 0.5
+"""Share of an update that may be left after rounding without a word."""
+
+_log = logging.getLogger(__name__)
+
 
 class StopsAtBadStep:
     """Mixin before a Trainer class: a loss or a gradient that is NaN or infinite is logged and ends training before the
-    optimizer step. Use it with `logging_nan_inf_filter=False`, whose default hides such a loss.
+    optimizer step, and no step is taken after the last. Use it with `logging_nan_inf_filter=False`, whose default hides
+    such a loss.
 
     The gradient's norm is the one that clipping has measured, and it is read together with the losses of the step's
     passes: the card is waited for once a step.
@@ -44,6 +52,14 @@ class StopsAtBadStep:
             return norm
 
         accelerator.clip_grad_norm_ = clip_and_check
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of one optimizer step; none where all steps are taken. A Trainer that goes on from the last
+        checkpoint of a fractional number of epochs would take one more."""
+        state: Any = self.state  # type: ignore[attr-defined]
+        if 0 < state.max_steps <= state.global_step:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass."""
@@ -179,17 +195,40 @@ def bad_step(what: str, value: float, state: TrainerState, args: TrainingArgumen
     )
 
 
-def merge_adapters(model: Any, dtype: torch.dtype, exact: str | None = None) -> Any:
+def merge_adapters(model: Any, dtype: torch.dtype, exact: str | None = None, rate: str | None = None) -> Any:
     """The model with its adapters added to its weights, on the CPU, in `dtype` (fp32: the module named `exact`).
 
-    They are added in fp32: in bf16 most of a small update would be rounded away.
+    They are added in fp32: in bf16 most of a small update would be rounded away. The sum's rounding does the same where
+    the update is small beside the weights; `rate`, the field they were trained at and its value, is then warned of.
     """
+    share = 1.0 if rate is None or dtype == torch.float32 else kept_share(model, dtype)
+    if share < LEAST_KEPT:
+        _log.warning(
+            "%s, but only %.0f%% of what its adapters learned is left in the %s weights that are saved: smaller "
+            "changes are rounded away; raise it.",
+            *(rate, 100 * share, str(dtype).removeprefix("torch.")),
+        )
     merged = model.to("cpu", torch.float32).merge_and_unload()
     for name, parameter in merged.named_parameters():
         if exact is None or not name.startswith(f"{exact}."):
             parameter.data = parameter.data.to(dtype)
     merged.config.dtype = dtype
     return merged
+
+
+@torch.no_grad()
+def kept_share(model: Any, dtype: torch.dtype) -> float:
+    """How much of its adapters' update is left in weights of `dtype`: the projection, on it, of the rounded one."""
+    kept, whole = 0.0, 0.0
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            weight = layer.get_base_layer().weight.float()
+            update = sum(layer.get_delta_weight(name) for name in layer.active_adapters).float()
+            rounded = (weight + update).to(dtype).float() - weight
+            kept += float((rounded * update).sum())
+            whole += float(update.square().sum())
+    return kept / whole if whole else 1.0
 
 
 def trackers(names: Sequence[str], section: str) -> list[str] | str:
