@@ -79,8 +79,9 @@ class _Trainer(StopsAtBadStep, DPOTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The share of this pass in the loss of its step."""
+        config: Any = self.args
         shares = _counts(inputs) / self._of_step
-        self.loss_weights = [weight * share for weight, share in zip(self.args.loss_weights, shares, strict=False)]
+        self.loss_weights = [weight * share for weight, share in zip(config.loss_weights, shares, strict=False)]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def with_margins(self, columns: dict[str, list[Any]], margins: Sequence[float], together: int) -> None:
