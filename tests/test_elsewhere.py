@@ -273,6 +273,18 @@ def test_what_cannot_be_handed_over_is_said_in_one_sentence(tmp_path: Path) -> N
         assert not (tmp_path / "data").exists()
 
 
+def test_what_was_trained_in_the_folder_is_not_replaced_with_it(tmp_path: Path) -> None:
+    with open_run(tmp_path) as loop:
+        fill(loop, shards=1)
+        for form, held_out in (("messages", 0.4), ("trl", 0.0)):  # what dpa wrote is
+            hand_over(loop, 1, tmp_path / "data", DataSettings(form=form, held_out=held_out))
+        (tmp_path / "data" / "trained").mkdir()
+        (tmp_path / "data" / "trained" / "model.safetensors").write_bytes(b"hours")
+        with pytest.raises(ConfigError, match="holds trained, which dpa did not write and would delete; move it away"):
+            hand_over(loop, 1, tmp_path / "data", DataSettings())
+        assert (tmp_path / "data" / "trained" / "model.safetensors").read_bytes() == b"hours"
+
+
 def test_lora_adapters_are_merged_into_the_policy_they_were_trained_on(tmp_path: Path) -> None:
     with open_run(tmp_path) as loop:
         base, tokenizer = load_policy(loop.policy(0), device="cpu")
