@@ -301,10 +301,10 @@ def test_fault_17_resumes_once_there_is_room(tmp_path: Path, small_disk: Path) -
 
 def test_fault_18_too_little_free_space_is_refused_before_work_starts(tmp_path: Path) -> None:
     config = run_config(tmp_path / "run")
+    with RunFolder(config.out).open(config) as folder:
+        folder.check_room(1000)
     with pytest.raises(RunFolderError, match=r"has .* GB free and the run needs about 1000000000\.0 GB.*--ignore-free"):
-        RunFolder(config.out).open(config, needed_bytes=10**18)
-    RunFolder(config.out).open(config, needed_bytes=10**18, ignore_free_space=True).close()
-    RunFolder(config.out).open(config, needed_bytes=1000).close()
+        folder.check_room(10**18)
 
 
 def test_fault_19_a_second_process_names_the_first_and_kill_frees_the_lock(tmp_path: Path, fake_run: Callable) -> None:

@@ -24,6 +24,7 @@ from dpa.recipes.results import (
     results_of,
     write_policy_card,
 )
+from dpa.recipes.room import needed_bytes
 from dpa.recipes.run import shown
 from dpa.stages.finetune import finetune_policy
 from dpa.stages.rollout import ask, rollout
@@ -37,8 +38,11 @@ from dpa.training.ranks import is_first
 class Loop(LoopRun):
     """One run folder and the stages of the method over it. Raises UserError subclasses for what the user can mend."""
 
-    def run(self) -> Path:
-        """The whole loop; returns the path of the report."""
+    def run(self, ignore_free_space: bool = False) -> Path:
+        """The whole loop; returns the path of the report. Refused where the disk looks too full for what is left."""
+        if not ignore_free_space:
+            prompts = len(self.prompts(1)) if self.config.iterations else 0
+            self._folder.check_room(needed_bytes(self.config, prompts))
         self.look_ahead()
         if self.config.ratings:
             self.read_ratings()

@@ -14,7 +14,8 @@ from rich.console import Console
 from dpa.core.config import RewardRunConfig
 from dpa.core.errors import ConfigError
 from dpa.core.records import Ledger, Prompt
-from dpa.recipes.checks import check_rated, check_rewards, inputs_of, needed_attributes, needed_bytes
+from dpa.recipes.checks import check_rated, check_rewards, inputs_of, needed_attributes
+from dpa.recipes.room import needed_bytes
 from dpa.scoring.reward_model import RECORD
 from dpa.stages.ratings import leave_out, load_ratings, print_summary, read_ratings, save_ratings
 from dpa.stages.train_reward import print_quality, require_better_than_mean, train_reward
@@ -84,12 +85,12 @@ class RatedRows:
 class RewardRun:
     """A run folder whose run ends with its reward model, open. Raises UserError subclasses for what can be mended."""
 
-    def __init__(self, config: RewardRunConfig, ignore_free_space: bool = False) -> None:
+    def __init__(self, config: RewardRunConfig) -> None:
         check_rewards(config)
         self.config, self.folder = config, RunFolder(config.out)
         self._open = ExitStack()
         self._open.callback(self.folder.close)
-        self.folder.open(config, inputs_of(config), needed_bytes(config), ignore_free_space)
+        self.folder.open(config, inputs_of(config))
         self._rated = RatedRows(config, self.folder, Console())
 
     def __enter__(self) -> Self:
@@ -99,8 +100,11 @@ class RewardRun:
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
 
-    def run(self) -> Path:
-        """Read the rated rows and train the reward model; returns its folder. The same call resumes."""
+    def run(self, ignore_free_space: bool = False) -> Path:
+        """Read the rated rows and train the reward model; returns its folder. The same call resumes. Refused where the
+        disk looks too full for what is left."""
+        if not ignore_free_space:
+            self.folder.check_room(needed_bytes(self.config))
         facts, train = self.train_reward(show=True), self.config.reward.train
         if train is not None and not train.allow_worse_than_mean:
             require_better_than_mean(facts, needed_attributes(self.config.space.build()))

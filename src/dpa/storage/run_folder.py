@@ -43,21 +43,19 @@ class RunFolder(Closing):
         self,
         config: BaseModel,
         inputs: Mapping[str, Path] | None = None,
-        needed_bytes: int = 0,
-        ignore_free_space: bool = False,
         share: Share | None = None,
         join: bool = False,
     ) -> "RunFolder":
-        """Lock the folder, check that it belongs to this configuration and these inputs, and that there is room.
+        """Lock the folder, and check that it belongs to this configuration and these inputs.
 
         `share`: this process makes one share of a stage, beside others (storage/locks.py); it calls `let_others_in`
         once what they all need is there. `join`: another rank of the same launch holds the lock; nothing is written.
 
         `inputs`: field -> local file or folder whose content the run depends on (prompts, ratings); its SHA-256 is
-        part of the run's identity. `needed_bytes`: an estimate of what the run will write.
+        part of the run's identity.
 
         Raises RunFolderError: locked by another process (which it names), another configuration or input (each
-        difference on its line), too little free space, not writable.
+        difference on its line), not writable.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -66,12 +64,6 @@ class RunFolder(Closing):
             raise disk_error(error, self.path, "opening the run folder") from None
         try:
             check_identity(self.path, config, inputs or {}, may_write=not self._lock.shared)
-            free = shutil.disk_usage(self.path).free
-            if free < needed_bytes and not ignore_free_space:
-                raise RunFolderError(
-                    f"out: {self.path} has {_gigabytes(free)} free and the run needs about "
-                    f"{_gigabytes(needed_bytes)}; free some space, choose another folder, or pass --ignore-free-space."
-                )
         except BaseException:
             self.close()
             raise
@@ -82,6 +74,15 @@ class RunFolder(Closing):
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def check_room(self, needed: int) -> None:
+        """Raises RunFolderError where the disk has fewer bytes free than what is still to be done needs."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise RunFolderError(
+                f"out: {self.path} has {_gigabytes(free)} free and the run needs about {_gigabytes(needed)}; free some "
+                "space, choose another folder, or pass --ignore-free-space."
+            )
 
     def let_others_in(self) -> None:
         """The folder is ready for the other shares."""
