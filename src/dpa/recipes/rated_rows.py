@@ -23,6 +23,7 @@ from dpa.storage.memory import peak_memory
 from dpa.storage.progress import AtWork
 from dpa.storage.run_folder import RunFolder
 from dpa.storage.stopping import end_on_signal
+from dpa.training.trainers import CountSeconds
 
 
 class RatedRows:
@@ -44,20 +45,20 @@ class RatedRows:
         if train is None:
             raise ConfigError("reward.train: not configured; add the section, or use `reward.folder` as it is.")
         stage, model = self.folder.stage(None, "train_reward"), self.folder.path / "reward_model"
-        if not stage.done:  # a model that nobody sealed, or that has changed since
+        if not stage.done and (stage.path / "done.json").exists():  # not as it was sealed: trained again
             (model / RECORD).unlink(missing_ok=True)
-        begun = time.monotonic()
+        begun, seconds = time.monotonic(), CountSeconds()
         table, summary = self._read(held_out)
         check_rated(self.config.reward, summary)
         scales = {name: tuple(about["scale"]) for name, about in summary["attributes"].items()}
-        facts = train_reward(table, scales, train, model, self.config.seed, self.config.remote_code_revision)
+        facts = train_reward(table, scales, train, model, self.config.seed, self.config.remote_code_revision, seconds)
         if not stage.done:
             done = facts["training"]
             ledger = Ledger(
                 training_tokens=int(done["train_tokens"] * done["epochs"]),
                 rows=done["train_rows"],
                 rejects=done["rejected_rows"],
-                wall_s=time.monotonic() - begun,
+                wall_s=seconds.earlier + time.monotonic() - begun,
                 peak_memory=peak_memory(),
             )
             stage.finish(ledger, sealed=[model])
