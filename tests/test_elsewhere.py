@@ -148,6 +148,13 @@ def test_trl_trains_by_the_cards_lines_on_dpas_own_tokens_and_the_run_goes_on_fr
         assert again.stage(1, "finetune").done  # sealed: `dpa run` goes on from it
         (again.policy_folder(1) / "model.safetensors").write_bytes(b"damaged")
         assert not again.stage(1, "finetune").done
+        with pytest.raises(
+            RunFolderError, match=r"trained elsewhere .*`dpa adopt .*data/trained .*run -t 1`\), or delete"
+        ):
+            again.finetune(1)  # never replaced by another one without a word
+        assert take_in(again, 1, trained) == []
+        shutil.rmtree(again.policy_folder(1))
+        assert again.finetune(1).training_tokens > 0
 
 
 def test_a_direction_is_what_makes_the_difference_and_none_is_the_bare_question(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpa.core.errors import RunFolderError
 from dpa.core.records import Ledger
 from dpa.pages.report import write_report
 from dpa.recipes.checks import check_candidates, check_iteration
@@ -22,6 +23,7 @@ from dpa.recipes.results import (
     measured_stages,
     publish,
     results_of,
+    trained_elsewhere,
     write_policy_card,
 )
 from dpa.recipes.room import needed_bytes
@@ -106,6 +108,11 @@ class Loop(LoopRun):
         """Finetune from the policy of t - 1 on the rows that this iteration's learner reads."""
         check_iteration(self.config, t)
         stage, learn = self.stage(t, "finetune"), self.learner(t)
+        if not stage.done and (source := trained_elsewhere(self, t)):
+            raise RunFolderError(
+                f"iteration {t}: {self.policy_folder(t)} was trained elsewhere and is not whole; adopt it again "
+                f"(`dpa adopt {source['folder']} {self.path} -t {t}`), or delete it to train it here."
+            )
         scorer = self.scorer if learn.reads == "prompts" and not stage.done else None
         if scorer is None and not stage.done:
             self.let_scorer_go()

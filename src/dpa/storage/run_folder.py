@@ -208,7 +208,7 @@ class StageFolder:
         for place, sealed in record.sealed.items():
             trouble = broken(Path(os.path.normpath(self.path / place)), sealed)
             if trouble is not None:
-                _log.warning("%s: %s; it is never used, and is made again.", self.name, trouble)
+                _log.warning("%s: %s; it is never used, and has to be made again.", self.name, trouble)
                 return False
         return True
 
