@@ -4,6 +4,7 @@ Run: pytest tests/test_faults_storage.py
 The numbers in the names are those of the project's list of faults.
 """
 
+import errno
 import json
 import logging
 import os
@@ -107,6 +108,33 @@ def test_fault_03_a_damaged_shard_is_named_set_aside_and_made_again(
             bytes(data) if damage == "flipped bit" else bytes(data[: len(data) // 2])
         )
         assert any("shard-00001.parquet is damaged" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("name", ["shard-00001.parquet", "shard-00001.json", "done.json"])
+def test_fault_01_a_read_that_fails_for_a_moment_condemns_nothing(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path)
+    run.go()
+    stage, before = run.stage("rollout"), {file.name for file in (tmp_path / "rollout").iterdir()}
+
+    def fails(whole: Callable) -> Callable:
+        def read(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path == stage.path / name:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return whole(path, *arguments, **options)
+
+        return read
+
+    with monkeypatch.context() as disk:
+        for method in ("open", "read_bytes", "read_text"):
+            disk.setattr(Path, method, fails(getattr(Path, method)))
+        with pytest.raises(StorageError, match=rf"{name}: reading failed \(Input/output error\); check the disk"):
+            assert stage.done
+        with pytest.raises(StorageError, match="Input/output error"):
+            stage.whole_table()
+    assert {file.name for file in stage.path.iterdir()} == before
+    assert stage.done
 
 
 def test_fault_03_a_damaged_record_is_made_again(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from dpa.core.compare_config import CompareConfig
 from dpa.core.config import RunConfig, resolved
-from dpa.core.errors import DpaError, EngineError, RunFolderError
+from dpa.core.errors import DamageError, DpaError, EngineError, RunFolderError
 from dpa.pages.comparison import write_comparison
 from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.methods import METHODS, compared
@@ -117,7 +117,7 @@ class ComparisonJob:
         fields = ("ledger", "reward_model") if self.method is None else ("policies", "cost")
         try:
             return read_record(file, fields)
-        except DpaError as error:
+        except DamageError as error:
             _log.warning("compare: %s; it is made again.", str(error).split("; ")[0])
             return None
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from dpa.core.closing import Closing
-from dpa.core.errors import DpaError, RunFolderError, StorageError
+from dpa.core.errors import DamageError, DpaError, RunFolderError
 from dpa.core.records import Ledger
 from dpa.storage.identity import check_identity
 from dpa.storage.locks import RunLock, Share
@@ -199,7 +199,7 @@ class StageFolder:
             return False
         try:
             record = self._done()
-        except StorageError as error:
+        except DamageError as error:
             _log.warning("%s: its done-record does not count: %s", self.name, str(error).split("; ")[0])
             return False
         whole = [self.shard_digest(number) for number in range(len(record.shards))]
@@ -259,16 +259,16 @@ class StageFolder:
         return self._must(number).rejects
 
     def table(self, number: int) -> pa.Table:
-        """A shard's table, every byte verified; StorageError when it is damaged or not there."""
+        """A shard's table, every byte verified; DamageError when it is damaged or not there."""
         table = self.shard(number)
         if table is None:
-            raise StorageError(f"{self._data_file(number)} is damaged or missing; run the same command again.")
+            raise DamageError(f"{self._data_file(number)} is damaged or missing; run the same command again.")
         return table
 
     def tables(self) -> Iterator[pa.Table]:
         """The finished stage's shards in order, verified.
 
-        Raises RunFolderError when the stage is not finished, StorageError when a shard turns out damaged.
+        Raises RunFolderError when the stage is not finished, DamageError when a shard turns out damaged.
         """
         for number in range(self.shards):
             yield self.table(number)
@@ -328,7 +328,7 @@ class StageFolder:
             yield
         except RunFolderError:  # the file is gone
             return
-        except StorageError as error:
+        except DamageError as error:
             if not self.mine(number):
                 return  # its own worker does it, or is writing it again at this moment
             file = self._data_file(number)
