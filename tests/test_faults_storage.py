@@ -97,7 +97,7 @@ def test_fault_03_a_damaged_shard_is_named_set_aside_and_made_again(
             file.write_bytes(data[: len(data) // 2])
         case "deleted":
             file.unlink()
-    with pytest.raises(StorageError, match=r"shard-00001\.parquet is damaged or missing"):
+    with pytest.raises(StorageError, match=rf"shard-00001\.parquet is damaged or missing; run `dpa {stage} -t 1`"):
         list(run.stage(stage).tables())  # never handed to training
     assert not run.stage(stage).done
     sampler = run.go()
@@ -111,7 +111,7 @@ def test_fault_03_a_damaged_shard_is_named_set_aside_and_made_again(
 
 
 @pytest.mark.parametrize("name", ["shard-00001.parquet", "shard-00001.json", "done.json"])
-def test_fault_01_a_read_that_fails_for_a_moment_condemns_nothing(
+def test_fault_03_a_read_that_fails_for_a_moment_condemns_nothing(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(tmp_path)

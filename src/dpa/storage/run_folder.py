@@ -262,7 +262,9 @@ class StageFolder:
         """A shard's table, every byte verified; DamageError when it is damaged or not there."""
         table = self.shard(number)
         if table is None:
-            raise DamageError(f"{self._data_file(number)} is damaged or missing; run the same command again.")
+            place, _, verb = self.name.partition("/")
+            maker = f"`dpa {verb.split('/')[0]} -t {place.removeprefix('iter_')}`" if verb else "the same command"
+            raise DamageError(f"{self._data_file(number)} is damaged or missing; run {maker} again.")
         return table
 
     def tables(self) -> Iterator[pa.Table]:
