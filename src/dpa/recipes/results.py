@@ -73,9 +73,12 @@ def knows_targets(run: Run, t: int) -> bool:
 
 
 def _about(run: Run, t: int) -> dict[str, Any]:
-    """What stands beside the weights of the policy of t; nothing where it is not there."""
+    """What stands beside the weights of the policy of t; nothing where it is not there, or is damaged."""
     file = run.policy_folder(t) / SPACE_FILE
-    about = read_json(file) if file.is_file() else {}
+    try:
+        about = read_json(file) if file.is_file() else {}
+    except DamageError:
+        about = {}
     return about if isinstance(about, dict) else {}
 
 
