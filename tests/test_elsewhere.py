@@ -148,6 +148,13 @@ def test_trl_trains_by_the_cards_lines_on_dpas_own_tokens_and_the_run_goes_on_fr
         assert again.stage(1, "finetune").done  # sealed: `dpa run` goes on from it
         (again.policy_folder(1) / "model.safetensors").write_bytes(b"damaged")
         assert not again.stage(1, "finetune").done
+        with pytest.raises(
+            RunFolderError, match=r"trained elsewhere .*`dpa adopt .*data/trained .*run -t 1`\), or delete"
+        ):
+            again.finetune(1)  # never replaced by another one without a word
+        assert take_in(again, 1, trained) == []
+        shutil.rmtree(again.policy_folder(1))
+        assert again.finetune(1).training_tokens > 0
 
 
 def test_a_direction_is_what_makes_the_difference_and_none_is_the_bare_question(tmp_path: Path) -> None:
@@ -271,6 +278,18 @@ def test_what_cannot_be_handed_over_is_said_in_one_sentence(tmp_path: Path) -> N
         with pytest.raises(ConfigError, match="no data set that dpa wrote"):
             hand_over(loop, 1, tmp_path / "mine", DataSettings())
         assert not (tmp_path / "data").exists()
+
+
+def test_what_was_trained_in_the_folder_is_not_replaced_with_it(tmp_path: Path) -> None:
+    with open_run(tmp_path) as loop:
+        fill(loop, shards=1)
+        for form, held_out in (("messages", 0.4), ("trl", 0.0)):  # what dpa wrote is
+            hand_over(loop, 1, tmp_path / "data", DataSettings(form=form, held_out=held_out))
+        (tmp_path / "data" / "trained").mkdir()
+        (tmp_path / "data" / "trained" / "model.safetensors").write_bytes(b"hours")
+        with pytest.raises(ConfigError, match="holds trained, which dpa did not write and would delete; move it away"):
+            hand_over(loop, 1, tmp_path / "data", DataSettings())
+        assert (tmp_path / "data" / "trained" / "model.safetensors").read_bytes() == b"hours"
 
 
 def test_lora_adapters_are_merged_into_the_policy_they_were_trained_on(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Run: pytest tests/test_faults_storage.py
 The numbers in the names are those of the project's list of faults.
 """
 
+import errno
 import json
 import logging
 import os
@@ -96,7 +97,7 @@ def test_fault_03_a_damaged_shard_is_named_set_aside_and_made_again(
             file.write_bytes(data[: len(data) // 2])
         case "deleted":
             file.unlink()
-    with pytest.raises(StorageError, match=r"shard-00001\.parquet is damaged or missing"):
+    with pytest.raises(StorageError, match=rf"shard-00001\.parquet is damaged or missing; run `dpa {stage} -t 1`"):
         list(run.stage(stage).tables())  # never handed to training
     assert not run.stage(stage).done
     sampler = run.go()
@@ -107,6 +108,33 @@ def test_fault_03_a_damaged_shard_is_named_set_aside_and_made_again(
             bytes(data) if damage == "flipped bit" else bytes(data[: len(data) // 2])
         )
         assert any("shard-00001.parquet is damaged" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("name", ["shard-00001.parquet", "shard-00001.json", "done.json"])
+def test_fault_03_a_read_that_fails_for_a_moment_condemns_nothing(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path)
+    run.go()
+    stage, before = run.stage("rollout"), {file.name for file in (tmp_path / "rollout").iterdir()}
+
+    def fails(whole: Callable) -> Callable:
+        def read(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path == stage.path / name:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return whole(path, *arguments, **options)
+
+        return read
+
+    with monkeypatch.context() as disk:
+        for method in ("open", "read_bytes", "read_text"):
+            disk.setattr(Path, method, fails(getattr(Path, method)))
+        with pytest.raises(StorageError, match=rf"{name}: reading failed \(Input/output error\); check the disk"):
+            assert stage.done
+        with pytest.raises(StorageError, match="Input/output error"):
+            stage.whole_table()
+    assert {file.name for file in stage.path.iterdir()} == before
+    assert stage.done
 
 
 def test_fault_03_a_damaged_record_is_made_again(tmp_path: Path) -> None:
@@ -301,10 +329,10 @@ def test_fault_17_resumes_once_there_is_room(tmp_path: Path, small_disk: Path) -
 
 def test_fault_18_too_little_free_space_is_refused_before_work_starts(tmp_path: Path) -> None:
     config = run_config(tmp_path / "run")
+    with RunFolder(config.out).open(config) as folder:
+        folder.check_room(1000)
     with pytest.raises(RunFolderError, match=r"has .* GB free and the run needs about 1000000000\.0 GB.*--ignore-free"):
-        RunFolder(config.out).open(config, needed_bytes=10**18)
-    RunFolder(config.out).open(config, needed_bytes=10**18, ignore_free_space=True).close()
-    RunFolder(config.out).open(config, needed_bytes=1000).close()
+        folder.check_room(10**18)
 
 
 def test_fault_19_a_second_process_names_the_first_and_kill_frees_the_lock(tmp_path: Path, fake_run: Callable) -> None:

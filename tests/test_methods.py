@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import toy_method
 import yaml
+from damage import damage
 from toy_run import toy_config
 
 from dpa.core.compare_config import load_comparison
 from dpa.core.config import resolved
-from dpa.core.errors import ConfigError
+from dpa.core.errors import ConfigError, EngineError, StorageError
 from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.methods import METHODS, compared
 from dpa.recipes.compare import Comparison
@@ -76,6 +77,49 @@ def test_a_method_that_is_a_file_and_a_line_is_trained_measured_and_reported(tmp
     assert replace(above, config=other).ground is None, "other settings train another policy"
     assert "a toy" in page.read_text() and "#123456" in page.read_text() and "#abcdef" in page.read_text()
     assert (tmp_path / "out" / "seed_0" / "toy" / "job.json").is_file()
+
+
+def train_on_scores(lab: Lab) -> list[Trained]:
+    """The toy's policy, by a method that reads what its seed shares."""
+    assert len(lab.rated_scores()) == len(lab.rated)
+    return toy_method.train(lab)
+
+
+def test_what_turns_out_damaged_is_made_again_by_the_same_command(
+    tmp_path: Path, registered: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "toy", replace(toy_method.METHOD, train=train_on_scores))
+    comparison = Comparison(load_comparison(toy_comparison(tmp_path, methods=["toy", "pooled"])))
+    jobs = [*comparison.shared, *comparison.jobs]
+
+    def report() -> bytes:
+        for job in jobs:
+            job.run()  # what is done is left alone
+        return comparison.report().with_name("results.json").read_bytes()
+
+    before, seed = report(), tmp_path / "out" / "seed_0"
+    (shared,), toy = comparison.shared, next(job for job in jobs if job.place == "toy")
+    (measured,) = (seed / "toy" / "measure").glob("*/score/shard-00000.parquet")
+    again = r"run the same command again, and it is made again\.$"
+
+    damage(measured, "a flipped bit")
+    with pytest.raises(StorageError, match=rf"score/shard-00000\.parquet is damaged or missing; {again}"):
+        comparison.report()
+    assert not toy.done and report() == before
+
+    (toy.folder / "job.json").unlink()
+    damage(seed / "shared" / "iter_0" / "score" / "shard-00000.parquet", "a flipped bit")
+    with pytest.raises(StorageError, match=again):
+        toy.run()
+    assert not shared.done
+    with pytest.raises(EngineError, match="no job is done"):
+        comparison.report()  # nothing is reported beside what is made again
+    assert report() == before
+
+    damage(seed / "shared" / "iter_0" / "evaluate" / "evaluation.json", "deleted")
+    with pytest.raises(StorageError, match=rf"evaluation\.json is gone; {again}"):
+        comparison.report()
+    assert report() == before
 
 
 def test_only_names_that_are_registered_are_compared(tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fakes import run_config
 
 from dpa.core.errors import DataError, RejectRateError
 from dpa.core.records import Prompt
+from dpa.recipes.dpa import Loop
 from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
+from dpa.stages.ratings import read_ratings
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -59,9 +62,28 @@ def test_csv_parquet_and_folders(tmp_path: Path) -> None:
 def test_too_many_bad_rows_stop_with_counts(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "p.jsonl", [{"prompt": "ok"}, {"prompt": ""}, {"prompt": " "}, {"prompt": 3}])
     with pytest.raises(
-        RejectRateError, match=r"3 of 4 rows .* more than 5% \(2 x prompt is empty, 1 x prompt is int, not text\)"
+        RejectRateError,
+        match=r"^evaluate\.prompts: 3 of 4 rows .* more than rollout\.max_reject_rate 0\.05 \(2 x prompt is empty, "
+        r"1 x prompt is int, not text\); mend the file or raise it\.$",
     ):
-        read_prompts(path)
+        read_prompts(path, field="evaluate.prompts")
+
+
+def test_what_cannot_be_read_is_named_by_its_field(tmp_path: Path) -> None:
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    rated = {"path": str(tmp_path / "nowhere.csv"), "scales": {"helpfulness": [0, 4], "verbosity": [0, 4]}}
+    changes = {
+        "prompts": {"path": str(tmp_path / "promts.jsonl")},
+        "evaluate": {"prompts": {"path": str(tmp_path / "torn.parquet")}},
+        "ratings": [rated],
+    }
+    with Loop(run_config(tmp_path / "run", **changes)) as loop:
+        with pytest.raises(DataError, match=r"^prompts\.path: no file at .*promts\.jsonl; give a"):
+            assert loop.training_prompts
+        with pytest.raises(DataError, match=r"^evaluate\.prompts\.path: .*torn\.parquet cannot be read"):
+            assert loop.held_out
+        with pytest.raises(DataError, match=r"^ratings\.0\.path: no file at .*nowhere\.csv"):
+            read_ratings(loop.config.ratings)
 
 
 def test_a_wrong_column_is_named(tmp_path: Path) -> None:

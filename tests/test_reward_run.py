@@ -15,6 +15,7 @@ from dpa.core.records import stable_hash
 from dpa.recipes.dpa import Loop
 from dpa.recipes.rated_rows import RewardRun
 from dpa.stages.ratings import read_ratings
+from dpa.storage.run_folder import StageFolder
 from dpa.storage.tables import write_json
 
 ROWS = [
@@ -57,6 +58,28 @@ def test_a_run_without_a_policy_ends_with_its_reward_model_and_is_resumed(tmp_pa
             folder = run.run()
     record = json.loads((folder / "dpa_reward.json").read_text())
     assert record["attributes"] == ["length", "cheer", "chance"] and (folder / "model.safetensors").is_file()
+
+
+def test_a_reward_model_is_not_trained_again_where_a_kill_came_before_its_seal(
+    fields: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RewardRunConfig(**fields)
+    trained = Path(config.out) / "reward_model"
+    with monkeypatch.context() as killed, RewardRun(config) as run:
+        killed.setattr(StageFolder, "finish", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.run()
+    (trained.with_name("reward_model.training") / "inputs" / "checkpoint-3").mkdir(parents=True)
+    before = (trained / "model.safetensors").stat().st_mtime_ns
+    with RewardRun(config) as run:
+        run.run()
+        assert run.folder.stage(None, "train_reward").done
+    assert (trained / "model.safetensors").stat().st_mtime_ns == before
+    assert not trained.with_name("reward_model.training").exists()
+    (trained / "model.safetensors").write_bytes(b"damaged")
+    with RewardRun(config) as run:
+        run.run()  # one that has changed since it was sealed is
+        assert run.folder.stage(None, "train_reward").done
 
 
 def test_a_reward_model_no_better_than_the_mean_ends_the_run_with_a_sentence(fields: dict) -> None:

@@ -32,6 +32,7 @@ from dpa.training.reward_rows import RatedExample, split_by_prompt
 from dpa.training.reward_trainer import UNMARKED, masked_mse
 from dpa.training.reward_training import train_reward_model
 from dpa.training.ridge import fit_ridge
+from dpa.training.trainers import CountSeconds
 
 NAN = float("nan")
 ATTRIBUTES = ("long", "short")
@@ -378,7 +379,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half of a")
     settings = config(backbone, batch_size=1, epochs=2.5)
-    train_reward_model(examples(), ATTRIBUTES, SCALES, settings, out)
+    seconds = CountSeconds()
+    train_reward_model(examples(), ATTRIBUTES, SCALES, settings, out, seconds=seconds)
+    assert seconds.earlier > 0, "what the killed process took is not lost"
     train_reward_model(examples(), ATTRIBUTES, SCALES, settings, tmp_path / "whole")
     resumed, whole = ((folder / "model.safetensors").read_bytes() for folder in (out, tmp_path / "whole"))
     assert resumed == whole

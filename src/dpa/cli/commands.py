@@ -84,8 +84,8 @@ def run(
     """Run the whole loop, or as far as the configuration goes; the same command resumes it."""
     flags = {"iterations": iterations, "out": out, "cluster.processes": processes}
     given = {name: as_yaml(value) for name, value in flags.items() if value is not None}
-    with _any_run(config, overrides, given, ignore_free_space) as opened:
-        made = opened.run()
+    with _any_run(config, overrides, given) as opened:
+        made = opened.run(ignore_free_space)
         if made.is_file():
             from dpa.recipes.results import next_step
 
@@ -276,23 +276,21 @@ def _load(path: Path, overrides: list[str] | None, flags: dict[str, str] | None 
     return load_config(path, {**overridden(overrides), **(flags or {})})
 
 
-def _any_run(
-    path: Path, overrides: list[str] | None, flags: dict[str, str] | None = None, ignore_free_space: bool = False
-) -> "Loop | RewardRun":
+def _any_run(path: Path, overrides: list[str] | None, flags: dict[str, str] | None = None) -> "Loop | RewardRun":
     """The run of a configuration, open: the loop, or what ends with its reward model."""
     from dpa.core.config import RunConfig, load_run
     from dpa.recipes.rated_rows import RewardRun
 
     config = load_run(path, {**overridden(overrides), **(flags or {})})
     if isinstance(config, RunConfig):
-        return _loop(config, ignore_free_space)
-    return RewardRun(config, ignore_free_space)
+        return _loop(config)
+    return RewardRun(config)
 
 
-def _loop(config: "RunConfig", ignore_free_space: bool = False, shard: str | None = None) -> "Loop":
+def _loop(config: "RunConfig", shard: str | None = None) -> "Loop":
     from dpa.storage.locks import Share
 
     share = None if shard is None else Share.parse(shard)
     from dpa.recipes.dpa import Loop
 
-    return Loop(config, ignore_free_space, share)
+    return Loop(config, share)

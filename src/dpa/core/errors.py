@@ -11,6 +11,7 @@ traceback and exits with the class's `exit_code`. Programmers' mistakes stay ass
     │   ├── ModelFileError          a model folder that is unsafe, incomplete or of the wrong kind
     │   └── RunFolderError          a run folder that belongs to another run, is locked or cannot be written
     ├── StorageError            1   the disk failed or is full
+    │   └── DamageError             a file was read, and is not what was written
     ├── RejectRateError         1   more rows were rejected than `max_reject_rate` allows
     ├── EngineError             1   a sampler or scorer failed beyond its retries
     ├── TrainingError           1   training diverged (NaN or infinite loss), or gave nothing better than a mean
@@ -64,6 +65,10 @@ class RunFolderError(UserError):
 
 class StorageError(DpaError):
     """The disk refused a read or a write; the message has the path and the bytes."""
+
+
+class DamageError(StorageError):
+    """A file was read and is not what was written, so that it can be made again; a read that fails proves nothing."""
 
 
 class RejectRateError(DpaError):

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a run before any work starts, and what it will need.
+"""What can be known to be wrong with a run before any work starts.
 Run its tests: pytest tests/test_loop_options.py
 """
 
@@ -124,19 +124,3 @@ def inputs_of(config: RewardRunConfig) -> dict[str, Path]:
     files = {field: Path(path) for field, path in named.items()}
     files |= {field: file for field, function in functions.items() if (file := function_file(function)) is not None}
     return {field: file for field, file in files.items() if file.exists()}
-
-
-def needed_bytes(config: RewardRunConfig) -> int:
-    """A rough upper estimate of what the run writes: candidates, and one policy an iteration; or the reward model."""
-    if not isinstance(config, RunConfig):
-        return _weights(config.reward.train.backbone) if config.reward.train else 0
-    prompts = config.prompts.count or 0
-    candidates = prompts * config.rollout.directions * config.rollout.samples * max(config.iterations, 1)
-    # A policy is saved each iteration; a checkpoint being written holds the weights and two optimizer moments.
-    return candidates * BYTES_PER_CANDIDATE + _weights(config.policy) * (config.iterations + 1 + 6)
-
-
-def _weights(model: str) -> int:
-    """Bytes of the weights of a folder that is here."""
-    folder = Path(model)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0

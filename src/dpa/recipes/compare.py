@@ -11,7 +11,8 @@ A job is done when its job.json stands. Every job resumes where it was stopped, 
 """
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rich.console import Console
 
 from dpa.core.compare_config import CompareConfig
 from dpa.core.config import RunConfig, resolved
-from dpa.core.errors import DpaError, EngineError, RunFolderError
+from dpa.core.errors import DamageError, EngineError, StorageError
 from dpa.pages.comparison import write_comparison
 from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.methods import METHODS, compared
@@ -117,7 +118,7 @@ class ComparisonJob:
         fields = ("ledger", "reward_model") if self.method is None else ("policies", "cost")
         try:
             return read_record(file, fields)
-        except DpaError as error:
+        except DamageError as error:
             _log.warning("compare: %s; it is made again.", str(error).split("; ")[0])
             return None
 
@@ -126,12 +127,12 @@ class ComparisonJob:
         if self.done:
             return
         if self.method is None:
-            with Loop(self.settings.model_copy(update={"iterations": 0})) as loop:
+            with self.mending(), Loop(self.settings.model_copy(update={"iterations": 0})) as loop:
                 results = read_json(loop.run().with_name("results.json"))
                 loop.prompts(1)  # every method reads them from here
             write_record(self.folder / "job.json", {name: results[name] for name in ("ledger", "reward_model")})
             return
-        with RunFolder(self.folder).open(self.settings):
+        with RunFolder(self.folder).open(self.settings), self.mending():
             lab = self.lab
             policies = [(trained.name, measure(lab, trained)) for trained in self.method.train(lab)]
             write_record(
@@ -141,6 +142,18 @@ class ComparisonJob:
                     "cost": asdict(lab.cost),
                 },
             )
+
+    @contextmanager
+    def mending(self) -> Iterator[None]:
+        """Where something turns out damaged, this job and those it reads from are no longer done: what is whole of them
+        stays, and the same command makes the rest again. Raises StorageError."""
+        try:
+            yield
+        except DamageError as error:
+            for job in filter(None, (self, self.shared, self.ground)):
+                (job.folder / "job.json").unlink(missing_ok=True)
+            found = str(error).split("; ")[0].removesuffix(".")
+            raise StorageError(f"compare: {found}; run the same command again, and it is made again.") from None
 
 
 def measure(lab: Lab, trained: Trained) -> dict[str, Any]:
@@ -175,7 +188,7 @@ class Comparison:
 
     def report(self) -> Path:
         """Write results.json, table.csv and report.html from the jobs that are done."""
-        done = [job for job in self.jobs if job.done]
+        done = [job for job in self.jobs if job.done and job.shared.done]
         if not done:
             raise EngineError("no job is done, so there is nothing to report; look at the log.txt of each.")
         seeds = [seed for seed in self.config.seeds if any(job.seed == seed for job in done)]
@@ -192,7 +205,7 @@ class Comparison:
             "name": self.config.name,
             "version": __version__,
             "seeds": seeds,
-            "missing": [job.name for job in self.jobs if not job.done],
+            "missing": [job.name for job in self.jobs if job not in done],
             "space": example.space.build().to_dict(),
             "config": resolved(self.config),
             "shared": [job.record for job in self.shared if job.seed in seeds],
@@ -206,13 +219,10 @@ class Comparison:
         assert found is not None and job.method is not None, "only jobs that are done are reported"
         if job.method.kind == "subject":
             file = job.shared.folder / "iter_0" / "evaluate" / "evaluation.json"
-            try:
+            with job.mending():
+                if not file.exists():
+                    raise DamageError(f"{file} is gone.")
                 t0 = read_record(file, EVALUATION, optional=None)
-            except DpaError as error:
-                raise RunFolderError(
-                    f"compare: {str(error).split('; ')[0]}; delete {job.shared.folder / 'job.json'} and run the same "
-                    "command again."
-                ) from None
             found = {**found, "policies": [{"name": T0, "evaluation": t0}, *found["policies"]]}
         return found
 
@@ -221,5 +231,6 @@ class Comparison:
         lab = job.lab
         place = (lambda name: lab.shared_stage(0, f"evaluate/{name}")) if policy == T0 else lab.measuring(policy)
         grid_DK = lab.space.grid(lab.config.evaluate.directions)
-        ids = [prompt.prompt_id for prompt in lab.held_out]
-        return scores_by_prompt(place("rollout").whole_table(), lab.measured(place), lab.space, grid_DK, ids)
+        with job.mending():
+            ids = [prompt.prompt_id for prompt in lab.held_out]
+            return scores_by_prompt(place("rollout").whole_table(), lab.measured(place), lab.space, grid_DK, ids)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpa.core.errors import RunFolderError
 from dpa.core.records import Ledger
 from dpa.pages.report import write_report
 from dpa.recipes.checks import check_candidates, check_iteration
@@ -22,8 +23,10 @@ from dpa.recipes.results import (
     measured_stages,
     publish,
     results_of,
+    trained_elsewhere,
     write_policy_card,
 )
+from dpa.recipes.room import needed_bytes
 from dpa.recipes.run import shown
 from dpa.stages.finetune import finetune_policy
 from dpa.stages.rollout import ask, rollout
@@ -37,8 +40,11 @@ from dpa.training.ranks import is_first
 class Loop(LoopRun):
     """One run folder and the stages of the method over it. Raises UserError subclasses for what the user can mend."""
 
-    def run(self) -> Path:
-        """The whole loop; returns the path of the report."""
+    def run(self, ignore_free_space: bool = False) -> Path:
+        """The whole loop; returns the path of the report. Refused where the disk looks too full for what is left."""
+        if not ignore_free_space:
+            prompts = len(self.prompts(1)) if self.config.iterations else 0
+            self._folder.check_room(needed_bytes(self.config, prompts))
         self.look_ahead()
         if self.config.ratings:
             self.read_ratings()
@@ -102,6 +108,11 @@ class Loop(LoopRun):
         """Finetune from the policy of t - 1 on the rows that this iteration's learner reads."""
         check_iteration(self.config, t)
         stage, learn = self.stage(t, "finetune"), self.learner(t)
+        if not stage.done and (source := trained_elsewhere(self, t)):
+            raise RunFolderError(
+                f"iteration {t}: {self.policy_folder(t)} was trained elsewhere and is not whole; adopt it again "
+                f"(`dpa adopt {source['folder']} {self.path} -t {t}`), or delete it to train it here."
+            )
         scorer = self.scorer if learn.reads == "prompts" and not stage.done else None
         if scorer is None and not stage.done:
             self.let_scorer_go()

@@ -24,7 +24,7 @@ from dpa.recipes.loop_run import LoopRun
 from dpa.recipes.results import write_policy_card
 from dpa.sampling.prompting import Prompting
 from dpa.stages.adopt import adopt
-from dpa.stages.data import DataSettings, Written, write_data
+from dpa.stages.data import SPLITS, DataSettings, Written, write_data
 from dpa.storage.memory import peak_memory
 from dpa.storage.seals import check_in_run
 from dpa.storage.tables import read_json, save_folder_atomically, write_bytes, write_json
@@ -32,6 +32,10 @@ from dpa.training.policy_training import remove_checkpoints
 
 RECORD = "dpa_data.json"
 """In the data set's folder: where it comes from, its space, and the SHA-256 of every file of rows."""
+
+_WRITTEN = {RECORD, "README.md", "policy", "dataset_info.json", "llamafactory.yaml", "axolotl.yaml"}
+_WRITTEN |= {f"{split}.{format}" for split in SPLITS for format in ("parquet", "jsonl")}
+"""Names in the data set's folder that are dpa's to replace."""
 
 _log = logging.getLogger(__name__)
 
@@ -46,13 +50,19 @@ def newest_selection(loop: LoopRun) -> int:
 
 def hand_over(loop: LoopRun, t: int, out: Path, settings: DataSettings, with_policy: bool = True) -> Written:
     """Write the selection of iteration t at `out`: rows, card, record, and the policy of t - 1 with a chat template
-    that reads `preference` and ends its answers. Whole or not at all; another such folder is replaced.
+    that reads `preference` and ends its answers. Whole or not at all; another such folder is replaced, unless it holds
+    what dpa did not write: what was trained in it would be lost.
 
     Raises ConfigError, RunFolderError, DataError, ModelFileError, StorageError.
     """
     check_iteration(loop.config, t)
     if out.exists() and not (out / RECORD).is_file():
         raise ConfigError(f"--out: {out} exists and is no data set that dpa wrote; choose a new folder.")
+    if others := sorted(entry.name for entry in out.glob("*") if entry.name not in _WRITTEN):
+        raise ConfigError(
+            f"--out: {out} holds {', '.join(others)}, which dpa did not write and would delete; move it away, or "
+            "choose a new folder."
+        )
     if loop.learner(t).reads == "prompts":
         raise ConfigError(
             f"learner: {loop.config.learner} samples while it learns, so iteration {t} has selected nothing to write; "

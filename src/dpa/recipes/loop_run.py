@@ -17,7 +17,7 @@ from dpa.core.reference import ModelReference
 from dpa.models.files import GGUF_SUFFIX
 from dpa.models.gguf import dequantise
 from dpa.models.policy import check_policy
-from dpa.recipes.checks import check_run, first_iteration, inputs_of, needed_bytes
+from dpa.recipes.checks import check_run, first_iteration, inputs_of
 from dpa.recipes.rated_rows import RatedRows
 from dpa.recipes.results import evaluation_of
 from dpa.recipes.run import Run, shown
@@ -34,14 +34,12 @@ from dpa.training.ranks import ranks
 class LoopRun(Run):
     """A run folder of the loop, open. Raises UserError subclasses for what the user can mend."""
 
-    def __init__(
-        self, config: RunConfig, ignore_free_space: bool = False, share: Share | None = None, join: bool = False
-    ) -> None:
+    def __init__(self, config: RunConfig, share: Share | None = None, join: bool = False) -> None:
         """Open the run folder. `share`: only this share of the shards of `rollout` and `score` is made, beside other
         processes. `join`: a rank of a launched training whose first rank has opened the folder."""
         check_run(config)
         folder = RunFolder(config.out)
-        folder.open(config, inputs_of(config), needed_bytes(config), ignore_free_space, share, join)
+        folder.open(config, inputs_of(config), share, join)
         super().__init__(config, folder)
         self._rated = RatedRows(config, folder, self.console)
         if share is not None:  # before others come in: what all of them read

@@ -14,7 +14,8 @@ from rich.console import Console
 from dpa.core.config import RewardRunConfig
 from dpa.core.errors import ConfigError
 from dpa.core.records import Ledger, Prompt
-from dpa.recipes.checks import check_rated, check_rewards, inputs_of, needed_attributes, needed_bytes
+from dpa.recipes.checks import check_rated, check_rewards, inputs_of, needed_attributes
+from dpa.recipes.room import needed_bytes
 from dpa.scoring.reward_model import RECORD
 from dpa.stages.ratings import leave_out, load_ratings, print_summary, read_ratings, save_ratings
 from dpa.stages.train_reward import print_quality, require_better_than_mean, train_reward
@@ -22,6 +23,7 @@ from dpa.storage.memory import peak_memory
 from dpa.storage.progress import AtWork
 from dpa.storage.run_folder import RunFolder
 from dpa.storage.stopping import end_on_signal
+from dpa.training.trainers import CountSeconds
 
 
 class RatedRows:
@@ -43,20 +45,20 @@ class RatedRows:
         if train is None:
             raise ConfigError("reward.train: not configured; add the section, or use `reward.folder` as it is.")
         stage, model = self.folder.stage(None, "train_reward"), self.folder.path / "reward_model"
-        if not stage.done:  # a model that nobody sealed, or that has changed since
+        if not stage.done and (stage.path / "done.json").exists():  # not as it was sealed: trained again
             (model / RECORD).unlink(missing_ok=True)
-        begun = time.monotonic()
+        begun, seconds = time.monotonic(), CountSeconds()
         table, summary = self._read(held_out)
         check_rated(self.config.reward, summary)
         scales = {name: tuple(about["scale"]) for name, about in summary["attributes"].items()}
-        facts = train_reward(table, scales, train, model, self.config.seed, self.config.remote_code_revision)
+        facts = train_reward(table, scales, train, model, self.config.seed, self.config.remote_code_revision, seconds)
         if not stage.done:
             done = facts["training"]
             ledger = Ledger(
                 training_tokens=int(done["train_tokens"] * done["epochs"]),
                 rows=done["train_rows"],
                 rejects=done["rejected_rows"],
-                wall_s=time.monotonic() - begun,
+                wall_s=seconds.earlier + time.monotonic() - begun,
                 peak_memory=peak_memory(),
             )
             stage.finish(ledger, sealed=[model])
@@ -84,12 +86,12 @@ class RatedRows:
 class RewardRun:
     """A run folder whose run ends with its reward model, open. Raises UserError subclasses for what can be mended."""
 
-    def __init__(self, config: RewardRunConfig, ignore_free_space: bool = False) -> None:
+    def __init__(self, config: RewardRunConfig) -> None:
         check_rewards(config)
         self.config, self.folder = config, RunFolder(config.out)
         self._open = ExitStack()
         self._open.callback(self.folder.close)
-        self.folder.open(config, inputs_of(config), needed_bytes(config), ignore_free_space)
+        self.folder.open(config, inputs_of(config))
         self._rated = RatedRows(config, self.folder, Console())
 
     def __enter__(self) -> Self:
@@ -99,8 +101,11 @@ class RewardRun:
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
 
-    def run(self) -> Path:
-        """Read the rated rows and train the reward model; returns its folder. The same call resumes."""
+    def run(self, ignore_free_space: bool = False) -> Path:
+        """Read the rated rows and train the reward model; returns its folder. The same call resumes. Refused where the
+        disk looks too full for what is left."""
+        if not ignore_free_space:
+            self.folder.check_room(needed_bytes(self.config))
         facts, train = self.train_reward(show=True), self.config.reward.train
         if train is not None and not train.allow_worse_than_mean:
             require_better_than_mean(facts, needed_attributes(self.config.space.build()))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpa.core.config import EvaluateConfig, resolved
-from dpa.core.errors import StorageError
+from dpa.core.errors import DamageError
 from dpa.models.files import EVALUATION_FILE, SPACE_FILE
 from dpa.pages.card import CARD, card
 from dpa.recipes.checks import first_iteration
@@ -45,7 +45,7 @@ def evaluation_of(run: Run, t: int) -> dict[str, Any] | None:
         return None
     try:
         return read_record(file, EVALUATION, optional=None)
-    except StorageError as error:
+    except DamageError as error:
         log.warning("%s; t = %d does not count as measured.", str(error).split("; ")[0], t)
         return None
 
@@ -73,9 +73,12 @@ def knows_targets(run: Run, t: int) -> bool:
 
 
 def _about(run: Run, t: int) -> dict[str, Any]:
-    """What stands beside the weights of the policy of t; nothing where it is not there."""
+    """What stands beside the weights of the policy of t; nothing where it is not there, or is damaged."""
     file = run.policy_folder(t) / SPACE_FILE
-    about = read_json(file) if file.is_file() else {}
+    try:
+        about = read_json(file) if file.is_file() else {}
+    except DamageError:
+        about = {}
     return about if isinstance(about, dict) else {}
 
 

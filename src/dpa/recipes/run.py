@@ -110,7 +110,8 @@ class Run:
         stage = self._made.stage(None, name)
         if stage.done:
             return prompts_from_table(stage.table(0))
-        prompts, rejects = read_prompts(config.path, config.column, self.config.rollout.max_reject_rate, config.split)
+        field, limit = {"eval_prompts": "evaluate.prompts"}.get(name, name), self.config.rollout.max_reject_rate
+        prompts, rejects = read_prompts(config.path, config.column, limit, config.split, field)
         stage.write_shard(0, prompts_table(prompts), Ledger(rows=len(prompts), rejects=len(rejects)), rejects)
         stage.finish()
         return prompts

@@ -30,7 +30,11 @@ MAX_ID = 200
 
 
 def read_prompts(
-    path: str | Path, column: str = "prompt", max_reject_rate: float = 0.05, split: str = "train"
+    path: str | Path,
+    column: str = "prompt",
+    max_reject_rate: float = 0.05,
+    split: str = "train",
+    field: str = "prompts",
 ) -> tuple[list[Prompt], list[Reject]]:
     """Read prompts from a .jsonl, .parquet or .csv file, a folder of them, or a `split` of a Hub data set.
 
@@ -40,11 +44,11 @@ def read_prompts(
     its reason.
 
     Raises DataError when the file cannot be read or has no usable row, RejectRateError when more than
-    `max_reject_rate` of its rows are bad.
+    `max_reject_rate` of its rows are bad; both name the `field` of the configuration that says what to read.
     """
     prompts: dict[str, Prompt] = {}
     rejects: list[Reject] = []
-    for place, row in _rows(str(path), column, split):
+    for place, row in _rows(str(path), column, split, field):
         try:
             prompt = _read_row(row, column, prompts)
             prompts[prompt.prompt_id] = prompt
@@ -53,12 +57,12 @@ def read_prompts(
     total = len(prompts) + len(rejects)
     if len(rejects) > max_reject_rate * total:
         raise RejectRateError(
-            f"prompts: {len(rejects)} of {total} rows of {path} are bad, more than {max_reject_rate:.0%} "
-            f"({count_reasons(rejects)}); mend the file."
+            f"{field}: {len(rejects)} of {total} rows of {path} are bad, more than rollout.max_reject_rate "
+            f"{max_reject_rate:g} ({count_reasons(rejects)}); mend the file or raise it."
         )
     if not prompts:
         what = f"no usable row ({count_reasons(rejects)})" if rejects else "no rows"
-        raise DataError(f"prompts: {path} has {what}; give a file with at least one prompt.")
+        raise DataError(f"{field}: {path} has {what}; give a file with at least one prompt.")
     return list(prompts.values()), rejects
 
 
@@ -91,14 +95,14 @@ def prompts_from_table(table: pa.Table) -> list[Prompt]:
     return [Prompt(prompt_id, json.loads(text)) for prompt_id, text in zip(*columns, strict=True)]
 
 
-def _rows(path: str, column: str, split: str) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+def _rows(path: str, column: str, split: str, field: str) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     if is_hub_id(path):
         # A rated data set's `messages` hold the answer too: of a Hub data set only the column is the prompt.
-        yield from read_hub_rows(path, split, "prompts", [column])
+        yield from read_hub_rows(path, split, field, [column])
         return
     named = [column, "id", "messages"]
-    for file in find_files(Path(path)):
-        yield from read_rows(file, named, text_columns=named)
+    for file in find_files(Path(path), f"{field}.path"):
+        yield from read_rows(file, named, text_columns=named, field=f"{field}.path")
 
 
 def _read_row(row: dict[str, Any] | BadRow, column: str, known: dict[str, Prompt]) -> Prompt:

@@ -67,7 +67,8 @@ def read_ratings(configs: Sequence[RatingsConfig]) -> Ratings:
     scales: dict[str, Scale] = {}
     rows: list[RatedRow] = []
     rejects: list[Reject] = []
-    for config in configs:
+    for place, config in enumerate(configs):
+        field = f"ratings.{place}"
         declared = declared_scales(config)
         for name, scale in declared.items():
             if scales.setdefault(name, scale) != scale:
@@ -75,9 +76,9 @@ def read_ratings(configs: Sequence[RatingsConfig]) -> Ratings:
                     f"ratings: {name} is on {list(scales[name])} in one data set and on {list(scale)} in "
                     f"{config.path}; rename one of them."
                 )
-        good, bad = _read_one(config, declared)
+        good, bad = _read_one(config, declared, field)
         if len(bad) > config.max_reject_rate * (len(good) + len(bad)):
-            raise RejectRateError(_too_many(config, len(good) + len(bad), bad))
+            raise RejectRateError(_too_many(config, len(good) + len(bad), bad, field))
         rows += _of_some_prompts(good, config.count)
         rejects += bad
     if not rows:
@@ -181,12 +182,12 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
         console.print(f"  {summary['trapped_overall_scores']:,} overall scores of 10 dropped (OpenBMB issue 8)")
 
 
-def _read_one(config: RatingsConfig, scales: Mapping[str, Scale]) -> tuple[list[RatedRow], list[Reject]]:
+def _read_one(config: RatingsConfig, scales: Mapping[str, Scale], field: str) -> tuple[list[RatedRow], list[Reject]]:
     good: list[RatedRow] = []
     bad: list[Reject] = []
     names = list(scales)
     columns: set[str] = set()
-    for place, raw in _raw_rows(config, names):
+    for place, raw in _raw_rows(config, names, field):
         if isinstance(raw, dict):
             columns |= raw.keys()
             results = read_row(config, raw, names)
@@ -201,8 +202,8 @@ def _read_one(config: RatingsConfig, scales: Mapping[str, Scale]) -> tuple[list[
             except BadRow as reason:
                 bad.append(Reject(place, str(reason)))
     if config.format == "generic":
-        files = [] if is_hub_id(config.path) else find_files(Path(config.path))
-        _check_columns(config, names, columns.union(*map(column_names, files)))
+        files = [] if is_hub_id(config.path) else find_files(Path(config.path), f"{field}.path")
+        _check_columns(config, names, columns.union(*map(column_names, files)), field)
     return good, bad
 
 
@@ -220,22 +221,24 @@ def prompt_id_of(messages: Messages) -> str:
     return stable_hash(messages_text(messages))
 
 
-def _raw_rows(config: RatingsConfig, attributes: Sequence[str]) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+def _raw_rows(
+    config: RatingsConfig, attributes: Sequence[str], field: str
+) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     columns, texts = named_columns(config, attributes)
     if is_hub_id(config.path):
-        yield from read_hub_rows(config.path, config.split, "ratings", columns)
+        yield from read_hub_rows(config.path, config.split, field, columns)
         return
-    for file in find_files(Path(config.path)):
-        yield from read_rows(file, columns, texts)
+    for file in find_files(Path(config.path), f"{field}.path"):
+        yield from read_rows(file, columns, texts, f"{field}.path")
 
 
-def _check_columns(config: RatingsConfig, names: Sequence[str], columns: set[str]) -> None:
+def _check_columns(config: RatingsConfig, names: Sequence[str], columns: set[str], field: str) -> None:
     for name in names:
         if columns and name not in columns:
             near = difflib.get_close_matches(name, columns, n=1)
             some = ", ".join(sorted(columns)[:20]).encode("utf-8", "backslashreplace").decode()
             hint = f"did you mean {near[0]!r}?" if near else f"it has: {some}."
-            raise DataError(f"ratings: {config.path} has no column {name!r} for that attribute; {hint}")
+            raise DataError(f"{field}: {config.path} has no column {name!r} for that attribute; {hint}")
 
 
 def _check_range(row: RatedRow, scales: Mapping[str, Scale]) -> None:
@@ -279,9 +282,9 @@ def _kinds(rejects: Sequence[Reject]) -> list[Reject]:
     return [Reject(reject.id, _kind(reject.reason)) for reject in rejects]
 
 
-def _too_many(config: RatingsConfig, total: int, bad: list[Reject]) -> str:
+def _too_many(config: RatingsConfig, total: int, bad: list[Reject], field: str) -> str:
     kinds = count_reasons(_kinds(bad), most=3)
     return (
-        f"ratings: {len(bad)} of {total} rows of {config.path} are bad, more than max_reject_rate "
+        f"{field}: {len(bad)} of {total} rows of {config.path} are bad, more than max_reject_rate "
         f"{config.max_reject_rate:g} ({kinds}; first at {bad[0].id}: {bad[0].reason}); mend the rows or raise it."
     )

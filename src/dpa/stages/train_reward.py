@@ -20,7 +20,8 @@ from dpa.storage.console import print_table
 from dpa.storage.schemas import number_matrix
 from dpa.storage.tables import read_json
 from dpa.training.reward_rows import RatedExample
-from dpa.training.reward_training import train_reward_model
+from dpa.training.reward_training import remove_checkpoints, train_reward_model
+from dpa.training.trainers import CountSeconds
 
 BEATS_THE_MEAN = 0.999
 """A held-out squared error below this share of the mean's; a head that is the mean differs from it by rounding only."""
@@ -33,6 +34,7 @@ def train_reward(
     out: Path,
     seed: int = 0,
     code_revision: str | None = None,
+    seconds: CountSeconds | None = None,
 ) -> dict[str, Any]:
     """Train on a ratings table and save to `out`; return quality, baselines and training facts.
 
@@ -41,6 +43,7 @@ def train_reward(
     `train_reward_model` raises.
     """
     if (out / RECORD).is_file():
+        remove_checkpoints(out, config)  # of a process that was killed between the two
         return read_json(out / RECORD)
     attributes = config.attributes or list(scales)
     for name in attributes:
@@ -58,7 +61,7 @@ def train_reward(
         )
     ]
     own = {name: scales[name] for name in attributes}
-    facts = train_reward_model(examples, attributes, own, config, out, seed, code_revision)
+    facts = train_reward_model(examples, attributes, own, config, out, seed, code_revision, seconds)
     free_memory()
     return facts
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dpa.core.config import differences, fingerprint, resolved
-from dpa.core.errors import RunFolderError, StorageError
+from dpa.core.errors import DamageError, RunFolderError
 from dpa.storage.tables import CHECKSUM, disk_error, file_digest, is_whole, read_json, write_if_new, write_record
 
 _log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def _saved(file: Path, copy: Path) -> tuple[dict[str, Any], bool] | None:
 def _read(file: Path) -> tuple[dict[str, Any], bool] | None:
     try:
         saved = read_json(file)
-    except StorageError:
+    except DamageError:
         return None
     if not isinstance(saved, dict) or saved.keys() - {CHECKSUM} != {"fingerprint", "config", "inputs"}:
         return None

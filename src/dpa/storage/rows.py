@@ -35,18 +35,19 @@ class BadRow(Exception):
     """One row cannot be used; the message names the field and the value."""
 
 
-def find_files(path: Path) -> list[Path]:
-    """The row files at `path`: itself, or those of a folder in the order of their names. Raises DataError."""
+def find_files(path: Path, field: str = "data") -> list[Path]:
+    """The row files at `path`: itself, or those of a folder in the order of their names. Raises DataError, which names
+    the `field` that says so."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
         if not files:
-            raise DataError(f"data: {path} has no {', '.join(SUFFIXES)} file; give a file or a folder of them.")
+            raise DataError(f"{field}: {path} has no {', '.join(SUFFIXES)} file; give a file or a folder of them.")
         return files
     if not path.is_file():
-        raise DataError(f"data: no file at {path}; give a {', '.join(SUFFIXES)} file or a folder of them.")
+        raise DataError(f"{field}: no file at {path}; give a {', '.join(SUFFIXES)} file or a folder of them.")
     if path.suffix not in SUFFIXES:
         raise DataError(
-            f"data: {path} is not read, because {path.suffix or 'a file without suffix'} is none of "
+            f"{field}: {path} is not read, because {path.suffix or 'a file without suffix'} is none of "
             f"{', '.join(SUFFIXES)} (a pickle is never opened); convert it."
         )
     return [path]
@@ -86,21 +87,21 @@ def read_hub_rows(
 
 
 def read_rows(
-    file: Path, columns: Collection[str] | None = None, text_columns: Collection[str] = ()
+    file: Path, columns: Collection[str] | None = None, text_columns: Collection[str] = (), field: str = "data"
 ) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     """Yield (place, row) for each row of one file; a row that cannot be parsed comes as a BadRow.
 
     `place` is `name:number`, the first row being 1. Of a Parquet or CSV file only `columns` are read (None: all), so
     that what nobody asked for does no harm; one that the file lacks is lacking, or None, in its rows. `text_columns`
-    are read as text even where a CSV's values look like numbers. Raises DataError when the file as a whole cannot be
-    read.
+    are read as text even where a CSV's values look like numbers. Raises DataError, which names the `field`, when the
+    file as a whole cannot be read.
     """
     reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}[file.suffix]
     try:
         for number, row in enumerate(reader(file, columns, text_columns), start=1):
             yield f"{file.name}:{number}", row
     except (OSError, *_NOT_READ) as error:
-        raise DataError(f"data: {file} cannot be read ({_one_line(error)}); check or convert it.") from None
+        raise DataError(f"{field}: {file} cannot be read ({_one_line(error)}); check or convert it.") from None
 
 
 def column_names(file: Path) -> list[str]:

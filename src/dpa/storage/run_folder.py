@@ -16,7 +16,7 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from dpa.core.closing import Closing
-from dpa.core.errors import DpaError, RunFolderError, StorageError
+from dpa.core.errors import DamageError, DpaError, RunFolderError
 from dpa.core.records import Ledger
 from dpa.storage.identity import check_identity
 from dpa.storage.locks import RunLock, Share
@@ -43,21 +43,19 @@ class RunFolder(Closing):
         self,
         config: BaseModel,
         inputs: Mapping[str, Path] | None = None,
-        needed_bytes: int = 0,
-        ignore_free_space: bool = False,
         share: Share | None = None,
         join: bool = False,
     ) -> "RunFolder":
-        """Lock the folder, check that it belongs to this configuration and these inputs, and that there is room.
+        """Lock the folder, and check that it belongs to this configuration and these inputs.
 
         `share`: this process makes one share of a stage, beside others (storage/locks.py); it calls `let_others_in`
         once what they all need is there. `join`: another rank of the same launch holds the lock; nothing is written.
 
         `inputs`: field -> local file or folder whose content the run depends on (prompts, ratings); its SHA-256 is
-        part of the run's identity. `needed_bytes`: an estimate of what the run will write.
+        part of the run's identity.
 
         Raises RunFolderError: locked by another process (which it names), another configuration or input (each
-        difference on its line), too little free space, not writable.
+        difference on its line), not writable.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -66,12 +64,6 @@ class RunFolder(Closing):
             raise disk_error(error, self.path, "opening the run folder") from None
         try:
             check_identity(self.path, config, inputs or {}, may_write=not self._lock.shared)
-            free = shutil.disk_usage(self.path).free
-            if free < needed_bytes and not ignore_free_space:
-                raise RunFolderError(
-                    f"out: {self.path} has {_gigabytes(free)} free and the run needs about "
-                    f"{_gigabytes(needed_bytes)}; free some space, choose another folder, or pass --ignore-free-space."
-                )
         except BaseException:
             self.close()
             raise
@@ -82,6 +74,15 @@ class RunFolder(Closing):
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def check_room(self, needed: int) -> None:
+        """Raises RunFolderError where the disk has fewer bytes free than what is still to be done needs."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise RunFolderError(
+                f"out: {self.path} has {_gigabytes(free)} free and the run needs about {_gigabytes(needed)}; free some "
+                "space, choose another folder, or pass --ignore-free-space."
+            )
 
     def let_others_in(self) -> None:
         """The folder is ready for the other shares."""
@@ -198,7 +199,7 @@ class StageFolder:
             return False
         try:
             record = self._done()
-        except StorageError as error:
+        except DamageError as error:
             _log.warning("%s: its done-record does not count: %s", self.name, str(error).split("; ")[0])
             return False
         whole = [self.shard_digest(number) for number in range(len(record.shards))]
@@ -207,7 +208,7 @@ class StageFolder:
         for place, sealed in record.sealed.items():
             trouble = broken(Path(os.path.normpath(self.path / place)), sealed)
             if trouble is not None:
-                _log.warning("%s: %s; it is never used, and is made again.", self.name, trouble)
+                _log.warning("%s: %s; it is never used, and has to be made again.", self.name, trouble)
                 return False
         return True
 
@@ -258,16 +259,18 @@ class StageFolder:
         return self._must(number).rejects
 
     def table(self, number: int) -> pa.Table:
-        """A shard's table, every byte verified; StorageError when it is damaged or not there."""
+        """A shard's table, every byte verified; DamageError when it is damaged or not there."""
         table = self.shard(number)
         if table is None:
-            raise StorageError(f"{self._data_file(number)} is damaged or missing; run the same command again.")
+            place, _, verb = self.name.partition("/")
+            maker = f"`dpa {verb.split('/')[0]} -t {place.removeprefix('iter_')}`" if verb else "the same command"
+            raise DamageError(f"{self._data_file(number)} is damaged or missing; run {maker} again.")
         return table
 
     def tables(self) -> Iterator[pa.Table]:
         """The finished stage's shards in order, verified.
 
-        Raises RunFolderError when the stage is not finished, StorageError when a shard turns out damaged.
+        Raises RunFolderError when the stage is not finished, DamageError when a shard turns out damaged.
         """
         for number in range(self.shards):
             yield self.table(number)
@@ -327,7 +330,7 @@ class StageFolder:
             yield
         except RunFolderError:  # the file is gone
             return
-        except StorageError as error:
+        except DamageError as error:
             if not self.mine(number):
                 return  # its own worker does it, or is writing it again at this moment
             file = self._data_file(number)

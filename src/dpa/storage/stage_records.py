@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpa.core.errors import RunFolderError, StorageError
+from dpa.core.errors import DamageError, RunFolderError
 from dpa.core.records import Ledger
 from dpa.storage.seals import Seal
 from dpa.storage.tables import FileRecord, read_record, write_bytes
@@ -39,7 +39,7 @@ class ShardRecord:
             data = read_record(file, ("file", "ledger", "rejects", "made_from"))
             rejects = tuple(Reject(**reject) for reject in data["rejects"])
             return cls(FileRecord(**data["file"]), read_ledger(data["ledger"]), rejects, data["made_from"])
-        except (StorageError, TypeError, ValueError, AttributeError):
+        except (DamageError, TypeError, ValueError, AttributeError):
             return None
 
 
@@ -54,7 +54,7 @@ class DoneRecord:
 
     @classmethod
     def read(cls, file: Path, stage: str) -> "DoneRecord":
-        """The record of a stage. Raises RunFolderError when it is not finished, StorageError when it is damaged."""
+        """The record of a stage. Raises RunFolderError when it is not finished, DamageError when it is damaged."""
         if not file.exists():
             raise RunFolderError(f"{stage}: this stage is not finished in {file.parent}; run it first.")
         data = read_record(file, ("shards", "ledger"), optional=("sealed",))
@@ -62,7 +62,7 @@ class DoneRecord:
             sealed = {str(place): dict(files) for place, files in data.get("sealed", {}).items()}
             return cls(list(data["shards"]), read_ledger(data["ledger"]), sealed)
         except (TypeError, ValueError, AttributeError) as error:
-            raise StorageError(f"{file} is damaged ({error}); delete it and run the same command again.") from None
+            raise DamageError(f"{file} is damaged ({error}); delete it and run the same command again.") from None
 
 
 def read_ledger(data: Mapping[str, Any]) -> Ledger:

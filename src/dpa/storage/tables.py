@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpa.core.errors import DpaError, RunFolderError, StorageError
+from dpa.core.errors import DamageError, DpaError, RunFolderError, StorageError
 
 TEMPORARY = ".tmp"
 """Suffix of what is being written; `.NAME.tmp` stands in the folder of NAME, so a rename never crosses file systems."""
@@ -93,15 +93,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; StorageError names a file that is damaged or cannot be read."""
+    """Read a JSON file; DamageError names one that is damaged, StorageError one that cannot be read."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise disk_error(error, path, "reading") from None
     except (ValueError, RecursionError) as error:
-        raise StorageError(
-            f"{path} is not readable JSON ({error}); delete it and run the same command again."
-        ) from None
+        raise DamageError(f"{path} is not readable JSON ({error}); delete it and run the same command again.") from None
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -111,7 +109,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 def read_record(path: Path, fields: Collection[str], optional: Collection[str] | None = ()) -> dict[str, Any]:
     """Read a record that has these fields, the checksum left out. One of an earlier version has no checksum: of it no
-    other fields are accepted than `optional` ones (None: any). StorageError names a file that is damaged."""
+    other fields are accepted than `optional` ones (None: any). Raises as `read_json` does."""
     found = read_json(path)
     trouble = ""
     if not isinstance(found, dict):
@@ -127,7 +125,7 @@ def read_record(path: Path, fields: Collection[str], optional: Collection[str] |
     ):
         trouble = f"{odd[0]!r} is no field of it"
     if trouble:
-        raise StorageError(f"{path} is damaged ({trouble}); delete it and run the same command again.")
+        raise DamageError(f"{path} is damaged ({trouble}); delete it and run the same command again.")
     return {name: value for name, value in found.items() if name != CHECKSUM}
 
 
@@ -149,7 +147,8 @@ def write_table(path: Path, table: pa.Table) -> FileRecord:
 def read_table(path: Path, record: FileRecord | None = None) -> pa.Table:
     """Read a parquet table; with a record, every byte is verified (without, parquet's own page checksums are).
 
-    Raises StorageError, which names the file, when it is missing, unreadable or not what the record says.
+    Raises DamageError, which names the file, when it is not what the record says; StorageError or RunFolderError when
+    it cannot be read or is not there.
     """
     try:
         data = Path(path).read_bytes()
@@ -160,11 +159,11 @@ def read_table(path: Path, record: FileRecord | None = None) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"{path} is damaged ({error}); delete it and run the same command again.") from None
+        raise DamageError(f"{path} is damaged ({error}); delete it and run the same command again.") from None
 
 
 def verify(path: Path, record: FileRecord) -> None:
-    """Check a file against its record without parsing it; StorageError names a file that is missing or damaged."""
+    """Check a file against its record without parsing it; raises as `read_table` does."""
     try:
         _compare(path, record, Path(path).stat().st_size, file_digest(path))
     except OSError as error:
@@ -250,6 +249,6 @@ def _sync(path: Path) -> None:
 
 def _compare(path: Path, record: FileRecord, size: int, sha256: str) -> None:
     if size != record.bytes:
-        raise StorageError(f"{path} is damaged: {size} bytes, but its record says {record.bytes}.")
+        raise DamageError(f"{path} is damaged: {size} bytes, but its record says {record.bytes}.")
     if sha256 != record.sha256:
-        raise StorageError(f"{path} is damaged: its checksum is {sha256[:12]}..., not {record.sha256[:12]}...")
+        raise DamageError(f"{path} is damaged: its checksum is {sha256[:12]}..., not {record.sha256[:12]}...")

@@ -18,7 +18,7 @@ from dpa.scoring.reward_model import batches, last_token_logits, pad_batch, pool
 from dpa.storage.stopping import StopOnSignal
 from dpa.training.checkpoints import newest_checkpoint
 from dpa.training.passes import PASS_TOKENS, OverPackedRows, StepInPasses, Uncut, first_plan, one_card, without_adapters
-from dpa.training.trainers import ShowProgress, StopsAtBadStep, StopWhenAsked, trackers
+from dpa.training.trainers import CountSeconds, ShowProgress, StopsAtBadStep, StopWhenAsked, trackers
 
 UNMARKED = -100.0
 """Label of a mark that is not there. The Trainer itself counts the labels that are not -100, over the whole step."""
@@ -135,6 +135,7 @@ def run_trainer(
     checkpoints: Path,
     seed: int,
     check: Callable[[Any], None],
+    seconds: CountSeconds,
 ) -> None:
     """Train from the newest checkpoint where there is one."""
     progress = ShowProgress("reward model", sum(len(row["input_ids"]) for row in data))
@@ -142,6 +143,7 @@ def run_trainer(
         trainer = build_trainer(model, data, config, pad, checkpoints, seed)
         trainer.add_callback(StopWhenAsked(stop))
         trainer.add_callback(progress)
+        trainer.add_callback(seconds)
         trainer.add_callback(_AfterTheFirstStep(check))
         newest = newest_checkpoint(checkpoints)
         try:

@@ -48,7 +48,7 @@ from dpa.training.reward_head import Head, Unit
 from dpa.training.reward_rows import EncodedRows, RatedExample, encode_rated
 from dpa.training.reward_trainer import UNMARKED, run_trainer
 from dpa.training.ridge import CONSTANT_PENALTIES, choose_constant, choose_penalties, fit_ridge
-from dpa.training.trainers import lora_adapters, merge_adapters
+from dpa.training.trainers import CountSeconds, lora_adapters, merge_adapters
 
 PROBE_ROWS = 2048
 """Rows whose features start the head of `full` and `lora`."""
@@ -70,13 +70,14 @@ def train_reward_model(
     out: Path,
     seed: int = 0,
     code_revision: str | None = None,
+    seconds: CountSeconds | None = None,
 ) -> dict[str, Any]:
     """Train, measure on held-out prompts and save; return `quality`, `baselines` and `training` of dpa_reward.json.
 
     `out` becomes a plain Hugging Face folder that scores on 0-100 through `AutoModelForSequenceClassification`, as a
     whole or not at all. Checkpoints lie beside it in `NAME.training`, under a hash of rows and settings, and resume an
-    interrupted run. Raises DataError, ModelFileError, TrainingError (a loss or gradient that is not finite, before the
-    optimizer step), Interrupted (on a signal, after a checkpoint), StorageError.
+    interrupted run; `seconds` keeps in them what that took. Raises DataError, ModelFileError, TrainingError (a loss or
+    gradient that is not finite, before the step), Interrupted (on a signal, after a checkpoint), StorageError.
     """
     torch.manual_seed(seed)
     tokenizer, model = _load_backbone(config, attributes, code_revision)
@@ -86,7 +87,7 @@ def train_reward_model(
         check_template(template)
     max_length = min(config.max_length, context_length(model))
     rows = encode_rated(examples, attributes, tokenizer, template, max_length, config, seed)
-    checkpoints = out.with_name(f"{out.name}.training")
+    checkpoints = _checkpoints(out)
 
     def describe(model: Any, least: int = PRECISION_ROWS) -> RewardSpec:
         golden, precision = _golden(model, rows, pad, least)
@@ -102,7 +103,7 @@ def train_reward_model(
         model, penalties = _fit_ridge_head(model, rows, config, pad)
     else:
         inputs = stable_hash(rows.ids_N, rows.marks_NM.tolist(), rows.train, of_results(config), seed)
-        model = _finetune(model, rows, config, pad, checkpoints / inputs, seed, check)
+        model = _finetune(model, rows, config, pad, checkpoints / inputs, seed, check, seconds or CountSeconds())
     model.eval()
     spec = describe(model)
     _check_set_up(model, tokenizer, spec, config.backbone)
@@ -143,9 +144,19 @@ def train_reward_model(
         write_spec(folder, spec, facts)
         model.cpu()  # a card that holds one of them need not hold two
         RewardModelScorer(ModelReference(str(folder), code_revision))  # what was saved must pass its self-test
+    remove_checkpoints(out, config)
+    return facts
+
+
+def remove_checkpoints(out: Path, config: RewardTrainConfig) -> None:
+    """Free what only an interrupted training of the model at `out` needs."""
+    checkpoints = _checkpoints(out)
     for leftover in checkpoints.glob("*/checkpoint-*") if config.report_to else [checkpoints]:
         shutil.rmtree(leftover, ignore_errors=True)  # what a tracker wrote beside the checkpoints stays
-    return facts
+
+
+def _checkpoints(out: Path) -> Path:
+    return out.with_name(f"{out.name}.training")
 
 
 def _load_backbone(config: RewardTrainConfig, attributes: Sequence[str], code_revision: str | None) -> tuple[Any, Any]:
@@ -193,6 +204,7 @@ def _finetune(
     checkpoints: Path,
     seed: int,
     check: Callable[[Any], None],
+    seconds: CountSeconds,
 ) -> PreTrainedModel:
     outputs = rows.marks_NM.shape[1]
     head = Head(model, outputs)
@@ -212,7 +224,7 @@ def _finetune(
                 parameter.data = parameter.data.float()
     labels_NM = np.nan_to_num(labels_NM, nan=UNMARKED)
     data = [{"input_ids": rows.ids_N[row], "labels": labels_NM[row]} for row in rows.train]
-    run_trainer(trained, data, config, pad, checkpoints, seed, check)
+    run_trainer(trained, data, config, pad, checkpoints, seed, check, seconds)
     free_memory()  # a Trainer is in a cycle, and holds AdamW's moments
     if config.method == "lora":
         rate = f"reward.train.learning_rate: {config.learning_rate:g}"

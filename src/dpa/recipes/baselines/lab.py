@@ -17,7 +17,7 @@ import pyarrow as pa
 from dpa.core.comparison import Entry
 from dpa.core.config import PromptsConfig, RewardConfig, RunConfig, SelectionConfig
 from dpa.core.directions import DirectionSpace
-from dpa.core.errors import DataError, RunFolderError, TrainingError
+from dpa.core.errors import DamageError, DataError, TrainingError
 from dpa.core.records import Ledger, Prompt, Sampler, messages_text, stable_hash
 from dpa.core.reference import ModelReference
 from dpa.models.policy import count_tokens
@@ -97,7 +97,7 @@ class Lab(Run):
         """The rated responses, columns of ratings.parquet."""
         loaded = load_ratings(self.shared)
         if loaded is None:
-            raise RunFolderError(f"{self.shared}: its rated data are damaged; delete that folder and run it again.")
+            raise DamageError(f"{self.shared}: its rated data are damaged.")
         return loaded[0]
 
     @cached_property
@@ -301,12 +301,9 @@ class Lab(Run):
         return self.trained(name, policy, without_direction)
 
     def _check_shared(self, t: int | None, name: str) -> None:
-        """Raises RunFolderError where a model that the methods share is not what it was."""
+        """Raises DamageError where a model that the methods share is not what it was."""
         if not self.shared_stage(t, name).done:
-            raise RunFolderError(
-                f"{self.shared}: the model of {name} is damaged; delete {self.shared / 'job.json'} and run the same "
-                "command again."
-            )
+            raise DamageError(f"{self.shared}: the model of {name} is damaged.")
 
     def shared_stage(self, t: int | None, name: str) -> StageFolder:
         """The folder of a stage that the methods share, to be read."""
