@@ -122,4 +122,4 @@ def reward_of_run(run: Path) -> str:
         raise ConfigError(
             f"--reward: {run} scores by reward.{strangers[0]}, which is not called unasked; give --reward {run}."
         )
-    raise ConfigError(f"--reward: {run} has no reward model; give the folder of one, or of a run that scores.")
+    raise ConfigError(f"--reward: {run} holds no reward model and is no run that scores; give the folder of either.")
