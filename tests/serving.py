@@ -46,7 +46,7 @@ class FakeUpstream:
     An answer says which direction it was asked with, and has seed modulo 7 more words. `mode`: "answer", "slow" (until
     `release` is set), "stall" (a stream goes silent), "mute" (it never speaks), "die" (it breaks off),
     "garbage" (no JSON), "second speaks" (of two choices of a stream), a number (a status).
-    It scores too: "good" is 50, "long" the number of the response's words.
+    It scores too, unless "scores nothing": "good" is 50, "long" the number of the response's words.
     """
 
     def __init__(self) -> None:
@@ -68,6 +68,8 @@ class FakeUpstream:
 
     async def _score(self, request: Request) -> Response:
         body = await request.json()
+        while self.mode == "scores nothing" and not await request.is_disconnected():
+            await asyncio.sleep(0.01)
         scores = [[50.0, float(len(text.split()))] for text in body["responses"]]
         return JSONResponse({"attributes": ["good", "long"], "scores": scores})
 

@@ -305,7 +305,7 @@ def test_a_job_that_goes_on_loads_and_counts_nothing_for_what_is_done(
 def test_no_policy_is_held_while_the_scorer_is_loaded_nor_on_a_card_the_scorer_while_a_policy_is(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, card: bool
 ) -> None:
-    monkeypatch.setattr(SamplingEngine, "wants_card", card)
+    monkeypatch.setattr(SamplingEngine, "wants_card", lambda *_: card)
     opened: list[weakref.ref] = []
     stayed: list[bool] = []
 

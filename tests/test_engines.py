@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from toy_run import toy_config
 
 from dpa.core.config import RolloutConfig
@@ -79,3 +80,13 @@ def test_servers_of_one_name_cannot_follow_the_policies_of_a_run() -> None:
     config = RolloutConfig.model_validate({"engine": {"kind": "http", "http": http}})
     with engine_of(config) as engine, pytest.raises(ConfigError, match=r"http\.model: 'alias' is one name at servers"):
         engine.check(config)
+
+
+@pytest.mark.parametrize("card", [True, False])
+def test_an_engine_that_samples_here_wants_the_card_that_is_here(card: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
+    for kind, engine in ENGINES.items():
+        config = RolloutConfig(engine={"kind": kind, "http": {"servers": ["http://gpu1:8000"]}})
+        assert engine().wants_card(config) == (kind == "vllm" or (card and kind != "http")), kind
+    started = RolloutConfig(engine={"kind": "http", "http": {"command": "vllm serve {policy} --port {port}"}})
+    assert engine_of(started).wants_card(started) == card

@@ -212,6 +212,14 @@ def test_an_answer_outlives_its_scorer_and_a_selection_names_it(
             assert selection.headers["retry-after"]
 
 
+def test_an_answer_outlives_a_scorer_that_hangs(client: httpx.Client, fake: FakeUpstream) -> None:
+    fake.mode = "scores nothing"
+    answer = client.post(CHAT, json=chat(dpa="terse")).json()
+    assert answer["dpa"]["scores"] is None and answer["dpa"]["words"] == 5
+    *_, last, done = events_of(client.post(CHAT, json=chat(dpa="terse", stream=True)))
+    assert last["choices"][0]["finish_reason"] == "stop" and last["dpa"]["scores"] is None and done == "[DONE]"
+
+
 def test_the_space_says_what_may_be_asked(client: httpx.Client) -> None:
     space = client.get("/v1/dpa/space").json()
     assert space["model"] == "demo" and [o["name"] for o in space["objectives"]] == ["helpfulness", "verbosity"]

@@ -243,6 +243,17 @@ def test_what_is_being_written_is_kept_when_the_page_turns_to_something_else(vis
     assert page.locator("#talks span").all_inner_texts() == [IVY], "what is deleted does not come back"
 
 
+def test_an_answer_that_is_asked_anew_gives_its_place_up_with_its_first_word(visit):
+    opened = visit().ready()
+    page = opened.page
+    opened.ask("twice")
+    whole = opened.text("#steered .text")
+    opened.press_level(1, 1)
+    page.wait_for_selector("#steered[aria-busy]")
+    page.reload()
+    assert opened.ready().text("#steered .text") == whole
+
+
 def test_of_a_conversation_too_long_to_be_read_whole_the_newest_turns_are(visit):
     opened = visit(at="/conversation.js")
     first, last = opened.page.evaluate(

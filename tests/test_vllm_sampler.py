@@ -230,14 +230,14 @@ def test_auto_is_transformers_without_a_card_and_where_vllm_does_not_start(
 ) -> None:
     auto = CONFIG.model_copy(update={"engine": EngineConfig()})
     assert auto.engine.kind == "auto"
-    assert AutoEngine().wants_card == torch.cuda.is_available()
+    assert AutoEngine().wants_card(auto) == torch.cuda.is_available()
     vllm = FakeVllm("does not start")
     with AutoEngine(VllmEngine(vllm)) as engine:
-        assert engine.wants_card
+        assert engine.wants_card(auto)
         for policy in policies[:2]:
             with build_samplers(policy.path, auto, SPACE, engine) as (sampler,):
                 assert sampler.sample(requests()) == expected_of(policy)
-        assert engine.wants_card == torch.cuda.is_available()
+        assert engine.wants_card(auto) == torch.cuda.is_available()
     assert caplog.text.count("vLLM does not start (RuntimeError: no kernel image") == 1
     with VllmEngine(vllm) as engine, pytest.raises(RuntimeError, match="no kernel image"):
         answers_of(engine, policies[0])

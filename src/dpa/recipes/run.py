@@ -151,7 +151,7 @@ class Run:
 
     def make_room(self) -> None:
         """The scorer leaves a card that is to be sampled on. On a processor it stays: to load it again costs more."""
-        if self._engine.wants_card:
+        if self._engine.wants_card(self.config.rollout):
             self.let_scorer_go()
 
     def let_scorer_go(self) -> None:

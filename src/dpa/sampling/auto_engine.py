@@ -30,9 +30,8 @@ class AutoEngine(SamplingEngine):
         self._vllm = vllm or (VllmEngine() if at_hand else None)
         self._plain = TransformersEngine()
 
-    @property
-    def wants_card(self) -> bool:
-        return self._vllm is not None or super().wants_card
+    def wants_card(self, config: RolloutConfig) -> bool:
+        return self._vllm is not None or super().wants_card(config)
 
     @contextmanager
     def samplers(self, policy: Model, space: DirectionSpace, config: RolloutConfig) -> Iterator[list[Sampler]]:

@@ -21,9 +21,8 @@ class SamplingEngine(Closing):
     A new one is a subclass in a file of its own and a line in ENGINES.
     """
 
-    @property
-    def wants_card(self) -> bool:
-        """Whether it takes the memory of a card, so that a scorer there makes room for it."""
+    def wants_card(self, config: RolloutConfig) -> bool:
+        """Whether it takes the memory of a card here, so that a scorer there makes room for it."""
         return torch.cuda.is_available()
 
     def check(self, config: RolloutConfig) -> None:

@@ -299,6 +299,9 @@ class HttpEngine(SamplingEngine):
     The policy's folder is read here for its tokenizer, its context and its revision; its weights are not loaded.
     """
 
+    def wants_card(self, config: RolloutConfig) -> bool:
+        return config.engine.http.command is not None and super().wants_card(config)
+
     def check(self, config: RolloutConfig) -> None:
         http = config.engine.http
         if http.servers and http.model is not None:

@@ -107,8 +107,7 @@ class VllmEngine(SamplingEngine):
         self._made_of: Any = None
         self.starts = 0
 
-    @property
-    def wants_card(self) -> bool:
+    def wants_card(self, config: RolloutConfig) -> bool:
         return True
 
     @contextmanager

@@ -6,6 +6,7 @@ Run its tests: pytest tests/test_gateway.py
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -144,12 +145,16 @@ class Answering:
         return asked.options.scores and self._engines.scorer is not None and asked.to == CHAT
 
     async def _named_scores(self, asked: Asked, texts: list[str]) -> list[Scores]:
-        """The scores of answers that are there: none is lost because the scorer fails, which is logged."""
+        """The scores of answers that are there: none is lost because the scorer fails or is slow, which is logged."""
+        limits = self._served.limits
+        left = limits.seconds - (time.monotonic() - asked.begun)
         try:
-            return [named(self._served.space.names, row_K) for row_K in await self._scores(asked, texts)]
-        except RefusedError as error:
+            async with asyncio.timeout(min(limits.stall_seconds, left / 2)):
+                return [named(self._served.space.names, row_K) for row_K in await self._scores(asked, texts)]
+        except (RefusedError, TimeoutError) as error:
             # Without its words: they may hold a user's.
-            _log.warning("the scorer failed; the answer goes without scores", extra={"facts": {"status": error.status}})
+            facts = {"status": getattr(error, "status", 504)}
+            _log.warning("the scorer failed; the answer goes without scores", extra={"facts": facts})
             return [None] * len(texts)
 
     async def _scores(self, asked: Asked, texts: list[str]) -> np.ndarray:

@@ -3,8 +3,9 @@ Run its tests: pytest tests/test_gateway.py
 """
 
 import secrets
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dpa.core.targets import Target
@@ -28,6 +29,7 @@ class Asked:
     steering: Steering
     to: str
     """The engine's route: a steered completion is asked as a chat, whose template states the direction."""
+    begun: float = field(default_factory=time.monotonic)
 
 
 def understand(raw: dict[str, Any], headers: Sequence[str], chat: bool, served: Served, engines: Engines) -> Asked:

@@ -15,13 +15,15 @@ export const button = (text, action, properties = {}) => {
   return node;
 };
 
-// `action`, once nothing has been wanted for `wait` milliseconds.
+// `action`, once nothing has been wanted for `wait` milliseconds, unless `cancel` comes first.
 export const later = (wait, action) => {
   let timer;
-  return (...given) => {
+  const soon = (...given) => {
     clearTimeout(timer);
     timer = setTimeout(() => action(...given), wait);
   };
+  soon.cancel = () => clearTimeout(timer);
+  return soon;
 };
 
 export const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;

@@ -62,6 +62,7 @@ function build(space, wantsKey) {
 
   // What the address says is set and shown; nothing is asked.
   function followLink() {
+    answerAgain.cancel();
     readAddress(space);
     // A link made here names the question that is on the page already.
     if (state.question === talk.turn?.question) state.question = "";
@@ -96,6 +97,7 @@ function build(space, wantsKey) {
   const list = new History(
     store,
     (id) => {
+      answerAgain.cancel();
       if (talk.open(id)) changed();
       $("question").focus();
     },

@@ -83,9 +83,10 @@ export class Talk {
     if (this.isPair && matchMedia("(max-width: 899px)").matches) leadTo(this.steeredCard.card, "nearest");
   }
 
-  // What is being written is kept as far as it came, before the page turns to something else.
+  // What is being written is kept as far as it came, before the page turns to something else; an answer that is asked
+  // anew gives its place up with its first word.
   leave() {
-    if (this.running) this.#save();
+    if (this.running && this.#record().answers[this.turn.kept]?.text) this.#save();
   }
 
   clear() {
