@@ -27,8 +27,8 @@ class FakeGateway:
     """Interface of the gateway over a space. A question's text chooses what happens:
 
     "busy" 429 (once), "broken" 500, "dies" an error event after three words, "cut" the stream just ends,
-    "slow" a word every 50 ms for ever, "markup" an answer of HTML, "long" 2,000 words within two seconds, "twice" no word after
-    its first two answers; any other: 20 words and the leaning's worth more or fewer.
+    "slow" a word every 50 ms for ever, "markup" an answer of HTML, "long" 2,000 words within two seconds, "twice" no
+    word after its first two answers; any other: 20 words and the leaning's worth more or fewer.
     """
 
     def __init__(self, space: DirectionSpace, key: str | None = None, **extra: Any) -> None:

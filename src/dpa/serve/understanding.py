@@ -54,9 +54,9 @@ def understand(raw: dict[str, Any], headers: Sequence[str], chat: bool, served: 
         sent["max_tokens"] = served.limits.max_tokens
     if body.seed is None and options.base:
         sent["seed"] = secrets.randbits(48)
-    for field in _NULL_IS_NOTHING:
-        if sent.get(field, 0) is None:
-            del sent[field]
+    for name in _NULL_IS_NOTHING:
+        if sent.get(name, 0) is None:
+            del sent[name]
     to = CHAT if chat or "messages" in sent else COMPLETIONS
     if to == CHAT and not sent["messages"]:
         raise RefusedError("messages: nothing but a direction is in them; ask something.", param="messages")
@@ -65,10 +65,10 @@ def understand(raw: dict[str, Any], headers: Sequence[str], chat: bool, served: 
 
 def _check_counts(body: Sampling, limits: Limits) -> None:
     bounds = {"max_tokens": limits.max_tokens, "max_completion_tokens": limits.max_tokens, "best_of": limits.best_of}
-    for field, limit in {**bounds, "n": limits.n}.items():  # `best_of` is OpenAI's own, which travels on
-        value = getattr(body, field, None)
+    for name, limit in {**bounds, "n": limits.n}.items():  # `best_of` is OpenAI's own, which travels on
+        value = getattr(body, name, None)
         if isinstance(value, int | float) and value > limit:
-            raise _beyond(field, value, limit)
+            raise _beyond(name, value, limit)
     n, prompts = body.n or 1, _prompt_count(body)
     if n * prompts > limits.n:
         raise RefusedError(

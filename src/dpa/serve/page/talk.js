@@ -83,10 +83,9 @@ export class Talk {
     if (this.isPair && matchMedia("(max-width: 899px)").matches) leadTo(this.steeredCard.card, "nearest");
   }
 
-  // What is being written is kept as far as it came, before the page turns to something else; an answer that is asked
-  // anew gives its place up with its first word.
+  // What is being written is kept as far as it came, before the page turns to something else.
   leave() {
-    if (this.running && this.#record().answers[this.turn.kept]?.text) this.#save();
+    if (this.running) this.#save();
   }
 
   clear() {
@@ -312,8 +311,12 @@ export class Talk {
 
   // --- what is kept ---
 
+  // An answer that is asked anew gives its place up with its first word.
   #record() {
-    const answers = this.cards.map((card) => card.record());
+    const answers = this.cards.map((card, place) => {
+      const answer = card.record();
+      return answer.text || card.done ? answer : (this.turn.answers[place] ?? answer);
+    });
     const [, steered] = answers;
     const wish = this.isPair && fitting(this.space, steered.direction);
     if (wish) steered.label = this.space.wishWords(wish.weights, wish.held);
@@ -323,6 +326,7 @@ export class Talk {
   #save() {
     const turn = this.#record();
     if (!turn.answers.some((answer) => answer.text)) return;
+    this.turn.answers = turn.answers;
     this.conversation.changed = Date.now();
     const whole = { ...this.conversation, turns: [...this.conversation.turns, turn] };
     $("unkept").hidden = this.store.write(whole);
