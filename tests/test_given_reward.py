@@ -126,9 +126,7 @@ def test_the_reward_model_is_found_beside_its_configuration_or_in_its_out(run: P
 
 def test_a_policy_of_no_run_needs_to_be_told(run: Path, tmp_path: Path) -> None:
     alone = Path(shutil.copytree(run / "iter_1" / "policy", tmp_path / "alone" / "iter_1" / "policy"))
-    with pytest.raises(
-        ConfigError, match=r"--reward: .*alone holds no reward model and is no run that scores; give"
-    ):
+    with pytest.raises(ConfigError, match=r"--reward: .*alone holds no reward model and is no run that scores; give"):
         best_of(alone.parents[1])
 
 
