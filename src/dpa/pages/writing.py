@@ -81,11 +81,11 @@ def titled_measures(measures: Mapping[str, Any]) -> dict[str, tuple[Mapping[str,
     titled = {}
     for measure, found in measures.items():
         title = measure.replace("_", " ")
-        if "value" in found:
-            titled[title] = (found, 1)
-        else:
+        if all(isinstance(one, Mapping) for one in found.values()):  # an objective may be called "value" too
             digits = 1 if measure == "span" else 2
             titled |= {f"{title}, {objective}": (interval, digits) for objective, interval in found.items()}
+        else:
+            titled[title] = (found, 1)
     return titled
 
 
