@@ -280,6 +280,17 @@ def test_objectives_may_have_the_names_of_an_intervals_parts():
     assert all(f"span, {name}" in text for name in named) and "expected utility" in text
 
 
+def test_bars_fill_the_range_of_their_objective():
+    space = DirectionSpace((Objective("depth", {"help": 1, "other": 1}), Objective("verbosity", {"words": 1, "b": -1})))
+    results = results_of(space)
+    for answer in (answer for question in results["samples"]["questions"] for answer in question["answers"]):
+        answer["objectives"] = {"gold": {"depth": 150.0, "verbosity": None}}
+    shown = report_html(results)
+    assert "width:75.0%" in shown and shown.count("width:0%") == shown.count("width:75.0%")
+    answer["objectives"] = {"gold": {"depth": 500.0, "verbosity": 0.0}}
+    assert "width:100%" in report_html(results) and "width:50.0%" in report_html(results)
+
+
 def test_one_policy_is_enough():
     Page(report_html(results_of(TWO, follows=(30.0,))))
 

@@ -26,7 +26,7 @@ from pydantic import (
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError
 from dpa.core.lookup import nearest
-from dpa.core.objective import Objective
+from dpa.core.objective import Objective, range_of_sum
 from dpa.core.presets import SPACES
 from dpa.core.records import SCALE, stable_hash
 from dpa.core.reference import ModelReference
@@ -790,8 +790,7 @@ class RunConfig(RewardRunConfig):
         rays = "selection.utility ray" if self.selection.utility == "ray" else ""
         asking = "selection.targets" if self.selection.target_share > 0 else rays
         for name, parts in self.space.objectives.items() if asking else ():
-            weights = (parts or {name: 1.0}).values()
-            low, high = (SCALE[1] * sum(end(weight, 0.0) for weight in weights) for end in (min, max))
+            low, high = range_of_sum((parts or {name: 1.0}).values())
             if low < SCALE[0] or high > SCALE[1] * (1 + 1e-6):
                 raise ValueError(
                     f"space.objectives: `{name}` goes from {low:g} to {high:g}, and {asking} needs {SCALE[0]:g} to "
