@@ -42,7 +42,9 @@ def export(
     form: Annotated[str, typer.Option(help=f"One of {', '.join(FORMS)}.")] = "alpaca-eval",
     out: Annotated[Path, typer.Option(help="Folder to write to; the same command resumes.")] = Path("exports"),
     directions: Directions = None,
-    grid: Annotated[int, typer.Option(min=0, help="Directions on each arc of the cone, beside those of -d.")] = 0,
+    grid: Annotated[
+        int, typer.Option(min=0, help="Directions on each arc of the cone, beside those of -d: 0, or 2 or more.")
+    ] = 0,
     name: Annotated[
         str | None, typer.Option(help="Name of the model in the files. Default: RUN-T, or its folder's.")
     ] = None,
@@ -74,6 +76,8 @@ def export(
         return
     if form not in FORMS:
         raise ConfigError(f"--form: {form!r} is unknown; known: {', '.join(FORMS)}.")
+    if grid == 1:
+        raise ConfigError("--grid: 1 would be one end of the cone alone; take 2 or more, or 0 for no grid.")
     chosen = [where.parse(text) for text in directions or []]
     chosen += [where.direction(weights_K) for weights_K in where.grid(grid)] if grid else []
     chosen = chosen or [where.parse(preset) for preset in where.presets] or [where.direction(where.center)]

@@ -689,7 +689,12 @@ class EvaluateConfig(_Section):
     """Measuring a policy on held-out prompts over a fixed grid of directions."""
 
     prompts: PromptsConfig = Field(description="Held-out prompts; never used in training.")
-    directions: int = Field(9, ge=3, description="Grid points on each arc from the centre towards an objective.")
+    directions: int = Field(
+        9,
+        ge=3,
+        description="Grid points on each arc from the centre towards an objective; an odd number, so that the centre "
+        "is one of them.",
+    )
     samples: int = Field(1, ge=1, description="Responses for each prompt and direction.")
     temperature: float = Field(0.7, gt=0, description="Softmax temperature (the published policy uses 0.7).")
     gold: dict[str, PathText] = Field(
@@ -698,6 +703,13 @@ class EvaluateConfig(_Section):
     )
     reference: float = Field(0.0, description="Reference point of the hypervolume, on every objective.")
     resamples: int = Field(1000, ge=1, description="Bootstrap resamples over prompts.")
+
+    @field_validator("directions")
+    @classmethod
+    def _with_the_centre(cls, directions: int) -> int:
+        if directions % 2 == 0:
+            raise ValueError("take an odd number, such as 9, so that the centre of each arc is measured too")
+        return directions
 
 
 class ClusterConfig(_Section):
