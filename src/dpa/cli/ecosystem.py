@@ -21,7 +21,7 @@ app = Commands(rich_markup_mode=None)
 FORMS = ("alpaca-eval", "mt-bench", "arena-hard", "lm-eval")
 KEY_VARIABLES = ("DPA_JUDGE_API_KEY", "OPENAI_API_KEY")
 ASK_BEYOND = 500_000
-"""Tokens of a judge beyond which `--yes` is asked for."""
+"""Tokens of a judge beyond which `--yes` is needed."""
 
 SpaceText = Annotated[
     str | None,
@@ -144,10 +144,10 @@ def judge(
     space: SpaceText = None,
     questions: Annotated[Path | None, typer.Option(help="AlpacaEval question file, for MODEL@DIRECTION.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first pairs.")] = None,
-    limit_tokens: Annotated[int, typer.Option(help="Ask before more tokens than this.")] = ASK_BEYOND,
+    limit_tokens: Annotated[int, typer.Option(help="More tokens than this are refused without --yes.")] = ASK_BEYOND,
     price_in: Annotated[float | None, typer.Option(help="Price of a million tokens read, for the estimate.")] = None,
     price_out: Annotated[float | None, typer.Option(help="Price of a million tokens written.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask, whatever the estimate.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Go on, whatever the estimate.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Longest reply; a judge that reasons needs more.", min=1)] = 16,
     together: Annotated[int, typer.Option(help="Requests in flight.", min=1)] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of MODEL@DIRECTION, in tokens.")] = 2048,
