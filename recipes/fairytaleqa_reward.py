@@ -55,6 +55,7 @@ def answers(prompt: str) -> list[str]:
 def _answers_by_prompt(folder: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for file in sorted(Path(folder).glob("*.jsonl")):
-        for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-            found.setdefault(row["prompt"], []).extend(row["answers"])  # a question may stand there twice
+        with file.open(encoding="utf-8") as lines:  # no splitlines: a story may hold what that splits at
+            for row in map(json.loads, lines):
+                found.setdefault(row["prompt"], []).extend(row["answers"])  # a question may stand there twice
     return found

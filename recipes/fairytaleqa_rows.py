@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="answers sampled together")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rows = list(map(json.loads, (args.data / "train.jsonl").read_text(encoding="utf-8").splitlines()))
+    with (args.data / "train.jsonl").open(encoding="utf-8") as lines:  # no splitlines, as in fairytaleqa_reward.py
+        rows = list(map(json.loads, lines))
     training, development = split(rows)
     asked = draw(training, args.questions, args.seed)
     answered: dict[str, list[str]] = {}

@@ -118,6 +118,15 @@ def test_in_order_but_within_the_error_is_unclear() -> None:
     )
 
 
+def test_scores_are_said_to_be_of_what_the_objective_can_be() -> None:
+    def obeyed(**attributes: float) -> str:
+        space = DirectionSpace((Objective("quality"), Objective("verbosity", attributes)))
+        return said(policy(space, {"verbosity": [(102.0, 30.0), (130.0, 30.0), (158.0, 30.0)]}), space=space)[0]
+
+    assert "obeyed: 102 to 158 of 200;" in obeyed(words=1.0, lists=1.0)
+    assert "obeyed: 102 to 158;" in obeyed(words=2.0, lists=-1.0), "from -100 to 200"
+
+
 def test_a_front_that_fell_or_did_not_rise_is_said() -> None:
     rose = [policy(TWO, OBEYS, utility=70.0, name="t = 0"), policy(TWO, OBEYS, utility=80.0)]
     assert said(*rose) == said(rose[-1])

@@ -12,7 +12,9 @@ from forks import python
 from tiny_models import save_tiny_model
 
 from dpa.core.config import EvaluateConfig, RewardConfig
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import EngineError, ModelFileError
+from dpa.core.objective import Objective
 from dpa.models.files import folder_revision
 from dpa.models.hub import push_model
 from dpa.pages.card import CARD, card
@@ -63,6 +65,9 @@ def test_the_card_has_metadata_space_snippets_front_and_ledger() -> None:
     assert "the known true reward" in body
     assert "12,000" in body
     assert "34,567" in body
+    assert "means on 0-100 with" in body
+    weighed = DirectionSpace((Objective("helpfulness", {"a": 1.0, "b": 1.0}), SPACE.objectives[1]))
+    assert "means with" in card("demo", weighed, "base", DATA, "", EVALUATION), "helpfulness goes to 200"
 
 
 def test_the_hubs_own_parser_reads_the_header() -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 
 import pytest
+from fakes import space_of
 from test_comparison import summary
 from test_report import HOSTILE, Page, charts_of, lines_of
 
@@ -20,6 +21,7 @@ def record() -> dict:
     found = json.loads(json.dumps(summary(leads_by=5.0)).replace("SteerLM", json.dumps(TITLE)[1:-1]))
     about = {"name": HOSTILE, "version": "0.0.0", "seeds": [0, 1, 2], "missing": [f"sft seed 1 {HOSTILE}"]}
     shared = [{"ledger": {"train_reward": {"training_tokens": 1234}}}] * 3
+    about["space"] = space_of().to_dict()
     return {**about, "config": {"budget": 1000, "note": HOSTILE}, "shared": shared, **found}
 
 
@@ -43,6 +45,13 @@ def test_each_method_is_drawn_in_the_colours_it_states_and_a_point_is_no_line(re
         assert html.count(f".s{place} {{ --c: {light} }}") == html.count(f".s{place} {{ --c: {dark} }}") == 1
     marks = [sum(element.get("class") == "mark" for element in group.iter()) for group in charts[0] if len(group) > 1]
     assert marks == [5, 5, 1]
+
+
+def test_axes_say_the_range_of_their_objective(record):
+    assert "verbosity (mean, 0 to 100)" in comparison_html(record)
+    weighed = space_of().to_dict()
+    weighed["objectives"][0]["attributes"] = {"fluency": 1.0, "depth": 1.0, "errors": -0.5}
+    assert "helpfulness (mean, -50 to 200)" in comparison_html({**record, "space": weighed})
 
 
 def test_each_claim_says_whether_it_holds(record):

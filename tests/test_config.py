@@ -12,7 +12,16 @@ from fakes import run_config
 from pydantic import BaseModel
 
 from dpa.core.compare_config import CompareConfig
-from dpa.core.config import PathText, PromptsConfig, RewardConfig, RunConfig, load_config, parse_config, resolved
+from dpa.core.config import (
+    EvaluateConfig,
+    PathText,
+    PromptsConfig,
+    RewardConfig,
+    RunConfig,
+    load_config,
+    parse_config,
+    resolved,
+)
 from dpa.core.errors import ConfigError
 from dpa.core.lookup import look_up
 from dpa.core.yaml_text import parse_yaml
@@ -241,6 +250,11 @@ class _WithReward(BaseModel):
 
 class _WithPrompts(BaseModel):
     prompts: PromptsConfig
+
+
+def test_a_grid_without_its_centre_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^directions: 4 is not accepted; take an odd number.*centre"):
+        parse_config({"prompts": {"path": "x"}, "directions": 4}, EvaluateConfig)
 
 
 def test_a_path_that_begins_otherwise_is_kept_letter_for_letter() -> None:

@@ -65,3 +65,21 @@ def test_summaries_of_ratings_and_of_the_reward_model_fit_60_columns() -> None:
             assert name in text
     assert "RMSE 11.1" in text and "pairs 0.77" in text
     assert "LEFT OUT: 35 of 35,331" in text
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_a_name_with_brackets_is_shown_as_it_is(width: int) -> None:
+    names = ("score [/10]", "tone [formal]")
+    facts = {"scale": [0, 10], "count": 9, "mean": 66.6, "std": 12.1, "min": 0.0, "max": 100.0}
+    summary = {
+        "rows": 9, "prompts": 9, "rejects": 1, "attributes": dict.fromkeys(names, facts), "trapped_overall_scores": 0,
+        "correlations": [{"a": names[0], "b": names[1], "n": 9, "pearson": 0.5}],
+        "reasons": {f"{names[0]} is …": 1},
+    }  # fmt: skip
+    found = {"n": 9, "mse": 123.4, "mae": 9.1, "pearson": 0.81, "kendall": 0.61, "pairwise_accuracy": 0.77}
+    quality = dict.fromkeys(names, found)
+    trained = {"quality": quality, "baselines": {"mean": quality}, "training": {}}
+    said = shown(width, lambda console: print_summary(summary, console))
+    assert [said.count(name) for name in names] == [3, 2]
+    said = shown(width, lambda console: print_quality(trained, console))
+    assert all(name in said for name in names)

@@ -159,6 +159,7 @@ def test_a_key_that_no_header_takes_is_refused_and_not_shown(
         (("export", "POLICY"), "question file is missing"),
         (("export", "POLICY", "--form", "helm"), "--form"),
         (("export", "POLICY", "-d", "80deg", "q.jsonl"), "degrees"),
+        (("export", "POLICY", "q.jsonl", "--grid", "1"), "--grid: 1 would be one end"),
         (("judge", "a.json", "b.json", "-p", "0deg", "--judge", "m"), "is no file"),
         (("judge", "POLICY@0deg", "b.json", "-p", "0deg", "--judge", "m"), "give --questions"),
         (("fold", "POLICY", "-d", "x", "--out", "o"), "dpa_reward.json"),

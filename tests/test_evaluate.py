@@ -13,7 +13,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, DirectionError
 from dpa.core.objective import Objective
 from dpa.core.target_measures import target_grid
-from dpa.stages.evaluate import evaluate, evaluate_targets, side_by_side, typical_question
+from dpa.stages.evaluate import evaluate, evaluate_targets, scores_by_prompt, side_by_side, typical_question
 
 TWO = DirectionSpace((Objective("helpfulness", {"help": 1}), Objective("verbosity", {"words": 1})), max_angle=60)
 THREE = DirectionSpace(
@@ -120,6 +120,21 @@ def test_a_direction_without_any_score_is_null_and_not_a_crash():
     assert record["directions"][0]["objectives"]["model"]["verbosity"] == {"value": None, "low": None, "high": None}
     assert record["directions"][0]["front"]["model"] is False
     json.dumps(record, allow_nan=False)
+
+
+def test_attributes_with_the_names_of_objectives_are_weighed_all_the_same():
+    """The gold reward scores the objectives themselves, by their names."""
+    weighed = {"helpfulness": 1.0, "verbosity": -0.5}
+    space = DirectionSpace((Objective("helpfulness", weighed), Objective("verbosity", {"verbosity": 1.0})))
+    rollout, scores = policy_tables(space, follow=0, prompts=2)
+    for name, mark in {"helpfulness": 80.0, "verbosity": 40.0}.items():
+        scores = replaced(scores, name, [mark] * len(scores))
+    both = {"model": scores, "gold": scores}
+    objectives = evaluate(rollout, both, space, CONFIG, seed=0)["directions"][0]["objectives"]
+    assert [objectives["model"][name]["value"] for name in space.names] == pytest.approx([60.0, 40.0])
+    assert [objectives["gold"][name]["value"] for name in space.names] == pytest.approx([80.0, 40.0])
+    asked = scores_by_prompt(rollout, both, space, space.grid(CONFIG.directions), ["p0", "p1"])
+    assert asked["model"][0, 0].tolist() == pytest.approx([60.0, 40.0])
 
 
 def test_tables_that_do_not_belong_together_are_refused():

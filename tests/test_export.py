@@ -65,6 +65,11 @@ def test_alpaca_eval_has_its_four_fields_and_one_file_per_direction(tmp_path: Pa
 def test_the_official_json_list_is_read_too(tmp_path: Path) -> None:
     (tmp_path / "q.json").write_text(json.dumps(ROWS["alpaca_eval"]))
     assert len(read_questions(tmp_path / "q.json", "alpaca_eval")) == 5
+    (tmp_path / "q.json").write_text(json.dumps(ROWS["alpaca_eval"]), encoding="utf-8-sig")
+    assert len(read_questions(tmp_path / "q.json", "alpaca_eval")) == 5
+    (tmp_path / "q.json").write_text("[1,")
+    with pytest.raises(DataError, match=r"not readable JSON \(Expecting value: line 1"):
+        read_questions(tmp_path / "q.json", "alpaca_eval")
 
 
 def test_mt_bench_asks_the_second_turn_after_the_first_answer(tmp_path: Path) -> None:

@@ -47,11 +47,12 @@ def question(story: int, number: int) -> dict:
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of made-up questions about 30 stories."""
+    """A folder of made-up questions about 30 stories, each with a line separator of Unicode's in its row."""
     folder = tmp_path / "data"
     folder.mkdir()
-    lines = [json.dumps(question(story, number)) for story in range(30) for number in (2, 7)]
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    asked = [{**question(story, number), "note": "a\u2028b"} for story in range(30) for number in (2, 7)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in asked]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     monkeypatch.setenv("FAIRYTALEQA", str(folder))
     return folder
 
@@ -120,7 +121,7 @@ def test_the_start_policy_answers_a_share_of_the_questions_always_the_same_ones(
         rated = [json.loads(line) for line in (made / "rated.jsonl").read_text().splitlines()]
         asked.append({row["prompt"] for row in rated if row["source"] == "start"})
         assert len({row["prompt"] for row in rated}) == 12
-    every = map(json.loads, (data / "train.jsonl").read_text().splitlines())
+    every = map(json.loads, (data / "train.jsonl").read_text(encoding="utf-8").strip().split("\n"))
     drawn = {row["prompt"] for row in every if rows.chance("sampled", row) < 0.4}
     assert not asked[0] and 0 < len(asked[1]) < 12 and asked[1] <= drawn
 

@@ -220,7 +220,7 @@ def test_the_page_shows_answers_side_by_side_and_runs_nothing(server: Server, tm
 
 def test_answer_files_of_both_forms_are_read(tmp_path: Path) -> None:
     rows = [{"instruction": "Do", "output": "one"}, {"instruction": "Do", "output": "two"}]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8-sig")
     hard = {
         "uid": "u",
         "messages": [{"role": "user", "content": "Do"}, {"role": "assistant", "content": {"answer": "x"}}],
@@ -235,5 +235,5 @@ def test_answer_files_of_both_forms_are_read(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         make_pairs(read_answers(tmp_path / "c.json")[1], first)
     (tmp_path / "d.json").write_text('[{"a": 1}]')
-    with pytest.raises(DataError, match="dpa export"):
+    with pytest.raises(DataError, match=r"KeyError: 'instruction'.*dpa export"):
         read_answers(tmp_path / "d.json")

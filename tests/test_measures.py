@@ -14,6 +14,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.measures import (
     bootstrap_means,
     cone_hypervolume,
+    edge_directions,
     end_coverage,
     expected_utility,
     hypervolume,
@@ -85,6 +86,14 @@ def test_the_cone_has_a_volume_up_to_four_objectives(objectives, known):
     volume = cone_hypervolume(np.full((1, objectives), 50.0), space, 0.0)
     assert np.isfinite(volume) == known
     assert not known or volume > 0
+
+
+@pytest.mark.parametrize(("objectives", "known"), [(2, True), (3, True), (4, False)])
+def test_off_the_axes_the_cone_has_a_volume_up_to_three_objectives(objectives, known):
+    parts = tuple(Objective(name, {name: 1}) for name in "abcd"[:objectives])
+    space = DirectionSpace(parts, center=[1.0] * objectives)
+    assert len(edge_directions(space)) == (2 if objectives == 2 else 2 * objectives)
+    assert np.isfinite(cone_hypervolume(np.full((1, objectives), 50.0), space, 0.0)) == known
 
 
 @given(st.integers(2, 8), st.integers(2, 4), st.integers(0, 2**32 - 1))

@@ -17,6 +17,7 @@ from test_evaluate import CONFIG, THREE, TWO, policy_tables, replaced, target_ta
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import RunFolderError
+from dpa.core.objective import Objective
 from dpa.pages.charts import nice_ticks
 from dpa.pages.report import report_html, samples_jsonl, table_csv, write_report
 from dpa.pages.writing import duration, memory, number, spread
@@ -270,6 +271,24 @@ def test_what_was_not_measured_leaves_no_hole(tmp_path, two):
     holed = copy.deepcopy(two)
     holed["policies"][1]["evaluation"] = evaluate(rollout, {"model": scores, "gold": scores}, TWO, CONFIG, seed=0)
     Page(report_html(holed))
+
+
+def test_objectives_may_have_the_names_of_an_intervals_parts():
+    named = {"value": {"help": 1}, "low": {"words": 1}, "high": {"warm": 1}}
+    space = DirectionSpace(tuple(Objective(name, parts) for name, parts in named.items()))
+    text = Page(report_html(results_of(space))).text
+    assert all(f"span, {name}" in text for name in named) and "expected utility" in text
+
+
+def test_bars_fill_the_range_of_their_objective():
+    space = DirectionSpace((Objective("depth", {"help": 1, "other": 1}), Objective("verbosity", {"words": 1, "b": -1})))
+    results = results_of(space)
+    for answer in (answer for question in results["samples"]["questions"] for answer in question["answers"]):
+        answer["objectives"] = {"gold": {"depth": 150.0, "verbosity": None}}
+    shown = report_html(results)
+    assert "width:75.0%" in shown and shown.count("width:0%") == shown.count("width:75.0%")
+    answer["objectives"] = {"gold": {"depth": 500.0, "verbosity": 0.0}}
+    assert "width:100%" in report_html(results) and "width:50.0%" in report_html(results)
 
 
 def test_one_policy_is_enough():

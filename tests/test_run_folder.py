@@ -128,6 +128,17 @@ def test_progress_prints_lines_where_there_is_no_terminal() -> None:
     assert " s left" in line
 
 
+def test_a_bar_shows_a_label_with_brackets_as_it_is() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Terminal()
+    with ProgressBar("policy[/v2]", 2, out=out) as bar:
+        bar.advance()
+    assert "policy[/v2]" in out.getvalue()
+
+
 def test_progress_lines_come_now_and_then() -> None:
     out = io.StringIO()
     with ProgressBar("score", 2, "shards", out=out, line_every_s=0.0) as bar:

@@ -3,6 +3,7 @@ Run: pytest tests/test_score_select.py
 """
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,25 @@ def test_t0_selects_among_the_rated_responses(tmp_path: Path, method: str) -> No
     again = FakeScorer()
     score_rows(scores, ratings, again)
     assert again.scored == []
+
+
+def test_one_large_pool_does_not_cost_the_others_its_size(tmp_path: Path) -> None:
+    """And the rows of a prompt stay at its place."""
+    sizes = {f"p{place}": 2_000 if place == 1_000 else 1 + place % 3 for place in range(2_001)}
+    rows = [(f"{prompt_id}-{n}", prompt_id) for prompt_id, size in sizes.items() for n in range(size)]
+    ids, prompt_ids = zip(*rows, strict=True)
+    words = ["a " * (n % 97) for n in range(len(rows))]
+    ratings = pa.table({"row_id": ids, "prompt_id": prompt_ids, "messages": ["[]"] * len(rows), "response": words})
+    scores, stage = StageFolder(tmp_path / "score"), StageFolder(tmp_path / "select")
+    score_rows(scores, ratings, FakeScorer())
+    tracemalloc.start()
+    try:
+        select_rated(stage, ratings, scores, SPACE, SelectionConfig(directions=1), seed=0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20_000_000, "padded to the largest, the scores alone are 64 MB"
+    assert [row["prompt_id"] for row in all_rows(stage)] == list(sizes)
 
 
 def test_t0_scores_of_other_ratings_are_refused(tmp_path: Path) -> None:

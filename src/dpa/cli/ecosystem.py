@@ -21,7 +21,7 @@ app = Commands(rich_markup_mode=None)
 FORMS = ("alpaca-eval", "mt-bench", "arena-hard", "lm-eval")
 KEY_VARIABLES = ("DPA_JUDGE_API_KEY", "OPENAI_API_KEY")
 ASK_BEYOND = 500_000
-"""Tokens of a judge beyond which `--yes` is asked for."""
+"""Tokens of a judge beyond which `--yes` is needed."""
 
 SpaceText = Annotated[
     str | None,
@@ -42,7 +42,9 @@ def export(
     form: Annotated[str, typer.Option(help=f"One of {', '.join(FORMS)}.")] = "alpaca-eval",
     out: Annotated[Path, typer.Option(help="Folder to write to; the same command resumes.")] = Path("exports"),
     directions: Directions = None,
-    grid: Annotated[int, typer.Option(min=0, help="Directions on each arc of the cone, beside those of -d.")] = 0,
+    grid: Annotated[
+        int, typer.Option(min=0, help="Directions on each arc of the cone, beside those of -d: 0, or 2 or more.")
+    ] = 0,
     name: Annotated[
         str | None, typer.Option(help="Name of the model in the files. Default: RUN-T, or its folder's.")
     ] = None,
@@ -74,6 +76,8 @@ def export(
         return
     if form not in FORMS:
         raise ConfigError(f"--form: {form!r} is unknown; known: {', '.join(FORMS)}.")
+    if grid == 1:
+        raise ConfigError("--grid: 1 would be one end of the cone alone; take 2 or more, or 0 for no grid.")
     chosen = [where.parse(text) for text in directions or []]
     chosen += [where.direction(weights_K) for weights_K in where.grid(grid)] if grid else []
     chosen = chosen or [where.parse(preset) for preset in where.presets] or [where.direction(where.center)]
@@ -140,10 +144,10 @@ def judge(
     space: SpaceText = None,
     questions: Annotated[Path | None, typer.Option(help="AlpacaEval question file, for MODEL@DIRECTION.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first pairs.")] = None,
-    limit_tokens: Annotated[int, typer.Option(help="Ask before more tokens than this.")] = ASK_BEYOND,
+    limit_tokens: Annotated[int, typer.Option(help="More tokens than this are refused without --yes.")] = ASK_BEYOND,
     price_in: Annotated[float | None, typer.Option(help="Price of a million tokens read, for the estimate.")] = None,
     price_out: Annotated[float | None, typer.Option(help="Price of a million tokens written.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask, whatever the estimate.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Go on, whatever the estimate.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Longest reply; a judge that reasons needs more.", min=1)] = 16,
     together: Annotated[int, typer.Option(help="Requests in flight.", min=1)] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of MODEL@DIRECTION, in tokens.")] = 2048,

@@ -26,7 +26,7 @@ from pydantic import (
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError
 from dpa.core.lookup import nearest
-from dpa.core.objective import Objective
+from dpa.core.objective import Objective, range_of_sum
 from dpa.core.presets import SPACES
 from dpa.core.records import SCALE, stable_hash
 from dpa.core.reference import ModelReference
@@ -689,7 +689,12 @@ class EvaluateConfig(_Section):
     """Measuring a policy on held-out prompts over a fixed grid of directions."""
 
     prompts: PromptsConfig = Field(description="Held-out prompts; never used in training.")
-    directions: int = Field(9, ge=3, description="Grid points on each arc from the centre towards an objective.")
+    directions: int = Field(
+        9,
+        ge=3,
+        description="Grid points on each arc from the centre towards an objective; an odd number, so that the centre "
+        "is one of them.",
+    )
     samples: int = Field(1, ge=1, description="Responses for each prompt and direction.")
     temperature: float = Field(0.7, gt=0, description="Softmax temperature (the published policy uses 0.7).")
     gold: dict[str, PathText] = Field(
@@ -698,6 +703,13 @@ class EvaluateConfig(_Section):
     )
     reference: float = Field(0.0, description="Reference point of the hypervolume, on every objective.")
     resamples: int = Field(1000, ge=1, description="Bootstrap resamples over prompts.")
+
+    @field_validator("directions")
+    @classmethod
+    def _with_the_centre(cls, directions: int) -> int:
+        if directions % 2 == 0:
+            raise ValueError("take an odd number, such as 9, so that the centre of each arc is measured too")
+        return directions
 
 
 class ClusterConfig(_Section):
@@ -790,8 +802,7 @@ class RunConfig(RewardRunConfig):
         rays = "selection.utility ray" if self.selection.utility == "ray" else ""
         asking = "selection.targets" if self.selection.target_share > 0 else rays
         for name, parts in self.space.objectives.items() if asking else ():
-            weights = (parts or {name: 1.0}).values()
-            low, high = (SCALE[1] * sum(end(weight, 0.0) for weight in weights) for end in (min, max))
+            low, high = range_of_sum((parts or {name: 1.0}).values())
             if low < SCALE[0] or high > SCALE[1] * (1 + 1e-6):
                 raise ValueError(
                     f"space.objectives: `{name}` goes from {low:g} to {high:g}, and {asking} needs {SCALE[0]:g} to "

@@ -22,7 +22,7 @@ from dpa.core.direction_text import (
     unknown,
 )
 from dpa.core.errors import DirectionError, ModelFileError, OutsideConeError
-from dpa.core.objective import Objective
+from dpa.core.objective import Objective, range_of_sum
 from dpa.core.sentences import PLACEHOLDER, PUBLISHED_TEMPLATE, TARGET_STEPS, checked_target_template, checked_template
 
 _KIND: dict[str, Any] = {"objectives": list, "center": dict, "max_angle": int | float, "template": str, "presets": dict}
@@ -129,6 +129,11 @@ class DirectionSpace:
     def K(self) -> int:
         """Number of objectives."""
         return len(self.objectives)
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Objective -> the least and the most it can be, its attributes being on 0-100."""
+        return {one.name: range_of_sum(one.attributes.values()) for one in self.objectives}
 
     @cached_property
     def center_K(self) -> np.ndarray:

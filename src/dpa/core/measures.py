@@ -15,7 +15,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.records import SCALE
 
 MOST_CONE_COORDINATES = 6
-"""Exact hypervolume in more coordinates takes minutes with resampling (2 (K - 1) coordinates: K <= 4)."""
+"""Exact hypervolume in more coordinates takes minutes with resampling (`edge_directions` says how many there are)."""
 
 
 class Interval(TypedDict):
@@ -54,9 +54,9 @@ def cone_hypervolume(points_NK: np.ndarray, space: DirectionSpace, reference: fl
     """Hypervolume in what users of the cone value: utilities along the cone's extreme directions (our choice).
 
     "Less verbosity" is a wish too, and plain hypervolume, which only counts more of everything, cannot see the terse
-    end of a front. So a point's coordinates are v . s for each edge direction v: the two ends of every arc, that is
-    two for K = 2 (-max_angle and max_angle) and 2 (K - 1) for K > 2. The reference is the worst utility of any point
-    of the box [reference, 100]^K. NaN for K > 4.
+    end of a front. So a point's coordinates are v . s for each edge direction v (`edge_directions`). The reference is
+    the worst utility of any point of the box [reference, 100]^K. NaN for more than MOST_CONE_COORDINATES: for K > 4,
+    and for K = 4 where the center is no objective's axis.
     """
     edges_EK = edge_directions(space)
     if len(edges_EK) > MOST_CONE_COORDINATES:
@@ -66,7 +66,8 @@ def cone_hypervolume(points_NK: np.ndarray, space: DirectionSpace, reference: fl
 
 
 def edge_directions(space: DirectionSpace) -> np.ndarray:
-    """edges_EK: the two ends of every arc, that is two for K = 2 and 2 (K - 1) for K > 2."""
+    """edges_EK: the two ends of every arc: two for K = 2 (-max_angle and max_angle); for K > 2 it is 2 (K - 1), or 2 K
+    where the center is no objective's axis."""
     return np.concatenate([space.arc(name, 2) for name in space.arc_names[-1 if space.K == 2 else 0 :]])
 
 

@@ -2,11 +2,12 @@
 Run its tests: pytest tests/test_directions.py
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from dpa.core.direction_text import MAX_NAME, is_name, read_number, shown
 from dpa.core.errors import DirectionError
+from dpa.core.records import SCALE
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,9 @@ class Objective:
             if weight == 0:
                 raise DirectionError(f"objective `{self.name}`: attribute `{name}` has weight 0; leave it out.")
         object.__setattr__(self, "attributes", weights)
+
+
+def range_of_sum(weights: Collection[float]) -> tuple[float, float]:
+    """The least and the most that attributes on the scale give, weighed so and added up."""
+    low, high = (round(SCALE[1] * sum(end(weight, 0.0) for weight in weights), 6) for end in (min, max))
+    return low, high

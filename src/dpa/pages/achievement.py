@@ -27,7 +27,7 @@ order; unclear: in order, not apart; reversed: apart the wrong way round; ignore
 """
 
 HELD = 1.0
-"""Points of 100 by which an objective may fall and is still said to be held."""
+"""Points by which an objective may fall and is still said to be held."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def achievement(policies: Sequence[Record], space: DirectionSpace) -> Achievemen
     said = []
     for outcome, sentence in SAID.items():
         found = [ends for ends in arcs if ends.outcome == outcome]
-        figures = [_figures(ends, by, words=ends is in_words and _words_apart(ends) > 0) for ends in found]
+        figures = [_figures(ends, by, space, words=ends is in_words and _words_apart(ends) > 0) for ends in found]
         if len(found) > 1:
             figures = [f"{ends.arc} {figure}" for ends, figure in zip(found, figures, strict=True)]
         if found:
@@ -98,12 +98,15 @@ def _words_apart(ends: Ends) -> float:
     return abs(high["value"] - low["value"]) if _apart(low, high) else 0.0
 
 
-def _figures(ends: Ends, by: str, words: bool) -> str:
-    """`20 to 88 of 100`, or with words `14 to 71 words (20 to 88 of 100)`; from what asks for least of it gave."""
+def _figures(ends: Ends, by: str, space: DirectionSpace, words: bool) -> str:
+    """`20 to 88 of 100`, or with words `14 to 71 words (20 to 88 of 100)`; from what asks for least of it gave. `of` is
+    said of an objective that begins at 0."""
     if ends.asked is None:
         return ""
     low, _, high = ends.asked
-    scores = " to ".join(number(end["objectives"][by][ends.arc]["value"], 0) for end in (low, high)) + " of 100"
+    least, most = space.ranges[ends.arc]
+    scores = " to ".join(number(end["objectives"][by][ends.arc]["value"], 0) for end in (low, high))
+    scores += f" of {most:g}" if least == 0 else ""
     counts = " to ".join(number(end["words"]["value"], 0) for end in (low, high))
     return f"{counts} words ({scores})" if words else scores
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpa.core.directions import DirectionSpace
 from dpa.pages.charts import Chart, Point, Series, ramp, range_of
 from dpa.pages.rendering import render
 from dpa.pages.writing import degrees, spread
@@ -92,7 +93,8 @@ def comparison_html(results: Record) -> str:
 
 def _chart(results: Record, shown: Sequence[tuple[str, int, Record]], title: str, arc: str) -> Chart:
     """The fronts of policies along an arc; `shown`: (name, color, policy)."""
-    upward = results["upward"]
+    upward, ranges = results["upward"], DirectionSpace.from_dict(results["space"]).ranges
+    axes = {name: f"{name} (mean, {low:g} to {high:g})" for name, (low, high) in ranges.items()}
 
     def points(policy: Record) -> list[Point]:
         found = []
@@ -106,8 +108,8 @@ def _chart(results: Record, shown: Sequence[tuple[str, int, Record]], title: str
     return Chart(
         [Series(name, color, points(policy)) for name, color, policy in shown],
         title,
-        f"{arc} (mean, 0 to 100)",
-        f"{upward} (mean, 0 to 100)",
+        axes[arc],
+        axes[upward],
         "One line for each method, one mark for each direction asked, with 95% intervals; the numbers are in the table "
         "Every direction.",
     )

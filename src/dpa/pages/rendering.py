@@ -29,6 +29,7 @@ _FILTERS = (
     writing.reward_title,
     writing.titled_measures,
     writing.listed,
+    writing.scale,
 )
 _TEMPLATES.filters |= {written.__name__: written for written in _FILTERS}
 _TEMPLATES.filters["pretty_json"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False)

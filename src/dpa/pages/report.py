@@ -113,6 +113,7 @@ def report_html(results: Record) -> str:
         "report.html",
         record=results,
         names=list(space.names),
+        ranges=space.ranges,
         rewards=rewards,
         colors=ramp(len(policies)),
         achievement=achievement(policies, space) if policies else None,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpa.core.directions import DirectionSpace
+from dpa.core.records import SCALE
 
 
 def number(value: float | None, digits: int | None = 1) -> str:
@@ -78,20 +79,25 @@ def titled_measures(measures: Mapping[str, Any]) -> dict[str, tuple[Mapping[str,
 
     "hypervolume", "span, verbosity", "kendall tau, verbosity".
     """
-    titled = {}
+    titled: dict[str, tuple[Mapping[str, Any], int]] = {}
     for measure, found in measures.items():
         title = measure.replace("_", " ")
-        if "value" in found:
-            titled[title] = (found, 1)
-        else:
+        if all(isinstance(one, Mapping) for one in found.values()):  # an objective may be called "value" too
             digits = 1 if measure == "span" else 2
             titled |= {f"{title}, {objective}": (interval, digits) for objective, interval in found.items()}
+        else:
+            titled[title] = (found, 1)
     return titled
 
 
 def listed(names: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def scale(space: DirectionSpace) -> str:
+    """` on 0-100`; nothing where an objective has another range."""
+    return " on 0-100" if set(space.ranges.values()) == {SCALE} else ""
 
 
 def example_preference(space: DirectionSpace) -> str:

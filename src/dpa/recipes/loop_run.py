@@ -77,7 +77,7 @@ class LoopRun(Run):
         stage = self.stage(None, "start_policy")
         folder = stage.path / "policy"
         if not stage.done:
-            self.console.print(dequantise(file, folder))
+            self.console.print(dequantise(file, folder), markup=False)
             stage.finish(sealed=[folder])
         return str(folder)
 

@@ -55,7 +55,7 @@ def evaluate(
         raise DataError("evaluate: no answers were sampled; look at the rejects of the rollout stage.")
     grid_DK = space.grid(config.directions)
     cell_N = _cells(rollout, grid_DK)
-    scores_by_reward = {name: _objectives(table, rollout, space) for name, table in scores.items()}
+    scores_by_reward = _objectives_by_reward(scores, rollout, space)
     responses, tokens = rollout["response"].to_pylist(), rollout["tokens"].to_numpy()
     words_N = np.array([len(response.split()) for response in responses], dtype=np.float64)
     D, P = len(grid_DK), int(cell_N[1].max()) + 1
@@ -143,8 +143,8 @@ def evaluate_targets(
     names_T = [record["objective"] for record in records]
     asked_T = np.array([record["asked"] for record in records], dtype=np.float64)
     errors: dict[str, dict[str, Any]] = {}
-    for reward, table in scores.items():
-        scores_TPSK = in_cells(_objectives(table, rollout, space))
+    for reward, scores_NK in _objectives_by_reward(scores, rollout, space).items():
+        scores_TPSK = in_cells(scores_NK)
         for t, (record, intervals_K) in enumerate(zip(records, means(scores_TPSK), strict=True)):
             record["objectives"][reward] = dict(zip(space.names, intervals_K, strict=True))
             own_1PS, asked_1 = scores_TPSK[t : t + 1, ..., space.names.index(names_T[t])], asked_T[t : t + 1]
@@ -172,8 +172,8 @@ def scores_by_prompt(
     place = {prompt_id: p for p, prompt_id in enumerate(prompt_ids)}
     cell_N[1] = [place[prompt_id] for prompt_id in rollout["prompt_id"].to_pylist()]
     return {
-        reward: _mean_in_cells(_objectives(table, rollout, space), cell_N, len(grid_DK), len(prompt_ids))
-        for reward, table in scores.items()
+        reward: _mean_in_cells(scores_NK, cell_N, len(grid_DK), len(prompt_ids))
+        for reward, scores_NK in _objectives_by_reward(scores, rollout, space).items()
     }
 
 
@@ -262,7 +262,7 @@ class _FirstAnswers:
         self, rollout: pa.Table, scores: Mapping[str, pa.Table], space: DirectionSpace, grid_DK: np.ndarray
     ) -> None:
         self.space, self.grid_DK = space, grid_DK
-        self.scores = {name: _objectives(table, rollout, space) for name, table in scores.items()}
+        self.scores = _objectives_by_reward(scores, rollout, space)
         self.responses, self.tokens = rollout["response"].to_pylist(), rollout["tokens"].to_pylist()
         prompt_ids = rollout["prompt_id"].to_pylist()
         self.prompt_ids = list(dict.fromkeys(prompt_ids))
@@ -332,14 +332,21 @@ def _cells(rollout: pa.Table, grid_DK: np.ndarray) -> np.ndarray:
     return np.stack([distance_ND.argmin(axis=1), np.array(prompt_N)])
 
 
-def _objectives(scores: pa.Table, rollout: pa.Table, space: DirectionSpace) -> np.ndarray:
-    """scores_NK in the rollout's order; NaN where not valid. A gold reward may score the objectives themselves."""
-    if scores["candidate_id"].to_pylist() != rollout["candidate_id"].to_pylist():
-        raise DataError("evaluate: the scores belong to other answers than the rollout; score again.")
-    scores_NM, attributes = score_matrix(scores)
-    if set(attributes) == set(space.names):
-        return scores_NM[:, [attributes.index(name) for name in space.names]]
-    return space.combine(scores_NM, attributes)
+def _objectives_by_reward(
+    scores: Mapping[str, pa.Table], rollout: pa.Table, space: DirectionSpace
+) -> dict[str, np.ndarray]:
+    """reward -> scores_NK in the rollout's order; NaN where not valid. Of a reward but the gold one a column that has
+    the name of an objective is an attribute still, to be weighed like any other."""
+    found = {}
+    for reward, table in scores.items():
+        if table["candidate_id"].to_pylist() != rollout["candidate_id"].to_pylist():
+            raise DataError("evaluate: the scores belong to other answers than the rollout; score again.")
+        scores_NM, attributes = score_matrix(table)
+        if reward == "gold" and set(attributes) == set(space.names):  # it scores the objectives themselves
+            found[reward] = scores_NM[:, [attributes.index(name) for name in space.names]]
+        else:
+            found[reward] = space.combine(scores_NM, attributes)
+    return found
 
 
 def _mean_in_cells(values_NX: np.ndarray, cell_N: np.ndarray, D: int, P: int) -> np.ndarray:

@@ -269,9 +269,9 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
     if path.suffix != ".json":
         return [pair for file in find_files(path) for pair in read_rows(file)]
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise DataError(f"questions: {path} is not readable JSON ({type(error).__name__}); check it.") from None
+        raise DataError(f"questions: {path} is not readable JSON ({error}); check it.") from None
     if not isinstance(rows, list):
         raise DataError(f"questions: {path} is not a list of rows; give the benchmark's question file.")
     return [(f"{path.name}:{number}", row) for number, row in enumerate(rows, start=1)]

@@ -72,7 +72,7 @@ def read_answers(path: Path) -> tuple[str, dict[str, str]]:
     Of a request that is there twice, the later one gets a number behind it.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             rows = json.loads(text)
         else:  # no splitlines: an answer may hold what that splits at
@@ -80,8 +80,8 @@ def read_answers(path: Path) -> tuple[str, dict[str, str]]:
         pairs = [_request_and_answer(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(
-            f"judge: {path} is no list of AlpacaEval outputs and no Arena-Hard answers ({type(error).__name__}); "
-            "write one with `dpa export`."
+            f"judge: {path} is no list of AlpacaEval outputs and no Arena-Hard answers ({type(error).__name__}: "
+            f"{error}); write one with `dpa export`."
         ) from None
     answers: dict[str, str] = {}
     for request, answer in pairs:

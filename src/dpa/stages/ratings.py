@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dpa.core.config import RatingsConfig
 from dpa.core.errors import DataError, DpaError, RejectRateError
@@ -168,16 +169,17 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
         table.add_column(heading, justify="left" if heading == "attribute" else "right")
     for name, facts in summary["attributes"].items():
         low, high = facts["scale"]
-        row = [name, f"{low:g}..{high:g}", f"{facts['count']:,}"]
+        row: list[Text | str] = [Text(name), f"{low:g}..{high:g}", f"{facts['count']:,}"]
         if facts["count"]:
             row += [f"{facts['mean']:.1f}", f"{facts['std']:.1f}", f"{facts['min']:.0f}-{facts['max']:.0f}"]
         table.add_row(*row)
     print_table(table, console)
     known = [pair for pair in summary["correlations"] if pair["pearson"] is not None]
     for pair in sorted(known, key=lambda pair: -abs(pair["pearson"])):
-        console.print(f"  {pair['pearson']:+.2f}  {pair['a']} ~ {pair['b']}  (n = {pair['n']:,})", highlight=False)
+        text = f"  {pair['pearson']:+.2f}  {pair['a']} ~ {pair['b']}  (n = {pair['n']:,})"
+        console.print(text, highlight=False, markup=False)
     for reason, count in summary["reasons"].items():
-        console.print(f"  rejected {count:,}: {reason}", highlight=False)
+        console.print(f"  rejected {count:,}: {reason}", highlight=False, markup=False)
     if summary["trapped_overall_scores"]:
         console.print(f"  {summary['trapped_overall_scores']:,} overall scores of 10 dropped (OpenBMB issue 8)")
 

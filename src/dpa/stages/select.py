@@ -26,7 +26,7 @@ NO_PAIR = "no candidate is better than another under any direction"
 
 
 class _Pools(NamedTuple):
-    """The candidates of some prompts, padded to the largest pool.
+    """The candidates of some prompts, padded to the largest pool of these.
 
     `row_PN` is the row of each (-1: padding), `weighed_PNK` its scores over the scale.
     """
@@ -36,6 +36,16 @@ class _Pools(NamedTuple):
     scores_PNK: np.ndarray
     weighed_PNK: np.ndarray
     valid_PN: np.ndarray
+
+
+class _Winners(NamedTuple):
+    """Of some prompts: what each pool serves, and whom it keeps for it, as places in the pool (-1: nobody)."""
+
+    pools: _Pools
+    directions_PDK: np.ndarray
+    held_PDK: np.ndarray | None
+    winners_PD: np.ndarray
+    losers_PD: np.ndarray | None
 
 
 class _How(NamedTuple):
@@ -180,9 +190,19 @@ def _write_winners(
     how: _How,
 ) -> None:
     started = time.monotonic()
-    pools = _pools(candidates["prompt_id"].to_pylist(), how.space.combine(*score_matrix(scores)), how.scale_K)
+    scores_RK = how.space.combine(*score_matrix(scores))
+    groups = _pools(candidates["prompt_id"].to_pylist(), scores_RK, how.scale_K)
+    found = [_winners(pools, candidates, how, stage.name) for pools in groups]
+    table, rejects = _winner_rows(found, candidates, texts, how)
+    ledger = Ledger(
+        rows=table.num_rows, rejects=len(rejects), wall_s=time.monotonic() - started, peak_memory=peak_memory()
+    )
+    stage.write_shard(number, table, ledger, rejects, made_from)
+
+
+def _winners(pools: _Pools, candidates: pa.Table, how: _How, stage: str) -> _Winners:
     rngs = [
-        np.random.default_rng(int(stable_hash("select", how.seed, stage.name, prompt_id), 16))
+        np.random.default_rng(int(stable_hash("select", how.seed, stage, prompt_id), 16))
         for prompt_id in pools.prompt_ids
     ]
     losers_PD = held_PDK = None
@@ -204,22 +224,27 @@ def _write_winners(
     if how.targets:
         found = pools.scores_PNK, pools.weighed_PNK, pools.valid_PN, directions_PDK, winners_PD
         directions_PDK, held_PDK, winners_PD = serve_targets(*found, how.config.targets, how.space, rngs)
-    table, rejects = _winner_rows(pools, directions_PDK, held_PDK, winners_PD, losers_PD, candidates, texts, how.space)
-    ledger = Ledger(
-        rows=table.num_rows, rejects=len(rejects), wall_s=time.monotonic() - started, peak_memory=peak_memory()
-    )
-    stage.write_shard(number, table, ledger, rejects, made_from)
+    return _Winners(pools, directions_PDK, held_PDK, winners_PD, losers_PD)
 
 
-def _pools(prompt_ids: list[str], scores_RK: np.ndarray, scale_K: np.ndarray) -> _Pools:
-    """Rows grouped by prompt, prompts and rows in the order in which they first appear; a row is NaN or valid."""
+def _pools(prompt_ids: list[str], scores_RK: np.ndarray, scale_K: np.ndarray) -> list[_Pools]:
+    """Rows grouped by prompt, prompts and rows in the order in which they first appear; a row is NaN or valid.
+
+    Only pools between the same powers of two are put together: one large pool must not pad all others to its size.
+    """
     rows = places_of(prompt_ids)
-    row_PN = np.full((len(rows), max(map(len, rows.values()), default=0)), -1)
-    for p, members in enumerate(rows.values()):
-        row_PN[p, : len(members)] = members
-    scores_PNK = scores_RK[row_PN]
-    valid_PN = np.isfinite(scores_PNK).all(axis=2) & (row_PN >= 0)
-    return _Pools(list(rows), row_PN, scores_PNK, scores_PNK / scale_K, valid_PN)
+    groups: dict[int, list[str]] = {}
+    for prompt_id, members in rows.items():
+        groups.setdefault((len(members) - 1).bit_length(), []).append(prompt_id)
+    found = []
+    for own in groups.values():
+        row_PN = np.full((len(own), max(len(rows[prompt_id]) for prompt_id in own)), -1)
+        for p, prompt_id in enumerate(own):
+            row_PN[p, : len(rows[prompt_id])] = rows[prompt_id]
+        scores_PNK = scores_RK[row_PN]
+        valid_PN = np.isfinite(scores_PNK).all(axis=2) & (row_PN >= 0)
+        found.append(_Pools(own, row_PN, scores_PNK, scores_PNK / scale_K, valid_PN))
+    return found
 
 
 def _served(
@@ -269,44 +294,45 @@ def _per_direction(
 
 
 def _winner_rows(
-    pools: _Pools,
-    directions_PDK: np.ndarray,
-    held_PDK: np.ndarray | None,
-    winners_PD: np.ndarray,
-    losers_PD: np.ndarray | None,
-    candidates: pa.Table,
-    texts: Mapping[str, str],
-    space: DirectionSpace,
+    found: Sequence[_Winners], candidates: pa.Table, texts: Mapping[str, str], how: _How
 ) -> tuple[pa.Table, list[Reject]]:
-    """Rows of WINNERS, or of PAIRS where there are losers; rejects are the prompts that have none."""
-    schema = selection_schema(pairs=losers_PD is not None, held=held_PDK is not None)
-    if taken := name_taken(schema, space.names):
+    """Rows of WINNERS, or of PAIRS where there are losers, prompts in the candidates' order; rejects are the prompts
+    that have none."""
+    names = how.space.names
+    schema = selection_schema(how.pairs, how.targets)
+    if taken := name_taken(schema, names):
         raise DataError(f"space.objectives: `{taken}` is the name of a column; rename the objective.")
     ids, responses = candidates["candidate_id"].to_pylist(), candidates["response"].to_pylist()
     complete = completeness(candidates)
     rows: list[dict] = []
-    for p, d in np.ndindex(winners_PD.shape):
-        winner, direction_K = winners_PD[p, d], directions_PDK[p, d]
-        if winner < 0:
-            continue
-        prompt_id = pools.prompt_ids[p]
-        row = {"prompt_id": prompt_id, "messages": texts[prompt_id], "direction": direction_K.tolist()}
-        if held_PDK is not None and np.isfinite(held_PDK[p, d]).any():
-            row["held"] = [int(value) if np.isfinite(value) else None for value in held_PDK[p, d]]
-        best, utility = pools.row_PN[p, winner], float(direction_K @ pools.weighed_PNK[p, winner])
-        if losers_PD is None:
-            row |= {"candidate_id": ids[best], "response": responses[best], "utility": utility}
-            row["complete"] = complete[best]
-        else:
-            loser = losers_PD[p, d]
-            other = pools.row_PN[p, loser]
-            row |= {"chosen": responses[best], "rejected": responses[other], "utility_chosen": utility}
-            row["utility_rejected"] = float(direction_K @ pools.weighed_PNK[p, loser])
-            row |= {"chosen_id": ids[best], "rejected_id": ids[other]}
-            row |= {"chosen_complete": complete[best], "rejected_complete": complete[other]}
-        rows.append(row | dict(zip(space.names, pools.scores_PNK[p, winner].tolist(), strict=True)))
-    reasons = {p: NO_SCORE for p in range(len(pools.prompt_ids)) if not pools.valid_PN[p].any()}
-    if losers_PD is not None:
-        reasons |= {p: NO_PAIR for p in np.flatnonzero((losers_PD < 0).all(axis=1)).tolist() if p not in reasons}
-    table = pa.Table.from_pylist(rows, with_numbers(schema, space.names))
-    return table, [Reject(pools.prompt_ids[p], reasons[p]) for p in sorted(reasons)]
+    reasons: dict[str, str] = {}
+    for pools, directions_PDK, held_PDK, winners_PD, losers_PD in found:
+        for p, d in np.ndindex(winners_PD.shape):
+            winner, direction_K = winners_PD[p, d], directions_PDK[p, d]
+            if winner < 0:
+                continue
+            prompt_id = pools.prompt_ids[p]
+            row = {"prompt_id": prompt_id, "messages": texts[prompt_id], "direction": direction_K.tolist()}
+            if held_PDK is not None and np.isfinite(held_PDK[p, d]).any():
+                row["held"] = [int(value) if np.isfinite(value) else None for value in held_PDK[p, d]]
+            best, utility = pools.row_PN[p, winner], float(direction_K @ pools.weighed_PNK[p, winner])
+            if losers_PD is None:
+                row |= {"candidate_id": ids[best], "response": responses[best], "utility": utility}
+                row["complete"] = complete[best]
+            else:
+                loser = losers_PD[p, d]
+                other = pools.row_PN[p, loser]
+                row |= {"chosen": responses[best], "rejected": responses[other], "utility_chosen": utility}
+                row["utility_rejected"] = float(direction_K @ pools.weighed_PNK[p, loser])
+                row |= {"chosen_id": ids[best], "rejected_id": ids[other]}
+                row |= {"chosen_complete": complete[best], "rejected_complete": complete[other]}
+            rows.append(row | dict(zip(names, pools.scores_PNK[p, winner].tolist(), strict=True)))
+        for p, prompt_id in enumerate(pools.prompt_ids):
+            if not pools.valid_PN[p].any():
+                reasons[prompt_id] = NO_SCORE
+            elif losers_PD is not None and (losers_PD[p] < 0).all():
+                reasons[prompt_id] = NO_PAIR
+    place = {prompt_id: at for at, prompt_id in enumerate(dict.fromkeys(candidates["prompt_id"].to_pylist()))}
+    rows.sort(key=lambda row: place[row["prompt_id"]])
+    table = pa.Table.from_pylist(rows, with_numbers(schema, names))
+    return table, [Reject(prompt_id, reasons[prompt_id]) for prompt_id in place if prompt_id in reasons]

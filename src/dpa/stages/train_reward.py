@@ -11,6 +11,7 @@ import pyarrow as pa
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dpa.core.config import RewardTrainConfig
 from dpa.core.errors import ConfigError, TrainingError
@@ -110,7 +111,7 @@ def print_quality(facts: Mapping[str, Any], console: Console | None = None) -> N
     for name, measured in facts["quality"].items():
         mse = [source[name]["mse"] for source in (facts["quality"], *facts["baselines"].values())]
         table.add_row(
-            name,
+            Text(name),
             str(measured["n"]),
             _show(measured["mae"], 1),
             *(_show(value and value**0.5, 1) for value in mse),

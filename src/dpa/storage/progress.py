@@ -99,7 +99,12 @@ class ProgressBar:
     def __enter__(self) -> "ProgressBar":
         self._started = self._printed = time.monotonic()
         if self._out.isatty():
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+            )
             speed = TextColumn("{task.fields[speed]}"), TimeRemainingColumn()
             self._bar = Progress(*columns, *speed, console=Console(file=self._out), transient=False)
             self._task = self._bar.add_task(self.label, total=self.total, completed=self._steps, speed="")

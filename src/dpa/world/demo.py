@@ -73,9 +73,10 @@ def run_demo(out: Path, seed: int = 0, development: bool = False, overrides: Map
     with Loop(load_config(recipe, overrides)) as loop:
         page = loop.run()
         show_results(loop.console, read_json(page.with_name("results.json")))
-        loop.console.print(f"the same loop, as you would run your own: dpa run {recipe}")
-        loop.console.print(f"try it: dpa chat {loop.policy(loop.config.iterations)} --direction terse")
-        loop.console.print(f"report: {page}")
+        loop.console.print(f"the same loop, as you would run your own: dpa run {recipe}", markup=False)
+        policy = loop.policy(loop.config.iterations)
+        loop.console.print(f"try it: dpa chat {policy} --direction terse", markup=False)
+        loop.console.print(f"report: {page}", markup=False)
     return page
 
 
