@@ -81,7 +81,7 @@ def read_keys(file: Path | None) -> tuple[str, ...]:
     keys = [os.environ.get(KEY_VARIABLE, "")]
     if file is not None:
         try:
-            keys += file.read_text(encoding="utf-8").splitlines()
+            keys += file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeError) as error:
             raise ConfigError(f"--api-key-file: {file} cannot be read ({type(error).__name__}); check it.") from None
         if not any(key.strip() for key in keys[1:]):
