@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from random import Random
@@ -213,6 +214,26 @@ def test_nothing_is_written_over_unless_told(tmp_path: Path, model: Path) -> Non
         begun(files, model)
     again, _ = begun(files, model, force=True)
     assert again.read_text() == first.read_text()
+
+
+def test_prompts_are_never_written_among_the_rated_rows(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (mine,) = jsonl_of_this_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for given, out in ((".", None), ("../" + tmp_path.name, Path("own.yaml"))):
+        file = init(Wanted((given,), str(model), out), Console(file=StringIO()), TOY)
+        config = load_config(file)
+        assert Path(config.prompts.path).parent == Path(config.evaluate.prompts.path).parent == Path(file.stem)
+        assert Path(config.prompts.path).is_file() and list(Path().glob("*.jsonl")) == [Path("mine.jsonl")]
+    rated = mine.rename("my-prompts.jsonl").read_bytes()
+    Path("link.jsonl").symlink_to("my-prompts.jsonl")
+    wanted = Wanted(("my-prompts.jsonl",), str(model), Path("my.yaml"), force=True)
+    for files in (("my-prompts.jsonl",), ("link.jsonl",), (".", "my")):
+        with pytest.raises(ConfigError, match=r"my-prompts.jsonl would be written among the rated rows; give another"):
+            init(replace(wanted, files=files), Console(file=StringIO()), TOY)
+    assert Path("my-prompts.jsonl").read_bytes() == rated
+    assert init(replace(wanted, reward_only=True), Console(file=StringIO()), TOY) == Path("my.yaml")
 
 
 def test_a_policy_that_is_not_here_is_named_with_what_to_do(tmp_path: Path) -> None:

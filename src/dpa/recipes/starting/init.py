@@ -77,7 +77,7 @@ def init(wanted: Wanted, console: Console, device: Device | None = None) -> Path
             f"data: {len(look.prompts)} prompts are too few to learn from and to measure on; rate responses to "
             f"{LEAST_DATA} or more."
         )
-    _make_folder(files.config.parent)
+    _make_folder(files.config.parent if wanted.reward_only else files.prompts.parent)
     first = First(data, look, choose(look), start, device, files, wanted.hours)
     if wanted.reward_only:
         sizes, text = None, reward_yaml(first)
@@ -98,22 +98,34 @@ def _seconds(first: First, sizes: Sizes) -> float:
 
 
 def _places(wanted: Wanted) -> Files:
-    """Where everything goes. Raises ConfigError where something is there already."""
+    """Where everything goes. Raises ConfigError where something is there already, or would be read as rated rows."""
     name = Path(wanted.files[0]).stem or "my"
     config = wanted.config or Path(f"{name}.yaml")
     if config.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--out: {config} is no .yaml file; give the name of the configuration, such as my.yaml.")
     where = config.parent
+    if _is_one_of(where, wanted.files):  # all rows beside it are taken for rated ones, those of its sub-folders not
+        where /= config.stem
     files = Files(
         config,
         Path("runs") / config.stem,
         where / f"{config.stem}-prompts.jsonl",
         where / f"{config.stem}-held-out.jsonl",
     )
-    for file in (files.config, files.prompts, files.held_out):
-        if _is_there(file) and not wanted.force:
+    for file in (config,) if wanted.reward_only else (config, files.prompts, files.held_out):
+        there = _is_there(file)
+        if _is_one_of(file, wanted.files) or (file != config and _is_one_of(file.parent, wanted.files)):
+            raise ConfigError(f"--out: {file} would be written among the rated rows; give another --out.")
+        if there and not wanted.force:
             raise ConfigError(f"--out: {file} is there already; pass --force to write it anew, or another --out.")
     return files
+
+
+def _is_one_of(path: Path, given: Sequence[str]) -> bool:
+    try:
+        return any(path.samefile(one) for one in given if Path(one).exists())
+    except (OSError, ValueError):  # it is not there yet, or is no name of a file
+        return False
 
 
 def _make_folder(folder: Path) -> None:
