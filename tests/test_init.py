@@ -198,6 +198,33 @@ def test_marks_that_agree_get_the_length_as_what_pulls_against_them(tmp_path: Pa
     assert [round(wordiness([], "word " * count)) for count in (0, 10, 400, 900)] == [0, 40, 100, 100]
 
 
+def test_of_a_mark_that_is_worse_the_more_of_it_there_is_nobody_is_offered_more(tmp_path: Path, model: Path) -> None:
+    rng = Random(0)
+    marks = [(good, 4 - good, long, rng.randrange(5), 4 - long) for _, _, good, long in PAIRS]
+    names = ("helpfulness", "toxicity", "verbosity", "risk", "unbiased")
+
+    def written(*chosen: str) -> tuple[RunConfig, str]:
+        rows = [dict(zip(names, row, strict=True)) for row in marks]
+        lines = [
+            json.dumps({"prompt": q, "response": a, **{name: row[name] for name in chosen}}) + "\n"
+            for (q, a, *_), row in zip(PAIRS, rows, strict=True)
+        ]
+        (tmp_path / "bad.jsonl").write_text("".join(lines))
+        file, printed = begun([tmp_path / "bad.jsonl"], model, force=True)
+        check_run(load_config(file))
+        return load_config(file), printed
+
+    config, _ = written("helpfulness", "toxicity", "verbosity")
+    assert list(config.space.objectives) == ["helpfulness", "verbosity"], "little toxicity agrees with helpfulness"
+    config, printed = written("helpfulness", "risk", "unbiased")
+    assert list(config.space.objectives) == ["helpfulness", "risk"]
+    assert list(config.space.presets) == ["balanced", "less-risk"] and "its sign turned: more of it is worse" in printed
+    config, printed = written("toxicity")
+    assert config.space.center == {"toxicity": -1.0} and config.space.presets["balanced"] == {"toxicity": -1.0}
+    assert config.space.presets["terse"] == {"toxicity": -0.77, "verbosity": -0.64}
+    assert "toxicity is taken as what a good response lacks" in printed
+
+
 def test_reward_only_needs_no_policy_and_trains(tmp_path: Path, model: Path) -> None:
     file, printed = begun(jsonl_of_this_project(tmp_path), model, reward_only=True)
     assert not list(tmp_path.glob("*-prompts.jsonl")) and "reward_model" in printed

@@ -18,6 +18,7 @@ FEW_RATED_ROWS = 2000
 """Rows below which a ridge on frozen features makes the better reward model."""
 FEWEST_STEPS = 40
 """Optimizer steps that t = 0 should have: a direction is not read after a handful."""
+_WORSE = "   # more of it is worse: ask for less"
 _YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
 
 
@@ -61,19 +62,19 @@ def _head(first: First, what: str) -> list[str]:
 
 
 def _space(objectives: Objectives) -> list[str]:
-    main = next(iter(objectives.marks))
     lines = ["", *_comment(f"What a user can ask for more or less of: {'; '.join(objectives.why)}."), "space:"]
     lines += ["  objectives:"]
     for name, mark in objectives.marks.items():
-        note = "   # counted by a function, see reward.functions" if mark in objectives.by_function else ""
+        note = _WORSE if is_bad(mark) else ""
+        if mark in objectives.by_function:
+            note = "   # counted by a function, see reward.functions"
         lines += [f"    {_text(name)}: {_flow({mark: 1.0})}{note}"]
     if objectives.left:
         lines += ["    # Rated too, and learned by the reward model. Without its # a line lets users weigh it:"]
         for mark in objectives.left:
-            sense = "   # more of it is worse: ask for less" if is_bad(mark) else ""
-            lines += [f"    # {_text(objective_name(mark))}: {_flow({mark: 1.0})}{sense}"]
+            lines += [f"    # {_text(objective_name(mark))}: {_flow({mark: 1.0})}{_WORSE if is_bad(mark) else ''}"]
     lines += [
-        f"  center: {_flow({main: 1.0})}   # asked where nothing else is said",
+        f"  center: {_flow(dict([objectives.center]))}   # asked where nothing else is said",
         "  max_angle: 45   # how far from it a user may ask, in degrees",
         "  training_angle: 50   # how far training goes, so that the edge is no edge of what was learned",
     ]

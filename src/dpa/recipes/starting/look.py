@@ -197,7 +197,7 @@ def _print_correlations(look: FirstLook, console: Console) -> None:
         return
     within = any(one.within for one in known)
     where = "between responses to the same prompt" if within else "over all rows"
-    console.print(f"correlations {where}, the marks that pull against each other first:", highlight=False)
+    console.print(f"correlations {where}, the most negative first:", highlight=False)
     shown = known if len(known) <= 8 else [*known[:5], *known[-3:]]
     for one in shown:
         alone = "" if one.within == within else " (over all rows)"
