@@ -302,6 +302,15 @@ def test_columns_that_are_told_are_believed(tmp_path: Path) -> None:
         recognise([str(tmp_path / "a.csv")], named={"response": "third"})
 
 
+def test_what_is_read_as_text_is_no_mark(tmp_path: Path) -> None:
+    rows = [f"{n} plus 1?,{n + 1 + n % 2},{n % 5},{n % 3}\n" for n in range(30)]
+    (tmp_path / "sums.csv").write_text("prompt,answer,good,source\n" + "".join(rows))
+    (found,) = recognise([str(tmp_path / "sums.csv")], named={"response": "answer"})
+    assert list(found.config.scales) == ["good"] and found.config.columns == {"response": "answer"}
+    with pytest.raises(DataError, match="'answer' is read as the response, so it is no mark"):
+        recognise([str(tmp_path / "sums.csv")], named={"response": "answer"}, marks=["good", "answer"])
+
+
 @pytest.mark.parametrize(
     ("low", "high", "whole", "scale"),
     [
