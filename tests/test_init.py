@@ -29,6 +29,7 @@ from dpa.scoring.wordiness import wordiness
 from dpa.stages.prompts import read_prompts
 from dpa.stages.ratings import prompt_id_of
 from dpa.storage.recognising import recognise, usual_scale
+from dpa.storage.rows import read_rows
 
 TOY = Device("a toy", peak=1e13, bandwidth=1e12, memory=8e9, card=False)
 SLOW = Device("a slow toy", peak=1e6, bandwidth=1e7, memory=8e9, card=False)
@@ -268,7 +269,8 @@ def test_a_policy_that_is_not_here_is_named_with_what_to_do(tmp_path: Path) -> N
     config = load_config(file)
     assert config.policy == "Qwen/Qwen2.5-7B-Instruct" and config.finetune.lora is not None
     assert (
-        "not on this machine: the run fetches it from the Hub" in printed and "tokens guessed at 1.4 a word" in printed
+        "not on this machine: the run fetches it from the Hub" in printed
+        and "tokens guessed, 4 characters each" in printed
     )
 
 
@@ -398,6 +400,57 @@ def test_a_name_that_no_configuration_holds_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (found,) = recognise([str(tmp_path / "odd.jsonl")])
     assert set(found.config.scales) == {"good"} and set(found.unread) == set(marks) - {"good"}
+
+
+def test_names_that_a_run_refuses_are_no_objectives(tmp_path: Path, model: Path) -> None:
+    for names in (("balanced", "terse"), ("utility", "complete"), ("direction", "held"), ("chosen", "full")):
+        rows = [{"prompt": q, "response": a, names[0]: good, names[1]: long} for q, a, good, long in PAIRS]
+        (tmp_path / "taken.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file, _ = begun([tmp_path / "taken.jsonl"], model, force=True)
+        config = load_config(file)
+        check_run(config)
+        assert {f"{name}_2" for name in names} == set(config.space.objectives)
+    rows = [{"prompt": q, "response": a, "good": good, "valid": long > 1} for q, a, good, long in PAIRS]
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"a mark cannot be called 'valid', .* name the other marks with --mark"):
+        begun([tmp_path / "valid.jsonl"], model)
+    begun([tmp_path / "valid.jsonl"], model, marks=("good",))
+
+
+def test_an_estimate_that_fails_leaves_no_file(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConfigError("no time")
+
+    files = jsonl_of_this_project(tmp_path)
+    monkeypatch.setattr("dpa.recipes.starting.init.estimate", refuse)
+    with pytest.raises(ConfigError, match="no time"):
+        begun(files, model)
+    assert list(tmp_path.iterdir()) == files
+
+
+@pytest.mark.parametrize("name", ["somebody/ratings", "nvidia/HelpSteer2"])
+def test_the_time_of_a_hub_data_set_is_that_of_the_rows_it_has(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (mine,) = jsonl_of_this_project(tmp_path)
+    here, _ = begun([mine], model, SLOW)
+
+    def rows(*_: object) -> object:
+        return read_rows(mine)
+
+    for module in ("storage.recognising", "stages.ratings"):
+        monkeypatch.setattr(f"dpa.{module}.read_hub_rows", rows)
+    out, printed = tmp_path / "hub.yaml", StringIO()
+    init(Wanted((name,), str(model), out, split="validation"), Console(file=printed, width=500), SLOW)
+    promised = [re.findall("takes about .* here|in about .* on", text) for text in (here.read_text(), out.read_text())]
+    assert promised[0] == promised[1] != []
+    assert load_config(out).ratings[0].path == name
+
+
+def test_a_policy_that_nobody_knows_is_taken_for_a_middling_one_and_it_is_said(tmp_path: Path) -> None:
+    file, printed = begun(csv_with_own_columns(tmp_path), Path("owner/unheard-of"), CARD)
+    assert "owner/unheard-of: its size is not known; sizes and times are for 1 billion parameters." in printed
+    assert load_config(file).policy == "owner/unheard-of"
 
 
 def test_large_marks_keep_every_digit_of_their_scale(tmp_path: Path, model: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpa.core.config import RatingsConfig
-from dpa.recipes.starting.objectives import Objectives, is_bad, objective_name
+from dpa.recipes.starting.objectives import Objectives, is_bad
 from dpa.recipes.starting.sizes import ROOM, First, Sizes
 
 FEW_RATED_ROWS = 2000
@@ -71,8 +71,8 @@ def _space(objectives: Objectives) -> list[str]:
         lines += [f"    {_text(name)}: {_flow({mark: 1.0})}{note}"]
     if objectives.left:
         lines += ["    # Rated too, and learned by the reward model. Without its # a line lets users weigh it:"]
-        for mark in objectives.left:
-            lines += [f"    # {_text(objective_name(mark))}: {_flow({mark: 1.0})}{_WORSE if is_bad(mark) else ''}"]
+        for name, mark in objectives.left.items():
+            lines += [f"    # {_text(name)}: {_flow({mark: 1.0})}{_WORSE if is_bad(mark) else ''}"]
     lines += [
         f"  center: {_flow(dict([objectives.center]))}   # asked where nothing else is said",
         "  max_angle: 45   # how far from it a user may ask, in degrees",
@@ -123,8 +123,7 @@ def _data_set(config: RatingsConfig, count: int | None, bad: float) -> list[str]
 
 def _reward(first: First, sizes: Sizes) -> list[str]:
     look, small = first.look, first.start.parameters < 3e8
-    prompts = len(look.prompts) if sizes.rated is None else sum(sizes.rated)
-    rows = prompts * look.rows / len(look.prompts)
+    prompts, rows = first.rated(sizes)
     train = [
         f"backbone: {_text(first.start.name)}",
         f"attributes: [{', '.join(_text(mark.name) for mark in look.marks)}]",
@@ -161,8 +160,7 @@ def _loop(first: First, sizes: Sizes) -> list[str]:
     theirs = theirs if sizes.held_out_rows else "none of the rated rows used above is theirs"
     directions = 4 if card else 2
     longest = max(sizes.max_length, min(first.start.context, 512))
-    rated = len(first.look.prompts) if sizes.rated is None else sum(sizes.rated)
-    rows = rated * directions * (first.look.row_tokens[0] + ROOM) / longest
+    rows = first.rated(sizes)[0] * directions * (first.look.row_tokens[0] + ROOM) / longest
     grid = 9 if card and len(first.objectives.marks) == 2 else 5
     lines = ["", "# The policy: first t = 0, then so many iterations of answering, scoring and learning from the best."]
     if first.single:

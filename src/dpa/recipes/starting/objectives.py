@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dpa.recipes.starting.look import LENGTH, FirstLook, Mark
 from dpa.storage.columns import plain, without_scale
+from dpa.storage.schemas import selection_schema
 
 WORDINESS = "dpa.scoring.wordiness:wordiness"
 MOST_OBJECTIVES = 3
@@ -29,16 +30,21 @@ _BAD = re.compile(
     r"(?:toxic|harm(?!less|on)|bias|hallucinat|error|rude|repetit|offens|unsafe|risk|violat)(?!.*_free)"
 )
 
+_TAKEN = {"balanced", "terse", "full"} | {
+    name for pairs in (False, True) for name in selection_schema(pairs, held=True).names
+}
+"""Names that no objective can have: those of presets, and of the columns of a selection."""
+
 
 @dataclass(frozen=True)
 class Objectives:
     """Objective -> the mark it is made of, the main one first; `by_function`: of them what a Python function scores.
-    `why`: a sentence each on what was chosen. `left`: marks that are left out."""
+    `why`: a sentence each on what was chosen. `left`: as `marks`, of marks that are left out."""
 
     marks: dict[str, str]
     by_function: dict[str, str]
     why: tuple[str, ...]
-    left: tuple[str, ...]
+    left: dict[str, str]
 
     @property
     def presets(self) -> dict[str, dict[str, float]]:
@@ -98,7 +104,8 @@ def choose(look: FirstLook) -> Objectives:
         attribute = _free("verbosity", names)
         objectives[_free("verbosity", objectives)] = attribute
         functions[attribute] = WORDINESS
-    return Objectives(objectives, functions, tuple(why), tuple(name for name in names if name not in chosen))
+    left = _named([name for name in names if name not in chosen], objectives)
+    return Objectives(objectives, functions, tuple(why), left)
 
 
 def is_bad(name: str) -> bool:
@@ -130,15 +137,15 @@ def _main(look: FirstLook) -> Mark:
     return min(look.marks, key=rank)
 
 
-def _named(marks: Sequence[str]) -> dict[str, str]:
-    """Objective -> mark: its name without that of the data set, in letters a direction may have."""
+def _named(marks: Sequence[str], others: Iterable[str] = ()) -> dict[str, str]:
+    """Objective -> mark: its name without that of the data set, in letters a direction may have, and none of others."""
     found: dict[str, str] = {}
     for mark in marks:
-        found[_free(objective_name(mark), found)] = mark
+        found[_free(_objective_name(mark), [*found, *others, *_TAKEN])] = mark
     return found
 
 
-def objective_name(mark: str) -> str:
+def _objective_name(mark: str) -> str:
     """What a mark is called as an objective: without the name of its data set, and without its scale."""
     name = plain(_short(mark))[:40].strip("_")
     return name if name[:1].isalpha() else f"mark_{name}".strip("_")
