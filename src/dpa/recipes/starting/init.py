@@ -68,7 +68,7 @@ def init(wanted: Wanted, console: Console, device: Device | None = None) -> Path
     files = _places(wanted)
     device = device or this_device(mixed=True)
     policy = wanted.policy or next(name for bytes_, name in START_POLICIES if bytes_ <= _card_memory(device))
-    start, count = _start(policy)
+    start, count = _start(policy, wanted.reward_only)
     data = recognise(wanted.files, wanted.split, dict(wanted.columns), wanted.marks)
     look = look_at(data, count)
     print_look(look, data, console)
@@ -151,9 +151,9 @@ def _card_memory(device: Device) -> float:
     return device.memory if device.card else 0
 
 
-def _start(policy: str) -> tuple[Start, Callable[[Sequence[str]], list[int]] | None]:
+def _start(policy: str, reward_only: bool) -> tuple[Start, Callable[[Sequence[str]], list[int]] | None]:
     """The start policy, and where it is here how many tokens texts have for it. Raises ModelFileError, ConfigError."""
-    file = policy.endswith(GGUF_SUFFIX) and Path(policy).is_file()
+    file = not reward_only and policy.endswith(GGUF_SUFFIX) and Path(policy).is_file()
     folder = None if file else _folder_of(policy)
     parameters, guessed = _parameters(str(folder or policy))
     if folder is None:
