@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from decimal import Decimal
 from io import StringIO
 from pathlib import Path
 from random import Random
@@ -311,6 +312,18 @@ def test_what_is_read_as_text_is_no_mark(tmp_path: Path) -> None:
     assert list(found.config.scales) == ["good"] and found.config.columns == {"response": "answer"}
     with pytest.raises(DataError, match="'answer' is read as the response, so it is no mark"):
         recognise([str(tmp_path / "sums.csv")], named={"response": "answer"}, marks=["good", "answer"])
+
+
+def test_decimal_marks_are_read_and_nan_is_named_as_what_is_wrong(tmp_path: Path, model: Path) -> None:
+    columns = {"prompt": [row[0] for row in PAIRS], "response": [row[1] for row in PAIRS]}
+    good = pa.array([Decimal(row[2]) / 2 for row in PAIRS], pa.decimal128(4, 1))
+    pq.write_table(pa.table(columns | {"good": good}), tmp_path / "decimal.parquet")
+    file, printed = begun([tmp_path / "decimal.parquet"], model)
+    assert load_config(file).ratings[0].scales == {"good": (0, 2)} and "120 rated responses" in printed
+    holes = [math.nan if n % 5 == 0 else float(row[2]) for n, row in enumerate(PAIRS)]
+    pq.write_table(pa.table(columns | {"good": holes}), tmp_path / "holes.parquet")
+    with pytest.raises(DataError, match="'good' is NaN or infinite in 24 of 120 rows: write null"):
+        recognise([str(tmp_path / "holes.parquet")])
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,12 @@ def _no_text(path: str, columns: dict[str, Column], what: str, option: str) -> s
 def _no_marks(path: str, columns: dict[str, Column]) -> str:
     inside = [one.name for one in columns.values() if one.mostly(one.nested)]
     hint = f" Marks inside {inside[0]!r} are not seen: give each a column of its own." if inside else ""
+    for one in columns.values():
+        if one.not_finite and one.mostly(one.numbers + one.not_finite):
+            hint = (
+                f" {one.name!r} is NaN or infinite in {one.not_finite:,} of {one.present:,} rows: write null, or "
+                "nothing in a CSV, where nobody rated."
+            )
     return (
         f"data: {path}: no column looks like a mark (numbers that differ from row to row); name one with --mark (it "
         f"has: {_listed(columns)}).{hint}"
