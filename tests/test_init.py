@@ -7,6 +7,8 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from decimal import Decimal
 from io import StringIO
 from pathlib import Path
 from random import Random
@@ -28,6 +30,7 @@ from dpa.scoring.wordiness import wordiness
 from dpa.stages.prompts import read_prompts
 from dpa.stages.ratings import prompt_id_of
 from dpa.storage.recognising import recognise, usual_scale
+from dpa.storage.rows import read_rows
 
 TOY = Device("a toy", peak=1e13, bandwidth=1e12, memory=8e9, card=False)
 SLOW = Device("a slow toy", peak=1e6, bandwidth=1e7, memory=8e9, card=False)
@@ -197,6 +200,33 @@ def test_marks_that_agree_get_the_length_as_what_pulls_against_them(tmp_path: Pa
     assert [round(wordiness([], "word " * count)) for count in (0, 10, 400, 900)] == [0, 40, 100, 100]
 
 
+def test_of_a_mark_that_is_worse_the_more_of_it_there_is_nobody_is_offered_more(tmp_path: Path, model: Path) -> None:
+    rng = Random(0)
+    marks = [(good, 4 - good, long, rng.randrange(5), 4 - long) for _, _, good, long in PAIRS]
+    names = ("helpfulness", "toxicity", "verbosity", "risk", "unbiased")
+
+    def written(*chosen: str) -> tuple[RunConfig, str]:
+        rows = [dict(zip(names, row, strict=True)) for row in marks]
+        lines = [
+            json.dumps({"prompt": q, "response": a, **{name: row[name] for name in chosen}}) + "\n"
+            for (q, a, *_), row in zip(PAIRS, rows, strict=True)
+        ]
+        (tmp_path / "bad.jsonl").write_text("".join(lines))
+        file, printed = begun([tmp_path / "bad.jsonl"], model, force=True)
+        check_run(load_config(file))
+        return load_config(file), printed
+
+    config, _ = written("helpfulness", "toxicity", "verbosity")
+    assert list(config.space.objectives) == ["helpfulness", "verbosity"], "little toxicity agrees with helpfulness"
+    config, printed = written("helpfulness", "risk", "unbiased")
+    assert list(config.space.objectives) == ["helpfulness", "risk"]
+    assert list(config.space.presets) == ["balanced", "less-risk"] and "its sign turned: more of it is worse" in printed
+    config, printed = written("toxicity")
+    assert config.space.center == {"toxicity": -1.0} and config.space.presets["balanced"] == {"toxicity": -1.0}
+    assert config.space.presets["terse"] == {"toxicity": -0.77, "verbosity": -0.64}
+    assert "toxicity is taken as what a good response lacks" in printed
+
+
 def test_reward_only_needs_no_policy_and_trains(tmp_path: Path, model: Path) -> None:
     file, printed = begun(jsonl_of_this_project(tmp_path), model, reward_only=True)
     assert not list(tmp_path.glob("*-prompts.jsonl")) and "reward_model" in printed
@@ -215,12 +245,33 @@ def test_nothing_is_written_over_unless_told(tmp_path: Path, model: Path) -> Non
     assert again.read_text() == first.read_text()
 
 
+def test_prompts_are_never_written_among_the_rated_rows(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (mine,) = jsonl_of_this_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for given, out in ((".", None), ("../" + tmp_path.name, Path("own.yaml"))):
+        file = init(Wanted((given,), str(model), out), Console(file=StringIO()), TOY)
+        config = load_config(file)
+        assert Path(config.prompts.path).parent == Path(config.evaluate.prompts.path).parent == Path(file.stem)
+        assert Path(config.prompts.path).is_file() and list(Path().glob("*.jsonl")) == [Path("mine.jsonl")]
+    rated = mine.rename("my-prompts.jsonl").read_bytes()
+    Path("link.jsonl").symlink_to("my-prompts.jsonl")
+    wanted = Wanted(("my-prompts.jsonl",), str(model), Path("my.yaml"), force=True)
+    for files in (("my-prompts.jsonl",), ("link.jsonl",), (".", "my")):
+        with pytest.raises(ConfigError, match=r"my-prompts.jsonl would be written among the rated rows; give another"):
+            init(replace(wanted, files=files), Console(file=StringIO()), TOY)
+    assert Path("my-prompts.jsonl").read_bytes() == rated
+    assert init(replace(wanted, reward_only=True), Console(file=StringIO()), TOY) == Path("my.yaml")
+
+
 def test_a_policy_that_is_not_here_is_named_with_what_to_do(tmp_path: Path) -> None:
     file, printed = begun(csv_with_own_columns(tmp_path), Path("Qwen/Qwen2.5-7B-Instruct"), CARD)
     config = load_config(file)
     assert config.policy == "Qwen/Qwen2.5-7B-Instruct" and config.finetune.lora is not None
     assert (
-        "not on this machine: the run fetches it from the Hub" in printed and "tokens guessed at 1.4 a word" in printed
+        "not on this machine: the run fetches it from the Hub" in printed
+        and "tokens guessed, 4 characters each" in printed
     )
 
 
@@ -252,6 +303,27 @@ def test_columns_that_are_told_are_believed(tmp_path: Path) -> None:
     assert found.config.columns == {"prompt": "ask", "response": "second"} and found.config.scales == {"n": (0, 2)}
     with pytest.raises(DataError, match="no column 'third'"):
         recognise([str(tmp_path / "a.csv")], named={"response": "third"})
+
+
+def test_what_is_read_as_text_is_no_mark(tmp_path: Path) -> None:
+    rows = [f"{n} plus 1?,{n + 1 + n % 2},{n % 5},{n % 3}\n" for n in range(30)]
+    (tmp_path / "sums.csv").write_text("prompt,answer,good,source\n" + "".join(rows))
+    (found,) = recognise([str(tmp_path / "sums.csv")], named={"response": "answer"})
+    assert list(found.config.scales) == ["good"] and found.config.columns == {"response": "answer"}
+    with pytest.raises(DataError, match="'answer' is read as the response, so it is no mark"):
+        recognise([str(tmp_path / "sums.csv")], named={"response": "answer"}, marks=["good", "answer"])
+
+
+def test_decimal_marks_are_read_and_nan_is_named_as_what_is_wrong(tmp_path: Path, model: Path) -> None:
+    columns = {"prompt": [row[0] for row in PAIRS], "response": [row[1] for row in PAIRS]}
+    good = pa.array([Decimal(row[2]) / 2 for row in PAIRS], pa.decimal128(4, 1))
+    pq.write_table(pa.table(columns | {"good": good}), tmp_path / "decimal.parquet")
+    file, printed = begun([tmp_path / "decimal.parquet"], model)
+    assert load_config(file).ratings[0].scales == {"good": (0, 2)} and "120 rated responses" in printed
+    holes = [math.nan if n % 5 == 0 else float(row[2]) for n, row in enumerate(PAIRS)]
+    pq.write_table(pa.table(columns | {"good": holes}), tmp_path / "holes.parquet")
+    with pytest.raises(DataError, match="'good' is NaN or infinite in 24 of 120 rows: write null"):
+        recognise([str(tmp_path / "holes.parquet")])
 
 
 @pytest.mark.parametrize(
@@ -341,6 +413,57 @@ def test_a_name_that_no_configuration_holds_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (found,) = recognise([str(tmp_path / "odd.jsonl")])
     assert set(found.config.scales) == {"good"} and set(found.unread) == set(marks) - {"good"}
+
+
+def test_names_that_a_run_refuses_are_no_objectives(tmp_path: Path, model: Path) -> None:
+    for names in (("balanced", "terse"), ("utility", "complete"), ("direction", "held"), ("chosen", "full")):
+        rows = [{"prompt": q, "response": a, names[0]: good, names[1]: long} for q, a, good, long in PAIRS]
+        (tmp_path / "taken.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file, _ = begun([tmp_path / "taken.jsonl"], model, force=True)
+        config = load_config(file)
+        check_run(config)
+        assert {f"{name}_2" for name in names} == set(config.space.objectives)
+    rows = [{"prompt": q, "response": a, "good": good, "valid": long > 1} for q, a, good, long in PAIRS]
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"a mark cannot be called 'valid', .* name the other marks with --mark"):
+        begun([tmp_path / "valid.jsonl"], model)
+    begun([tmp_path / "valid.jsonl"], model, marks=("good",))
+
+
+def test_an_estimate_that_fails_leaves_no_file(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConfigError("no time")
+
+    files = jsonl_of_this_project(tmp_path)
+    monkeypatch.setattr("dpa.recipes.starting.init.estimate", refuse)
+    with pytest.raises(ConfigError, match="no time"):
+        begun(files, model)
+    assert list(tmp_path.iterdir()) == files
+
+
+@pytest.mark.parametrize("name", ["somebody/ratings", "nvidia/HelpSteer2"])
+def test_the_time_of_a_hub_data_set_is_that_of_the_rows_it_has(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (mine,) = jsonl_of_this_project(tmp_path)
+    here, _ = begun([mine], model, SLOW)
+
+    def rows(*_: object) -> object:
+        return read_rows(mine)
+
+    for module in ("storage.recognising", "stages.ratings"):
+        monkeypatch.setattr(f"dpa.{module}.read_hub_rows", rows)
+    out, printed = tmp_path / "hub.yaml", StringIO()
+    init(Wanted((name,), str(model), out, split="validation"), Console(file=printed, width=500), SLOW)
+    promised = [re.findall("takes about .* here|in about .* on", text) for text in (here.read_text(), out.read_text())]
+    assert promised[0] == promised[1] != []
+    assert load_config(out).ratings[0].path == name
+
+
+def test_a_policy_that_nobody_knows_is_taken_for_a_middling_one_and_it_is_said(tmp_path: Path) -> None:
+    file, printed = begun(csv_with_own_columns(tmp_path), Path("owner/unheard-of"), CARD)
+    assert "owner/unheard-of: its size is not known; sizes and times are for 1 billion parameters." in printed
+    assert load_config(file).policy == "owner/unheard-of"
 
 
 def test_large_marks_keep_every_digit_of_their_scale(tmp_path: Path, model: Path) -> None:

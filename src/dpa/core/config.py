@@ -241,7 +241,9 @@ class AdapterConfig(_Section):
 class RewardTrainConfig(_Section):
     """Training of the multi-objective reward model: one linear output per attribute, masked least squares."""
 
-    backbone: PathText = Field(description="Model folder or Hub id whose features are read.")
+    backbone: PathText = Field(
+        description="Model folder or Hub id whose features are read; a GGUF file where `policy` is the same."
+    )
     method: Literal["full", "lora", "ridge"] = Field(
         "full", description="Train all weights, adapters, or only a ridge head on frozen features (minutes)."
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dpa.core.config import RunConfig
 from dpa.models.half_precision import computes_in_bf16
-from dpa.recipes.costs.data_sizes import Rated, prompt_count, prompt_tokens, rated_size
+from dpa.recipes.costs.data_sizes import Data, data_of
 from dpa.recipes.costs.devices import Device, this_device
 from dpa.recipes.costs.model_sizes import size_of
 from dpa.recipes.costs.speeds import read_speeds
@@ -30,14 +30,16 @@ def estimate(
     parameters: float | None = None,
     device: Device | None = None,
     cards: int | None = None,
+    data: Data | None = None,
 ) -> list[StageEstimate]:
     """Every stage of the run in order. `runs`: finished or half-finished run folders whose ledgers are to be used, and
     result folders of bench/card.py.
 
     `parameters`: of the policy, where it is not on this machine and not known by name. `device`: default, this machine,
-    measured. `cards`: of them, default cluster.processes. Raises ConfigError, DataError, RunFolderError.
+    measured. `cards`: of them, default cluster.processes. `data`: default, looked up. Raises
+    ConfigError, DataError, RunFolderError.
     """
-    return estimate_of(config, runs, parameters, device, cards)[1]
+    return estimate_of(config, runs, parameters, device, cards, data)[1]
 
 
 def estimate_of(
@@ -46,17 +48,22 @@ def estimate_of(
     parameters: float | None = None,
     device: Device | None = None,
     cards: int | None = None,
+    data: Data | None = None,
 ) -> tuple[Inputs, list[StageEstimate]]:
     """As `estimate`, and what was looked up for it."""
     speeds = read_speeds([*runs, Path(config.out)])
-    inputs = looked_up(config, parameters, device, cards)
+    inputs = looked_up(config, parameters, device, cards, data)
     inputs = replace(inputs, device=on_card(inputs.device, speeds.card))
     likely, quick, slow = (Stages(config, speeds, inputs, assume).all() for assume in (LIKELY, QUICK, SLOW))
     return inputs, [_between(*three) for three in zip(likely, quick, slow, strict=True)]
 
 
 def looked_up(
-    config: RunConfig, parameters: float | None = None, device: Device | None = None, cards: int | None = None
+    config: RunConfig,
+    parameters: float | None = None,
+    device: Device | None = None,
+    cards: int | None = None,
+    data: Data | None = None,
 ) -> Inputs:
     """What a configuration names, looked up. Raises ConfigError."""
     computing = [config.rollout, *(getattr(config, learner_of(config, t).section) for t in (0, 1)), config.reward.train]
@@ -67,24 +74,10 @@ def looked_up(
         backbone = backbone or config.reward.train.backbone
     if backbone is not None:
         scorer = policy if backbone == config.policy else size_of(backbone, None, "reward", "a folder that is here")
-    rated = [rated_size(ratings, config.policy) for ratings in config.ratings]
-    known = [one for one in rated if one is not None]
-    rows = sum(one.rows for one in known)
-    together = None
-    if known and len(known) == len(rated):
-        together = Rated(
-            rows,
-            sum(one.prompts for one in known),
-            sum(one.rows * one.prompt_tokens for one in known) / rows,
-            sum(one.rows * one.response_tokens for one in known) / rows,
-        )
     return Inputs(
         policy,
         scorer,
-        together,
-        prompt_count(config.prompts, "prompts"),
-        prompt_tokens(config.prompts, config.policy),
-        prompt_count(config.evaluate.prompts, "evaluate.prompts"),
+        data or data_of(config),
         device or this_device(mixed),
         cards or config.cluster.processes,
     )

@@ -66,7 +66,9 @@ class LoopRun(Run):
     @shown
     def train_reward(self, show: bool = False) -> Mapping[str, Any]:
         """Train the reward model and return its record; `show` prints its held-out quality."""
-        return self._rated.train(self.held_out, show)
+        train = self.config.reward.train
+        shared = train is not None and train.backbone == self.config.policy  # perhaps a file to be dequantised
+        return self._rated.train(self.held_out, show, self.start_policy if shared else None)
 
     @cached_property
     def start_policy(self) -> str:

@@ -39,11 +39,13 @@ class RatedRows:
         check_rated(self.config.reward, summary)
         return table
 
-    def train(self, held_out: Sequence[Prompt], show: bool = False) -> Mapping[str, Any]:
-        """Train the reward model and return its record; `show` prints its held-out quality."""
+    def train(self, held_out: Sequence[Prompt], show: bool = False, backbone: str | None = None) -> Mapping[str, Any]:
+        """Train the reward model and return its record; `show` prints its held-out quality. `backbone`: default, the
+        configured one."""
         train = self.config.reward.train
         if train is None:
             raise ConfigError("reward.train: not configured; add the section, or use `reward.folder` as it is.")
+        train = train.model_copy(update={"backbone": backbone or train.backbone})
         stage, model = self.folder.stage(None, "train_reward"), self.folder.path / "reward_model"
         if not stage.done and (stage.path / "done.json").exists():  # not as it was sealed: trained again
             (model / RECORD).unlink(missing_ok=True)

@@ -5,6 +5,7 @@ Run its tests: pytest tests/test_init.py
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from dpa.storage.rating_forms import Scale
@@ -39,6 +40,8 @@ class Column:
     name: str
     present: int = 0
     numbers: int = 0
+    not_finite: int = 0
+    """NaN and infinity, which are no marks."""
     texts: int = 0
     conversations: int = 0
     answered: int = 0
@@ -72,6 +75,8 @@ class Column:
             self.whole = self.whole and number.is_integer()
             if number in self.steps or len(self.steps) <= 100:
                 self.steps[number] += 1
+        elif isinstance(value, float | Decimal):
+            self.not_finite += 1
         elif isinstance(value, str):
             self.texts += 1
             self.characters += len(value)
@@ -128,7 +133,7 @@ def _messages(value: Any) -> list[Any] | None:
 
 def number_of(value: Any) -> float | None:
     """A value as a number, where it is one or the text of one."""
-    if not isinstance(value, bool | int | float | str):
+    if not isinstance(value, bool | int | float | str | Decimal):
         return None
     try:
         number = float(value)

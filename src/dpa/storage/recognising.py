@@ -118,15 +118,20 @@ def _generic(
         renamed["messages"] = conversation.name
     asked = _prompt_and_response(path, columns, named, conversation)
     renamed |= asked
-    for name in marks:
-        if not columns[name].numbers:
-            raise DataError(f"data: {path}: {name!r} holds no numbers, so it is no mark; it has: {_listed(columns)}.")
-    given = [columns[name] for name in marks] or [one for one in columns.values() if one.is_mark]
-    if not given:
-        raise DataError(_no_marks(path, columns))
     source = columns.get("source")
     if source is not None and not (source.mostly(source.texts) or (source.mostly(source.numbers) and source.whole)):
         renamed["source"] = "(none)"
+    texts_of = {column: name for name, column in ({"source": "source"} | renamed).items()}
+    for name in marks:
+        if name in texts_of:
+            raise DataError(f"data: {path}: {name!r} is read as the {texts_of[name]}, so it is no mark; name another.")
+        if not columns[name].numbers:
+            raise DataError(f"data: {path}: {name!r} holds no numbers, so it is no mark; it has: {_listed(columns)}.")
+    given = [columns[name] for name in marks] or [
+        one for one in columns.values() if one.is_mark and one.name not in texts_of
+    ]
+    if not given:
+        raise DataError(_no_marks(path, columns))
     scales = _scales(given)
     read = {*renamed.values(), *scales, "source", "prompt", "response", "messages"}
     section = where | {
@@ -185,6 +190,12 @@ def _no_text(path: str, columns: dict[str, Column], what: str, option: str) -> s
 def _no_marks(path: str, columns: dict[str, Column]) -> str:
     inside = [one.name for one in columns.values() if one.mostly(one.nested)]
     hint = f" Marks inside {inside[0]!r} are not seen: give each a column of its own." if inside else ""
+    for one in columns.values():
+        if one.not_finite and one.mostly(one.numbers + one.not_finite):
+            hint = (
+                f" {one.name!r} is NaN or infinite in {one.not_finite:,} of {one.present:,} rows: write null, or "
+                "nothing in a CSV, where nobody rated."
+            )
     return (
         f"data: {path}: no column looks like a mark (numbers that differ from row to row); name one with --mark (it "
         f"has: {_listed(columns)}).{hint}"

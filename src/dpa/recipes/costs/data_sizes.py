@@ -8,7 +8,6 @@ where its folder is here; else a token is taken for four characters.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from dpa.core.config import PromptsConfig, RatingsConfig
+from dpa.core.config import PromptsConfig, RatingsConfig, RunConfig
 from dpa.core.errors import ConfigError, DataError
 from dpa.stages.judge import CHARACTERS_PER_TOKEN
 from dpa.storage.rating_forms import RatedRow, declared_scales, named_columns, read_row
@@ -34,11 +33,11 @@ SAMPLED = 20_000
 """Rated rows that are read to know their lengths and how many prompts they have; of prompts a hundredth of it."""
 
 PUBLISHED_RATINGS = {
-    "nvidia/HelpSteer": (35_331, 35_331 // 4),
-    "nvidia/HelpSteer2": (20_324, 10_162),
-    "openbmb/UltraFeedback": (4 * 63_967, 63_967),
+    ("nvidia/HelpSteer", "train"): (35_331, 35_331 // 4),
+    ("nvidia/HelpSteer2", "train"): (20_324, 10_162),
+    ("openbmb/UltraFeedback", "train"): (4 * 63_967, 63_967),
 }
-"""Rated responses and prompts of the training split: data set cards (four and two responses a prompt)."""
+"""Rated responses and prompts of a split: data set cards (four and two responses a prompt)."""
 
 PUBLISHED_PROMPTS = {
     ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs"): 61_135,
@@ -56,6 +55,38 @@ class Rated:
     response_tokens: float = RESPONSE_TOKENS
 
 
+@dataclass(frozen=True)
+class Data:
+    """What a run reads, None: unknown. `prompts` an iteration asks, `prompt` tokens of one (with a direction), and
+    `held_out` prompts that are measured on."""
+
+    rated: Rated | None
+    prompts: int | None
+    prompt: float
+    held_out: int | None
+
+
+def data_of(config: RunConfig) -> Data:
+    """What a configuration names, looked up. Raises ConfigError, DataError."""
+    parts = [rated_size(ratings, config.policy) for ratings in config.ratings]
+    known = [one for one in parts if one is not None]
+    rows = sum(one.rows for one in known)
+    rated = None
+    if known and len(known) == len(parts):
+        rated = Rated(
+            rows,
+            sum(one.prompts for one in known),
+            sum(one.rows * one.prompt_tokens for one in known) / rows,
+            sum(one.rows * one.response_tokens for one in known) / rows,
+        )
+    return Data(
+        rated,
+        prompt_count(config.prompts, "prompts"),
+        prompt_tokens(config.prompts, config.policy),
+        prompt_count(config.evaluate.prompts, "evaluate.prompts"),
+    )
+
+
 def rated_size(ratings: RatingsConfig, policy: str = "") -> Rated | None:
     """How much rated data a section uses, in tokens of the policy; None where it is not known."""
     there = _rated_there(ratings, policy)
@@ -66,18 +97,8 @@ def rated_size(ratings: RatingsConfig, policy: str = "") -> Rated | None:
 
 def _rated_there(ratings: RatingsConfig, policy: str) -> Rated | None:
     if is_hub_id(ratings.path):
-        known = PUBLISHED_RATINGS.get(ratings.path)
+        known = PUBLISHED_RATINGS.get((ratings.path, ratings.split))
         return Rated(*known) if known else None
-    place = Path(ratings.path)
-    files = find_files(place) if place.exists() else []
-    stamps = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return _rated_in(ratings.model_copy(update={"count": None}).model_dump_json(), policy, stamps)
-
-
-@lru_cache(maxsize=16)
-def _rated_in(described: str, policy: str, _stamps: tuple[tuple[str, int, int], ...]) -> Rated | None:
-    """Of files on this machine; `dpa init` asks for many sizes of the same ones."""
-    ratings = RatingsConfig.model_validate_json(described)
     lines = count_rows(ratings.path)
     if not lines:
         return None

@@ -9,7 +9,7 @@ from dpa.core.config import RunConfig, TrainingConfig
 from dpa.core.target_measures import target_grid
 from dpa.models.compiling import TRAINING_STEPS
 from dpa.recipes.checks import BYTES_PER_CANDIDATE, first_iteration
-from dpa.recipes.costs.data_sizes import DIRECTION_TOKENS, PROMPT_TOKENS, RESPONSE_TOKENS, Rated
+from dpa.recipes.costs.data_sizes import DIRECTION_TOKENS, PROMPT_TOKENS, RESPONSE_TOKENS, Data
 from dpa.recipes.costs.devices import Device
 from dpa.recipes.costs.model_sizes import Size
 from dpa.recipes.costs.needs import TrainingNeed, rollout_need, shards_of, training_need
@@ -64,14 +64,11 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made of: its models, its data (None: unknown), and where it runs."""
+    """What a run is made of: its models, its data, and where it runs."""
 
     policy: Size
     scorer: Size | None
-    rated: Rated | None
-    prompts: int | None
-    prompt: float
-    held_out: int | None
+    data: Data
     device: Device
     cards: int
 
@@ -83,15 +80,15 @@ class Stages:
         self.config, self.speeds, self.given, self.assume = config, speeds, inputs, assume
         self.clock = Clock(inputs.device, inputs.cards, assume, speeds.card)
         most = config.rollout.max_new_tokens
-        answer = (inputs.rated.response_tokens if inputs.rated else most / 2) * assume.answer
+        answer = (inputs.data.rated.response_tokens if inputs.data.rated else most / 2) * assume.answer
         self.answer = speeds.mean("tokens sampled", "answers") or min(answer, most)
-        self.example = speeds.mean("tokens trained", "examples") or inputs.prompt + self.answer
+        self.example = speeds.mean("tokens trained", "examples") or inputs.data.prompt + self.answer
         self.start = assume.start * (1.0 if inputs.device.card else PROCESSOR_START)
         self.shards = shards_of(config.cluster, inputs.cards)
 
     def all(self) -> list[StageEstimate]:
         """Every stage in order."""
-        config, rated = self.config, self.given.rated
+        config, rated = self.config, self.given.data.rated
         stages = [self.train_reward()] if config.reward.train else []
         if config.ratings:
             rows = None if rated is None else rated.rows
@@ -99,7 +96,7 @@ class Stages:
             if winners is None and rated is not None:
                 winners = rated.prompts * config.selection.directions
             stages += self.iteration(0, None, rows, winners)
-        prompts, directions = self.given.prompts, config.rollout.directions
+        prompts, directions = self.given.data.prompts, config.rollout.directions
         kept = directions if config.selection.method == "per_direction" else config.selection.directions
         for t in range(1, config.iterations + 1):
             candidates = None if prompts is None else prompts * directions * config.rollout.samples
@@ -111,7 +108,7 @@ class Stages:
 
     def train_reward(self) -> StageEstimate:
         """The reward model's training; ridge only reads the rows once."""
-        train, size, rated = self.config.reward.train, self.given.scorer, self.given.rated
+        train, size, rated = self.config.reward.train, self.given.scorer, self.given.data.rated
         assert train is not None and size is not None
         ridge = train.method == "ridge"
         example = max(1.0, self._rated_example(train.max_length) - DIRECTION_TOKENS)  # no direction is stated
@@ -156,7 +153,7 @@ class Stages:
         return [*stages, self._finetune(t, winners), self._evaluate(t)]
 
     def _evaluate(self, t: int) -> StageEstimate:
-        evaluate, space, held_out = self.config.evaluate, self.config.direction_space(), self.given.held_out
+        evaluate, space, held_out = self.config.evaluate, self.config.direction_space(), self.given.data.held_out
         grid = len(space.grid(evaluate.directions))
         if space.target_template is not None and learner_of(self.config, t).reads == "winners":
             grid += len(target_grid(space))
@@ -174,7 +171,7 @@ class Stages:
         shard = config.prompts_per_shard * directions * samples
         ray = config.workers if self.config.cluster.engine == "ray" else 0
         need = rollout_need(
-            given.policy, given.device, config, given.prompt, min(rows or shard, shard), given.cards, ray
+            given.policy, given.device, config, given.data.prompt, min(rows or shard, shard), given.cards, ray
         )
         memory = self.speeds.memory.get("tokens sampled") or int(need.memory)
         if rows is None:
@@ -184,7 +181,7 @@ class Stages:
         if seconds is None:
             batches = -(-rows // shard) * (1 if need.continuous else -(-min(rows, shard) // need.together))
             work = Sampling(
-                rows, self.answer, config.max_new_tokens, rows / samples, given.prompt, need.together, batches,
+                rows, self.answer, config.max_new_tokens, rows / samples, given.data.prompt, need.together, batches,
                 min(need.copies, max(1, -(-rows // shard))), need.continuous, given.device.in_bf16(config.bf16),
             )  # fmt: skip
             seconds = self.start + self.clock.sampling(given.policy, work)
@@ -194,7 +191,7 @@ class Stages:
         )  # fmt: skip
 
     def _score(self, name: str, rows: int | None, example: float | None = None) -> StageEstimate:
-        reward, size, example = self.config.reward, self.given.scorer, example or self.given.prompt + self.answer
+        reward, size, example = self.config.reward, self.given.scorer, example or self.given.data.prompt + self.answer
         wide = 2 if self.given.device.card else 4
         memory = self.speeds.memory.get("rows scored") or int(size.parameters * wide if size else 0)
         if rows is None:
@@ -302,14 +299,14 @@ class Stages:
         rollout = self.config.rollout
         together = min(answers, config.prompts_per_step * rollout.samples)
         work = Sampling(
-            answers, self.answer, rollout.max_new_tokens, answers / rollout.samples, self.given.prompt, together,
+            answers, self.answer, rollout.max_new_tokens, answers / rollout.samples, self.given.data.prompt, together,
             -(-answers // together), mixed=self.given.device.card, exact=config.lora is None,
         )  # fmt: skip
         return self.clock.sampling(self.given.policy, work)
 
     def _pass(self, learn: type[Learner[Any]], config: Any) -> tuple[float, float]:
         """Tokens of the longest unit of a pass (a packed row, a pair, an answer), and the units of a step."""
-        longest = min(config.max_length, 2 * self.given.prompt + self.config.rollout.max_new_tokens)
+        longest = min(config.max_length, 2 * self.given.data.prompt + self.config.rollout.max_new_tokens)
         if learn.reads == "winners":
             return config.max_length, config.packed_rows_per_step
         if learn.reads == "pairs":
@@ -332,7 +329,7 @@ class Stages:
 
     def _rated_example(self, longest: float | None = None) -> float:
         """Tokens of a rated row: measured by a run, or those of the rated data."""
-        rated = self.given.rated
+        rated = self.given.data.rated
         tokens = rated.prompt_tokens + rated.response_tokens if rated else PROMPT_TOKENS + RESPONSE_TOKENS
         if self.speeds.mean("tokens trained", "examples"):
             tokens = self.example

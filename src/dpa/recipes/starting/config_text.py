@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpa.core.config import RatingsConfig
-from dpa.recipes.starting.objectives import Objectives, is_bad, objective_name
+from dpa.recipes.starting.objectives import Objectives, is_bad
 from dpa.recipes.starting.sizes import ROOM, First, Sizes
 
 FEW_RATED_ROWS = 2000
 """Rows below which a ridge on frozen features makes the better reward model."""
 FEWEST_STEPS = 40
 """Optimizer steps that t = 0 should have: a direction is not read after a handful."""
+_WORSE = "   # more of it is worse: ask for less"
 _YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
 
 
@@ -61,19 +62,19 @@ def _head(first: First, what: str) -> list[str]:
 
 
 def _space(objectives: Objectives) -> list[str]:
-    main = next(iter(objectives.marks))
     lines = ["", *_comment(f"What a user can ask for more or less of: {'; '.join(objectives.why)}."), "space:"]
     lines += ["  objectives:"]
     for name, mark in objectives.marks.items():
-        note = "   # counted by a function, see reward.functions" if mark in objectives.by_function else ""
+        note = _WORSE if is_bad(mark) else ""
+        if mark in objectives.by_function:
+            note = "   # counted by a function, see reward.functions"
         lines += [f"    {_text(name)}: {_flow({mark: 1.0})}{note}"]
     if objectives.left:
         lines += ["    # Rated too, and learned by the reward model. Without its # a line lets users weigh it:"]
-        for mark in objectives.left:
-            sense = "   # more of it is worse: ask for less" if is_bad(mark) else ""
-            lines += [f"    # {_text(objective_name(mark))}: {_flow({mark: 1.0})}{sense}"]
+        for name, mark in objectives.left.items():
+            lines += [f"    # {_text(name)}: {_flow({mark: 1.0})}{_WORSE if is_bad(mark) else ''}"]
     lines += [
-        f"  center: {_flow({main: 1.0})}   # asked where nothing else is said",
+        f"  center: {_flow(dict([objectives.center]))}   # asked where nothing else is said",
         "  max_angle: 45   # how far from it a user may ask, in degrees",
         "  training_angle: 50   # how far training goes, so that the edge is no edge of what was learned",
     ]
@@ -122,8 +123,7 @@ def _data_set(config: RatingsConfig, count: int | None, bad: float) -> list[str]
 
 def _reward(first: First, sizes: Sizes) -> list[str]:
     look, small = first.look, first.start.parameters < 3e8
-    prompts = len(look.prompts) if sizes.rated is None else sum(sizes.rated)
-    rows = prompts * look.rows / len(look.prompts)
+    prompts, rows = first.rated(sizes)
     train = [
         f"backbone: {_text(first.start.name)}",
         f"attributes: [{', '.join(_text(mark.name) for mark in look.marks)}]",
@@ -160,8 +160,7 @@ def _loop(first: First, sizes: Sizes) -> list[str]:
     theirs = theirs if sizes.held_out_rows else "none of the rated rows used above is theirs"
     directions = 4 if card else 2
     longest = max(sizes.max_length, min(first.start.context, 512))
-    rated = len(first.look.prompts) if sizes.rated is None else sum(sizes.rated)
-    rows = rated * directions * (first.look.row_tokens[0] + ROOM) / longest
+    rows = first.rated(sizes)[0] * directions * (first.look.row_tokens[0] + ROOM) / longest
     grid = 9 if card and len(first.objectives.marks) == 2 else 5
     lines = ["", "# The policy: first t = 0, then so many iterations of answering, scoring and learning from the best."]
     if first.single:

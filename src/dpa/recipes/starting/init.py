@@ -68,7 +68,7 @@ def init(wanted: Wanted, console: Console, device: Device | None = None) -> Path
     files = _places(wanted)
     device = device or this_device(mixed=True)
     policy = wanted.policy or next(name for bytes_, name in START_POLICIES if bytes_ <= _card_memory(device))
-    start, count = _start(policy)
+    start, count = _start(policy, wanted.reward_only)
     data = recognise(wanted.files, wanted.split, dict(wanted.columns), wanted.marks)
     look = look_at(data, count)
     print_look(look, data, console)
@@ -77,15 +77,16 @@ def init(wanted: Wanted, console: Console, device: Device | None = None) -> Path
             f"data: {len(look.prompts)} prompts are too few to learn from and to measure on; rate responses to "
             f"{LEAST_DATA} or more."
         )
-    _make_folder(files.config.parent)
     first = First(data, look, choose(look), start, device, files, wanted.hours)
     if wanted.reward_only:
         sizes, text = None, reward_yaml(first)
     else:
-        _write_prompts(files.held_out, first.held_out)
-        _write_prompts(files.prompts, first.online)
         sizes = first.fit(lambda sizes: _seconds(first, sizes))
         text = whole_yaml(first, sizes)
+        _make_folder(files.prompts.parent)
+        _write_prompts(files.held_out, first.held_out)
+        _write_prompts(files.prompts, first.online)
+    _make_folder(files.config.parent)
     write_if_new(files.config, text.encode())
     _say_what_was_written(first, sizes, console)
     return files.config
@@ -94,26 +95,39 @@ def init(wanted: Wanted, console: Console, device: Device | None = None) -> Path
 def _seconds(first: First, sizes: Sizes) -> float:
     """What a run of these sizes will take, by the estimate of its own configuration."""
     config: RunConfig = parse_config(parse_yaml(whole_yaml(first, sizes), "init"))
-    return run_needs(estimate(config, device=first.device))[0]
+    stages = estimate(config, parameters=first.start.parameters, device=first.device, data=first.read(sizes))
+    return run_needs(stages)[0]
 
 
 def _places(wanted: Wanted) -> Files:
-    """Where everything goes. Raises ConfigError where something is there already."""
+    """Where everything goes. Raises ConfigError where something is there already, or would be read as rated rows."""
     name = Path(wanted.files[0]).stem or "my"
     config = wanted.config or Path(f"{name}.yaml")
     if config.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--out: {config} is no .yaml file; give the name of the configuration, such as my.yaml.")
     where = config.parent
+    if _is_one_of(where, wanted.files):  # all rows beside it are taken for rated ones, those of its sub-folders not
+        where /= config.stem
     files = Files(
         config,
         Path("runs") / config.stem,
         where / f"{config.stem}-prompts.jsonl",
         where / f"{config.stem}-held-out.jsonl",
     )
-    for file in (files.config, files.prompts, files.held_out):
-        if _is_there(file) and not wanted.force:
+    for file in (config,) if wanted.reward_only else (config, files.prompts, files.held_out):
+        there = _is_there(file)
+        if _is_one_of(file, wanted.files) or (file != config and _is_one_of(file.parent, wanted.files)):
+            raise ConfigError(f"--out: {file} would be written among the rated rows; give another --out.")
+        if there and not wanted.force:
             raise ConfigError(f"--out: {file} is there already; pass --force to write it anew, or another --out.")
     return files
+
+
+def _is_one_of(path: Path, given: Sequence[str]) -> bool:
+    try:
+        return any(path.samefile(one) for one in given if Path(one).exists())
+    except (OSError, ValueError):  # it is not there yet, or is no name of a file
+        return False
 
 
 def _make_folder(folder: Path) -> None:
@@ -137,13 +151,13 @@ def _card_memory(device: Device) -> float:
     return device.memory if device.card else 0
 
 
-def _start(policy: str) -> tuple[Start, Callable[[Sequence[str]], list[int]] | None]:
+def _start(policy: str, reward_only: bool) -> tuple[Start, Callable[[Sequence[str]], list[int]] | None]:
     """The start policy, and where it is here how many tokens texts have for it. Raises ModelFileError, ConfigError."""
-    if policy.endswith(GGUF_SUFFIX) and Path(policy).is_file():
-        return Start(policy, _parameters(policy), USUAL_CONTEXT, here=True), None
-    folder = _folder_of(policy)
+    file = not reward_only and policy.endswith(GGUF_SUFFIX) and Path(policy).is_file()
+    folder = None if file else _folder_of(policy)
+    parameters, guessed = _parameters(str(folder or policy))
     if folder is None:
-        return Start(policy, _parameters(policy), USUAL_CONTEXT, here=False), None
+        return Start(policy, parameters, USUAL_CONTEXT, file, guessed), None
     space = DirectionSpace((Objective("first", {"first": 1.0}), Objective("second", {"second": 1.0})))
     check_policy(str(folder), space)
     tokenizer, context, _ = load_prompting(resolve_model(str(folder)))
@@ -151,7 +165,7 @@ def _start(policy: str) -> tuple[Start, Callable[[Sequence[str]], list[int]] | N
     def count(texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
-    return Start(policy, _parameters(str(folder)), context, here=True), count
+    return Start(policy, parameters, context, True, guessed), count
 
 
 def _folder_of(policy: str) -> Path | None:
@@ -169,11 +183,13 @@ def _folder_of(policy: str) -> Path | None:
     return folder
 
 
-def _parameters(policy: str) -> float:
+def _parameters(policy: str) -> tuple[float, bool]:
+    """Of the policy, and whether they are guessed: a byte each of a GGUF file, else those of a middling model."""
     try:
-        return size_of(policy, None, "policy", "a folder").parameters
+        return size_of(policy, None, "policy", "a folder").parameters, False
     except ConfigError:
-        return 1e9  # nobody knows it; memory and time are then those of a middling one
+        file = Path(policy)
+        return float(file.stat().st_size) if file.is_file() else 1e9, True
 
 
 def _write_prompts(file: Path, prompts: Sequence[str]) -> None:
@@ -195,7 +211,7 @@ def _say_what_was_written(first: First, sizes: Sizes | None, console: Console) -
         say(f"{files.held_out}: {sizes.held_out:,} prompts to measure on, drawn from the data; {kept}.")
         say(f"{files.prompts}: the other {len(first.online):,}, which the policy is asked while it learns.")
         there = len(look.prompts)
-        used = there if sizes.rated is None else sum(sizes.rated)
+        used = first.rated(sizes)[0]
         if (sizes.seconds or 0) > 3600 * first.hours:
             say(
                 f"Even the smallest run, over {used:,} of {there:,} prompts, takes about "
@@ -205,6 +221,9 @@ def _say_what_was_written(first: First, sizes: Sizes | None, console: Console) -
         elif sizes.rated is not None:
             given = in_words(3600 * first.hours)
             say(f"In {given} this machine gets through {used:,} of {there:,} prompts (--hours).")
+    if start.guessed:
+        billions = start.parameters / 1e9
+        say(f"{start.name}: its size is not known; sizes and times are for {billions:.2g} billion parameters.")
     if not start.here:
         say(
             f"\n{start.name} is not on this machine: the run fetches it from the Hub. Where that cannot be reached, "

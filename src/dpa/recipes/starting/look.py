@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_init.py
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dpa.core.errors import DataError
+from dpa.stages.judge import CHARACTERS_PER_TOKEN
 from dpa.stages.ratings import Ratings, read_ratings
 from dpa.storage.console import print_table
 from dpa.storage.recognising import Recognised
-from dpa.storage.schemas import number_matrix
+from dpa.storage.schemas import SCORES, name_taken, number_matrix
 from dpa.storage.stage_records import count_reasons
 
 LENGTH = "length"
@@ -29,8 +31,6 @@ MEASURED_LENGTHS = 2000
 """Rows whose lengths are counted in tokens, evenly over the data."""
 FEW_ROWS = 20
 """Rows that a correlation must rest on."""
-TOKENS_PER_WORD = 1.4
-"""Where no tokenizer is here."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class FirstLook:
     response_tokens: tuple[int, ...]
     row_tokens: tuple[int, ...]
     """Of prompt and response together: 50%, 90%, 99% and largest."""
+    mean_tokens: tuple[float, float]
+    """Of a prompt and of a response."""
     in_tokens: bool
 
     @property
@@ -99,7 +101,7 @@ class FirstLook:
 
 
 def look_at(data: Sequence[Recognised], count: Callable[[Sequence[str]], list[int]] | None) -> FirstLook:
-    """Read the data as a run does. `count`: tokens of texts; None: words are counted. Raises DataError."""
+    """Read the data as a run does. `count`: tokens of texts; None: guessed by their characters. Raises DataError."""
     parts = [read_ratings([one.config.model_copy(update={"max_reject_rate": 1.0})]) for one in data]
     for one, part in zip(data, parts, strict=True):
         if len(part.rejects) > part.table.num_rows:
@@ -121,11 +123,16 @@ def look_at(data: Sequence[Recognised], count: Callable[[Sequence[str]], list[in
     marks_NM = given_NM[:, some_M]
     if not names:
         raise DataError("data: no row has a mark; rate the responses with numbers first.")
+    if taken := name_taken(SCORES, names):
+        raise DataError(
+            f"data: a mark cannot be called {taken!r}, as a column of scores is; rename it in the file, or name the "
+            "other marks with --mark."
+        )
     rows_of = Counter(ids)
     messages_of = dict(zip(ids, texts, strict=True))
     lengths_N = np.log1p([len(response.split()) for response in responses])
     chosen = np.unique(np.linspace(0, len(ids) - 1, min(len(ids), MEASURED_LENGTHS)).astype(int))
-    counted = count or (lambda some: [round(len(text.split()) * TOKENS_PER_WORD) for text in some])
+    counted = count or (lambda some: [math.ceil(len(text) / CHARACTERS_PER_TOKEN) for text in some])
     asked = counted(["\n".join(message["content"] for message in json.loads(texts[place])) for place in chosen])
     answered = counted([responses[place] for place in chosen])
     return FirstLook(
@@ -144,6 +151,7 @@ def look_at(data: Sequence[Recognised], count: Callable[[Sequence[str]], list[in
         prompt_tokens=_quantiles(asked, (0.05, 0.5, 0.95, 1)),
         response_tokens=_quantiles(answered, (0.05, 0.5, 0.95, 1)),
         row_tokens=_quantiles([sum(pair) for pair in zip(asked, answered, strict=True)], (0.5, 0.9, 0.99, 1)),
+        mean_tokens=(float(np.mean(asked)), float(np.mean(answered))),
         in_tokens=count is not None,
     )
 
@@ -175,7 +183,8 @@ def print_look(look: FirstLook, data: Sequence[Recognised], console: Console) ->
         )
     if not look.in_tokens:
         console.print(
-            f"  (tokens guessed at {TOKENS_PER_WORD:g} a word: the policy's tokenizer is not here)", highlight=False
+            f"  (tokens guessed, {CHARACTERS_PER_TOKEN:g} characters each: the policy's tokenizer is not here)",
+            highlight=False,
         )
     for count, text in (
         (look.rejects, f"bad rows, left out: {look.reasons} (first at {look.first_reject})"),
@@ -197,7 +206,7 @@ def _print_correlations(look: FirstLook, console: Console) -> None:
         return
     within = any(one.within for one in known)
     where = "between responses to the same prompt" if within else "over all rows"
-    console.print(f"correlations {where}, the marks that pull against each other first:", highlight=False)
+    console.print(f"correlations {where}, the most negative first:", highlight=False)
     shown = known if len(known) <= 8 else [*known[:5], *known[-3:]]
     for one in shown:
         alone = "" if one.within == within else " (over all rows)"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from dpa.recipes.costs.data_sizes import DIRECTION_TOKENS, Data, Rated
 from dpa.recipes.costs.devices import Device
 from dpa.recipes.starting.look import FirstLook
 from dpa.recipes.starting.objectives import Objectives
@@ -25,12 +26,14 @@ BYTES_OF_TRAINING = 18
 
 @dataclass(frozen=True)
 class Start:
-    """The model a run begins with: as it is named, its parameters, its context in tokens, and whether it is here."""
+    """The model a run begins with: as it is named, its parameters (`guessed`: nobody knows them), its context in
+    tokens, and whether it is here."""
 
     name: str
     parameters: float
     context: int
     here: bool
+    guessed: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,18 @@ class First:
             max_length=length,
             cut=longest > length,
         )
+
+    def rated(self, sizes: Sizes) -> tuple[int, int]:
+        """Prompts whose ratings are used, and their rows."""
+        there = len(self.look.prompts)
+        used = there if sizes.rated is None else sum(sizes.rated)
+        return used, round(used * self.look.rows / there)
+
+    def read(self, sizes: Sizes) -> Data:
+        """What a run of these sizes reads, as the estimate takes it."""
+        prompts, rows = self.rated(sizes)
+        prompt, response = DIRECTION_TOKENS + self.look.mean_tokens[0], self.look.mean_tokens[1]
+        return Data(Rated(rows, prompts, prompt, response), sizes.online, prompt, sizes.held_out)
 
     @property
     def full(self) -> bool:
