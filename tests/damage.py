@@ -1,7 +1,14 @@
-"""Ways in which a file comes to harm. Used by: pytest tests/test_faults_storage.py tests/test_faults_run_folder.py"""
+"""Ways in which a file comes to harm, and reads that fail for a moment. Used by: pytest tests/test_faults_*.py"""
 
+import errno
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 WAYS = ("deleted", "truncated", "{}", "[]", "a flipped bit", "a misspelt key")
 
@@ -25,3 +32,21 @@ def damage(file: Path, way: str) -> bool:
         case _:
             file.write_text(way)
     return True
+
+
+@contextmanager
+def failing_reads(*files: Path) -> Iterator[None]:
+    """While the block runs, the disk gives an error where one of these files is read."""
+
+    def failing(whole: Callable) -> Callable:
+        def read(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path in files:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return whole(path, *arguments, **options)
+
+        return read
+
+    with pytest.MonkeyPatch.context() as disk:
+        for method in ("open", "read_bytes", "read_text"):
+            disk.setattr(Path, method, failing(getattr(Path, method)))
+        yield

@@ -4,6 +4,7 @@ pytest tests/test_baselines.py
 """
 
 import json
+import shutil
 import weakref
 from dataclasses import replace
 from functools import cached_property, partial
@@ -13,15 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from damage import damage
 from fakes import FakeSampler, space_of
 from safetensors.torch import load_file
 
 from dpa.core.compare_config import load_comparison
 from dpa.core.config import RatingsConfig
-from dpa.core.errors import DataError, ModelFileError
+from dpa.core.errors import DamageError, DataError, ModelFileError
 from dpa.core.records import Sample, SampleRequest
 from dpa.models.policy import load_policy
-from dpa.recipes.baselines import demonstrations, dpo, moc, modpo, pooled_best, prompted, ric, soups, steerlm
+from dpa.recipes.baselines import demonstrations, dpo, moc, modpo, pooled, pooled_best, prompted, ric, soups, steerlm
 from dpa.recipes.baselines.asking import NearestSampler, TranslatingSampler, with_system, without_direction
 from dpa.recipes.baselines.lab import Lab, Trained, spent, unstated
 from dpa.recipes.baselines.labels import (
@@ -280,6 +282,14 @@ def test_the_best_direction_is_the_one_whose_answers_score_highest_under_the_wis
 
 
 # --- what is loaded, and when ----------------------------------------------------------------------------------------
+
+
+def test_a_shared_reward_model_that_is_damaged_is_made_again_by_its_own_job(lab: Lab, tmp_path: Path) -> None:
+    shutil.copytree(lab.shared, tmp_path / "shared")
+    assert damage(tmp_path / "shared" / "reward_model" / "dpa_reward.json", "truncated")
+    own = Lab(lab.config, tmp_path / "shared", tmp_path / "own", lab.budget)
+    with pytest.raises(DamageError, match="the model of train_reward is damaged"):
+        pooled.METHOD.train(own)
 
 
 def test_a_job_that_goes_on_loads_and_counts_nothing_for_what_is_done(

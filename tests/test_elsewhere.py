@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from damage import damage
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -146,13 +147,17 @@ def test_trl_trains_by_the_cards_lines_on_dpas_own_tokens_and_the_run_goes_on_fr
             take_in(loop, 1, trained)
     with open_run(tmp_path, iterations=2) as again:
         assert again.stage(1, "finetune").done  # sealed: `dpa run` goes on from it
-        (again.policy_folder(1) / "model.safetensors").write_bytes(b"damaged")
-        assert not again.stage(1, "finetune").done
-        with pytest.raises(
-            RunFolderError, match=r"trained elsewhere .*`dpa adopt .*data/trained .*run -t 1`\), or delete"
+        for name, way, source in (
+            ("model.safetensors", "a flipped bit", ".*data/trained"),
+            ("dpa_config.json", "a flipped bit", ".*"),
+            ("dpa_config.json", "truncated", "FOLDER"),
+            ("dpa_config.json", "deleted", "FOLDER"),
         ):
-            again.finetune(1)  # never replaced by another one without a word
-        assert take_in(again, 1, trained) == []
+            damage(again.policy_folder(1) / name, way)
+            assert not again.stage(1, "finetune").done
+            with pytest.raises(RunFolderError, match=rf"`dpa adopt {source} .*run -t 1`\), or delete"):
+                again.finetune(1)  # never replaced by another one without a word
+            assert take_in(again, 1, trained) == []
         shutil.rmtree(again.policy_folder(1))
         assert again.finetune(1).training_tokens > 0
 

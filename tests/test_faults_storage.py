@@ -4,7 +4,6 @@ Run: pytest tests/test_faults_storage.py
 The numbers in the names are those of the project's list of faults.
 """
 
-import errno
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from damage import WAYS, damage
+from damage import WAYS, damage, failing_reads
 from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, run_config, space_of
 from toy_run import toy_config
 
@@ -111,24 +110,11 @@ def test_fault_03_a_damaged_shard_is_named_set_aside_and_made_again(
 
 
 @pytest.mark.parametrize("name", ["shard-00001.parquet", "shard-00001.json", "done.json"])
-def test_fault_03_a_read_that_fails_for_a_moment_condemns_nothing(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fault_03_a_read_that_fails_for_a_moment_condemns_nothing(tmp_path: Path, name: str) -> None:
     run = Run(tmp_path)
     run.go()
     stage, before = run.stage("rollout"), {file.name for file in (tmp_path / "rollout").iterdir()}
-
-    def fails(whole: Callable) -> Callable:
-        def read(path: Path, *arguments: Any, **options: Any) -> Any:
-            if path == stage.path / name:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return whole(path, *arguments, **options)
-
-        return read
-
-    with monkeypatch.context() as disk:
-        for method in ("open", "read_bytes", "read_text"):
-            disk.setattr(Path, method, fails(getattr(Path, method)))
+    with failing_reads(stage.path / name):
         with pytest.raises(StorageError, match=rf"{name}: reading failed \(Input/output error\); check the disk"):
             assert stage.done
         with pytest.raises(StorageError, match="Input/output error"):

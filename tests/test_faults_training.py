@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import failing_reads
 from test_finetuning import CONFIG, logged, run
 from tiny_models import SPACE, save_tiny_model
 
@@ -40,6 +41,20 @@ def test_fault_22_a_checkpoint_cut_off_is_skipped_with_a_warning(
     assert [record.getMessage().split(" is incomplete")[0] for record in caplog.records] == [
         str(tmp_path / f"checkpoint-{step}") for step in (10, 6, 4)
     ]
+
+
+def test_fault_22_a_read_that_fails_for_a_moment_costs_no_checkpoint(tmp_path: Path) -> None:
+    work, base = tmp_path / "work", save_tiny_model(tmp_path / "base")
+    for step in (2, 4):
+        checkpoint = work / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (work / "inputs.json").write_text('"of these rows"')
+    with failing_reads(work / "inputs.json"), pytest.raises(StorageError, match=r"inputs\.json: reading failed"):
+        run(base, tmp_path, CONFIG)
+    assert newest_checkpoint(work) == work / "checkpoint-4"
+    with failing_reads(work / "checkpoint-4" / "trainer_state.json"), pytest.raises(StorageError, match="check the d"):
+        newest_checkpoint(work)
 
 
 @pytest.fixture

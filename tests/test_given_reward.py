@@ -11,16 +11,19 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from damage import damage
 from serving import ServeProcess
 from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
+from toy_run import toy_config
 
 from dpa.cli.talk import answer
 from dpa.core.config import RewardTrainConfig
 from dpa.core.directions import DirectionSpace
-from dpa.core.errors import ConfigError
+from dpa.core.errors import ConfigError, ModelFileError
 from dpa.core.objective import Objective
 from dpa.core.reference import ModelReference
 from dpa.models.policy import save_policy
+from dpa.recipes.dpa import Loop
 from dpa.scoring.given_reward import GivenReward, reward_of_run
 from dpa.scoring.reward_scorer import RewardModelScorer
 from dpa.scoring.wordiness import wordiness
@@ -93,6 +96,22 @@ def test_a_policy_is_asked_for_the_best_by_all_that_its_run_scores_by(run: Path)
 def test_what_does_not_score_every_objective_is_refused_with_what_does(run: Path) -> None:
     with pytest.raises(ConfigError, match=r"--reward: .*reward_model does not score all .*'words'.*give the run"):
         best_of(run, reward=str(run / "reward_model"))
+
+
+@pytest.mark.parametrize(("way", "said"), [("deleted", "has no dpa_reward.json"), ("truncated", "is damaged")])
+def test_a_reward_model_without_its_record_is_refused_by_what_scores_and_by_nothing_else(
+    run: Path, tmp_path: Path, way: str, said: str
+) -> None:
+    damage(run / "reward_model" / "dpa_reward.json", way)
+    with pytest.raises(ModelFileError, match=rf"--reward: reward model: .*{said}"):
+        best_of(run, reward=str(run / "reward_model"))
+    objectives = {objective.name: objective.attributes for objective in SPACE.objectives}
+    reward = {"folder": str(run / "reward_model"), "functions": {"words": OURS}}
+    config = toy_config(tmp_path / "in", tmp_path / "out", space={"objectives": objectives}, reward=reward)
+    with Loop(config) as loop:
+        loop.report()  # of what is measured, say
+        with pytest.raises(ModelFileError, match=said):
+            loop.run()
 
 
 def test_code_that_is_not_ours_is_called_only_where_the_run_is_named(run: Path, tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from toy_run import toy_config
 from dpa.core.compare_config import load_comparison
 from dpa.core.config import resolved
 from dpa.core.errors import ConfigError, EngineError, StorageError
-from dpa.recipes.baselines.lab import Lab, Method, Trained
+from dpa.recipes.baselines.lab import Lab, Method, Trained, unstated
 from dpa.recipes.baselines.methods import METHODS, compared
 from dpa.recipes.compare import Comparison
+from dpa.storage.run_folder import StageFolder
 
 
 def toy_comparison(folder: Path, **fields: object) -> Path:
@@ -120,6 +121,34 @@ def test_what_turns_out_damaged_is_made_again_by_the_same_command(
     with pytest.raises(StorageError, match=rf"evaluation\.json is gone; {again}"):
         comparison.report()
     assert report() == before
+
+
+def train_thrice(lab: Lab) -> list[Trained]:
+    """One policy after another, each for a third of the budget."""
+    rows, third = unstated(lab.rated), lab.budget / 3
+    policy = lab.finetune(0, lab.config.policy, rows, third)
+    policy = lab.finetune(1, policy, rows, lab.left - third)
+    return [lab.as_point("thrice", lab.finetune(2, policy, rows, lab.left))]
+
+
+def test_a_training_that_turns_out_damaged_is_given_again_what_it_was_given(
+    tmp_path: Path, registered: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "toy", replace(toy_method.METHOD, train=train_thrice))
+    comparison = Comparison(load_comparison(toy_comparison(tmp_path, methods=["toy", "pooled"])))
+    (shared,), toy = comparison.shared, next(job for job in comparison.jobs if job.place == "toy")
+    shared.run()
+    toy.run()
+    before, weights = toy.record, toy.folder / "iter_1" / "policy" / "model.safetensors"
+    trained = weights.read_bytes()
+    for damaged in ("iter_0/rows/done.json", "iter_1/finetune/done.json", "iter_1/policy/model.safetensors"):
+        assert damage(toy.folder / damaged, "a flipped bit")
+        (toy.folder / "job.json").unlink()  # killed before the end
+        toy.run()
+        assert before and toy.record, damaged
+        assert toy.record["cost"]["training_tokens"] == before["cost"]["training_tokens"], damaged
+        assert toy.record["policies"] == before["policies"] and weights.read_bytes() == trained, damaged
+        assert all(StageFolder(file.parent).done for file in toy.folder.glob("iter_*/*/done.json")), damaged
 
 
 def test_only_names_that_are_registered_are_compared(tmp_path: Path) -> None:

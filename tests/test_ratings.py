@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from damage import damage, failing_reads
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from dpa.core.config import RatingsConfig
-from dpa.core.errors import DataError, RejectRateError
+from dpa.core.errors import DataError, RejectRateError, StorageError
 from dpa.stages.ratings import Ratings, load_ratings, print_summary, read_ratings, save_ratings, summarise_ratings
 from dpa.storage.rating_forms import is_overall_score_trap, to_hundred
 from dpa.storage.stage_records import Reject
@@ -319,6 +320,9 @@ def test_saved_ratings_come_back(tmp_path: Path) -> None:
     assert loaded is not None
     assert loaded[0].equals(ratings.table)
     assert loaded[1] == summary == json.loads((tmp_path / "ratings_summary.json").read_text())
+    for name in ("ratings_summary.json", "ratings.parquet"):
+        with failing_reads(tmp_path / name), pytest.raises(StorageError, match="reading failed"):
+            load_ratings(tmp_path)  # not None: they are not damaged
     rejected = json.loads((tmp_path / "ratings_rejects.jsonl").read_text())
     reason = "helpsteer-helpfulness is 9, outside [0, 4]"
     assert rejected == {"id": "r.jsonl:2", "stage": "ratings", "reason": reason}
@@ -327,6 +331,8 @@ def test_saved_ratings_come_back(tmp_path: Path) -> None:
     text = console.export_text()
     assert "helpsteer-verbosity" in text
     assert "rejected 1: helpsteer-helpfulness is …, outside […, …]" in text
+    for way in ("a flipped bit", "deleted"):
+        assert damage(tmp_path / "ratings.parquet", way) and load_ratings(tmp_path) is None
 
 
 # Real rows

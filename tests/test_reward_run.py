@@ -3,6 +3,8 @@ Run: pytest tests/test_reward_run.py
 """
 
 import json
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from dpa.recipes.rated_rows import RewardRun
 from dpa.stages.ratings import read_ratings
 from dpa.storage.run_folder import StageFolder
 from dpa.storage.tables import write_json
+from dpa.training.trainers import StopsAtBadStep
 
 ROWS = [
     {
@@ -60,26 +63,42 @@ def test_a_run_without_a_policy_ends_with_its_reward_model_and_is_resumed(tmp_pa
     assert record["attributes"] == ["length", "cheer", "chance"] and (folder / "model.safetensors").is_file()
 
 
-def test_a_reward_model_is_not_trained_again_where_a_kill_came_before_its_seal(
+def test_a_kill_before_the_seal_costs_no_step_and_no_second_of_the_ledger(
     fields: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fields["reward"]["train"] |= {"method": "full", "epochs": 2}
     config = RewardRunConfig(**fields)
     trained = Path(config.out) / "reward_model"
     with monkeypatch.context() as killed, RewardRun(config) as run:
         killed.setattr(StageFolder, "finish", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run.run()
-    (trained.with_name("reward_model.training") / "inputs" / "checkpoint-3").mkdir(parents=True)
-    before = (trained / "model.safetensors").stat().st_mtime_ns
+    before, steps = (trained / "model.safetensors").read_bytes(), []
+    monkeypatch.setattr(StopsAtBadStep, "_check_step", lambda *_: steps.append(1))
+    begun = time.monotonic()
+    with RewardRun(config) as run:
+        run.run()
+        ledger = run.folder.stage(None, "train_reward").ledger
+    assert not steps and (trained / "model.safetensors").read_bytes() == before
+    assert ledger.wall_s > time.monotonic() - begun, "what the first process took is counted"
+    assert not trained.with_name("reward_model.training").exists()
+
+
+def test_a_reward_model_that_is_not_as_the_run_sealed_it_is_made_again(tmp_path: Path, fields: dict) -> None:
+    config = RewardRunConfig(**fields)
+    trained = Path(config.out) / "reward_model"
+    with RewardRun(RewardRunConfig(**fields | {"out": str(tmp_path / "other"), "seed": 5})) as run:
+        shutil.copytree(run.run(), trained)
+    others = (trained / "model.safetensors").read_bytes()
+    with RewardRun(config) as run:
+        run.run()
+    own = (trained / "model.safetensors").read_bytes()
+    assert own != others, "one that somebody put there is not the run's"
+    (trained / "model.safetensors").write_bytes(b"damaged")
     with RewardRun(config) as run:
         run.run()
         assert run.folder.stage(None, "train_reward").done
-    assert (trained / "model.safetensors").stat().st_mtime_ns == before
-    assert not trained.with_name("reward_model.training").exists()
-    (trained / "model.safetensors").write_bytes(b"damaged")
-    with RewardRun(config) as run:
-        run.run()  # one that has changed since it was sealed is
-        assert run.folder.stage(None, "train_reward").done
+    assert (trained / "model.safetensors").read_bytes() == own
 
 
 def test_a_reward_model_no_better_than_the_mean_ends_the_run_with_a_sentence(fields: dict) -> None:

@@ -266,7 +266,6 @@ def test_it_learns_and_the_folder_scores_by_itself(tmp_path: Path, method: str, 
         assert np.allclose(saved_scores(out, rows[:3]), _forward_folder(out, rows[:3]), atol=1e-3)
     marks = np.array([row.marks[0] for row in rows])
     assert np.corrcoef(_forward_folder(out, rows)[:, 0], marks)[0, 1] > 0.8
-    assert not (tmp_path / "reward.training").exists(), "checkpoints of a finished model are cleared away"
 
 
 def _forward_folder(folder: Path, rows: list[RatedExample]) -> np.ndarray:

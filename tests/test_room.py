@@ -3,19 +3,24 @@ Run: pytest tests/test_room.py
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
+from test_methods import toy_comparison
 from toy_run import toy_config
 
+from dpa.core.compare_config import load_comparison
 from dpa.core.config import RewardRunConfig
 from dpa.core.errors import RunFolderError
 from dpa.recipes.checks import BYTES_PER_CANDIDATE
+from dpa.recipes.compare import Comparison
 from dpa.recipes.dpa import Loop
 from dpa.recipes.room import needed_bytes
 from dpa.storage.tables import write_bytes
+from dpa.world.demo import run_demo
 
 CHECKPOINTS = 3 * 12
 """Bytes a parameter: two are kept while a third is written, each of fp32 weights and AdamW's two moments."""
@@ -61,6 +66,20 @@ def test_a_reward_model_counts_until_it_is_trained(tmp_path: Path, method: str) 
     assert needed_bytes(config) == (4 + CHECKPOINTS * (method == "full")) * parameters(backbone)
     done(tmp_path / "run" / "train_reward")
     assert needed_bytes(config) == 0
+
+
+def test_commands_without_the_flag_that_overrules_it_are_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begins(_: Loop) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(Loop, "look_ahead", begins)
+    (shared,) = Comparison(load_comparison(toy_comparison(tmp_path))).shared
+    for begin in (shared.run, partial(run_demo, tmp_path / "demo")):
+        with pytest.raises(InterruptedError):
+            begin()
 
 
 def test_a_run_is_refused_before_it_begins_and_not_where_its_rest_fits(

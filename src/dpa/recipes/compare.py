@@ -128,7 +128,7 @@ class ComparisonJob:
             return
         if self.method is None:
             with self.mending(), Loop(self.settings.model_copy(update={"iterations": 0})) as loop:
-                results = read_json(loop.run().with_name("results.json"))
+                results = read_json(loop.run(ignore_free_space=True).with_name("results.json"))
                 loop.prompts(1)  # every method reads them from here
             write_record(self.folder / "job.json", {name: results[name] for name in ("ledger", "reward_model")})
             return

@@ -17,6 +17,7 @@ from dpa.pages.report import write_report
 from dpa.recipes.checks import check_candidates, check_iteration
 from dpa.recipes.loop_run import LoopRun
 from dpa.recipes.results import (
+    adopted,
     evaluation_file,
     evaluation_of,
     knows_targets,
@@ -108,10 +109,11 @@ class Loop(LoopRun):
         """Finetune from the policy of t - 1 on the rows that this iteration's learner reads."""
         check_iteration(self.config, t)
         stage, learn = self.stage(t, "finetune"), self.learner(t)
-        if not stage.done and (source := trained_elsewhere(self, t)):
+        if not stage.done and self.policy_folder(t).is_dir() and adopted(self, t):
+            source = (trained_elsewhere(self, t) or {}).get("folder", "FOLDER")
             raise RunFolderError(
                 f"iteration {t}: {self.policy_folder(t)} was trained elsewhere and is not whole; adopt it again "
-                f"(`dpa adopt {source['folder']} {self.path} -t {t}`), or delete it to train it here."
+                f"(`dpa adopt {source} {self.path} -t {t}`), or delete it to train it here."
             )
         scorer = self.scorer if learn.reads == "prompts" and not stage.done else None
         if scorer is None and not stage.done:

@@ -21,7 +21,7 @@ from dpa.models.policy import copy_policy, make_answers_end
 from dpa.pages.dataset_card import axolotl_training, dataset_card, llama_factory, llama_factory_training
 from dpa.recipes.checks import check_iteration
 from dpa.recipes.loop_run import LoopRun
-from dpa.recipes.results import write_policy_card
+from dpa.recipes.results import ADOPTED, write_policy_card
 from dpa.sampling.prompting import Prompting
 from dpa.stages.adopt import adopt
 from dpa.stages.data import SPLITS, DataSettings, Written, write_data
@@ -116,7 +116,8 @@ def take_in(loop: LoopRun, t: int, trained: Path) -> list[str]:
             f"put it in its place, delete {stage.path} and what was made from it (iter_{t}/evaluate, later iterations)."
         )
     notes = adopt(trained, loop.policy(t - 1), loop.space, loop.policy_folder(t), from_data(trained))
-    stage.finish(Ledger(wall_s=time.monotonic() - begun, peak_memory=peak_memory()), sealed=[loop.policy_folder(t)])
+    ledger = Ledger(wall_s=time.monotonic() - begun, peak_memory=peak_memory(), extra={ADOPTED: 1.0})
+    stage.finish(ledger, sealed=[loop.policy_folder(t)])
     remove_checkpoints(stage.path)
     write_policy_card(loop, t)
     return notes

@@ -23,6 +23,7 @@ from dpa.storage.memory import peak_memory
 from dpa.storage.progress import AtWork
 from dpa.storage.run_folder import RunFolder
 from dpa.storage.stopping import end_on_signal
+from dpa.training.reward_training import remove_checkpoints
 from dpa.training.trainers import CountSeconds
 
 
@@ -47,7 +48,7 @@ class RatedRows:
             raise ConfigError("reward.train: not configured; add the section, or use `reward.folder` as it is.")
         train = train.model_copy(update={"backbone": backbone or train.backbone})
         stage, model = self.folder.stage(None, "train_reward"), self.folder.path / "reward_model"
-        if not stage.done and (stage.path / "done.json").exists():  # not as it was sealed: trained again
+        if not stage.done:  # nobody knows whose it is, or it has changed: made again, from its last checkpoint if any
             (model / RECORD).unlink(missing_ok=True)
         begun, seconds = time.monotonic(), CountSeconds()
         table, summary = self._read(held_out)
@@ -65,6 +66,7 @@ class RatedRows:
             )
             stage.finish(ledger, sealed=[model])
             show = True
+        remove_checkpoints(model, train)
         if show:
             print_quality(facts, self.console)
         return facts

@@ -5,12 +5,13 @@ Run its tests: pytest tests/test_loop.py
 import logging
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dpa.core.config import EvaluateConfig, resolved
-from dpa.core.errors import DamageError
+from dpa.core.errors import DamageError, RunFolderError
 from dpa.models.files import EVALUATION_FILE, SPACE_FILE
 from dpa.pages.card import CARD, card
 from dpa.recipes.checks import first_iteration
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = 3
 """Held-out questions that travel with a policy, for people to try."""
+ADOPTED = "adopted"
+"""In the ledger of `finetune`, where the policy was trained elsewhere."""
 MEASURING = ("rollout", "score", "gold")
 STAGES = (
     *("rollout", "score", "select", "finetune"),
@@ -65,6 +68,15 @@ def measured_stages(config: EvaluateConfig, targets: bool) -> list[str]:
 def trained_elsewhere(run: Run, t: int) -> dict[str, Any] | None:
     """What is known of the policy of t where `dpa adopt` took it in (stages.adopt); None where the run trained it."""
     return (_about(run, t).get("provenance") or {}).get("trained_elsewhere")
+
+
+def adopted(run: Run, t: int) -> bool:
+    """Whether `dpa adopt` took in the policy of t: by the record of its stage, or by what stands beside its weights,
+    since either may be what is damaged."""
+    with suppress(DamageError, RunFolderError):  # no record, or no whole one
+        if ADOPTED in run.stage(t, "finetune").ledger.extra:
+            return True
+    return trained_elsewhere(run, t) is not None
 
 
 def knows_targets(run: Run, t: int) -> bool:

@@ -42,9 +42,11 @@ class GivenReward:
 
         Raises ConfigError, ModelFileError, RunFolderError.
         """
-        if self._config.folder is not None:
+        if (folder := self._config.folder) is not None:
             try:
-                check_in_run(resolve_model(ModelReference(self._config.folder, self.code_revision)).path)
+                check_in_run(resolve_model(ModelReference(folder, self.code_revision)).path)
+                if self._config.preset is None and Path(folder).is_dir():
+                    read_spec(Path(folder))
             except ModelFileError as error:
                 raise ModelFileError(f"--reward: {error}") from None
         if self._trained is not None:

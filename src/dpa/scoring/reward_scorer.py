@@ -167,10 +167,14 @@ class FolderSource(ScorerSource):
         check_folder(self, AutoModelForSequenceClassification)
 
     def attributes(self, rated: Sequence[str]) -> tuple[str, ...] | None:
-        """Those of its record, where it has one and lies here."""
+        """Those of its record, where it has one and lies here. A damaged one is refused by `check` and `open`: a run
+        that scores nothing more needs none."""
         if self.reward.preset is not None or not Path(self.given).is_dir():
             return None
-        return read_spec(Path(self.given)).attributes
+        try:
+            return read_spec(Path(self.given)).attributes
+        except ModelFileError:
+            return None
 
     def open(self) -> Scorer:
         spec = RELEASED_SPEC if self.given == RELEASED_MODEL or self.reward.preset == "dpa-v1" else None

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpa.core.config import RatingsConfig
-from dpa.core.errors import DataError, DpaError, RejectRateError
+from dpa.core.errors import DamageError, DataError, RejectRateError
 from dpa.core.records import Messages, Prompt, messages_text, stable_hash
 from dpa.storage.console import print_table
 from dpa.storage.rating_forms import RatedRow, Scale, declared_scales, named_columns, read_row, to_hundred
@@ -113,14 +113,16 @@ def save_ratings(ratings: Ratings, folder: Path) -> dict[str, Any]:
 
 def load_ratings(folder: Path) -> tuple[pa.Table, dict[str, Any]] | None:
     """The saved table, its checksum verified, and its summary; None where none was finished, or it is damaged."""
-    file = folder / "ratings_summary.json"
+    file, rows = folder / "ratings_summary.json", folder / "ratings.parquet"
     if not file.exists():
         return None
     try:
         read_record(file, SUMMARY, optional=None)
         summary = read_json(file)
-        return read_table(folder / "ratings.parquet", FileRecord(**summary["file"])), summary
-    except (DpaError, TypeError) as error:
+        if not rows.exists():
+            raise DamageError(f"{rows} is gone.")
+        return read_table(rows, FileRecord(**summary["file"])), summary
+    except (DamageError, TypeError) as error:
         _log.warning("ratings: %s; the rated data are read again.", str(error).split("; ")[0].removesuffix("."))
         return None
 

@@ -21,7 +21,7 @@ from dpa.storage.console import print_table
 from dpa.storage.schemas import number_matrix
 from dpa.storage.tables import read_json
 from dpa.training.reward_rows import RatedExample
-from dpa.training.reward_training import remove_checkpoints, train_reward_model
+from dpa.training.reward_training import train_reward_model
 from dpa.training.trainers import CountSeconds
 
 BEATS_THE_MEAN = 0.999
@@ -44,7 +44,6 @@ def train_reward(
     `train_reward_model` raises.
     """
     if (out / RECORD).is_file():
-        remove_checkpoints(out, config)  # of a process that was killed between the two
         return read_json(out / RECORD)
     attributes = config.attributes or list(scales)
     for name in attributes:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 from dpa.core.config import TrainingConfig, of_results
-from dpa.core.errors import DataError, DpaError, TrainingError
+from dpa.core.errors import DamageError, DataError, TrainingError
 from dpa.core.records import stable_hash
 from dpa.core.reference import Model, ModelReference
 from dpa.models.disk_refusals import disk_refusals
@@ -192,7 +192,7 @@ def _prepare_work(work: Path, identity: str) -> None:
     """Make the folder; checkpoints of other examples or settings than `identity` names are removed."""
     work.mkdir(parents=True, exist_ok=True)
     file = work / _INPUTS_FILE
-    with suppress(DpaError):  # a file that cannot be read names no inputs
+    with suppress(DamageError):  # a damaged file names no inputs
         if file.exists() and read_json(file) == identity:
             return
     if newest_checkpoint(work) is not None:

@@ -76,7 +76,8 @@ def train_reward_model(
 
     `out` becomes a plain Hugging Face folder that scores on 0-100 through `AutoModelForSequenceClassification`, as a
     whole or not at all. Checkpoints lie beside it in `NAME.training`, under a hash of rows and settings, and resume an
-    interrupted run; `seconds` keeps in them what that took. Raises DataError, ModelFileError, TrainingError (a loss or
+    interrupted run, also one that has only not been sealed yet (`remove_checkpoints` once it is); `seconds` keeps in
+    them what that took. Raises DataError, ModelFileError, TrainingError (a loss or
     gradient that is not finite, before the step), Interrupted (on a signal, after a checkpoint), StorageError.
     """
     torch.manual_seed(seed)
@@ -144,12 +145,11 @@ def train_reward_model(
         write_spec(folder, spec, facts)
         model.cpu()  # a card that holds one of them need not hold two
         RewardModelScorer(ModelReference(str(folder), code_revision))  # what was saved must pass its self-test
-    remove_checkpoints(out, config)
     return facts
 
 
 def remove_checkpoints(out: Path, config: RewardTrainConfig) -> None:
-    """Free what only an interrupted training of the model at `out` needs."""
+    """Free what only a training that is interrupted before the model at `out` is sealed needs."""
     checkpoints = _checkpoints(out)
     for leftover in checkpoints.glob("*/checkpoint-*") if config.report_to else [checkpoints]:
         shutil.rmtree(leftover, ignore_errors=True)  # what a tracker wrote beside the checkpoints stays

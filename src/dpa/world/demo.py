@@ -71,7 +71,7 @@ def run_demo(out: Path, seed: int = 0, development: bool = False, overrides: Map
     world = out.with_name(f"{out.name}-world")
     recipe = write_world(world, out, seed, development)
     with Loop(load_config(recipe, overrides)) as loop:
-        page = loop.run()
+        page = loop.run(ignore_free_space=True)
         show_results(loop.console, read_json(page.with_name("results.json")))
         loop.console.print(f"the same loop, as you would run your own: dpa run {recipe}", markup=False)
         policy = loop.policy(loop.config.iterations)

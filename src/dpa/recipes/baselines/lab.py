@@ -6,8 +6,10 @@ reward model and its scores of the rated responses, the selection and the policy
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +34,7 @@ from dpa.stages.score import score
 from dpa.stages.select import select_rated, select_winners
 from dpa.storage.run_folder import RunFolder, StageFolder
 from dpa.storage.schemas import completeness
-from dpa.storage.stage_records import read_ledger
-from dpa.storage.tables import read_record
+from dpa.storage.stage_records import DoneRecord
 from dpa.training.grpo import GRPO
 from dpa.training.learner import Learner
 from dpa.training.learners import learner_named
@@ -84,12 +85,12 @@ class Lab(Run):
     def reward(self) -> RewardConfig:
         """The configuration of scores, the trained reward model being a folder by now."""
         own = self.config.reward.within(self.shared)
-        trained = {"train": None, "folder": str(self.reward_folder)}
-        return own if own.train is None else own.model_copy(update=trained)
+        if own.train is None:
+            return own
+        self._check_shared(None, "train_reward")
+        return own.model_copy(update={"train": None, "folder": str(self.reward_folder)})
 
     def _scorer_parts(self) -> tuple[RewardConfig, ModelReference | None, str | None]:
-        if self.config.reward.train is not None:
-            self._check_shared(None, "train_reward")
         return self.reward, None, self.config.remote_code_revision
 
     @cached_property
@@ -217,7 +218,7 @@ class Lab(Run):
             prompts = draw_prompts(self.training_prompts, t, count, self.config.seed)
             ask(asked, prompts, self.space, self.config.rollout, self.config.seed)
         how = self.config.rollout, None if self.stage(t, "finetune").done else self.scorer
-        rows, config = asked.whole_table(), getattr(self.config, learn.section)
+        rows, config = self._kept(t, asked.whole_table()), getattr(self.config, learn.section)
         out = self._learn(t, policy, rows, learn(config, self.space, self.config.seed + t, *how, **fields))
         return out, self.stage(t, "finetune").ledger
 
@@ -232,6 +233,7 @@ class Lab(Run):
         **changes: Any,
     ) -> Path:
         """`read`: what one pass over the rows reads."""
+        kept = self._kept(t, rows)
         if self.stage(t, "finetune").done:  # a job that goes on has spent what it did before
             return self.policy_folder(t)
         if tokens <= 0:
@@ -244,19 +246,24 @@ class Lab(Run):
         config = getattr(self.config, learn.section).model_copy(
             update={"epochs": epochs, "listening_rows": 0, **changes}
         )
-        return self._learn(t, policy, rows, learn(config, self.space, self.config.seed + t))
+        return self._learn(t, policy, kept, learn(config, self.space, self.config.seed + t))
 
-    def _learn(self, t: int, policy: str | Path, rows: pa.Table, learner: Learner[Any]) -> Path:
-        stage, out = self.stage(t, "rows"), self.policy_folder(t)
+    def _kept(self, t: int, rows: pa.Table) -> StageFolder:
+        """The rows that iteration t learns from, as a stage."""
+        stage = self.stage(t, "rows")
         made_from = stable_hash(*(text for name in ("messages", "prompt_id") for text in rows[name].to_pylist()))
         if stage.shard_digest(0, made_from) is None:
             stage.write_shard(0, rows, Ledger(rows=len(rows)), made_from=made_from)
         if not stage.done:
             stage.finish(shards=1)
+        return stage
+
+    def _learn(self, t: int, policy: str | Path, rows: StageFolder, learner: Learner[Any]) -> Path:
+        out = self.policy_folder(t)
         finetuned = self.stage(t, "finetune")
         if learner.scorer is None and not finetuned.done:
             self.let_scorer_go()
-        finetune_policy(finetuned, stage, self.config.reference(policy), learner, out)
+        finetune_policy(finetuned, rows, self.config.reference(policy), learner, out)
         return out
 
     # --- small things ------------------------------------------------------------------------------------------------
@@ -273,8 +280,16 @@ class Lab(Run):
 
     @property
     def left(self) -> int:
-        """Tokens of the budget that are not spent yet."""
-        cost = self.cost
+        """Tokens of the budget that are left for the first training that is not done. One that turned out damaged is
+        given again what it was given, whatever was trained after it."""
+        cost = Ledger() if self.ground is self else self.ground.cost
+        for t in count():
+            stages = [self.stage(t, file.parent.name) for file in sorted(self.path.glob(f"iter_{t}/*/done.json"))]
+            done = {stage.path.name: stage.ledger for stage in stages if stage.done}
+            for ledger in done.values():
+                cost.add(ledger)
+            if "finetune" not in done:
+                break
         return self.budget - cost.tokens_generated - cost.training_tokens
 
     @property
@@ -325,10 +340,11 @@ def unstated(rows: pa.Table) -> pa.Table:
 
 
 def spent(folder: Path) -> Ledger:
-    """What every finished stage below a folder cost, those for measuring left out."""
+    """What every finished stage below a folder cost, those for measuring left out. A damaged record counts for nothing:
+    a job that goes on has made again what it came by."""
     total = Ledger()
     for file in sorted(folder.rglob("done.json")):
         if MEASURING not in file.relative_to(folder).parts:
-            ledger = read_ledger(read_record(file, ("shards", "ledger"), optional=("sealed",))["ledger"])
-            total.add(replace(ledger, extra={}))
+            with suppress(DamageError):
+                total.add(replace(DoneRecord.read(file, file.parent.name).ledger, extra={}))
     return total
