@@ -203,6 +203,31 @@ def test_fault_11_no_server_left_is_a_clear_error_and_soon(server: FakeServer, h
         assert time.monotonic() - begun < 10
 
 
+@pytest.mark.parametrize("reply", [(500, {}, {}), (200, b"<html>", {})], ids=str)
+def test_fault_12_a_server_that_answers_nothing_of_use_rests_and_costs_no_request(reply) -> None:
+    """It is the quickest and so the least loaded; the good one is full."""
+    with (
+        FakeServer(lambda body: reply) as broken,
+        FakeServer(busy_s=0.02) as good,
+        HttpPool([broken.address, good.address], in_flight=2, backoff_s=0.1) as pool,
+    ):
+        assert echoes(pool.ask("/", numbered(60))) == list(range(60))
+        assert len(broken.asked) < 10
+        assert len(good.asked) == 60
+
+
+def test_fault_12_servers_that_all_begin_to_answer_nothing_of_use_end_the_run_soon(server: FakeServer) -> None:
+    """Also where requests were under way when others were still answered: they are not to blame."""
+    server.answer = lambda body: (200, {}, {}) if len(server.asked) < 9 else (500, {}, {})
+    with HttpPool([server.address], in_flight=8, attempts=4, **QUICK) as pool:
+        pool.set_touchstone("/", {"number": 99})
+        begun = time.monotonic()
+        with pytest.raises(EngineError, match="no server answers"):
+            pool.ask("/", numbered(40))
+        assert time.monotonic() - begun < 3
+    assert len(server.asked) < 9 + 4 * 8
+
+
 def test_an_endless_answer_is_not_read(server: FakeServer) -> None:
     server.answer = lambda body: (200, b"1" * (MAX_ANSWER_BYTES + 1), {})
     with HttpPool([server.address]) as pool:

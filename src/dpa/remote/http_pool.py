@@ -7,7 +7,7 @@ What happens to a request (faults 10 to 12):
     429, or any Retry-After     the server rests that long and is asked less at once; no try counts while others pass
     408, 502, 503, 504,         the server rests, twice as long each time, and is then tried with one request;
       no connection               the request goes on elsewhere
-    500, an unreadable answer   the request is tried again after a while
+    500, an unreadable answer   the request is tried again after a while; from the third in a row on the server rests too
     no answer within the limit  tried once more, elsewhere where there is one
     400, 413, 422               refused: never tried again
     401, 403, 404 and the rest  EngineError: the settings are wrong, so the run stops
@@ -38,6 +38,8 @@ BACKOFF_S, LONGEST_REST_S = 0.5, 30.0
 _CONNECT_S = 10.0
 _REFUSED = frozenset({400, 413, 422})
 _UNWELL = frozenset({408, 502, 503, 504})
+_USELESS_IN_A_ROW = 3
+"""So many answers of no use, with none between that was, are taken for the server's fault."""
 
 
 Heard = Callable[[int, Answer | Refusal], None]
@@ -208,7 +210,7 @@ class HttpPool(Closing):
                 server = least_loaded(self._servers, request, now) if request.not_before <= now else None
                 if server is None:
                     held.append(request)
-                    if request.not_before <= now and request.only is None:
+                    if request.not_before <= now and request.only is None and request.avoid is None:
                         break  # no server is free: nobody behind in the queue gets one either
                     continue
                 server.in_flight += 1
@@ -241,7 +243,7 @@ class HttpPool(Closing):
             # It may be this very request that breaks servers, so it has half as many tries.
             self._unwell(server, request, f"{server.address}: {type(error).__name__}: {error}", tries=2)
         except self._httpx.HTTPError as error:  # an answer that cannot be decoded
-            self._again(request, f"{server.address}: {type(error).__name__}: {error}", server)
+            self._useless(server, request, f"{server.address}: {type(error).__name__}: {error}")
         except TooLong:
             self._resolve(request, Refusal(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes"))
         else:
@@ -258,9 +260,9 @@ class HttpPool(Closing):
             try:
                 payload = json.loads(content)
             except (ValueError, RecursionError):
-                self._again(request, f"an answer that is no JSON ({brief(content)})", server)
+                self._useless(server, request, f"an answer that is no JSON ({brief(content)})")
                 return
-            server.failures = server.restarts = 0
+            server.failures = server.restarts = server.useless = 0
             server.answered_at = time.monotonic()
             server.limit = min(server.in_flight_limit, server.limit + 1)
             self._answered += 1
@@ -276,7 +278,7 @@ class HttpPool(Closing):
         elif status in _UNWELL:
             self._unwell(server, request, f"{server.address}: {said}")
         elif status == 500:
-            self._again(request, f"{server.address}: {said}", server)
+            self._useless(server, request, f"{server.address}: {said}")
         elif status in _REFUSED:
             self._resolve(request, Refusal(f"the server answered {said}", status))
         elif request.only is not None and status == 404:
@@ -301,6 +303,16 @@ class HttpPool(Closing):
         else:
             request.avoid = server
             self._waiting.append(request)
+
+    def _useless(self, server: Server, request: Request, reason: str) -> None:
+        """A 500, or an answer that cannot be read: the fault of the request, or of a server that gives nothing else."""
+        server.useless += 1
+        if server.useless >= _USELESS_IN_A_ROW:
+            self._server_failed(server)
+        lost = all(one.failures >= self._attempts for one in self._servers)
+        if lost:
+            request.begun = self._answered  # what they answered before they all failed says nothing of them now
+        self._again(request, reason, server, give_up=lost)
 
     def _again(
         self, request: Request, reason: str, avoid: Server | None = None, tries: int = 1, give_up: bool = False
