@@ -7,7 +7,7 @@ What happens to a request (faults 10 to 12):
     429, or any Retry-After     the server rests that long and is asked less at once; no try counts while others pass
     408, 502, 503, 504,         the server rests, twice as long each time, and is then tried with one request;
       no connection               the request goes on elsewhere
-    500, an unreadable answer   the request is tried again after a while; from the third in a row on the server rests too
+    500, an unreadable answer   the request is tried again after a while; the server rests from the third in a row on
     no answer within the limit  tried once more, elsewhere where there is one
     400, 413, 422               refused: never tried again
     401, 403, 404 and the rest  EngineError: the settings are wrong, so the run stops
