@@ -94,6 +94,7 @@ class ChatJudge:
         """
         addresses = [self._address(conversation) for conversation in conversations]
         asked = dict(zip(addresses, conversations, strict=True))
+        self._kept.catch_up()  # another worker may have paid for some
         missing = [address for address in asked if address not in self._kept.replies]
         if not self._servers:
             missing = [address for address in missing if address not in self._kept.refused]
