@@ -76,6 +76,21 @@ def test_the_key_is_sent_and_several_threads_may_ask(server: FakeServer) -> None
     assert {headers["authorization"] for headers in server.headers_seen} == {"Bearer sesame"}
 
 
+def test_servers_of_this_machine_are_not_asked_through_a_proxy(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with FakeServer(lambda body: (200, {"asked of": "the proxy"}, {})) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.address)
+        port = server.server_address[1]
+        with HttpPool([server.address, f"http://localhost:{port}"], in_flight=1) as pool:
+            assert echoes(pool.ask("/", numbered(4))) == list(range(4))
+        with HttpPool(["http://elsewhere.invalid"]) as pool:
+            assert pool.ask("/", numbered(1))[0].payload == {"asked of": "the proxy"}
+    assert len(server.asked) == 4
+
+
 @pytest.mark.parametrize("reply", [(500, {}, {}), (503, {}, {}), (200, b"<html>", {}), "reset"], ids=str)
 def test_fault_12_passing_failures_are_tried_again_and_lose_nothing(server: FakeServer, reply) -> None:
     server.answer = failing_first(2, reply, range(3, 6))

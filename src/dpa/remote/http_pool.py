@@ -28,14 +28,13 @@ from typing import Any
 
 from dpa.core.closing import Closing
 from dpa.core.errors import ConfigError, EngineError
-from dpa.remote.http_exchange import MAX_ANSWER_BYTES, Answer, Refusal, TooLong, brief, exchange, retry_after
-from dpa.remote.http_servers import Request, Server, least_loaded
+from dpa.remote.http_exchange import MAX_ANSWER_BYTES, Answer, Refusal, TooLong, brief, client_of, exchange, retry_after
+from dpa.remote.http_servers import Request, Server, least_loaded, nobody
 from dpa.remote.server_process import ServerProcess
 
 BACKOFF_S, LONGEST_REST_S = 0.5, 30.0
 """First rest after a failure, doubled each time up to the longest; each is cut by up to half at random."""
 
-_CONNECT_S = 10.0
 _REFUSED = frozenset({400, 413, 422})
 _UNWELL = frozenset({408, 502, 503, 504})
 _USELESS_IN_A_ROW = 3
@@ -147,12 +146,7 @@ class HttpPool(Closing):
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _open(self) -> None:
-        headers = {"content-type": "application/json"}
-        if self._key:
-            headers["authorization"] = f"Bearer {self._key}"
-        unlimited = self._httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        timeout = self._httpx.Timeout(None, connect=_CONNECT_S)
-        self._client = self._httpx.AsyncClient(headers=headers, limits=unlimited, timeout=timeout)
+        self._client = client_of(self._httpx, self._key)
         self._start(self._dispatch())
 
     async def _close(self) -> None:
@@ -299,7 +293,7 @@ class HttpPool(Closing):
         if request.tries >= self._attempts and self._others_answered(request):
             self._give_up(request, reason)
         elif all(one.process is None and one.failures >= self._attempts for one in self._servers):
-            self._fail(_nobody(reason))
+            self._fail(nobody(reason))
         else:
             request.avoid = server
             self._waiting.append(request)
@@ -331,7 +325,7 @@ class HttpPool(Closing):
         if self._others_answered(request):
             self._resolve(request, Refusal(f"{reason}, after {max(request.tries, 1)} tries"))
         elif self._touchstone is None or request.is_touchstone:
-            self._fail(_nobody(reason))
+            self._fail(nobody(reason))
         else:
             self._doubted.add(request)
             self._start(self._try_touchstone(request, reason, self._touchstone))
@@ -346,7 +340,7 @@ class HttpPool(Closing):
             if isinstance(await test.future, Answer) or self._others_answered(request):
                 self._give_up(request, reason)
             else:
-                self._fail(_nobody(reason))
+                self._fail(nobody(reason))
         except EngineError:
             pass  # all have been told
         finally:
@@ -403,7 +397,3 @@ class HttpPool(Closing):
             if not request.future.done():
                 request.future.set_exception(error)
         self._waiting.clear()
-
-
-def _nobody(reason: str) -> EngineError:
-    return EngineError(f"no server answers ({reason}); see that they run, then run the same command to go on.")

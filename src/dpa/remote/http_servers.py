@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpa.core.errors import EngineError
 from dpa.remote.server_process import ServerProcess
 
 
@@ -67,3 +68,8 @@ def least_loaded(servers: Sequence[Server], request: Request, now: float) -> Ser
     if elsewhere or any(server.up and not server.failures for server in others):
         free = elsewhere
     return min(free, key=lambda server: server.in_flight, default=None)
+
+
+def nobody(reason: str) -> EngineError:
+    """What is raised when no server is left."""
+    return EngineError(f"no server answers ({reason}); see that they run, then run the same command to go on.")
