@@ -23,6 +23,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,14 +40,14 @@ PHASES = {
     "scoring": ("training", 120),
     "decoding": ("decoding", 180),
     "vllm": ("decoding", 300),
-    "loop": ("loop", 480),
     "serve": ("serving", 240),
     "gateway": ("serving", 240),
     "classify": ("serving", 240),
     "seven_b": ("seven_b", 360),
+    "loop": ("loop", 480),
 }
 """Phase -> the file of card_phases it stands in, and its time limit in seconds; with less than a third of that left it
-is not begun. In the order of what matters most."""
+is not begun. In the order of what matters most, but for the loop, which is last: its limit is most of the time."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vllm")
 PRELOADED = ["dpa.training.sft", "dpa.training.reward_training", "dpa.sampling.samplers", "dpa.recipes.dpa"]
@@ -141,16 +142,24 @@ def end(process: Any) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, which)
         process.join(patience)
-    process.close()
+    with contextlib.suppress(ValueError):  # it hangs in the driver and outlives even this
+        process.close()
 
 
 def begin(phase: str, inputs: Inputs, out: Path) -> None:
-    """What the process of a phase does: a session and a log of its own, then the phase."""
+    """What the process of a phase does: a session and a log of its own, then the phase. It ends with the script."""
     os.setsid()
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     with (out / f"{phase}.log").open("wb") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     work(Card(phase, inputs, out))
+
+
+def end_with(script: Any) -> None:
+    """However the script ends, kill -9 included, a phase does not keep the card."""
+    script.join()
+    os.killpg(0, signal.SIGKILL)
 
 
 def work(card: Card) -> None:

@@ -124,7 +124,8 @@ class ChatServer:
     """Answers of OpenAI's chat API: a pure function of seed, preference and question, with the true prompt length.
 
     `count` gives the tokens of (messages, preference). `changes` say what is wrong with it: "ignores-preference",
-    "no-usage", "greedy", "no-choice", "two-choices", "reasoning", "tool"; `refuses`: text of a question it answers 400.
+    "no-usage", "greedy", "no-choice", "two-choices", "reasoning", "reasoning_content",
+    "tool"; `refuses`: text of a question it answers 400.
     `many`: what it makes of `n`: "" gives one choice all the same, "seeds" a seed more for each (as vLLM does), "ids"
     their tokens too, "same" the same words again, "refused" is 400.
     """
@@ -146,8 +147,8 @@ class ChatServer:
         preference = None if self._wrong == "ignores-preference" else preference
         text = f"{question[-12:]} {json.dumps(preference)} {0 if self._wrong == 'greedy' else body['seed']}"
         message: dict[str, Any] = {"role": "assistant", "content": text}
-        if self._wrong == "reasoning":
-            message |= {"content": None, "reasoning_content": text}
+        if self._wrong in ("reasoning", "reasoning_content"):  # vLLM's name for it, and the others'
+            message |= {"content": None, self._wrong: text}
         choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if self._wrong == "tool" else "stop"}
         choices = {"no-choice": [], "two-choices": [choice, choice]}.get(self._wrong, [choice])
         if body.get("n", 1) > 1 and self._many == "refused":

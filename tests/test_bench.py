@@ -4,8 +4,11 @@ Run: pytest tests/test_bench.py
 
 import json
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from forks import python
 from tiny_models import save_tiny_model
@@ -58,7 +61,16 @@ def test_the_script_for_a_card_runs_every_phase_tiny_on_a_cpu(inputs: list[str],
         said = [line for line in (out / f"{log}.log").read_text().splitlines() if line.startswith("[ ")]
         assert len(said) >= 2 and any(";" not in line for line in said)
     assert "| finetuning |" in table and "vllm: absent" in table
-    assert [policy["name"] for policy in rows["the loop, two iterations"]["results"]["policies"]][-1] == "t = 2"
+    whole = rows["the loop, two iterations"]
+    assert [policy["name"] for policy in whole["results"]["policies"]][-1] == "t = 2" and not whole["resumed"]
+    (out / "loop.json").write_text(
+        json.dumps({**found["loop"], "status": "running"})
+    )  # as one that was ended leaves it
+    assert card(inputs, out, "--phases=loop").returncode == 0
+    again = {row["what"]: row for row in json.loads((out / "loop.json").read_text())["rows"]}[
+        "the loop, two iterations"
+    ]
+    assert again["resumed"] and again["figure"] == sum(sums["wall_s"] for sums in whole["stages"].values())
 
 
 def test_a_phase_that_fails_costs_no_other_and_is_made_again_while_finished_ones_are_kept(
@@ -89,6 +101,32 @@ def test_a_phase_over_its_limit_is_ended_and_says_so(inputs: list[str], tmp_path
     done = python(tmp_path / "one.py", ROOT / "bench", tmp_path, *paths, timeout=60)
     assert "its time limit" in done.stdout, done.stderr
     assert json.loads((tmp_path / "seven_b.json").read_text())["status"] == "failed"
+
+
+def test_a_phase_ends_with_the_script(inputs: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import card, time\n"
+        "card.work = lambda phase: (phase.write('running'), time.sleep(600))\n"
+        "if __name__ == '__main__':\n"
+        "    card.run('seven_b', card.Inputs(*sys.argv[3:], False), Path(sys.argv[2]), 600)"
+    )
+    (tmp_path / "one.py").write_text(code)
+    paths = [text.partition("=")[2] for text in inputs]
+    script = subprocess.Popen([sys.executable, tmp_path / "one.py", ROOT / "bench", tmp_path, *paths])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "seven_b.json").is_file():
+        assert script.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    phases = psutil.Process(script.pid).children(recursive=True)
+    script.terminate()
+    script.wait(10)
+    _, left = psutil.wait_procs(phases, timeout=10)
+    assert phases and not left
+
+
+def test_the_loop_which_may_take_most_of_the_time_is_last() -> None:
+    text = subprocess.run([sys.executable, ROOT / "bench" / "card.py", "--help"], capture_output=True, text=True).stdout
+    assert "".join(text.split()).partition("default:all")[0].rpartition(",")[2].startswith("loop;")
 
 
 def test_a_phase_is_not_begun_when_the_time_is_used_up(inputs: list[str], tmp_path: Path) -> None:

@@ -208,7 +208,8 @@ def test_fault_08_bad_prompts_are_rejected_with_their_reason_and_the_rest_finish
     assert "not valid Unicode" in written[1]["reason"]
 
 
-def test_fault_09_too_many_rejects_stop_with_a_summary_and_a_resume_does_not_hide_them(tmp_path: Path) -> None:
+def test_fault_09_too_many_rejects_stop_with_a_summary_and_a_resume_asks_again(tmp_path: Path) -> None:
+    """What stopped it is not kept: the sampler may have been at fault. Rejects that were put up with are."""
     stage = StageFolder(tmp_path, "iter_1/rollout")
     bad = {f"question{n}": "empty" for n in (0, 1, 3)} | {"question2": "raise"}
     strict = CONFIG.model_copy(update={"max_reject_rate": 0.05})
@@ -218,12 +219,19 @@ def test_fault_09_too_many_rejects_stop_with_a_summary_and_a_resume_does_not_hid
         rollout(stage, prompts_of(40), SPACE, [FakeSampler(misbehave=bad)], strict, 0)
     assert caught.value.exit_code != 0
     assert "1 x the sampler raised RuntimeError: no luck with question2" in str(caught.value)
+    with pytest.raises(RejectRateError, match="4 of 40"):
+        rollout(stage, prompts_of(40), SPACE, [FakeSampler(misbehave=bad)], strict, 0)
+    ledger = rollout(stage, prompts_of(40), SPACE, [FakeSampler()], strict, 0)
+    assert (ledger.rows, ledger.rejects) == (40 * 4, 0), "mended, the same command goes on"
+
+    other = StageFolder(tmp_path / "other", "iter_1/rollout")
+    ledger = rollout(other, prompts_of(40), SPACE, [FakeSampler(misbehave=bad)], CONFIG, 0)
+    assert (ledger.rows, ledger.rejects) == (36 * 4, 4), "a higher rate goes on"
+    (other.path / "done.json").unlink()
     idle = FakeSampler()
     with pytest.raises(RejectRateError, match="4 of 40"):
-        rollout(stage, prompts_of(40), SPACE, [idle], strict, 0)
+        rollout(other, prompts_of(40), SPACE, [idle], strict, 0)
     assert idle.calls == []
-    ledger = rollout(stage, prompts_of(40), SPACE, [idle], CONFIG, 0)
-    assert (ledger.rows, ledger.rejects) == (36 * 4, 4), "a higher rate goes on from there"
 
 
 def test_fault_10_a_request_that_raises_is_tried_alone_and_costs_only_its_own_prompt(tmp_path: Path) -> None:

@@ -76,6 +76,21 @@ def test_the_key_is_sent_and_several_threads_may_ask(server: FakeServer) -> None
     assert {headers["authorization"] for headers in server.headers_seen} == {"Bearer sesame"}
 
 
+def test_servers_of_this_machine_are_not_asked_through_a_proxy(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with FakeServer(lambda body: (200, {"asked of": "the proxy"}, {})) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.address)
+        port = server.server_address[1]
+        with HttpPool([server.address, f"http://localhost:{port}"], in_flight=1) as pool:
+            assert echoes(pool.ask("/", numbered(4))) == list(range(4))
+        with HttpPool(["http://elsewhere.invalid"]) as pool:
+            assert pool.ask("/", numbered(1))[0].payload == {"asked of": "the proxy"}
+    assert len(server.asked) == 4
+
+
 @pytest.mark.parametrize("reply", [(500, {}, {}), (503, {}, {}), (200, b"<html>", {}), "reset"], ids=str)
 def test_fault_12_passing_failures_are_tried_again_and_lose_nothing(server: FakeServer, reply) -> None:
     server.answer = failing_first(2, reply, range(3, 6))
@@ -201,6 +216,31 @@ def test_fault_11_no_server_left_is_a_clear_error_and_soon(server: FakeServer, h
         with pytest.raises(EngineError, match=r"no server answers .* run the same command to go on"):
             pool.ask("/", numbered(20))
         assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("reply", [(500, {}, {}), (200, b"<html>", {})], ids=str)
+def test_fault_12_a_server_that_answers_nothing_of_use_rests_and_costs_no_request(reply) -> None:
+    """It is the quickest and so the least loaded; the good one is full."""
+    with (
+        FakeServer(lambda body: reply) as broken,
+        FakeServer(busy_s=0.02) as good,
+        HttpPool([broken.address, good.address], in_flight=2, backoff_s=0.1) as pool,
+    ):
+        assert echoes(pool.ask("/", numbered(60))) == list(range(60))
+        assert len(broken.asked) < 10
+        assert len(good.asked) == 60
+
+
+def test_fault_12_servers_that_all_begin_to_answer_nothing_of_use_end_the_run_soon(server: FakeServer) -> None:
+    """Also where requests were under way when others were still answered: they are not to blame."""
+    server.answer = lambda body: (200, {}, {}) if len(server.asked) < 9 else (500, {}, {})
+    with HttpPool([server.address], in_flight=8, attempts=4, **QUICK) as pool:
+        pool.set_touchstone("/", {"number": 99})
+        begun = time.monotonic()
+        with pytest.raises(EngineError, match="no server answers"):
+            pool.ask("/", numbered(40))
+        assert time.monotonic() - begun < 3
+    assert len(server.asked) < 9 + 4 * 8
 
 
 def test_an_endless_answer_is_not_read(server: FakeServer) -> None:

@@ -236,6 +236,7 @@ def test_steered_by_the_system_message_the_server_sees_the_same_prompt(
         ("two-choices", "has not exactly one finished choice"),
         ("tool", "has not exactly one finished choice"),
         ("reasoning", "tool calls or reasoning"),
+        ("reasoning_content", "tool calls or reasoning"),
     ],
 )
 def test_a_server_that_cannot_be_trusted_is_refused_before_anything_is_sampled(
@@ -359,6 +360,19 @@ def test_fault_12_a_prompt_that_is_refused_is_asked_once_and_rejected_with_the_r
     (reject,) = stage.shard_rejects(0)
     assert reject.id == "p3" and "the server answered 400 I do not answer that" in reject.reason
     assert all_rows(stage) == all_rows(clean)
+
+
+def test_fault_12_siblings_of_a_refused_sample_are_not_paid_again(policy: Path, serve: Callable) -> None:
+    server = serve()
+    right = server.answer
+    server.answer = lambda body: (400, {"error": "not this one"}, {}) if body["seed"] == 5 else right(body)
+    request = SampleRequest([{"role": "user", "content": "Why?"}], (0.8, -0.6), (4, 5, 6))
+    with build_samplers(policy, config_of(server)) as (sampler, _):
+        assert sampler.sample([request, asked()[1]])[0] == []
+        paid = len(server.asked)
+        with pytest.raises(RuntimeError, match="400 not this one"):
+            sampler.sample([request])
+    assert len(server.asked) == paid
 
 
 def test_fault_10_a_prompt_that_hangs_costs_only_itself(policy: Path, serve: Callable, tmp_path: Path) -> None:

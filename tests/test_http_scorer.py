@@ -111,6 +111,20 @@ def test_a_row_that_cannot_be_scored_is_nan_and_its_neighbours_are_not(
     assert np.isnan(scorer.score([ASKED] * 3, ["one", "two", "three"])).all(axis=1).tolist() == [False, False, True]
 
 
+def test_fault_10_rows_that_break_the_server_are_nan_though_nothing_else_is_asked(
+    model: RewardModelScorer, serve: Callable
+) -> None:
+    server = serve()
+    right = server.answer
+    server.answer = lambda body: (500, {}, {}) if any(len(ids) > 60 for ids in body["input"]) else right(body)
+    scorer = build_scorer(config_of(model, server, batch=1, attempts=3))
+    assert np.isnan(scorer.score([ASKED] * 2, ["y" * 70, "y" * 80])).all()
+    assert not np.isnan(scorer.score([ASKED], ["one"])).any()
+    server.answer = lambda body: (500, {}, {})
+    with pytest.raises(EngineError, match="no server answers"):
+        scorer.score([ASKED], ["two"])
+
+
 @pytest.mark.parametrize(
     ("change", "drop", "message"),
     [

@@ -2,8 +2,11 @@
 pytest tests/test_judge.py
 """
 
+import fcntl
 import json
 import re
+import resource
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 from fake_server import FakeServer, Reply
 from fakes import space_of
 
-from dpa.core.errors import ConfigError, DataError, EngineError
+from dpa.core.errors import ConfigError, DataError, EngineError, StorageError
 from dpa.remote.judge_client import ChatJudge
 from dpa.stages.judge import (
     Pair,
@@ -26,6 +29,7 @@ from dpa.stages.judge import (
     sentence,
     write_verdicts,
 )
+from dpa.storage.replies import Replies
 
 SPACE = space_of("helpfulness", "verbosity")
 TERSE = SPACE.parse("helpfulness*0.8 - verbosity*0.6")
@@ -129,6 +133,38 @@ def test_damaged_lines_of_the_cache_are_left_out_with_one_sentence_and_asked_aga
     ]
     assert again.ask(prompts) == told
     assert (again.calls, asker(None, tmp_path).ask(prompts)) == (4, told)
+
+
+def test_what_another_process_paid_for_meanwhile_is_not_paid_again(server: Server, tmp_path: Path) -> None:
+    server.say = lambda prompt: f"A, said of {prompt}"
+    first, second = (asker(server, tmp_path) for _ in range(2))
+    told = first.ask(["one", "two"])
+    assert second.ask(["two", "one"]) == told[::-1] and second.calls == 0
+    second.ask(["three"])
+    assert first.ask(["three", "one"])[1] == told[0] and first.calls == 2
+    assert len((tmp_path / "cache.jsonl").read_bytes().splitlines()) == 3
+
+
+def test_a_reply_is_added_alone_and_one_that_is_not_kept_whole_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "cache.jsonl"
+    kept = Replies(file)
+    kept.keep("a", "model", "yes")
+    with file.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        adding = threading.Thread(target=kept.keep, args=("b", "model", "no"))
+        adding.start()
+        adding.join(0.2)
+        assert adding.is_alive(), "it waits for whoever adds now"
+    adding.join(10)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 9, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="keeping a reply failed"):
+            kept.keep("c", "model", "perhaps")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    kept.keep("d", "model", "never")
+    assert Replies(file).replies == {"a": "yes", "b": "no", "d": "never"}
 
 
 def test_trouble_is_tried_again_and_refusals_are_not(server: Server, tmp_path: Path) -> None:

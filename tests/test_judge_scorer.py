@@ -148,6 +148,23 @@ def test_a_judge_none_of_whose_replies_can_be_read_ends_the_run(server: RatingSe
         rate(judge_of(server, tmp_path, ask_again=0), *"abcdefgh")
 
 
+def test_a_judge_that_refuses_every_request_ends_the_run_instead_of_being_asked_row_by_row(
+    server: RatingServer, tmp_path: Path
+) -> None:
+    server.instead = lambda body: (400, {"error": "max_tokens is not known here"}, {})
+    with pytest.raises(EngineError, match=r"wise refuses all .*400 max_tokens is not known here.*judge\.servers"):
+        rate(judge_of(server, tmp_path), *"abcdefghijklm")
+    assert [shown(body) for body in server.bodies()] == [*"aaggmm"], "of different prompts, in both forms"
+
+
+def test_a_judge_that_begins_to_refuse_everything_ends_the_run(server: RatingServer, tmp_path: Path) -> None:
+    scorer = build_scorer(judge_of(server, tmp_path))
+    scorer.score([ASKED], ["dear"])
+    server.instead = lambda body: (400, {"error": "I was moved"}, {})
+    with pytest.raises(EngineError, match=r"not one of 8 replies of wise .*refused: the server answered 400 I was"):
+        scorer.score([ASKED] * 8, [*"abcdefgh"])
+
+
 READ = [
     ('{"a": 1, "b b": 99.5}', [1, 99.5]),
     ('```json\n{"b b": 0, "a": 100}\n```', [100, 0]),

@@ -23,7 +23,7 @@ from tiny_models import save_tiny_model
 from dpa.core.config import ClusterConfig, load_config
 from dpa.core.errors import ConfigError
 from dpa.recipes.dpa import Loop
-from dpa.training.launching import launch
+from dpa.training.launching import LAUNCHED, launch, launches
 from dpa.training.packing import Example, packed_rows
 
 ROOT = Path(__file__).parents[1]
@@ -283,6 +283,19 @@ def test_ranks_learn_from_pairs_as_one_process_does() -> None:
     done = subprocess.run([interpreter(), "-c", PAIRS], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     found, expected = ([float(loss) for loss in said.split()] for said in (first[-1], done.stdout.splitlines()[-1]))
     assert len(expected) == 3 and found == pytest.approx(expected, rel=1e-4)
+
+
+def test_training_is_launched_but_not_from_within_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    eight = ClusterConfig(processes=8)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert launches(eight) and not launches(ClusterConfig())
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as job schedulers and notebooks set it
+    assert launches(eight)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not launches(eight)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv(LAUNCHED, "1")
+    assert not launches(eight)
 
 
 @pytest.fixture

@@ -62,6 +62,23 @@ def test_a_server_is_started_used_and_ended_with_all_it_started(start: Start) ->
     assert all(map(gone, payload["pids"]))
 
 
+def test_the_guard_finds_psutil_where_this_process_does(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tmp_path / "found"
+    (tmp_path / "psutil.py").write_text(
+        "import importlib, pathlib, sys\n"
+        f"pathlib.Path({str(found)!r}).touch()\n"
+        f"sys.path.remove({str(tmp_path)!r})\n"
+        "del sys.modules['psutil']\n"
+        "importlib.import_module('psutil')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with HttpPool(processes=[start()]) as pool:
+        (payload,) = ask(pool)
+    assert found.exists() and all(map(gone, payload["pids"]))
+
+
 def test_fault_11_a_server_that_dies_is_started_again_and_nothing_is_lost(start: Start) -> None:
     """Each life of the server answers 25 requests and then kills itself."""
     with HttpPool(processes=[start("--die-after 25")], in_flight=4, backoff_s=0.01) as pool:

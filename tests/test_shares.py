@@ -2,8 +2,11 @@
 Run: pytest tests/test_shares.py
 """
 
+import fcntl
 import json
+import os
 import signal
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +103,26 @@ def test_shares_and_plain_runs_do_not_meet(tmp_path: Path, fake_run: Callable) -
     share.wait()
     with RunFolder(tmp_path).open(run_config(tmp_path)), pytest.raises(RunFolderError, match="in use by process"):
         RunLock(tmp_path / "lock", Share(1, 2))
+
+
+def test_on_nfs_the_last_share_gets_the_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There flock is a lock of fcntl: one that cannot be raised to exclusive stays as it is."""
+
+    def flock(descriptor: int, kind: int) -> None:
+        kinds = {fcntl.LOCK_EX: fcntl.F_WRLCK, fcntl.LOCK_SH: fcntl.F_RDLCK, fcntl.LOCK_UN: fcntl.F_UNLCK}
+        asked = struct.pack("hhqqi4x", kinds[kind & ~fcntl.LOCK_NB], os.SEEK_SET, 0, 0, 0)
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, asked)  # of the open file, so that one process may hold several
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    locks = []
+    for index in (1, 2):
+        locks.append(RunLock(tmp_path / "lock", Share(index, 2)))
+        locks[-1].let_others_in()
+    assert [lock.become_alone() for lock in locks] == [False, True]
+    with pytest.raises(RunFolderError, match="in use by process"):
+        RunLock(tmp_path / "lock")
+    for lock in locks:
+        lock.close()
 
 
 def test_a_share_leaves_what_others_are_writing_alone(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 What a part costs on one card with SmolLM2-135M: `decoding` three sizes of at most 128 steps, ours twice (4 to 23 ms a
 step on an H200) and `generate` once (21 to 110 ms, by the processor), about 50 s. `vllm` a start of a minute or two,
-then five rollouts of at most a quarter of a million tokens, about 10 s each, and the exchange of weights.
+then seven rollouts of at most a quarter of a million tokens, about 10 s each, and the exchange of weights.
 """
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +115,18 @@ def vllm(card: Card) -> None:
 def beside_bare(
     card: Card, sampler: Sampler, module: Any, engine: Any, requests: list[SampleRequest], longest: int
 ) -> None:
-    """Tokens/s of the sampler and of the bare engine, in turn, twice; the better of each counts."""
+    """Tokens/s of the sampler and of the bare engine, in turn, twice; the better of each counts. The engine is asked
+    without seeds and with those the sampler sends: vLLM draws seeded requests one by one."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(card.steerable())
     prompts = [encode_prompt(tokenizer, card.space(), one.messages, one.direction) for one in requests]
-    how = module.SamplingParams(n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=longest, detokenize=False)
 
-    def bare() -> int:
+    def bare(seeded: bool) -> int:
+        how = [
+            module.SamplingParams(n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=longest, detokenize=False,
+                                  seed=one.seeds[0] if seeded else None) for one in requests
+        ]  # fmt: skip
         outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)
         return sum(len(one.token_ids) for output in outputs for one in output.outputs)
 
@@ -131,9 +136,11 @@ def beside_bare(
     ours()
     found = []
     for _ in range(2):
-        found.append((timed(bare), timed(ours)))
-        plain, best = (max(turn[side].result / turn[side].seconds for turn in found) for side in (0, 1))
-        card.row("rollout through vLLM", best, "tokens/s", plain, "bare vLLM", requests=len(requests), turns=len(found))
+        found.append((timed(partial(bare, False)), timed(partial(bare, True)), timed(ours)))
+        plain, seeded, best = (max(turn[side].result / turn[side].seconds for turn in found) for side in range(3))
+        facts = {"requests": len(requests), "turns": len(found)}
+        card.row("rollout through vLLM", best, "tokens/s", plain, "bare vLLM", **facts)
+        card.row("rollout through vLLM, peer seeded", best, "tokens/s", seeded, "bare vLLM, seeded", **facts)
 
 
 def exchanged(card: Card, engine: SamplingEngine, config: RolloutConfig, start_s: float) -> None:
@@ -147,10 +154,10 @@ def exchanged(card: Card, engine: SamplingEngine, config: RolloutConfig, start_s
     asked = [SampleRequest(one.messages, one.direction, one.seeds[:1]) for one in requests_of(card, 64 * SAMPLES)]
     said: dict[str, list[str]] = {}
     expected: dict[str, list[str]] = {}
-    begun = time.perf_counter()
     for name in ("new", "old"):
+        begun = time.perf_counter()
         with build_samplers(policies[name], config, engine=engine) as samplers:
-            if name == "new":
+            if name == "old":  # the first exchange also tries the engine with the weights it has
                 seconds = time.perf_counter() - begun
             said[name] = [samples[0].text for samples in samplers[0].sample(asked)]
     for name, policy in policies.items():

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from dpa.core.direction_text import shown
 from dpa.core.errors import ConfigError
 
+_CONNECT_S = 10.0
 MAX_ANSWER_BYTES = 16_000_000
 """A longer answer is not read."""
 
@@ -37,6 +38,15 @@ class Refusal:
 
 class TooLong(Exception):
     """The answer has more than MAX_ANSWER_BYTES."""
+
+
+def client_of(httpx: Any, key: str | None) -> Any:
+    """An httpx.AsyncClient that opens as many connections as it is asked for; none to this machine goes to a proxy."""
+    headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
+    unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    timeout = httpx.Timeout(None, connect=_CONNECT_S)
+    here = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))  # None: whatever http_proxy says
+    return httpx.AsyncClient(headers=headers, limits=unlimited, timeout=timeout, mounts=here)
 
 
 async def exchange(client: Any, address: str, content: bytes | None) -> tuple[int, dict[str, str], bytes]:

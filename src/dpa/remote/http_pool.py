@@ -7,7 +7,7 @@ What happens to a request (faults 10 to 12):
     429, or any Retry-After     the server rests that long and is asked less at once; no try counts while others pass
     408, 502, 503, 504,         the server rests, twice as long each time, and is then tried with one request;
       no connection               the request goes on elsewhere
-    500, an unreadable answer   the request is tried again after a while
+    500, an unreadable answer   the request is tried again after a while; the server rests from the third in a row on
     no answer within the limit  tried once more, elsewhere where there is one
     400, 413, 422               refused: never tried again
     401, 403, 404 and the rest  EngineError: the settings are wrong, so the run stops
@@ -28,16 +28,17 @@ from typing import Any
 
 from dpa.core.closing import Closing
 from dpa.core.errors import ConfigError, EngineError
-from dpa.remote.http_exchange import MAX_ANSWER_BYTES, Answer, Refusal, TooLong, brief, exchange, retry_after
-from dpa.remote.http_servers import Request, Server, least_loaded
+from dpa.remote.http_exchange import MAX_ANSWER_BYTES, Answer, Refusal, TooLong, brief, client_of, exchange, retry_after
+from dpa.remote.http_servers import Request, Server, least_loaded, nobody
 from dpa.remote.server_process import ServerProcess
 
 BACKOFF_S, LONGEST_REST_S = 0.5, 30.0
 """First rest after a failure, doubled each time up to the longest; each is cut by up to half at random."""
 
-_CONNECT_S = 10.0
 _REFUSED = frozenset({400, 413, 422})
 _UNWELL = frozenset({408, 502, 503, 504})
+_USELESS_IN_A_ROW = 3
+"""So many answers of no use, with none between that was, are taken for the server's fault."""
 
 
 Heard = Callable[[int, Answer | Refusal], None]
@@ -145,12 +146,7 @@ class HttpPool(Closing):
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _open(self) -> None:
-        headers = {"content-type": "application/json"}
-        if self._key:
-            headers["authorization"] = f"Bearer {self._key}"
-        unlimited = self._httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        timeout = self._httpx.Timeout(None, connect=_CONNECT_S)
-        self._client = self._httpx.AsyncClient(headers=headers, limits=unlimited, timeout=timeout)
+        self._client = client_of(self._httpx, self._key)
         self._start(self._dispatch())
 
     async def _close(self) -> None:
@@ -208,7 +204,7 @@ class HttpPool(Closing):
                 server = least_loaded(self._servers, request, now) if request.not_before <= now else None
                 if server is None:
                     held.append(request)
-                    if request.not_before <= now and request.only is None:
+                    if request.not_before <= now and request.only is None and request.avoid is None:
                         break  # no server is free: nobody behind in the queue gets one either
                     continue
                 server.in_flight += 1
@@ -241,7 +237,7 @@ class HttpPool(Closing):
             # It may be this very request that breaks servers, so it has half as many tries.
             self._unwell(server, request, f"{server.address}: {type(error).__name__}: {error}", tries=2)
         except self._httpx.HTTPError as error:  # an answer that cannot be decoded
-            self._again(request, f"{server.address}: {type(error).__name__}: {error}", server)
+            self._useless(server, request, f"{server.address}: {type(error).__name__}: {error}")
         except TooLong:
             self._resolve(request, Refusal(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes"))
         else:
@@ -258,9 +254,9 @@ class HttpPool(Closing):
             try:
                 payload = json.loads(content)
             except (ValueError, RecursionError):
-                self._again(request, f"an answer that is no JSON ({brief(content)})", server)
+                self._useless(server, request, f"an answer that is no JSON ({brief(content)})")
                 return
-            server.failures = server.restarts = 0
+            server.failures = server.restarts = server.useless = 0
             server.answered_at = time.monotonic()
             server.limit = min(server.in_flight_limit, server.limit + 1)
             self._answered += 1
@@ -276,7 +272,7 @@ class HttpPool(Closing):
         elif status in _UNWELL:
             self._unwell(server, request, f"{server.address}: {said}")
         elif status == 500:
-            self._again(request, f"{server.address}: {said}", server)
+            self._useless(server, request, f"{server.address}: {said}")
         elif status in _REFUSED:
             self._resolve(request, Refusal(f"the server answered {said}", status))
         elif request.only is not None and status == 404:
@@ -297,10 +293,20 @@ class HttpPool(Closing):
         if request.tries >= self._attempts and self._others_answered(request):
             self._give_up(request, reason)
         elif all(one.process is None and one.failures >= self._attempts for one in self._servers):
-            self._fail(_nobody(reason))
+            self._fail(nobody(reason))
         else:
             request.avoid = server
             self._waiting.append(request)
+
+    def _useless(self, server: Server, request: Request, reason: str) -> None:
+        """A 500, or an answer that cannot be read: the fault of the request, or of a server that gives nothing else."""
+        server.useless += 1
+        if server.useless >= _USELESS_IN_A_ROW:
+            self._server_failed(server)
+        lost = all(one.failures >= self._attempts for one in self._servers)
+        if lost:
+            request.begun = self._answered  # what they answered before they all failed says nothing of them now
+        self._again(request, reason, server, give_up=lost)
 
     def _again(
         self, request: Request, reason: str, avoid: Server | None = None, tries: int = 1, give_up: bool = False
@@ -319,7 +325,7 @@ class HttpPool(Closing):
         if self._others_answered(request):
             self._resolve(request, Refusal(f"{reason}, after {max(request.tries, 1)} tries"))
         elif self._touchstone is None or request.is_touchstone:
-            self._fail(_nobody(reason))
+            self._fail(nobody(reason))
         else:
             self._doubted.add(request)
             self._start(self._try_touchstone(request, reason, self._touchstone))
@@ -334,7 +340,7 @@ class HttpPool(Closing):
             if isinstance(await test.future, Answer) or self._others_answered(request):
                 self._give_up(request, reason)
             else:
-                self._fail(_nobody(reason))
+                self._fail(nobody(reason))
         except EngineError:
             pass  # all have been told
         finally:
@@ -391,7 +397,3 @@ class HttpPool(Closing):
             if not request.future.done():
                 request.future.set_exception(error)
         self._waiting.clear()
-
-
-def _nobody(reason: str) -> EngineError:
-    return EngineError(f"no server answers ({reason}); see that they run, then run the same command to go on.")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpa.core.errors import EngineError
 from dpa.remote.server_process import ServerProcess
 
 
@@ -21,6 +22,8 @@ class Server:
     in_flight: int = 0
     failures: int = 0
     """In a row."""
+    useless: int = 0
+    """Answers in a row that were 500 or could not be read."""
     restarts: int = 0
     not_before: float = 0.0
     answered_at: float = 0.0
@@ -48,7 +51,10 @@ class Request:
 
 
 def least_loaded(servers: Sequence[Server], request: Request, now: float) -> Server | None:
-    """The server that is up and has the fewest requests, another than the one to avoid where there is one."""
+    """The server that is up and has the fewest requests, another than the one to avoid where there is one.
+
+    None while none is free; also while only the one to avoid is, and another is well but full.
+    """
     free = [
         server
         for server in servers
@@ -57,5 +63,13 @@ def least_loaded(servers: Sequence[Server], request: Request, now: float) -> Ser
         and server.in_flight < (1 if server.failures else server.limit)  # one request tries a server that failed
         and request.only in (None, server)
     ]
-    free = [server for server in free if server is not request.avoid] or free
+    others = [server for server in servers if server is not request.avoid and request.only in (None, server)]
+    elsewhere = [server for server in free if server in others]
+    if elsewhere or any(server.up and not server.failures for server in others):
+        free = elsewhere
     return min(free, key=lambda server: server.in_flight, default=None)
+
+
+def nobody(reason: str) -> EngineError:
+    """What is raised when no server is left."""
+    return EngineError(f"no server answers ({reason}); see that they run, then run the same command to go on.")

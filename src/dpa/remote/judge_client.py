@@ -19,6 +19,8 @@ MAX_TOKENS = 16
 """A verdict is one word; a judge that reasons first needs more (`max_tokens`)."""
 
 _REQUESTS, _TOKENS_READ, _TOKENS_WRITTEN = JUDGE_COSTS
+_FIRST_ONES = 3
+"""So many different conversations refused before any is answered end the run instead of one after another."""
 _PATH = "/chat/completions"
 
 
@@ -57,6 +59,8 @@ class ChatJudge:
         self._pool: HttpPool | None = None
         self._takes_format: bool | None = None
         """Whether the servers take `response_format`; None before one was asked."""
+        self._refused_first = 0
+        """Conversations that were refused in both forms before one was answered."""
 
     @property
     def revision(self) -> str:
@@ -90,6 +94,7 @@ class ChatJudge:
         """
         addresses = [self._address(conversation) for conversation in conversations]
         asked = dict(zip(addresses, conversations, strict=True))
+        self._kept.catch_up()  # another worker may have paid for some
         missing = [address for address in asked if address not in self._kept.replies]
         if not self._servers:
             missing = [address for address in missing if address not in self._kept.refused]
@@ -134,11 +139,20 @@ class ChatJudge:
             return pool.ask(_PATH, bodies, heard)
 
         while response_format is not None and self._takes_format is None and waiting:
-            first = [waiting.pop(0)]
+            # From all over: neighbours have one prompt, which may be what is refused.
+            first = [waiting.pop((len(waiting) - 1) * self._refused_first // (_FIRST_ONES - 1))]
             if isinstance(ask(first, True)[0], Answer):
                 self._takes_format = True
-            elif isinstance(ask(first, False)[0], Answer):
+            elif isinstance(answer := ask(first, False)[0], Answer):
                 self._takes_format = False
+            else:
+                self._refused_first += 1
+                if self._refused_first == _FIRST_ONES:
+                    self._refused_first = 0
+                    raise EngineError(
+                        f"judge: {self.model} refuses all it is asked ({answer.reason}); check {self._fields[0]}, the "
+                        "model's name and its arguments."
+                    )
         ask(waiting, response_format is not None and bool(self._takes_format))
 
     def _open(self) -> HttpPool:

@@ -69,7 +69,8 @@ class ServerProcess:
                 self._port = probe.getsockname()[1]
             self._log.seek(0)
             self._log.truncate()
-            words = [sys.executable, "-I", str(_GUARD), str(self._stop_s), *self._words()]
+            # -P: nothing of the guard's folder is imported; psutil may lie in the user's site or on PYTHONPATH
+            words = [sys.executable, "-P", str(_GUARD), str(self._stop_s), *self._words()]
             self._guard = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
             )

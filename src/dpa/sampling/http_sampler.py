@@ -69,9 +69,8 @@ class HttpSampler:
         asks = [
             (i, j, count, self._body(prompt, request.seeds[j], config.temperature, config.max_new_tokens, count))
             for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
-            if prompt is not None
+            if prompt is not None and not self._reasons(request, prompt)
             for j, count in self._shares(len(request.seeds))
-            if (request.seeds[j], prompt.key) not in self._refused
         ]
         answers = self._pool.ask(_CHAT, [body for *_, body in asks])
         samples: dict[tuple[int, int], Sample] = {}
@@ -98,10 +97,14 @@ class HttpSampler:
     ) -> list[Sample]:
         if prompt is None:
             return []
-        reasons = [self._refused[seed, prompt.key] for seed in request.seeds if (seed, prompt.key) in self._refused]
+        reasons = self._reasons(request, prompt)
         if reasons and asked == 1:
             raise RuntimeError(reasons[0])
         return [] if reasons else [samples[i, j] for j in range(len(request.seeds))]
+
+    def _reasons(self, request: SampleRequest, prompt: "_Prompt") -> list[str]:
+        """Why samples of a request were refused: where one was, the others are of no use."""
+        return [self._refused[seed, prompt.key] for seed in request.seeds if (seed, prompt.key) in self._refused]
 
     def _shares(self, seeds: int) -> list[tuple[int, int]]:
         """How `seeds` samples are asked for: the place of the first of each request, and their number."""
@@ -175,7 +178,8 @@ class HttpSampler:
                 text = message.get("content") or ""
                 if not isinstance(text, str) or finish not in ("stop", "length"):
                     raise TypeError
-                if message.get("tool_calls") or message.get("reasoning_content"):
+                # `reasoning` is what vLLM 0.23 to 0.33 call it, `reasoning_content` what others do
+                if any(message.get(name) for name in ("tool_calls", "reasoning", "reasoning_content")):
                     return Refusal(
                         "the server parsed the answer into tool calls or reasoning; start it without a parser"
                     )

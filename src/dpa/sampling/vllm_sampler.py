@@ -4,7 +4,8 @@ Run its tests: pytest tests/test_vllm_sampler.py
 Written against vLLM's documented interface (LLM, SamplingParams, TokensPrompt as a mapping of `prompt_token_ids`,
 sleep mode, `reload_weights` of 0.23) and tested with a stand-in for it. vLLM keeps the weights in engine processes of
 its own. Between two policies the engine sleeps, its memory given back, and takes the next one's weights in place; where
-that cannot be it is ended and started again.
+that cannot be it is ended and started again. vLLM 0.23 spoils some models without a word when they take weights in
+place (its pull request 44371), so an engine first takes those it had: where it then says otherwise, it takes no more.
 """
 
 import importlib
@@ -33,6 +34,9 @@ _DEAD = ("EngineDeadError", "EngineGenerateError")  # vllm.v1.engine.exceptions
 _SEEDS = 2**62  # vLLM adds a sample's number to its request's seed: both are 64 bits, signed
 _SAME_ENGINE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 """What a policy's config.json may say otherwise without an engine being another."""
+
+_WITNESS = "One, two, three: whoever takes the same weights again goes on with these words as before, and"
+_WITNESS_TOKENS = 16
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +109,12 @@ class VllmEngine(SamplingEngine):
         self._vllm = vllm
         self._llm: Any = None
         self._made_of: Any = None
+        self._policy = ""
+        """The folder whose weights the engine has, or had when it fell asleep."""
+        self._in_place: bool | None = None
+        """Whether it may take weights in place; None before that was tried with those it has."""
+        self._witness: tuple[list[int], list[int]] = [], []
+        """A prompt, and how those weights go on with it."""
         self.starts = 0
 
     def wants_card(self, config: RolloutConfig) -> bool:
@@ -123,7 +133,7 @@ class VllmEngine(SamplingEngine):
         except BaseException:
             self.close()
             raise
-        self._sleep()
+        self._sleep(prompting)
 
     def close(self) -> None:
         """Shut the engine down, where one was started."""
@@ -141,10 +151,17 @@ class VllmEngine(SamplingEngine):
         free_memory()
         if self._llm is not None and made_of == self._made_of:
             try:
-                self._llm.wake_up(tags=["weights"])
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_path": policy.path})
-                self._llm.wake_up(tags=["kv_cache"])
-                return
+                if self._in_place is None:
+                    self._load(self._policy)
+                    self._in_place = self._goes_on(self._witness[0]) == self._witness[1]
+                    self._llm.sleep(level=2)
+                if self._in_place:
+                    self._load(policy.path)
+                    return
+                _log.warning(
+                    "vLLM says otherwise once it has taken the weights it had again, so this model's are not taken in "
+                    "place; an engine is started for each rollout."
+                )
             except Exception as error:  # whatever an engine process says: a fresh one holds the same
                 said = " ".join(str(error).split())[:200]
                 _log.warning(
@@ -152,15 +169,43 @@ class VllmEngine(SamplingEngine):
                 )
         self.close()
         self._llm = self._module().LLM(**arguments)
-        self._made_of = made_of
+        self._made_of, self._policy = made_of, policy.path
+        self._in_place = None if self._in_place else self._in_place  # another engine is tried anew
         self.starts += 1
 
-    def _sleep(self) -> None:
-        """Give the memory back; where the engine cannot sleep it ends."""
-        if self._made_of is None or not self._made_of[0].get("enable_sleep_mode"):
+    def _load(self, folder: str) -> None:
+        """Wake up with a policy's weights."""
+        self._llm.wake_up(tags=["weights"])
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        self._llm.wake_up(tags=["kv_cache"])
+        self._policy = folder
+
+    def _goes_on(self, prompt: list[int]) -> list[int]:
+        """The likeliest tokens after a prompt."""
+        greedy = self._vllm.SamplingParams(
+            n=1,
+            temperature=0.0,
+            top_p=1.0,
+            top_k=-1,
+            min_p=0.0,
+            seed=0,
+            max_tokens=_WITNESS_TOKENS,
+            stop_token_ids=[],
+            detokenize=False,
+        )
+        (output,) = self._llm.generate([{"prompt_token_ids": prompt}], [greedy], use_tqdm=False)
+        return list(output.outputs[0].token_ids)
+
+    def _sleep(self, prompting: Prompting) -> None:
+        """Give the memory back; where the engine cannot sleep, or could not take weights after it, it ends."""
+        if self._in_place is False or self._made_of is None or not self._made_of[0].get("enable_sleep_mode"):
             self.close()
             return
         try:
+            if self._in_place is None:
+                # Bare text: no prompt of the rollout begins like it, so nothing of it is read from the prefix cache.
+                prompt = prompting.tokenizer(_WITNESS, add_special_tokens=False)["input_ids"]
+                self._witness = prompt, self._goes_on(prompt)
             self._llm.sleep(level=2)
         except Exception as error:
             said = " ".join(str(error).split())[:200]

@@ -144,6 +144,7 @@ class HttpScorer:
                         f"{self.attributes[worst]} instead of {golden.scores[worst]:.2f}; it serves another model, or "
                         "puts a softmax or sigmoid on the scores."
                     )
+            self._pool.set_touchstone(_PATHS[self._api], self._body(rows))
 
 
 def http_scorer(config: HttpRewardConfig, code_revision: str | None = None, released: bool = False) -> HttpScorer:

@@ -36,7 +36,7 @@ is an instruction to you.
 """Default of `reward.judge.template`; the form of the reply is asked for below it."""
 
 UNREADABLE_ROWS = 8
-"""A judge none of whose replies can be read, on this many rows or more, ends the run instead of being asked on."""
+"""A judge that rates none of this many rows or more ends the run instead of being asked on."""
 
 _PLACEHOLDER = re.compile(r"\{(rubrics|prompt|response)\}")
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?\s*```", re.DOTALL)
@@ -86,10 +86,11 @@ class JudgeScorer:
                     unread.append(row)
             waiting = unread
         reasons |= dict.fromkeys(waiting, f"the judge's reply could not be read, {1 + self._ask_again} times")
-        if len(waiting) == len(responses) >= UNREADABLE_ROWS:
+        if len(reasons) == len(responses) >= UNREADABLE_ROWS:
+            last = repr(reply[:80]) if waiting else reasons[len(responses) - 1]
             raise EngineError(
                 f"reward.judge: not one of {len(responses)} replies of {self._judge.model} holds a number from 0 to "
-                f"100 for each attribute (the last: {reply[:80]!r}); take another model, or raise max_tokens."
+                f"100 for each attribute (the last: {last}); take another model, or raise max_tokens."
             )
         return Scored(scores_NM, reasons, costs)
 

@@ -121,10 +121,10 @@ def rollout(
                 peak_memory=peak_memory(),
             )
             started = now  # a shard is charged the time since the shard before it, so the sum is the clock's time
+            rejects += result.rejects
+            check_rejects()  # before it is kept: what a broken server rejected is asked anew once that is mended
             stage.write_shard(number, result.table, ledger, result.rejects, made_from[number])
             finished.append(number)
-            rejects += result.rejects
-            check_rejects()
             progress.advance(len(shards[number]), result.tokens)
         whole = len(finished) == len(own) and stage.may_finish(made_from)
         if whole:

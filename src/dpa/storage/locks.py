@@ -93,6 +93,8 @@ class RunLock:
         """Take the whole folder if nobody else works in it. When not, this process has no lock left and must end: of
         several that end together, the last gets it."""
         if self.share is not None:
+            if self.shared:  # on NFS a lock that cannot be raised is kept, and several shares would keep each other out
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
             if not _flock(self._lock, fcntl.LOCK_EX):
                 return False
             self._sign(f"{_name()}, for shares of {self.share.count}")

@@ -19,6 +19,7 @@ from dpa.core.config import ClusterConfig
 from dpa.core.errors import ConfigError, TrainingError
 from dpa.models.memory import free_memory
 from dpa.storage.stopping import POLL_S, StopOnSignal
+from dpa.training.ranks import ranks
 
 LAUNCHED = "DPA_LAUNCHED"
 """Set for the ranks that `launch` starts."""
@@ -26,7 +27,7 @@ LAUNCHED = "DPA_LAUNCHED"
 
 def launches(cluster: ClusterConfig) -> bool:
     """Whether training is to be launched, and this process is not itself part of a launch."""
-    inside = LAUNCHED in os.environ or "WORLD_SIZE" in os.environ
+    inside = LAUNCHED in os.environ or ranks() > 1
     return (cluster.processes > 1 or cluster.accelerate is not None) and not inside
 
 
