@@ -2,6 +2,7 @@
 pytest tests/test_connections.py
 """
 
+import contextlib
 import json
 import socket
 import time
@@ -36,7 +37,8 @@ def url(upstream: tuple[FakeUpstream, str]) -> Iterator[str]:
 
 def opened(url: str, sent: bytes = b"") -> socket.socket:
     wire = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=5)
-    wire.sendall(sent)
+    with contextlib.suppress(OSError):  # who is refused in the middle may find the other side gone
+        wire.sendall(sent)
     return wire
 
 
@@ -126,7 +128,7 @@ def test_48_connections_that_are_answered_are_not_closed_for_new_ones(
         b"GET / HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: a\r\nbad header\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 2_000_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 66_000,  # no more than is read before it is refused
         f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n".encode(),
         f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{{}}".encode(),
     ],

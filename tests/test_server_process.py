@@ -106,7 +106,7 @@ def test_fault_11_another_server_goes_on_when_one_is_given_up(start: Start) -> N
 
 
 def test_fault_11_a_hung_server_is_killed_and_started_again(start: Start) -> None:
-    with HttpPool(processes=[start(health_s=0.5, stop_s=0.5)], request_s=1.0, backoff_s=0.01) as pool:
+    with HttpPool(processes=[start(health_s=2.0, stop_s=0.5)], request_s=2.0, backoff_s=0.01) as pool:
         (payload,) = ask(pool)
         os.kill(payload["pids"][0], signal.SIGSTOP)
         (after,) = ask(pool)
