@@ -17,15 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Sample, Sampler, SampleRequest
 from dpa.core.reference import Model
 from dpa.models.files import SafeModel, folder_revision, resolve_model
-from dpa.models.half_precision import card_has_bf16
+from dpa.models.half_precision import computes_in_bf16
 from dpa.models.memory import free_memory
 from dpa.sampling.engine import SamplingEngine
 from dpa.sampling.prompting import Prompting
@@ -227,7 +225,7 @@ class VllmEngine(SamplingEngine):
 def _arguments(policy: SafeModel, context: int, config: RolloutConfig) -> dict[str, Any]:
     """Of `vllm.LLM`."""
     settings = config.engine.vllm
-    narrow = torch.cuda.is_available() and card_has_bf16()
+    narrow = computes_in_bf16(False)
     return {
         "model": policy.path,
         "tensor_parallel_size": settings.tensor_parallel,

@@ -16,7 +16,7 @@ from dpa.core.records import Messages, Scorer
 from dpa.core.reference import Model, ModelReference
 from dpa.models.compiling import SCORED_ROWS, Choice, CompiledLayers, worth_compiling
 from dpa.models.files import folder_revision, resolve_model
-from dpa.models.half_precision import card_has_bf16
+from dpa.models.half_precision import computes_in_bf16
 from dpa.models.loading import check_weights, load_tokenizer
 from dpa.models.policy import default_device, ensure_pad_token
 from dpa.models.quiet import quiet_libraries
@@ -60,8 +60,7 @@ class RewardModelScorer:
     ) -> None:
         device = device or default_device()
         if dtype is None:
-            bf16 = device.startswith("cuda") and card_has_bf16()
-            dtype = torch.bfloat16 if bf16 else torch.float32
+            dtype = torch.bfloat16 if computes_in_bf16(False, device) else torch.float32
         with quiet_libraries():
             self.model, self.tokenizer, path = load_classifier(model, dtype)
         self.spec = spec or read_spec(path)

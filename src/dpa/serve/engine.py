@@ -33,7 +33,7 @@ from dpa.core.records import Scorer
 from dpa.core.reference import ModelReference
 from dpa.models.chat_template import has_system_role
 from dpa.models.files import folder_revision, load_space, resolve_model
-from dpa.models.half_precision import card_has_bf16
+from dpa.models.half_precision import computes_in_bf16
 from dpa.models.policy import context_length, default_device, load_policy
 from dpa.sampling.batching import Row
 from dpa.serve.bodies import (
@@ -325,8 +325,7 @@ def _load(settings: EngineSettings) -> Engine:
     if settings.model:
         safe = resolve_model(ModelReference(settings.model, code))
         device = default_device()
-        narrow = device.startswith("cuda") and card_has_bf16()
-        dtype = torch.bfloat16 if narrow else torch.float32
+        dtype = torch.bfloat16 if computes_in_bf16(False, device) else torch.float32
         model, tokenizer = load_policy(ModelReference(safe.path, code), dtype=dtype, device=device)
         if tokenizer.chat_template:
             has_system_role(tokenizer.get_chat_template())  # a template that escapes or never ends is refused now
