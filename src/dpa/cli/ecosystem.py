@@ -206,7 +206,7 @@ def judge(
 
 def read_space(text: str) -> "DirectionSpace":
     """A published name, a YAML configuration, or a policy (its dpa_config.json). Raises UserError subclasses."""
-    from dpa.core.config import load_run
+    from dpa.core.config import run_named
     from dpa.core.presets import SPACES
     from dpa.models.files import SPACE_FILE, load_space
 
@@ -217,11 +217,8 @@ def read_space(text: str) -> "DirectionSpace":
             f"--space: {text} is a reward model, which has no directions; give a policy folder (RUN/iter_1/policy), a "
             f"YAML configuration or one of {', '.join(SPACES)}."
         )
-    if Path(text, "config.yaml").is_file():  # a run folder
-        return load_run(Path(text, "config.yaml")).direction_space()
-    if text.endswith((".yaml", ".yml")):
-        return load_run(text).direction_space()
-    return load_space(text)
+    run = run_named(text)
+    return load_space(text) if run is None else run.direction_space()
 
 
 def space_of_run(reward_model: Path, attributes: Sequence[str]) -> "DirectionSpace | None":

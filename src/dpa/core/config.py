@@ -813,6 +813,8 @@ class RunConfig(RewardRunConfig):
         return self
 
 
+RUN_FILE = "config.yaml"
+"""What a run folder calls its configuration."""
 OF_A_POLICY = ("policy", "prompts", "evaluate")
 """Fields that a run has together, to go on after its reward model."""
 
@@ -875,6 +877,15 @@ def load_run(path: str | Path, overrides: Mapping[str, str] | None = None) -> Ru
     """The same, where a run that ends with its reward model will do as well. Raises ConfigError."""
     data = read_yaml(path, overrides)
     return parse_config(data) if trains_policy(data) else parse_config(data, RewardRunConfig)
+
+
+def run_named(text: str) -> RunConfig | RewardRunConfig | None:
+    """The configuration of a run named by its folder or by its YAML file; None where it is neither. Raises
+    ConfigError."""
+    inside = Path(text, RUN_FILE)
+    if inside.is_file():
+        return load_run(inside)
+    return load_run(text) if text.endswith((".yaml", ".yml")) else None
 
 
 def trains_policy(data: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpa.core.config import RewardConfig, RewardRunConfig, load_run
+from dpa.core.config import RUN_FILE, RewardConfig, RewardRunConfig, run_named
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DirectionError, ModelFileError
 from dpa.core.records import Scorer
@@ -24,8 +24,8 @@ from dpa.scoring.reward_model import RECORD, read_spec
 from dpa.scoring.scorers import build_scorer, known_attributes
 from dpa.storage.seals import check_in_run
 
-CONFIG, TRAINED = "config.yaml", "reward_model"
-"""What a run folder calls its configuration, and the reward model it trained."""
+TRAINED = "reward_model"
+"""What a run folder calls the reward model it trained."""
 _OUR_CODE = "dpa."
 
 
@@ -81,10 +81,7 @@ class GivenReward:
     @cached_property
     def _run(self) -> RewardRunConfig | None:
         """The configuration of the run that was given; None for a reward model."""
-        inside = Path(self.text, CONFIG)
-        if inside.is_file():
-            return load_run(inside)
-        return load_run(self.text) if self.text.endswith((".yaml", ".yml")) else None
+        return run_named(self.text)
 
     @property
     def _config(self) -> RewardConfig:
@@ -114,7 +111,7 @@ def reward_of_run(run: Path) -> str:
     """What the answers of a run's policy are chosen by where nobody says so: all that the run scores by if that is code
     of ours, else the reward model it trained. Raises ConfigError."""
     strangers: list[str] = []
-    if (run / CONFIG).is_file():
+    if (run / RUN_FILE).is_file():
         strangers = GivenReward(str(run)).strangers
         if not strangers:
             return str(run)
