@@ -21,17 +21,19 @@ def needed_bytes(config: RewardRunConfig, prompts: int = 0) -> int:
     out, train = Path(config.out), config.reward.train
     needed, checkpoints, written = 0.0, 0.0, 0
     if train and not (out / "train_reward" / "done.json").exists():
-        needed += 4 * _parameters(train.backbone)
-        checkpoints = _parameters(train.backbone) * (train.method == "full")
+        backbone = _parameters(train.backbone)
+        needed += 4 * backbone
+        checkpoints = backbone * (train.method == "full")
         written += _size(out / "reward_model") + _size(out / "reward_model.training")
     if isinstance(config, RunConfig):
+        policy = _parameters(config.policy)
         candidates = prompts * config.rollout.directions * config.rollout.samples * BYTES_PER_CANDIDATE
         for t in range(first_iteration(config), config.iterations + 1):
             if (out / f"iter_{t}" / "finetune" / "done.json").exists():
                 continue
-            needed += 4 * _parameters(config.policy) + candidates * (t > 0)
+            needed += 4 * policy + candidates * (t > 0)
             if getattr(config, learner_of(config, t).section).lora is None:
-                checkpoints = max(checkpoints, _parameters(config.policy))
+                checkpoints = max(checkpoints, policy)
             written += _size(out / f"iter_{t}")
     return max(0, int(needed) + checkpoint_bytes(checkpoints) - written)
 

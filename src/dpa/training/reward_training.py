@@ -77,8 +77,8 @@ def train_reward_model(
     `out` becomes a plain Hugging Face folder that scores on 0-100 through `AutoModelForSequenceClassification`, as a
     whole or not at all. Checkpoints lie beside it in `NAME.training`, under a hash of rows and settings, and resume an
     interrupted run, also one that has only not been sealed yet (`remove_checkpoints` once it is); `seconds` keeps in
-    them what that took. Raises DataError, ModelFileError, TrainingError (a loss or
-    gradient that is not finite, before the step), Interrupted (on a signal, after a checkpoint), StorageError.
+    them what that took. Raises DataError, ModelFileError, TrainingError (a loss or gradient that is not finite, before
+    the step), Interrupted (on a signal, after a checkpoint), StorageError.
     """
     torch.manual_seed(seed)
     tokenizer, model = _load_backbone(config, attributes, code_revision)
