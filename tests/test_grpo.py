@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_methods import toy_comparison
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from toy_run import toy_config
+from trl import GRPOTrainer
 
 from dpa.core.compare_config import load_comparison
 from dpa.core.config import GrpoConfig, RolloutConfig
@@ -179,9 +180,29 @@ def test_a_pull_to_the_start_and_how_a_step_is_cut_are_options(base: Path, whole
     cut = run(base, tmp_path / "cut", Lengths(), CONFIG.model_copy(update={"answers_per_device": 2}))
     assert cut.logged("reward")[0] == whole[1].logged("reward")[0], "the same answers"
     assert cut.logged("grad_norm")[0] == pytest.approx(whole[1].logged("grad_norm")[0], rel=1e-3)
-    held = run(base, tmp_path / "held", Lengths(), CONFIG.model_copy(update={"beta": 0.5}))
+    held = run(base, tmp_path / "held", Lengths(), CONFIG.model_copy(update={"beta": 0.5, "answers_per_device": 3}))
     assert held.logged("kl")[0] == pytest.approx(0, abs=1e-5) and held.logged("kl")[-1] > 1e-4
     assert "reference_tokens" in GRPO(CONFIG.model_copy(update={"beta": 0.5}), SPACE, 7).cost(held).extra
+
+
+def test_fault_52_memory_that_runs_out_halves_the_pass_and_no_answer_is_sampled_again(
+    base: Path, whole: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a machine on which two answers fit in a pass."""
+    loss = GRPOTrainer.compute_loss
+
+    def refuse(trainer: GRPOTrainer, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+        found = loss(trainer, model, inputs)
+        if len(inputs["completion_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return found
+
+    monkeypatch.setattr(GRPOTrainer, "compute_loss", refuse)
+    scorer = Lengths()
+    halved = run(base, tmp_path, scorer)
+    assert caplog.text.count("goes on with 2 answers a pass") == 1 and scorer.calls == halved.steps == 6
+    for name in ("reward", "grad_norm", "entropy"):
+        assert halved.logged(name)[0] == pytest.approx(whole[1].logged(name)[0], rel=1e-3)
 
 
 def test_answers_that_cannot_be_scored_move_nothing(base: Path, tmp_path: Path) -> None:

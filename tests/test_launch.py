@@ -248,7 +248,8 @@ from dpa.training.dpo import DPO
 from dpa.training.ranks import wait_for_all
 trainer_arguments.first_plan = lambda *_, **__: (Plan(4, False), Plan(3, True))[int(sys.argv[1])]
 shared = {"bf16": False}
-print(trainer_arguments.units_a_pass(DPO(PreferenceConfig(), None, 0), "auto", None, 100, 8, shared), shared)
+first = trainer_arguments.first_passes(DPO(PreferenceConfig(), None, 0), "auto", None, 100, 8, shared)
+print(first.units, first.recompute, shared)
 wait_for_all()
 """
 
@@ -256,7 +257,7 @@ wait_for_all()
 def test_ranks_with_other_memory_free_take_as_many_passes() -> None:
     """Else one waits in a pass for a rank that has none left."""
     said, _ = two_ranks(PASSES)
-    assert said == [["2 {'bf16': False, 'gradient_checkpointing': True}"]] * 2
+    assert said == [["2 True {'bf16': False, 'gradient_checkpointing': True}"]] * 2
 
 
 PAIRS = f"""

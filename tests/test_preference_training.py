@@ -23,6 +23,7 @@ from dpa.models.policy import make_steerable
 from dpa.storage.stage_records import Reject
 from dpa.training.dpo import DPO, EncodedPair
 from dpa.training.learner import RowEncoder, TrainingRecord
+from dpa.training.passes import StepInPasses
 from dpa.training.policy_training import train_policy
 
 QUESTION = json.dumps([{"role": "user", "content": "Why?"}])
@@ -127,7 +128,10 @@ def test_fault_26_pairs_without_anything_to_learn_are_counted_with_their_reason(
         run(base, tmp_path / "none", rows=rows.take([0, 2]))
 
 
-def test_pairs_that_cannot_be_shared_out_are_a_config_error(base: Path, tmp_path: Path) -> None:
+def test_pairs_that_ranks_cannot_share_out_are_a_config_error(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpa.training.dpo.ranks", lambda: 2)
     with pytest.raises(ConfigError, match=r"dpo.pairs_per_step: 8 is no multiple of pairs_per_device .*\(3\); take 9"):
         run(base, tmp_path, CONFIG.model_copy(update={"pairs_per_device": 3}))
 
@@ -144,6 +148,8 @@ def _log_probability(model: nn.Module, prompt: list[int], response: list[int]) -
 def step_loss(trainer: DPOTrainer) -> torch.Tensor:
     """The loss of one optimizer step over all pairs, whose gradients are left in the model."""
     batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 99, torch.device("cpu"))
+    if isinstance(trainer, StepInPasses):
+        return trainer.training_step(trainer.model, *batches).detach()
     losses = [trainer.compute_loss(trainer.model, batch) / len(batches) for batch in batches]
     sum(losses).backward()
     return sum(losses).detach()
@@ -232,18 +238,43 @@ def test_the_new_policy_prefers_what_was_chosen(base: Path, whole: tuple[Path, T
 
 
 @pytest.mark.parametrize("sft_weight", [0.0, 0.7])
-def test_a_pair_weighs_the_same_in_a_short_pass_and_a_token_in_one_of_few(sft_weight: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_pair_weighs_the_same_in_a_short_pass_and_a_token_in_one_of_few(
+    sft_weight: float, launched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gradients of 7 pairs of unlike lengths, at once and in passes of 4 and 3, of 2, 2, 2 and 1, and one by one."""
+    if launched:  # the Trainer of a launch, in which passes accumulate
+        monkeypatch.setattr("dpa.training.dpo.ranks", lambda: 2)
     pairs = [EncodedPair([2, 7, 4], [11 + i] * (1 + i * i) + [1], [30, 1 + i]) for i in range(7)]
     found = []
     for together in (8, 4, 2, 1):
         update = {"sft_weight": sft_weight, "pairs_per_step": 8, "pairs_per_device": together}
         model, reference = tiny_model(seed=0), tiny_model(seed=1)
         learner = DPO(CONFIG.model_copy(update=update), SPACE, 0)
-        loss = step_loss(learner.trainer(model, tiny_tokenizer(), pairs, tmp_path, lambda start=reference: start))
-        found.append([loss, *(parameter.grad for parameter in model.parameters())])
+        trainer = learner.trainer(model, tiny_tokenizer(), pairs, tmp_path, lambda start=reference: start)
+        assert isinstance(trainer, StepInPasses) is not launched
+        found.append([step_loss(trainer), *(parameter.grad for parameter in model.parameters())])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_fault_52_memory_that_runs_out_halves_the_pass_and_the_step_is_the_same(
+    base: Path, whole: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a machine on which two pairs fit; the reference reads a pass before the policy does."""
+    loss = DPOTrainer.compute_loss
+
+    def refuse(trainer: DPOTrainer, model: nn.Module, inputs: dict, *more: object) -> torch.Tensor:
+        found = loss(trainer, model, inputs, *more)
+        if len(inputs["input_ids"]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return found
+
+    monkeypatch.setattr(DPOTrainer, "compute_loss", refuse)
+    halved = run(base, tmp_path)
+    assert caplog.text.count("goes on with 2 pairs a pass") == 1
+    for name in ("loss", "rewards/margins", "rewards/accuracies"):
+        assert halved.logged(name) == pytest.approx(whole[1].logged(name), rel=1e-3, abs=1e-5)
 
 
 def test_how_a_step_is_cut_into_passes_does_not_matter(base: Path, whole: tuple, tmp_path: Path) -> None:

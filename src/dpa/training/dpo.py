@@ -17,7 +17,7 @@ The reference is held beside the policy (with adapters: the policy with its adap
 training starts from, also when an interrupted training goes on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,13 @@ from trl import DPOConfig, DPOTrainer
 from dpa.core.config import RunConfig
 from dpa.core.errors import ConfigError
 from dpa.core.records import Ledger
+from dpa.models.attention import to_device
 from dpa.storage.schemas import completeness
 from dpa.storage.stage_records import Reject
 from dpa.training.learner import Learner, RowEncoder, TrainingRecord
-from dpa.training.passes import one_card
+from dpa.training.passes import StepInPasses, Uncut, one_card
 from dpa.training.ranks import ranks
-from dpa.training.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments, units_a_pass
+from dpa.training.trainer_arguments import accumulation, adapters, first_passes, optimizer_class, shared_arguments
 from dpa.training.trainers import StopsAtBadStep
 
 
@@ -60,22 +61,15 @@ class EncodedPair:
         return f"Pair(prompt={self.prompt}, chosen={self.chosen}, rejected={self.rejected}{margin})"
 
 
-class _Trainer(StopsAtBadStep, DPOTrainer):
-    """DPOTrainer that never takes a step from a NaN, and weighs a pass by its share of the step.
+class _Weighing(DPOTrainer):
+    """DPOTrainer that weighs a pass by its share of the step.
 
-    TRL's losses are means over a pass, and the step's is the mean over its passes: a pair of a short pass, and a token
-    of a pass of few, would weigh more.
+    TRL's losses are means over a pass, and the step's would be the mean over its passes: a pair of a short pass, and a
+    token of a pass of few, would weigh more.
     """
 
     _of_step: torch.Tensor
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of one optimizer step; what a pass has of them on average, over all ranks, is counted."""
-        batches, tokens = super().get_batch_samples(*args, **kwargs)
-        counts = sum(map(_counts, batches), torch.zeros(2, device=self.accelerator.device))
-        passes = max(1, len(batches)) * self.accelerator.num_processes
-        self._of_step = self.accelerator.reduce(counts, "sum") / passes
-        return batches, tokens
+    """What a pass is a share of, counted as `_counts` does."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The share of this pass in the loss of its step."""
@@ -91,8 +85,9 @@ class _Trainer(StopsAtBadStep, DPOTrainer):
         for first in range(0, len(margins), together):
             part = range(first, min(first + together, len(margins)))
             batch = self.data_collator([{name: values[place] for name, values in columns.items()} for place in part])
-            inputs = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-            of_chosen, of_rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            of_chosen, of_rejected = self.compute_ref_log_probs(
+                self.ref_model or self.model, to_device(batch, self.args.device)
+            )
             chosen += of_chosen.tolist()
             rejected += of_rejected.tolist()
         moved = [logp + margin / self.beta for logp, margin in zip(chosen, margins, strict=True)]
@@ -100,10 +95,48 @@ class _Trainer(StopsAtBadStep, DPOTrainer):
         self.precompute_ref_logps = True
 
 
+class _Trainer(StopsAtBadStep, StepInPasses, _Weighing):
+    """The same, with a step cut into passes that fit, and none taken from a NaN."""
+
+    unit, field = "pairs", "dpo.max_length"
+    collate: Callable[[list[Any]], dict[str, Any]]
+
+    def cut(self, rows: Sequence[Any], size: int) -> list[Any]:
+        """Passes of `size` pairs."""
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def begin(self) -> None:
+        """TRL keeps its figures of every pass until the step is logged: those of a try that did not fit go."""
+        self._metrics["train"].clear()
+
+    def pass_loss(self, model: Any, part: Any, step: Mapping[str, Any]) -> torch.Tensor:
+        """The share of the pass's pairs in the loss of the step."""
+        self._of_step = step["counts"].to(self.args.device)
+        return self.compute_loss(model, to_device(self.collate(part), self.args.device))
+
+
+class _LaunchedTrainer(StopsAtBadStep, _Weighing):
+    """The same in a launched training, where passes accumulate as the Trainer does it, so that ranks stay together."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of one optimizer step; what a pass has of them on average, over all ranks, is counted."""
+        batches, tokens = super().get_batch_samples(*args, **kwargs)
+        counts = sum(map(_counts, batches), torch.zeros(2, device=self.accelerator.device))
+        passes = max(1, len(batches)) * self.accelerator.num_processes
+        self._of_step = self.accelerator.reduce(counts, "sum") / passes
+        return batches, tokens
+
+
 def _counts(batch: dict[str, Any]) -> torch.Tensor:
     """Pairs of a batch, and tokens of the chosen responses: what its losses, in that order, are means over."""
     chosen_BT, _ = batch["completion_mask"][:, 1:].chunk(2)
     return torch.stack([chosen_BT.new_tensor(len(chosen_BT)), chosen_BT.sum()]).float()
+
+
+def _step(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The batch of an optimizer step, with `_counts` of the whole."""
+    tokens = sum(len(row["chosen_ids"]) for row in rows)
+    return {"counts": torch.tensor([float(len(rows)), float(tokens)]), "rows": Uncut(rows)}
 
 
 class DPO(Learner[EncodedPair]):
@@ -164,7 +197,11 @@ class DPO(Learner[EncodedPair]):
         shared = shared_arguments(self, work)
         longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
         most = max(1, config.pairs_per_step // ranks())
-        together = units_a_pass(self, config.pairs_per_device, model, 2 * longest, most, shared)
+        first = first_passes(self, config.pairs_per_device, model, 2 * longest, most, shared)
+        in_passes = ranks() == 1
+        accumulated = 1
+        if not in_passes:
+            accumulated = accumulation("dpo.pairs_per_step", config.pairs_per_step, "pairs_per_device", first.units)
         losses, weights = ["sigmoid"], [1.0]
         if config.sft_weight:
             losses, weights = [*losses, "sft"], [*weights, config.sft_weight]
@@ -174,13 +211,11 @@ class DPO(Learner[EncodedPair]):
             loss_type=losses,
             loss_weights=weights,
             max_length=None,  # what is too long was rejected
-            per_device_train_batch_size=together,
-            gradient_accumulation_steps=accumulation(
-                "dpo.pairs_per_step", config.pairs_per_step, "pairs_per_device", together
-            ),
+            per_device_train_batch_size=config.pairs_per_step if in_passes else first.units,
+            gradient_accumulation_steps=accumulated,
         )
         one_card(arguments)
-        trainer = _Trainer(
+        trainer: Any = (_Trainer if in_passes else _LaunchedTrainer)(
             model=model,
             ref_model=reference,
             args=arguments,
@@ -195,9 +230,13 @@ class DPO(Learner[EncodedPair]):
             "rejected_ids": [pair.rejected for pair in pairs],
         }
         if any(pair.margin for pair in pairs):
-            trainer.with_margins(columns, [pair.margin for pair in pairs], together)
+            trainer.with_margins(columns, [pair.margin for pair in pairs], first.units)
         else:
             trainer.train_dataset = Dataset.from_dict(columns)
+        if in_passes:
+            trainer.collate, trainer.data_collator = trainer.data_collator, _step
+            trainer.pass_size = first.units
+            trainer.may_recompute = config.gradient_checkpointing is None and not first.recompute
         return trainer
 
     def cost(self, done: TrainingRecord) -> Ledger:

@@ -13,7 +13,7 @@ interrupted training goes on with the answers that an uninterrupted one gets.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 import transformers
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,9 +33,9 @@ from dpa.core.records import Ledger, SampleRequest, score_in_full, seed_of, stab
 from dpa.sampling.samplers import TransformersSampler
 from dpa.storage.stage_records import Reject
 from dpa.training.learner import Learner, RowEncoder, TrainingRecord
-from dpa.training.passes import one_card, without_adapters
+from dpa.training.passes import StepInPasses, Uncut, one_card, without_adapters
 from dpa.training.ranks import ranks
-from dpa.training.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments, units_a_pass
+from dpa.training.trainer_arguments import adapters, first_passes, optimizer_class, shared_arguments
 from dpa.training.trainers import StopsAtBadStep
 
 _PAID = "paid/"
@@ -55,8 +56,40 @@ class Question:
         return len(self.ids)
 
 
-class _Trainer(StopsAtBadStep, GRPOTrainer):
-    """GRPOTrainer that never takes a step from a NaN."""
+class _Trainer(StopsAtBadStep, StepInPasses, GRPOTrainer):
+    """GRPOTrainer that cuts the learning of a step into passes that fit, and never takes a step from a NaN."""
+
+    unit, field = "answers", "rollout.max_new_tokens"
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Answer the questions of a step once, and learn from the answers in passes."""
+        model.train()
+        answers = self._prepare_inputs(inputs)
+        self._of_answers = {name: list(values) for name, values in self._metrics["train"].items()}
+        loss = super().training_step(model, {"rows": Uncut(range(len(answers["advantages"]))), "answers": answers})
+        self._step += 1
+        return loss
+
+    def cut(self, rows: Sequence[Any], size: int) -> list[Any]:
+        """Passes of `size` answers."""
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def begin(self) -> None:
+        """TRL keeps its figures of every pass until the step is logged: those of a try that did not fit go."""
+        metrics = self._metrics["train"]
+        metrics.clear()
+        metrics.update({name: list(values) for name, values in self._of_answers.items()})
+
+    def pass_loss(self, model: Any, part: Any, step: Mapping[str, Any]) -> torch.Tensor:
+        """The share of the pass's answers in the loss of the step: TRL divides by all tokens of all answers."""
+        here = slice(part.start, part.stop)
+        return self.compute_loss(
+            model, {name: value[here] if value.dim() else value for name, value in step["answers"].items()}
+        )
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
+        """A reference reads as many answers at once as a pass does."""
+        return super()._get_per_token_logps_and_entropies(*args, batch_size=batch_size and self.pass_size, **kwargs)
 
 
 class GRPO(Learner[Question]):
@@ -109,7 +142,7 @@ class GRPO(Learner[Question]):
         shared = shared_arguments(self, work)
         longest = max(len(question.ids) for question in examples) + rollout.max_new_tokens
         answers = min(config.prompts_per_step, len(examples)) * rollout.samples
-        together = units_a_pass(self, config.answers_per_device, model, longest, answers, shared)
+        first = first_passes(self, config.answers_per_device, model, longest, answers, shared)
         arguments = GRPOConfig(
             **shared,
             beta=config.beta,
@@ -118,10 +151,8 @@ class GRPO(Learner[Question]):
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             shuffle_dataset=False,  # the questions are in the order of training
-            per_device_train_batch_size=together,
-            gradient_accumulation_steps=accumulation(
-                "grpo.prompts_per_step times rollout.samples", answers, "answers_per_device", together
-            ),
+            per_device_train_batch_size=answers,
+            gradient_accumulation_steps=1,
         )
         one_card(arguments)
         trainer: Any = _Trainer(
@@ -132,6 +163,8 @@ class GRPO(Learner[Question]):
             processing_class=tokenizer,
             peft_config=adapters(config),
         )
+        trainer.pass_size = first.units
+        trainer.may_recompute = config.gradient_checkpointing is None and not first.recompute
         trainer.optimizer_cls_and_kwargs = optimizer_class(config)  # unlike SFTTrainer, it takes no such argument
         sampler = TransformersSampler(
             without_adapters(trainer.model),

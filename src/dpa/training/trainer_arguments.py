@@ -12,6 +12,7 @@ from peft import LoraConfig
 from dpa.core.config import TrainingConfig
 from dpa.core.errors import ConfigError
 from dpa.models.half_precision import computes_in_bf16
+from dpa.models.memory import Plan
 from dpa.training.learner import Learner
 from dpa.training.optimizers import MuonWithAdamW
 from dpa.training.passes import first_plan
@@ -62,19 +63,21 @@ def adapters(config: TrainingConfig) -> LoraConfig | None:
     return None if config.lora is None else lora_adapters(config.lora, "CAUSAL_LM")
 
 
-def units_a_pass(
+def first_passes(
     learner: Learner[Any], asked: int | str, model: Any, longest: int, most: int, shared: dict[str, Any]
-) -> int:
-    """Units (pairs, answers) of `longest` tokens in a pass: what is asked, or for `auto` what fits, 4 on a CPU, so that
-    the passes of a step of `most` are alike. `shared` is told whether activations are computed twice for it. Ranks have
-    other memory free each, and passes of one size: theirs must be as many."""
+) -> Plan:
+    """Units (pairs, answers) of `longest` tokens in a pass, to begin with: what is asked, or for `auto` what fits, 4 on
+    a CPU. `shared` is told whether activations are computed twice for it. Ranks have other memory free each, and passes
+    of one size, as many in a step of `most` units."""
     if asked != "auto":
-        return int(asked)
+        return Plan(int(asked), shared["gradient_checkpointing"])
     recompute, lora = learner.config.gradient_checkpointing, learner.config.lora is not None
     first = first_plan(model, recompute, longest, most, learner.section, shared["bf16"], adapters=lora)
     shared["gradient_checkpointing"] = any_of(first.recompute)
-    fits = min(least_of(first.units), most if torch.cuda.is_available() else 4)
-    return next(units for units in range(fits, 0, -1) if most % units == 0)
+    units = min(least_of(first.units), most if torch.cuda.is_available() else 4)
+    if ranks() > 1:
+        units = next(divisor for divisor in range(units, 0, -1) if most % divisor == 0)
+    return Plan(units, shared["gradient_checkpointing"])
 
 
 def accumulation(field: str, per_step: int, per_device_field: str, per_device: int) -> int:
