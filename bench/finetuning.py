@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from dpa.core.config import FinetuneConfig
 from dpa.core.presets import SPACES
+from dpa.core.sections.training import FinetuneConfig
 from dpa.models.quiet import quiet_libraries
 from dpa.training.packing import Example
 from dpa.training.sft import SFT

@@ -27,10 +27,10 @@ from pathlib import Path
 import httpx
 import torch
 
-from dpa.core.config import EngineConfig, HttpEngineConfig, RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.objective import Objective
 from dpa.core.records import Prompt
+from dpa.core.sections.rollout import EngineConfig, HttpEngineConfig, RolloutConfig
 from dpa.models.policy import load_policy, save_policy
 from dpa.remote.http_pool import HttpPool
 from dpa.remote.server_process import ServerProcess

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from transformers import PrinterCallback
 
-from dpa.core.config import FinetuneConfig
 from dpa.core.presets import SPACES
 from dpa.core.records import SampleRequest
+from dpa.core.sections.training import FinetuneConfig
 from dpa.models.policy import load_policy
 from dpa.models.quiet import quiet_libraries
 from dpa.sampling.samplers import SamplerSpec

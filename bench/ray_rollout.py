@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
-from dpa.core.config import ClusterConfig, RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.objective import Objective
 from dpa.core.records import Prompt, Sampler
+from dpa.core.sections.cluster import ClusterConfig
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.sampling.engines import build_samplers
 from dpa.sampling.ray_samplers import ray_samplers
 from dpa.sampling.samplers import sampler_spec

@@ -27,7 +27,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
-from dpa.core.config import RatingsConfig, RewardTrainConfig
+from dpa.core.sections.ratings import RatingsConfig
+from dpa.core.sections.reward import RewardTrainConfig
 from dpa.scoring.reward_scorer import RewardModelScorer
 from dpa.stages.ratings import read_ratings
 from dpa.stages.train_reward import train_reward

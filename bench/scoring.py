@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dpa.core.config import RewardTrainConfig
 from dpa.core.records import Messages
+from dpa.core.sections.reward import RewardTrainConfig
 from dpa.scoring.reward_scorer import RewardModelScorer
 from dpa.training.reward_rows import RatedExample
 from dpa.training.reward_training import train_reward_model

@@ -17,7 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from dpa.core.compare_config import CompareConfig, load_comparison
-from dpa.core.config import RunConfig, parse_config, resolved, set_dotted
+from dpa.core.config import RunConfig, parse_config, set_dotted
+from dpa.core.config_identity import resolved
 from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.compare import ComparisonJob
 from dpa.recipes.job_processes import do_jobs

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from dpa.core.config import EvaluateConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.objective import Objective
 from dpa.core.records import SampleRequest
+from dpa.core.sections.evaluate import EvaluateConfig
 from dpa.models.files import EVALUATION_FILE
 from dpa.models.policy import load_policy, save_policy
 from dpa.sampling.samplers import TransformersSampler

@@ -19,9 +19,9 @@ from fakes import FakeSampler, space_of
 from safetensors.torch import load_file
 
 from dpa.core.compare_config import load_comparison
-from dpa.core.config import RatingsConfig
 from dpa.core.errors import DamageError, DataError, ModelFileError
 from dpa.core.records import Sample, SampleRequest
+from dpa.core.sections.ratings import RatingsConfig
 from dpa.models.policy import load_policy
 from dpa.recipes.baselines import demonstrations, dpo, moc, modpo, pooled, pooled_best, prompted, ric, soups, steerlm
 from dpa.recipes.baselines.asking import NearestSampler, TranslatingSampler, with_system, without_direction

@@ -9,10 +9,10 @@ import pytest
 from fakes import FakeSampler, FakeScorer, prompts_of, space_of
 
 from dpa.cli.talk import answer
-from dpa.core.config import RolloutConfig
 from dpa.core.errors import ConfigError, DirectionError
 from dpa.core.records import Sampler, SampleRequest
 from dpa.core.reference import ModelReference
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.sampling.best_of import BestOfSampler, RobustSampler
 from dpa.stages.rollout import rollout
 from dpa.storage.run_folder import StageFolder

@@ -11,10 +11,11 @@ from fakes import space_of
 from forks import python
 from tiny_models import save_tiny_model
 
-from dpa.core.config import EvaluateConfig, RewardConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import EngineError, ModelFileError
 from dpa.core.objective import Objective
+from dpa.core.sections.evaluate import EvaluateConfig
+from dpa.core.sections.reward import RewardConfig
 from dpa.models.files import folder_revision
 from dpa.models.hub import push_model
 from dpa.pages.card import CARD, card

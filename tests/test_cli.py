@@ -15,8 +15,9 @@ from pydantic import BaseModel, Field
 from dpa.__main__ import main
 from dpa.cli.options import as_yaml, takes_fields
 from dpa.core.compare_config import load_comparison
-from dpa.core.config import RewardTrainConfig, load_config, set_dotted
+from dpa.core.config import load_config, set_dotted
 from dpa.core.errors import ConfigError, UserError
+from dpa.core.sections.reward import RewardTrainConfig
 from dpa.serve.settings import EngineSettings
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from fakes import space_of
 
 from dpa.core.compare_config import CompareConfig
 from dpa.core.comparison import Front, height_at, heights, lead, over_seeds
-from dpa.core.config import EvaluateConfig
+from dpa.core.sections.evaluate import EvaluateConfig
 from dpa.recipes.baselines.methods import METHODS
 from dpa.stages.compare import summarise
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 
-from dpa.core.config import FinetuneConfig, RewardTrainConfig, of_results
+from dpa.core.config_identity import of_results
+from dpa.core.sections.reward import RewardTrainConfig
+from dpa.core.sections.training import FinetuneConfig
 from dpa.models.attention import pack_inputs, packed_attention
 from dpa.models.compiling import CompiledLayers, worth_compiling
 from dpa.scoring.reward_scorer import RewardModelScorer

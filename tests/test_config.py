@@ -12,18 +12,14 @@ from fakes import run_config
 from pydantic import BaseModel
 
 from dpa.core.compare_config import CompareConfig
-from dpa.core.config import (
-    EvaluateConfig,
-    PathText,
-    PromptsConfig,
-    RewardConfig,
-    RunConfig,
-    load_config,
-    parse_config,
-    resolved,
-)
+from dpa.core.config import RunConfig, load_config, parse_config
+from dpa.core.config_identity import resolved
 from dpa.core.errors import ConfigError
 from dpa.core.lookup import look_up
+from dpa.core.sections.evaluate import EvaluateConfig
+from dpa.core.sections.reward import HttpRewardConfig, RewardConfig
+from dpa.core.sections.rollout import PromptsConfig
+from dpa.core.sections.section import PathText
 from dpa.core.yaml_text import parse_yaml
 
 CASES = Path(__file__).parents[1].parent / "shared" / "cases"
@@ -250,6 +246,12 @@ class _WithReward(BaseModel):
 
 class _WithPrompts(BaseModel):
     prompts: PromptsConfig
+
+
+@pytest.mark.parametrize("server", ["gpu1:8000", "http://", "http://gpu1:99999", "http://[::1", "http://gpu1/\n"])
+def test_what_is_no_address_is_refused_before_it_is_asked(server: str) -> None:
+    with pytest.raises(ConfigError, match=r"servers: .* is no address; write for example http://localhost:8000/v1"):
+        parse_config({"servers": [server], "folder": "x"}, HttpRewardConfig)
 
 
 def test_a_grid_without_its_centre_is_refused() -> None:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from test_finetuning import CONFIG, NO_DROPOUT, logged, run, table_of
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 
-from dpa.core.config import AdapterConfig, FinetuneConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.objective import Objective
+from dpa.core.sections.training import AdapterConfig, FinetuneConfig
 from dpa.models.attention import packed_attention
 from dpa.models.policy import make_steerable
 from dpa.training.contrastive import info_nce, label_log_probabilities, negative_directions

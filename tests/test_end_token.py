@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_models import SPACE, tiny_model, tiny_tokenizer
 
-from dpa.core.config import FinetuneConfig, PreferenceConfig
 from dpa.core.errors import ModelFileError
 from dpa.core.records import SampleRequest
+from dpa.core.sections.training import FinetuneConfig, PreferenceConfig
 from dpa.models.policy import check_policy, load_policy, make_steerable
 from dpa.sampling.samplers import TransformersSampler
 from dpa.training.dpo import DPO

@@ -12,11 +12,11 @@ import pytest
 import torch
 from toy_run import toy_config
 
-from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError
 from dpa.core.records import Sample, Sampler, SampleRequest
 from dpa.core.reference import Model
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.recipes.dpa import Loop
 from dpa.sampling.engine import SamplingEngine
 from dpa.sampling.engines import ENGINES, engine_of

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dpa.core.config import EvaluateConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, DirectionError
 from dpa.core.objective import Objective
+from dpa.core.sections.evaluate import EvaluateConfig
 from dpa.core.target_measures import target_grid
 from dpa.stages.evaluate import evaluate, evaluate_targets, scores_by_prompt, side_by_side, typical_question
 

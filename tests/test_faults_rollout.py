@@ -17,9 +17,10 @@ import pyarrow as pa
 import pytest
 from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, space_of
 
-from dpa.core.config import RolloutConfig, SelectionConfig
 from dpa.core.errors import Interrupted, RejectRateError
 from dpa.core.records import Ledger
+from dpa.core.sections.rollout import RolloutConfig
+from dpa.core.sections.selection import SelectionConfig
 from dpa.stages.prompts import read_prompts
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score

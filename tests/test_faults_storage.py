@@ -23,9 +23,11 @@ from damage import WAYS, damage, failing_reads
 from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, run_config, space_of
 from toy_run import toy_config
 
-from dpa.core.config import RolloutConfig, SelectionConfig, of_results
+from dpa.core.config_identity import of_results
 from dpa.core.errors import RunFolderError, StorageError
 from dpa.core.records import Ledger
+from dpa.core.sections.rollout import RolloutConfig
+from dpa.core.sections.selection import SelectionConfig
 from dpa.recipes.checks import inputs_of
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score

@@ -25,9 +25,9 @@ from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dpa.core.config import AdapterConfig, FinetuneConfig
 from dpa.core.errors import ConfigError, DataError, Interrupted, TrainingError
 from dpa.core.records import Ledger
+from dpa.core.sections.training import AdapterConfig, FinetuneConfig
 from dpa.models import half_precision
 from dpa.models.attention import packed_attention
 from dpa.models.files import load_space

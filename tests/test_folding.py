@@ -12,10 +12,10 @@ from tiny_models import CHAT_TEMPLATE, SPACE, save_tiny_model, tiny_model, tiny_
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dpa.core.config import RewardConfig, RewardTrainConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.objective import Objective
+from dpa.core.sections.reward import RewardConfig, RewardTrainConfig
 from dpa.core.sentences import target_template_of
 from dpa.core.targets import read_wish, sentence
 from dpa.models.chat_template import steerable_template

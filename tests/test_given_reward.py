@@ -17,11 +17,11 @@ from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 from toy_run import toy_config
 
 from dpa.cli.talk import answer
-from dpa.core.config import RewardTrainConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, ModelFileError
 from dpa.core.objective import Objective
 from dpa.core.reference import ModelReference
+from dpa.core.sections.reward import RewardTrainConfig
 from dpa.models.policy import save_policy
 from dpa.recipes.dpa import Loop
 from dpa.scoring.given_reward import GivenReward, reward_of_run

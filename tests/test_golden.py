@@ -27,7 +27,8 @@ from fake_server import FakeServer
 
 from dpa.cli.commands import app
 from dpa.core.compare_config import load_comparison
-from dpa.core.config import flatten, load_config, resolved
+from dpa.core.config import load_config
+from dpa.core.config_identity import flatten, resolved
 from dpa.recipes.compare import Comparison
 from dpa.world.comparison import QUICK, write_recipe
 from dpa.world.demo import START_MODEL, write_world

@@ -17,9 +17,10 @@ from toy_run import toy_config
 from trl import GRPOTrainer
 
 from dpa.core.compare_config import load_comparison
-from dpa.core.config import GrpoConfig, RolloutConfig
 from dpa.core.errors import ConfigError, DataError
 from dpa.core.records import SampleRequest, Scored
+from dpa.core.sections.rollout import RolloutConfig
+from dpa.core.sections.training import GrpoConfig
 from dpa.models.policy import load_policy, make_steerable
 from dpa.recipes.baselines.lab import spent
 from dpa.recipes.compare import Comparison

@@ -20,9 +20,10 @@ from forks import interpreter
 from tiny_models import CHAT_TEMPLATE, SPACE, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from dpa.core.config import EngineConfig, HttpEngineConfig, RolloutConfig, parse_config
+from dpa.core.config import parse_config
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Sample, SampleRequest
+from dpa.core.sections.rollout import EngineConfig, HttpEngineConfig, RolloutConfig
 from dpa.models.files import folder_revision
 from dpa.models.policy import encode_prompt, load_policy, make_steerable, save_policy
 from dpa.remote.server_process import ServerProcess

@@ -13,9 +13,9 @@ import pytest
 from fake_server import FakeServer, Reply
 from tiny_models import save_tiny_model
 
-from dpa.core.config import HttpRewardConfig, RewardConfig, RewardTrainConfig
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Messages
+from dpa.core.sections.reward import HttpRewardConfig, RewardConfig, RewardTrainConfig
 from dpa.scoring.reward_model import forward
 from dpa.scoring.reward_scorer import RewardModelScorer
 from dpa.scoring.scorers import build_scorer

@@ -19,7 +19,8 @@ import pytest
 from rich.console import Console
 from tiny_models import save_tiny_model
 
-from dpa.core.config import RunConfig, load_config, load_run, parse_config, resolved
+from dpa.core.config import RunConfig, load_config, load_run, parse_config
+from dpa.core.config_identity import resolved
 from dpa.core.errors import ConfigError, DataError, DpaError
 from dpa.recipes.checks import check_run
 from dpa.recipes.costs.devices import Device

@@ -15,9 +15,10 @@ import yaml
 from fake_server import FakeServer, Reply
 from fakes import FakeSampler, all_rows, prompts_of, space_of
 
-from dpa.core.config import RewardConfig, RolloutConfig
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Messages, score_in_full
+from dpa.core.sections.reward import RewardConfig
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.scoring.judge_scorer import JudgeScorer, read_ratings
 from dpa.scoring.scorers import MixScorer, build_scorer
 from dpa.stages.rollout import rollout

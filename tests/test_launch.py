@@ -20,8 +20,9 @@ from forks import interpreter, start
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
-from dpa.core.config import ClusterConfig, load_config
+from dpa.core.config import load_config
 from dpa.core.errors import ConfigError
+from dpa.core.sections.cluster import ClusterConfig
 from dpa.recipes.dpa import Loop
 from dpa.training.launching import LAUNCHED, launch, launches
 from dpa.training.packing import Example, packed_rows
@@ -241,7 +242,7 @@ def test_the_other_ranks_leave_when_the_first_cannot_open_the_folder() -> None:
 
 PASSES = """
 import sys
-from dpa.core.config import PreferenceConfig
+from dpa.core.sections.training import PreferenceConfig
 from dpa.models.memory import Plan
 from dpa.training import trainer_arguments
 from dpa.training.dpo import DPO
@@ -264,7 +265,7 @@ PAIRS = f"""
 import sys, tempfile
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from tiny_models import SPACE, tiny_model, tiny_tokenizer
-from dpa.core.config import PreferenceConfig
+from dpa.core.sections.training import PreferenceConfig
 from dpa.training.dpo import DPO, EncodedPair
 from dpa.training.ranks import ranks, wait_for_all
 together = 8 if ranks() == 1 else 2

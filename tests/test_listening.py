@@ -16,9 +16,10 @@ from test_contrastive import AHEAD, DOWN, UP, rows_of
 from test_finetuning import CONFIG
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 
-from dpa.core.config import FinetuneConfig, PreferenceConfig, of_results
+from dpa.core.config_identity import of_results
 from dpa.core.errors import TrainingError
 from dpa.core.records import Ledger
+from dpa.core.sections.training import FinetuneConfig, PreferenceConfig
 from dpa.models.policy import make_steerable
 from dpa.stages.finetune import finetune_policy, listening_curve
 from dpa.storage.run_folder import StageFolder

@@ -13,10 +13,12 @@ from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, run_config, spa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpa.core.config import RolloutConfig, SelectionConfig, load_config
+from dpa.core.config import load_config
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DirectionError, RejectRateError
 from dpa.core.records import Prompt, stable_hash
+from dpa.core.sections.rollout import RolloutConfig
+from dpa.core.sections.selection import SelectionConfig
 from dpa.core.selection import select, select_pairs, standard_deviations
 from dpa.recipes.dpa import Loop
 from dpa.stages.finetune import with_replay

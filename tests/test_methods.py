@@ -16,7 +16,7 @@ from damage import damage
 from toy_run import toy_config
 
 from dpa.core.compare_config import load_comparison
-from dpa.core.config import resolved
+from dpa.core.config_identity import resolved
 from dpa.core.errors import ConfigError, EngineError, StorageError
 from dpa.recipes.baselines.lab import Lab, Method, Trained, unstated
 from dpa.recipes.baselines.methods import METHODS, compared

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from dpa.core.config import RatingsConfig
 from dpa.core.errors import DataError, RejectRateError
+from dpa.core.sections.ratings import RatingsConfig
 from dpa.stages.prompts import read_prompts
 from dpa.stages.ratings import Ratings, load_ratings, read_ratings, save_ratings
 from dpa.storage.rows import find_files

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import SPACE, tiny_model, tiny_tokenizer
 
-from dpa.core.config import FinetuneConfig
 from dpa.core.errors import TrainingError
+from dpa.core.sections.training import FinetuneConfig
 from dpa.training.packing import Example
 from dpa.training.sft import SFT
 

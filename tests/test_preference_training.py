@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from dpa.core.config import AdapterConfig, PreferenceConfig
 from dpa.core.errors import ConfigError, DataError, TrainingError
+from dpa.core.sections.training import AdapterConfig, PreferenceConfig
 from dpa.models.files import load_space
 from dpa.models.policy import make_steerable
 from dpa.storage.stage_records import Reject

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from dpa.core.config import RatingsConfig
 from dpa.core.errors import DataError, RejectRateError, StorageError
+from dpa.core.sections.ratings import RatingsConfig
 from dpa.stages.ratings import Ratings, load_ratings, print_summary, read_ratings, save_ratings, summarise_ratings
 from dpa.storage.rating_forms import is_overall_score_trap, to_hundred
 from dpa.storage.stage_records import Reject

@@ -16,10 +16,12 @@ from fakes import all_rows, prompts_of
 from ray_specs import FakeSpec
 from tiny_models import SPACE, save_tiny_model
 
-from dpa.core.config import ClusterConfig, RewardConfig, RolloutConfig
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Sample, SampleRequest
 from dpa.core.reference import ModelReference
+from dpa.core.sections.cluster import ClusterConfig
+from dpa.core.sections.reward import RewardConfig
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.remote.ray_pool import RayPool
 from dpa.sampling.engines import build_samplers
 from dpa.sampling.ray_samplers import RaySampler, SameWeights, ray_samplers
@@ -177,7 +179,7 @@ def test_without_ray_the_extra_is_named(tmp_path: Path) -> None:
     (tmp_path / "ray.py").write_text("raise ImportError('no ray here')\n")
     code = (
         "from dpa.remote.ray_pool import RayPool\n"
-        "from dpa.core.config import ClusterConfig\n"
+        "from dpa.core.sections.cluster import ClusterConfig\n"
         "RayPool(None, 1, ClusterConfig(engine='ray'))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}

@@ -12,7 +12,8 @@ import yaml
 from safetensors import safe_open
 from tiny_models import save_tiny_model
 
-from dpa.core.config import fingerprint, load_config, parse_config
+from dpa.core.config import load_config, parse_config
+from dpa.core.config_identity import fingerprint
 from dpa.core.errors import ConfigError
 from dpa.core.presets import DPA_V1
 from dpa.recipes.dpa import Loop

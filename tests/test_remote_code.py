@@ -10,9 +10,9 @@ import pytest
 from tiny_models import SPACE, save_tiny_model
 from toy_run import toy_config
 
-from dpa.core.config import FinetuneConfig
 from dpa.core.errors import ModelFileError
 from dpa.core.reference import ModelReference
+from dpa.core.sections.training import FinetuneConfig
 from dpa.models.files import SPACE_FILE
 from dpa.models.policy import load_policy
 from dpa.recipes.baselines.lab import Lab

@@ -11,7 +11,8 @@ import pytest
 from fakes import run_config
 from tiny_models import save_tiny_model
 
-from dpa.core.config import RewardRunConfig, RunConfig, load_config, load_run, resolved
+from dpa.core.config import RewardRunConfig, RunConfig, load_config, load_run
+from dpa.core.config_identity import resolved
 from dpa.core.errors import ConfigError, RunFolderError, TrainingError
 from dpa.core.records import stable_hash
 from dpa.recipes.dpa import Loop

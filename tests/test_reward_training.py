@@ -20,8 +20,8 @@ from sklearn.preprocessing import StandardScaler
 from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
-from dpa.core.config import RewardTrainConfig
 from dpa.core.errors import ConfigError, DataError, TrainingError
+from dpa.core.sections.reward import RewardTrainConfig
 from dpa.scoring.reward_model import encode, forward, read_spec
 from dpa.scoring.reward_quality import measure_quality
 from dpa.stages.train_reward import print_quality, train_reward

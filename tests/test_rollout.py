@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from fakes import FakeSampler, all_rows, prompts_of, space_of
 
-from dpa.core.config import RolloutConfig
 from dpa.core.errors import EngineError
 from dpa.core.records import candidate_id, seed_of
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.stages.rollout import rollout
 from dpa.storage.run_folder import StageFolder
 from dpa.storage.schemas import CANDIDATES

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from dpa.core.config import RolloutConfig
 from dpa.core.errors import EngineError, ModelFileError
 from dpa.core.records import SampleRequest
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.models.files import folder_revision
 from dpa.sampling.decoding import Decoder, Decoding, decode
 from dpa.sampling.drawing import BLOCK, draw

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pytest
 from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, space_of
 
-from dpa.core.config import RolloutConfig, SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, DirectionError, EngineError, StorageError
 from dpa.core.objective import Objective
 from dpa.core.records import Prompt
+from dpa.core.sections.rollout import RolloutConfig
+from dpa.core.sections.selection import SelectionConfig
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score, score_rows
 from dpa.stages.select import select_rated, select_winners

@@ -15,9 +15,10 @@ from fakes import FakeSampler, all_rows, prompts_of, space_of
 from tiny_models import save_tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dpa.core.config import RewardConfig, RewardTrainConfig, RolloutConfig
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages, Scorer
+from dpa.core.sections.reward import RewardConfig, RewardTrainConfig
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.scoring.function_scorer import FunctionScorer
 from dpa.scoring.reward_model import PUBLISHED_CONVERSATION, RELEASED_SPEC, conversation_text, encode, forward
 from dpa.scoring.reward_scorer import RewardModelScorer

@@ -29,10 +29,10 @@ from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from dpa.cli.commands import app
-from dpa.core.config import RewardTrainConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import UserError
 from dpa.core.objective import Objective
+from dpa.core.sections.reward import RewardTrainConfig
 from dpa.models.policy import load_policy, save_policy
 from dpa.sampling.drawing import uniforms
 from dpa.serve.command import _server

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_targets import THREE, TWO
 
-from dpa.core.config import RolloutConfig, SelectionConfig
 from dpa.core.directions import DirectionSpace
+from dpa.core.sections.rollout import RolloutConfig
+from dpa.core.sections.selection import SelectionConfig
 from dpa.core.target_selection import can_be_held, draw_targets, select_targets, serve_targets
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score

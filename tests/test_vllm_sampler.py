@@ -14,9 +14,9 @@ import torch
 from fakes import all_rows, prompts_of
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 
-from dpa.core.config import EngineConfig, RolloutConfig, VllmEngineConfig
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import SampleRequest
+from dpa.core.sections.rollout import EngineConfig, RolloutConfig, VllmEngineConfig
 from dpa.models.files import SafeModel, folder_revision, resolve_model
 from dpa.models.policy import load_policy
 from dpa.sampling.auto_engine import AutoEngine

@@ -102,7 +102,7 @@ class Card:
         """`count` rated rows of --ratings as RatedExample, the same at every call, of all prompts alike."""
         import numpy as np
 
-        from dpa.core.config import RatingsConfig
+        from dpa.core.sections.ratings import RatingsConfig
         from dpa.stages.ratings import read_ratings
         from dpa.training.reward_rows import RatedExample
 
@@ -142,7 +142,7 @@ class Card:
         """A reward model to score with: a linear head on the policy's own features, made once for all phases."""
         folder = self.out / "ridge_reward"
         if not (folder / "dpa_reward.json").is_file():
-            from dpa.core.config import RewardTrainConfig
+            from dpa.core.sections.reward import RewardTrainConfig
             from dpa.training.reward_training import train_reward_model
 
             config = RewardTrainConfig(backbone=self.inputs.policy, method="ridge", max_length=1024)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from card_phases.common import Card, need_vllm, on_device, parameters_of, timed
-from dpa.core.config import RolloutConfig
 from dpa.core.records import Sampler, SampleRequest
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.models.policy import encode_prompt, end_token_ids, load_policy, save_policy
 from dpa.sampling.engine import SamplingEngine
 from dpa.sampling.engines import build_samplers, engine_of

@@ -185,7 +185,7 @@ def classify(card: Card) -> None:
 
     import numpy as np
 
-    from dpa.core.config import HttpRewardConfig
+    from dpa.core.sections.reward import HttpRewardConfig
     from dpa.models.memory import free_memory
     from dpa.scoring.http_scorer import http_scorer
     from dpa.scoring.reward_scorer import RewardModelScorer

@@ -31,9 +31,9 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from card_phases.common import Card, Steps, parameters_of, steps_of, timed
-from dpa.core.config import FinetuneConfig
 from dpa.core.errors import DpaError
 from dpa.core.presets import SPACES
+from dpa.core.sections.training import FinetuneConfig
 from dpa.models.memory import available_memory, free_memory
 from dpa.models.policy import default_device
 from dpa.models.quiet import quiet_libraries

@@ -18,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback
 
 from card_phases.common import ATTRIBUTE, Card, Steps, Timed, parameters_of, steps_of, timed
-from dpa.core.config import FinetuneConfig, RewardTrainConfig
+from dpa.core.sections.reward import RewardTrainConfig
+from dpa.core.sections.training import FinetuneConfig
 from dpa.models.policy import encode_prompt, load_policy, make_steerable
 from dpa.models.quiet import quiet_libraries
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
-from dpa.core.config import expand_home
 from dpa.core.errors import ConfigError
+from dpa.core.sections.section import expand_home
 
 PATHS_AS_TEXT = frozenset({"model", "reward", "base", "space", "first", "second", "run", "files", "policy"})
 """Parameters that are text because they may also name something that is no path (a Hub id, a published space)."""

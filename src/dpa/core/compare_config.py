@@ -13,8 +13,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dpa.core.config import PathText, RunConfig, parse_config, read_yaml, set_dotted
+from dpa.core.config import RunConfig, parse_config, read_yaml, set_dotted
 from dpa.core.errors import ConfigError
+from dpa.core.sections.section import PathText
 
 SEED = "{seed}"
 

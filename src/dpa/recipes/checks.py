@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpa.core.config import RewardConfig, RewardRunConfig, RunConfig
+from dpa.core.config import RewardRunConfig, RunConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError
+from dpa.core.sections.reward import RewardConfig
 from dpa.models.files import GGUF_SUFFIX
 from dpa.sampling.engines import engine_named
 from dpa.scoring.function_scorer import function_file

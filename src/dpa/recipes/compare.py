@@ -21,7 +21,8 @@ import numpy as np
 from rich.console import Console
 
 from dpa.core.compare_config import CompareConfig
-from dpa.core.config import RunConfig, resolved
+from dpa.core.config import RunConfig
+from dpa.core.config_identity import resolved
 from dpa.core.errors import DamageError, EngineError, StorageError
 from dpa.pages.comparison import write_comparison
 from dpa.recipes.baselines.lab import Lab, Method, Trained

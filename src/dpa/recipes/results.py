@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpa.core.config import EvaluateConfig, resolved
+from dpa.core.config_identity import resolved
 from dpa.core.errors import DamageError, RunFolderError
+from dpa.core.sections.evaluate import EvaluateConfig
 from dpa.models.files import EVALUATION_FILE, SPACE_FILE
 from dpa.pages.card import CARD, card
 from dpa.recipes.checks import first_iteration

@@ -14,10 +14,12 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
-from dpa.core.config import PromptsConfig, RewardConfig, RolloutConfig, RunConfig
+from dpa.core.config import RunConfig
 from dpa.core.errors import RunFolderError
 from dpa.core.records import Ledger, Prompt, Sampler, Scorer
 from dpa.core.reference import ModelReference
+from dpa.core.sections.reward import RewardConfig
+from dpa.core.sections.rollout import PromptsConfig, RolloutConfig
 from dpa.core.target_measures import target_grid
 from dpa.core.targets import Held
 from dpa.models.memory import free_memory

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 from dpa.core.direction_text import shown
 from dpa.core.errors import ConfigError
+from dpa.core.sections.section import is_address
 
 _CONNECT_S = 10.0
 MAX_ANSWER_BYTES = 16_000_000
@@ -63,12 +63,7 @@ async def exchange(client: Any, address: str, content: bytes | None) -> tuple[in
 
 def check_address(address: str, field: str) -> None:
     """Raises ConfigError that names the `field` where this is no address of a server."""
-    try:
-        parts = urlsplit(address)
-        right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and address.isprintable()
-    except ValueError:  # a port beyond 65535, half a bracket
-        right = False
-    if not right:
+    if not is_address(address):
         raise ConfigError(f"{field}: {shown(address)} is no address; write for example http://localhost:8000/v1.")
 
 

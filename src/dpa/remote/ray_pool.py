@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpa.core.closing import Closing
-from dpa.core.config import ClusterConfig
 from dpa.core.errors import ConfigError, DpaError, EngineError
 from dpa.core.records import score_in_full
+from dpa.core.sections.cluster import ClusterConfig
 
 MAX_DEATHS = 3
 """Deaths in a row after which a request, or the attempt to start a worker, is given up."""

@@ -9,10 +9,10 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import Sampler
 from dpa.core.reference import Model
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.sampling.engine import SamplingEngine
 from dpa.sampling.samplers import SamplerSpec
 from dpa.sampling.transformers_engine import TransformersEngine

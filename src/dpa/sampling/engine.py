@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 import torch
 
 from dpa.core.closing import Closing
-from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import Sampler
 from dpa.core.reference import Model
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.sampling.samplers import SamplerSpec
 
 

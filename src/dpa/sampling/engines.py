@@ -5,11 +5,11 @@ Run its tests: pytest tests/test_engines.py
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.lookup import look_up
 from dpa.core.records import Sampler
 from dpa.core.reference import Model
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.models.files import load_space, resolve_model
 from dpa.sampling.auto_engine import AutoEngine
 from dpa.sampling.engine import SamplingEngine

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Messages, Sample, Sampler, SampleRequest
 from dpa.core.reference import Model
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.core.targets import preference_of, sentence, wish_of
 from dpa.models.chat_template import has_system_role, with_sentence
 from dpa.models.files import folder_revision, resolve_model

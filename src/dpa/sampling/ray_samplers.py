@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from dpa.core.config import ClusterConfig
 from dpa.core.errors import ModelFileError
 from dpa.core.records import Sample, Sampler, SampleRequest
 from dpa.core.reference import ModelReference
+from dpa.core.sections.cluster import ClusterConfig
 from dpa.models.files import folder_revision
 from dpa.remote.ray_pool import RayPool, threads_of
 from dpa.sampling.samplers import SamplerSpec

@@ -11,11 +11,12 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpa.core.config import MixedBf16, RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import EngineError
 from dpa.core.records import Sample, SampleRequest
 from dpa.core.reference import Model, ModelReference
+from dpa.core.sections.rollout import RolloutConfig
+from dpa.core.sections.section import MixedBf16
 from dpa.models.files import folder_revision, load_space, resolve_model
 from dpa.models.half_precision import computes_in_bf16
 from dpa.models.policy import context_length, default_device, end_token_ids, is_out_of_memory, load_policy

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import torch
 
-from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import Sampler
 from dpa.core.reference import Model
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.sampling.engine import SamplingEngine
 from dpa.sampling.process_sampler import ProcessSampler
 from dpa.sampling.samplers import SamplerSpec, sampler_spec

@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Sample, Sampler, SampleRequest
 from dpa.core.reference import Model
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.models.files import SafeModel, folder_revision, resolve_model
 from dpa.models.half_precision import computes_in_bf16
 from dpa.models.memory import free_memory

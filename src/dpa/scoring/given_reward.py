@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dpa.core.config import RUN_FILE, RewardConfig, RewardRunConfig, run_named
+from dpa.core.config import RUN_FILE, RewardRunConfig, run_named
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DirectionError, ModelFileError
 from dpa.core.records import Scorer
 from dpa.core.reference import ModelReference
+from dpa.core.sections.reward import RewardConfig
 from dpa.models.files import resolve_model
 from dpa.scoring.function_scorer import function_file
 from dpa.scoring.reward_model import RECORD, read_spec

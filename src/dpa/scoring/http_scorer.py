@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpa.core.config import HttpRewardConfig
 from dpa.core.errors import EngineError
 from dpa.core.records import Messages, Scorer
 from dpa.core.reference import ModelReference
+from dpa.core.sections.reward import HttpRewardConfig
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.loading import load_tokenizer
 from dpa.models.quiet import quiet_libraries

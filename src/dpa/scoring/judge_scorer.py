@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from dpa.core.config import JudgeConfig
 from dpa.core.errors import ConfigError, EngineError
 from dpa.core.records import Messages, Scored, add_costs, stable_hash
+from dpa.core.sections.reward import JudgeConfig
 from dpa.remote.http_exchange import Refusal, key_in
 from dpa.remote.judge_client import ChatJudge
 from dpa.scoring.scorer_source import ScorerSource

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dpa.core.config import ClusterConfig, RewardConfig
 from dpa.core.records import Messages, Scored, Scorer
 from dpa.core.reference import ModelReference
+from dpa.core.sections.cluster import ClusterConfig
+from dpa.core.sections.reward import RewardConfig
 from dpa.remote.ray_pool import RayPool, threads_of
 from dpa.scoring.scorers import build_scorer, on_every_node
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpa.core.config import RewardConfig
 from dpa.core.records import Scorer
 from dpa.core.reference import Model
+from dpa.core.sections.reward import RewardConfig
 
 
 @dataclass(frozen=True)

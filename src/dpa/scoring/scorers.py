@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpa.core.config import RewardConfig
 from dpa.core.errors import ConfigError
 from dpa.core.lookup import look_up
 from dpa.core.records import Messages, Scored, Scorer, add_costs, score_in_full, stable_hash
 from dpa.core.reference import Model
+from dpa.core.sections.reward import RewardConfig
 from dpa.scoring.function_scorer import FunctionSource
 from dpa.scoring.http_scorer import HttpSource
 from dpa.scoring.judge_scorer import JudgeSource

@@ -11,9 +11,9 @@ import numpy as np
 
 from dpa.core.compare_config import CompareConfig
 from dpa.core.comparison import Entry, Front, height_at, lead, main_objective, over_seeds
-from dpa.core.config import EvaluateConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.measures import all_measures, bootstrap_means, mean_over_prompts
+from dpa.core.sections.evaluate import EvaluateConfig
 
 Scores = Mapping[tuple[str, str], Sequence[Mapping[str, np.ndarray]]]
 """(method, policy) -> for each seed, reward -> scores_DPK."""

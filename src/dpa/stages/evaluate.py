@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from dpa.core.comparison import main_objective
-from dpa.core.config import EvaluateConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError
 from dpa.core.measures import bootstrap_means, finite_or_none, interval, mean_over_prompts, measure, pareto_front
 from dpa.core.records import Messages
+from dpa.core.sections.evaluate import EvaluateConfig
 from dpa.core.target_measures import control_errors, target_grid
 from dpa.storage.schemas import held_values, score_matrix
 

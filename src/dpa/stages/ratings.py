@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpa.core.config import RatingsConfig
 from dpa.core.errors import DamageError, DataError, RejectRateError
 from dpa.core.records import Messages, Prompt, messages_text, stable_hash
+from dpa.core.sections.ratings import RatingsConfig
 from dpa.storage.console import print_table
 from dpa.storage.rating_forms import RatedRow, Scale, declared_scales, named_columns, read_row, to_hundred
 from dpa.storage.rows import (

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from dpa.core.config import RolloutConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DpaError, RejectRateError
 from dpa.core.records import (
@@ -23,6 +22,7 @@ from dpa.core.records import (
     seed_of,
     stable_hash,
 )
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.core.targets import Held
 from dpa.storage.memory import peak_memory
 from dpa.storage.progress import ProgressBar

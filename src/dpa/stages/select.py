@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from dpa.core.config import SelectionConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, RejectRateError, StorageError
 from dpa.core.records import Ledger, Prompt, messages_text, places_of, stable_hash
+from dpa.core.sections.selection import SelectionConfig
 from dpa.core.selection import select, select_pairs, select_per_direction, select_random, standard_deviations
 from dpa.core.target_selection import serve_targets
 from dpa.core.utility import Utility

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpa.core.config import RewardTrainConfig
 from dpa.core.errors import ConfigError, TrainingError
+from dpa.core.sections.reward import RewardTrainConfig
 from dpa.models.memory import free_memory
 from dpa.scoring.reward_model import RECORD
 from dpa.storage.console import print_table

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dpa.core.config import differences, fingerprint, resolved
+from dpa.core.config_identity import differences, fingerprint, resolved
 from dpa.core.errors import DamageError, RunFolderError
 from dpa.storage.tables import CHECKSUM, disk_error, file_digest, is_whole, read_json, write_if_new, write_record
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from dpa.core.config import TEXT_COLUMNS, RatingsConfig
 from dpa.core.errors import DataError
 from dpa.core.records import SCALE, Messages
+from dpa.core.sections.ratings import TEXT_COLUMNS, RatingsConfig
 from dpa.storage.rows import BadRow, check_messages, check_text, given_messages, quoted
 from dpa.storage.schemas import RATINGS, name_taken
 

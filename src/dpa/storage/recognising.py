@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dpa.core.config import RatingsConfig, parse_config
+from dpa.core.config import parse_config
 from dpa.core.errors import ConfigError, DataError
+from dpa.core.sections.ratings import RatingsConfig
 from dpa.storage.columns import Column, number_of, plain
 from dpa.storage.rating_forms import HELPSTEER_MARKS, Scale
 from dpa.storage.rows import find_files, is_hub_id, quoted, read_hub_rows, read_rows

@@ -15,8 +15,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpa.core.config import ClusterConfig
 from dpa.core.errors import ConfigError, TrainingError
+from dpa.core.sections.cluster import ClusterConfig
 from dpa.models.memory import free_memory
 from dpa.storage.stopping import POLL_S, StopOnSignal
 from dpa.training.ranks import ranks

@@ -16,9 +16,10 @@ import pyarrow as pa
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from dpa.core.config import RolloutConfig, RunConfig
+from dpa.core.config import RunConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import Ledger, Scorer
+from dpa.core.sections.rollout import RolloutConfig
 from dpa.core.targets import Held
 from dpa.models.policy import encode_prompt, turn_end_id
 from dpa.storage.stage_records import Reject

@@ -17,10 +17,11 @@ from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 
-from dpa.core.config import TrainingConfig, of_results
+from dpa.core.config_identity import of_results
 from dpa.core.errors import DamageError, DataError, TrainingError
 from dpa.core.records import stable_hash
 from dpa.core.reference import Model, ModelReference
+from dpa.core.sections.training import TrainingConfig
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.files import folder_revision, resolve_model
 from dpa.models.half_precision import computes_in_bf16

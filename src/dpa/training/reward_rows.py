@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from dpa.core.config import RewardTrainConfig
 from dpa.core.errors import DataError
 from dpa.core.records import Messages, stable_hash
+from dpa.core.sections.reward import RewardTrainConfig
 from dpa.scoring.reward_model import encode
 from dpa.training.cutting import ANY_LENGTH, cut_prompt
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from dpa.core.config import RewardTrainConfig
+from dpa.core.sections.reward import RewardTrainConfig
 from dpa.models.attention import best_way, pack_inputs, padded_attention, to_device
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.half_precision import computes_in_bf16

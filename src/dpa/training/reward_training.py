@@ -20,10 +20,11 @@ import torch
 from peft import get_peft_model
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dpa.core.config import RewardTrainConfig, of_results
+from dpa.core.config_identity import of_results
 from dpa.core.errors import TrainingError
 from dpa.core.records import stable_hash
 from dpa.core.reference import ModelReference
+from dpa.core.sections.reward import RewardTrainConfig
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.half_precision import computes_in_bf16
 from dpa.models.memory import free_memory

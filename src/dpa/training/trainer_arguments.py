@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from dpa.core.config import TrainingConfig
 from dpa.core.errors import ConfigError
+from dpa.core.sections.training import TrainingConfig
 from dpa.models.half_precision import computes_in_bf16
 from dpa.models.memory import Plan
 from dpa.training.learner import Learner

@@ -18,8 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import integration_utils
 from transformers.trainer_callback import ExportableState
 
-from dpa.core.config import AdapterConfig
 from dpa.core.errors import ConfigError, TrainingError
+from dpa.core.sections.training import AdapterConfig
 from dpa.storage.progress import ProgressBar
 from dpa.storage.stopping import StopOnSignal
 from dpa.training.ranks import any_of

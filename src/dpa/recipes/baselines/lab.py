@@ -17,11 +17,14 @@ import numpy as np
 import pyarrow as pa
 
 from dpa.core.comparison import Entry
-from dpa.core.config import PromptsConfig, RewardConfig, RunConfig, SelectionConfig
+from dpa.core.config import RunConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DamageError, DataError, TrainingError
 from dpa.core.records import Ledger, Prompt, Sampler, messages_text, stable_hash
 from dpa.core.reference import ModelReference
+from dpa.core.sections.reward import RewardConfig
+from dpa.core.sections.rollout import PromptsConfig
+from dpa.core.sections.selection import SelectionConfig
 from dpa.models.policy import count_tokens
 from dpa.recipes.baselines.asking import TranslatingSampler, without_direction
 from dpa.recipes.run import Run

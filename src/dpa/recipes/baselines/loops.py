@@ -4,7 +4,8 @@ Run its tests: pytest tests/test_compare.py
 
 from typing import Any
 
-from dpa.core.config import RunConfig, parse_config, resolved
+from dpa.core.config import RunConfig, parse_config
+from dpa.core.config_identity import resolved
 from dpa.models.files import load_space
 from dpa.recipes.baselines.lab import Lab, Trained
 from dpa.recipes.dpa import Loop

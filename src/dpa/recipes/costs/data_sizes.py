@@ -16,8 +16,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from dpa.core.config import PromptsConfig, RatingsConfig, RunConfig
+from dpa.core.config import RunConfig
 from dpa.core.errors import ConfigError, DataError
+from dpa.core.sections.ratings import RatingsConfig
+from dpa.core.sections.rollout import PromptsConfig
 from dpa.stages.judge import CHARACTERS_PER_TOKEN
 from dpa.storage.rating_forms import RatedRow, declared_scales, named_columns, read_row
 from dpa.storage.rows import CSV_BLOCK, find_files, is_hub_id, read_rows

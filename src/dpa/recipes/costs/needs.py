@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpa.core.config import AdapterConfig, ClusterConfig, RolloutConfig
 from dpa.core.errors import ConfigError
+from dpa.core.sections.cluster import ClusterConfig
+from dpa.core.sections.rollout import RolloutConfig
+from dpa.core.sections.training import AdapterConfig
 from dpa.core.yaml_text import parse_yaml
 from dpa.models.memory import TrainingMemory
 from dpa.recipes.costs.devices import Device

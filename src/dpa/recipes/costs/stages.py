@@ -5,7 +5,8 @@ Run its tests: pytest tests/test_estimate.py
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpa.core.config import RunConfig, TrainingConfig
+from dpa.core.config import RunConfig
+from dpa.core.sections.training import TrainingConfig
 from dpa.core.target_measures import target_grid
 from dpa.models.compiling import TRAINING_STEPS
 from dpa.recipes.checks import BYTES_PER_CANDIDATE, first_iteration

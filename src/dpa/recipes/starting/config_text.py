@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpa.core.config import RatingsConfig
+from dpa.core.sections.ratings import RatingsConfig
 from dpa.recipes.starting.objectives import Objectives, is_bad
 from dpa.recipes.starting.sizes import ROOM, First, Sizes
 

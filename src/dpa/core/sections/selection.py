@@ -1,0 +1,70 @@
+"""`selection`: which candidate each direction keeps.
+Run its tests: pytest tests/test_config.py tests/test_loop_options.py
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dpa.core.sections.section import Section
+
+
+class SelectionConfig(Section):
+    """Which candidate each direction keeps."""
+
+    method: Literal["pooled", "per_direction", "random"] = Field(
+        "pooled",
+        description="pooled: best of all candidates of a prompt for each direction; per_direction: best of those made "
+        "under that direction (the paper read literally); random: the control.",
+    )
+    utility: Literal["linear", "ray", "chebyshev"] = Field(
+        "linear",
+        repr=False,  # what was selected before there was a choice keeps its identity (stages/select.py)
+        description="What makes a candidate the best under a direction v. linear: v . r, the paper's, which never "
+        "keeps what lies inside the convex hull of a pool; ray: how far it comes along v in every objective "
+        "(Pascoletti and Serafini); chebyshev: the weighted distance to the best of the pool in each objective.",
+    )
+    augmentation: float = Field(
+        0.01,
+        ge=0,
+        repr=False,
+        description="ray, chebyshev: how much of v . r is added. A little tells candidates apart that are equal in "
+        "their weakest objective; 1 mixes the two.",
+    )
+    directions: int = Field(
+        4,
+        ge=1,
+        description="Directions served by each prompt's pool (pooled, random): first those it was asked under, then "
+        "new ones; per_direction serves those it was asked under.",
+    )
+    standardise: bool = Field(
+        False,
+        description="Divide each objective by its standard deviation over the iteration's candidates before weighing, "
+        "so that an objective that varies little counts as much. A constant one is left as it is.",
+    )
+    rejected: Literal["worst", "random", "other_direction"] = Field(
+        "worst",
+        description="learner: dpo. What the winner is compared with: the worst of the same pool under the direction, "
+        "a random one below the winner, or the winner of another direction of the pool, so that every pair occurs in "
+        "both orders and only the direction explains it (keep quality with dpo.sft_weight).",
+    )
+    ends_until: int = Field(
+        0,
+        ge=0,
+        description="Iterations t below this one draw all their directions from the outer fifth of the training cone, "
+        "where winners differ most; later ones from the whole cone.",
+    )
+    targets: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        repr=False,  # in the identity of a shard only where there are some
+        description="Share of the winners of each prompt that are those of a target instead of a direction, such as "
+        "`helpfulness; verbosity=40` (docs/method.md); the policy then takes both. method pooled only; with another "
+        "learner than sft only t = 0, which is always sft, holds some.",
+    )
+
+    @property
+    def target_share(self) -> float:
+        """`targets`, where the method keeps winners of targets."""
+        return self.targets if self.method == "pooled" else 0.0
