@@ -211,6 +211,18 @@ def test_what_was_heard_while_training_is_drawn_over_all_iterations(two):
     assert "Listening, while" not in report_html(without), "a run of an earlier version"
 
 
+def test_what_there_was_to_choose_from_is_drawn_beside_what_became_of_it(two):
+    pools = {"prompts": 600, "candidates": 16.0, "different": 3.25, "dominated": 0.125, "verdict": True, "sentence": ""}
+    offered = copy.deepcopy(two)
+    for policy in offered["policies"][1:]:  # t = 0 was trained elsewhere
+        policy["pools"] = {**pools, "directions": policy["evaluation"]["directions"]}
+    page = report_html(offered)
+    section = page.split("<h2>What there was to choose from</h2>")[1].split("</section>")[0]
+    assert len(charts_of(section)) == 1 and "Best of the pools: helpfulness against verbosity" in section
+    assert section.count("<td>3.2</td>") == section.count("<td>12%</td>") == 2
+    assert "What there was to choose from" not in report_html(two), "a run of an earlier version"
+
+
 def test_the_table_holds_every_direction_of_every_policy(three):
     rows = list(csv.DictReader(table_csv(three).splitlines()))
     evaluations = [policy["evaluation"] for policy in three["policies"]]

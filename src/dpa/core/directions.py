@@ -264,6 +264,14 @@ class DirectionSpace:
         in_plane_D = np.hypot(directions_DK @ pole_K, directions_DK @ self.center_K)
         return np.abs(in_plane_D - 1.0) < 1e-6
 
+    def asked_angles(self, weights_K: np.ndarray) -> dict[str, float]:
+        """Arc -> signed degrees of one direction, for the arcs it lies on."""
+        return {
+            arc: round(float(self.asked_angle(weights_K[None], arc)[0]), 6) + 0.0  # no minus zero
+            for arc in self.arc_names
+            if self.on_arc(weights_K[None], arc)[0]
+        }
+
     def combine(self, scores_NM: np.ndarray, attributes: Sequence[str]) -> np.ndarray:
         """scores_NK of the objectives from scores_NM of the named attributes; NaN where a needed one is NaN."""
         column = {name: i for i, name in enumerate(attributes)}

@@ -157,6 +157,14 @@ def interval(value: float, draws_R: np.ndarray) -> Interval:
     return Interval(value=finite_or_none(value), low=finite_or_none(low), high=finite_or_none(high))
 
 
+def intervals_over_prompts(values_DPX: np.ndarray, resamples: int, seed: int) -> list[list[Interval]]:
+    """Mean and 95% interval over prompts, for each direction and column."""
+    means_DX = mean_over_prompts(values_DPX)
+    draws_RDX = bootstrap_means(values_DPX, resamples, seed)
+    D, X = means_DX.shape
+    return [[interval(float(means_DX[d, x]), draws_RDX[:, d, x]) for x in range(X)] for d in range(D)]
+
+
 def measure(
     scores_DPK: np.ndarray,
     space: DirectionSpace,

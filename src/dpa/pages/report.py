@@ -6,7 +6,8 @@ The record, all of it JSON:
   space                   DirectionSpace.to_dict()
   config                  the resolved configuration
   policies                in order of time: {name ("start", "t = 0", ...), evaluation (stages.evaluate.evaluate),
-                          ledger {stage: Ledger as a mapping}, listening (stages.finetune.listening_curve)}
+                          ledger {stage: Ledger as a mapping}, listening (stages.finetune.listening_curve),
+                          pools (stages.pools.pool_front, or null)}; the last two may be absent
   samples                 {policy, questions (stages.evaluate.side_by_side), typical (stages.evaluate.typical_question,
                           or null, or absent)}, or null
   ledger                  {stage: Ledger as a mapping} of what is done once: train_reward
@@ -34,6 +35,7 @@ from dpa.pages.report_charts import (
     front_chart,
     listening_charts,
     measure_chart,
+    pools_charts,
     target_charts,
 )
 from dpa.pages.writing import listed
@@ -130,6 +132,7 @@ def report_html(results: Record) -> str:
         knowing=[policy for policy in policies if policy["evaluation"].get("targets")],
         upward=upward,
         listening=listening_charts(policies),
+        pools=pools_charts(policies, arcs, upward, space.max_angle, signs),
         questions=_questions(results["samples"]),
         measures=[
             chart

@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_report.py
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dpa.pages.charts import Chart, Point, Series, range_of
@@ -50,6 +51,21 @@ def front_chart(
         f"One line for each policy, one mark for each direction asked from -{max_angle:g} to {max_angle:g} degrees, "
         "with 95% intervals; the numbers are in the table Every direction.",
     )
+
+
+def pools_charts(
+    policies: Policies, arcs: Sequence[str], upward: str, max_angle: float, signs: Mapping[str, int]
+) -> list[Chart]:
+    """The same of the best candidate of each pool, for the policies that chose from some."""
+    pools = [{"name": policy["name"], "evaluation": policy["pools"]} for policy in policies if policy.get("pools")]
+    return [
+        replace(
+            front_chart(pools, "model", arc, upward, max_angle, signs),
+            title=f"Best of the pools: {upward} against {arc}",
+            description="One line for each iteration, one mark for what each direction would keep, with 95% intervals.",
+        )
+        for arc in (arcs if pools else ())
+    ]
 
 
 def achieved_chart(policies: Policies, reward: str, arc: str, max_angle: float) -> Chart:

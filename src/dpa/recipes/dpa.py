@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from dpa.core.errors import RunFolderError
-from dpa.core.records import Ledger
+from dpa.core.records import Ledger, stable_hash
 from dpa.pages.report import write_report
 from dpa.recipes.checks import check_candidates, check_iteration
 from dpa.recipes.loop_run import LoopRun
 from dpa.recipes.results import (
     adopted,
+    chosen_from,
     evaluation_file,
     evaluation_of,
     knows_targets,
     measured_stages,
+    pools_file,
     publish,
     results_of,
     trained_elsewhere,
@@ -30,6 +32,7 @@ from dpa.recipes.results import (
 from dpa.recipes.room import needed_bytes
 from dpa.recipes.run import shown
 from dpa.stages.finetune import finetune_policy
+from dpa.stages.pools import pool_front
 from dpa.stages.rollout import ask, rollout
 from dpa.stages.score import score, score_rows
 from dpa.stages.select import select_rated, select_winners
@@ -95,14 +98,22 @@ class Loop(LoopRun):
 
     @shown
     def select(self, t: int) -> Ledger:
-        """Keep the winner of each direction, with a loser beside it where the learner reads pairs."""
+        """Keep the winner of each direction, with a loser beside it where the learner reads pairs. Says what there was
+        to choose from, and loudly where that was the same in all directions."""
         check_candidates(self.config, t)
         stage, scores, space = self.stage(t, "select"), self.stage(t, "score"), self.drawn_from(t)
         config, seed = self.config.selection, self.config.seed
         if t == 0:
-            return select_rated(stage, self.read_ratings(), scores, space, config, seed)
-        candidates, pairs = self.stage(t, "rollout"), self.learner(t).reads == "pairs"
-        return select_winners(stage, candidates, scores, self.prompts(t), space, config, seed, pairs)
+            ledger = select_rated(stage, self.read_ratings(), scores, space, config, seed)
+        else:
+            candidates, pairs = self.stage(t, "rollout"), self.learner(t).reads == "pairs"
+            ledger = select_winners(stage, candidates, scores, self.prompts(t), space, config, seed, pairs)
+        made_from = stable_hash(*map(scores.shard_digest, range(scores.shards)))
+        if (chosen_from(self, t) or {}).get("made_from") != made_from:
+            found = pool_front(scores.whole_table(), self.space, config, self.config.evaluate, seed)
+            write_record(pools_file(self, t), {**found, "made_from": made_from})
+            self.console.print(f"t = {t}: {found['sentence']}", style=None if found["verdict"] else "bold red")
+        return ledger
 
     @shown
     def finetune(self, t: int) -> Ledger:

@@ -21,6 +21,7 @@ from dpa.scoring.reward_model import RECORD
 from dpa.scoring.scorers import scored_by
 from dpa.stages.evaluate import EVALUATION, side_by_side, typical_question
 from dpa.stages.finetune import listening_curve
+from dpa.stages.pools import POOLS
 from dpa.storage.tables import json_bytes, read_json, read_record, write_if_new
 from dpa.version import __version__
 
@@ -52,6 +53,19 @@ def evaluation_of(run: Run, t: int) -> dict[str, Any] | None:
     except DamageError as error:
         log.warning("%s; t = %d does not count as measured.", str(error).split("; ")[0], t)
         return None
+
+
+def pools_file(run: Run, t: int) -> Path:
+    """The record of what iteration t had to choose from."""
+    return run.path / f"iter_{t}" / "select" / "pools.json"
+
+
+def chosen_from(run: Run, t: int) -> dict[str, Any] | None:
+    """What iteration t had to choose from; None where nothing was chosen, or the record is damaged."""
+    file = pools_file(run, t)
+    with suppress(DamageError):
+        return read_record(file, POOLS, optional=None) if file.exists() else None
+    return None
 
 
 def publish(run: Run, t: int, found: Mapping[str, Any]) -> None:
@@ -156,6 +170,7 @@ def results_of(run: Run) -> dict[str, Any]:
                 "evaluation": evaluation,
                 "ledger": ledgers_of(run, t),
                 "listening": listening_curve(run.stage(t, "finetune")),
+                "pools": chosen_from(run, t),
             }
             for t, evaluation in found.items()
         ],

@@ -13,7 +13,7 @@ import pyarrow as pa
 from dpa.core.comparison import main_objective
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError
-from dpa.core.measures import bootstrap_means, finite_or_none, interval, mean_over_prompts, measure, pareto_front
+from dpa.core.measures import Interval, finite_or_none, intervals_over_prompts, mean_over_prompts, measure, pareto_front
 from dpa.core.records import Messages
 from dpa.core.sections.evaluate import EvaluateConfig
 from dpa.core.target_measures import control_errors, target_grid
@@ -63,12 +63,12 @@ def evaluate(
     def per_prompt(values_NX: np.ndarray) -> np.ndarray:
         return _mean_in_cells(values_NX, cell_N, D, P)
 
-    lengths_DX = _intervals(per_prompt(np.stack([words_N, tokens], axis=1)), config.resamples, seed)
+    lengths_DX = intervals_over_prompts(per_prompt(np.stack([words_N, tokens], axis=1)), config.resamples, seed)
     directions: list[dict[str, Any]] = [
         {
             "direction": str(space.direction(weights_K)),
             "weights": weights_K.tolist(),
-            "angles": _angles(weights_K, space),
+            "angles": space.asked_angles(weights_K),
             "words": words,
             "tokens": token_count,
             "objectives": {},
@@ -80,7 +80,7 @@ def evaluate(
     for reward, scores_NK in scores_by_reward.items():
         scores_DPK = per_prompt(scores_NK)
         measures[reward] = measure(scores_DPK, space, grid_DK, config.reference, config.resamples, seed)
-        intervals_DK = _intervals(scores_DPK, config.resamples, seed)
+        intervals_DK = intervals_over_prompts(scores_DPK, config.resamples, seed)
         front_D = pareto_front(mean_over_prompts(scores_DPK))
         for record, intervals_K, on_front in zip(directions, intervals_DK, front_D, strict=True):
             record["objectives"][reward] = dict(zip(space.names, intervals_K, strict=True))
@@ -124,9 +124,10 @@ def evaluate_targets(
         found[cell] = values_NX
         return found
 
-    def means(values_TPSX: np.ndarray) -> list[list[dict[str, Any]]]:
+    def means(values_TPSX: np.ndarray) -> list[list[Interval]]:
         T, P, S, X = values_TPSX.shape
-        return _intervals(mean_over_prompts(values_TPSX.reshape(T * P, S, X)).reshape(T, P, X), config.resamples, seed)
+        means_TPX = mean_over_prompts(values_TPSX.reshape(T * P, S, X)).reshape(T, P, X)
+        return intervals_over_prompts(means_TPX, config.resamples, seed)
 
     words_N1 = np.array([[len(response.split())] for response in rollout["response"].to_pylist()], dtype=np.float64)
     records: list[dict[str, Any]] = [
@@ -280,7 +281,7 @@ class _FirstAnswers:
     def _answer(self, d: int, row: int) -> dict[str, Any]:
         return {
             "direction": str(self.space.direction(self.grid_DK[d])),
-            "angles": _angles(self.grid_DK[d], self.space),
+            "angles": self.space.asked_angles(self.grid_DK[d]),
             "response": self.responses[row],
             "words": len(self.responses[row].split()),
             "tokens": self.tokens[row],
@@ -291,15 +292,6 @@ class _FirstAnswers:
                 for reward, scores_NK in self.scores.items()
             },
         }
-
-
-def _angles(weights_K: np.ndarray, space: DirectionSpace) -> dict[str, float]:
-    """arc -> asked degrees, for the arcs this direction lies on."""
-    return {
-        arc: round(float(space.asked_angle(weights_K[None], arc)[0]), 6) + 0.0  # no minus zero
-        for arc in space.arc_names
-        if space.on_arc(weights_K[None], arc)[0]
-    }
 
 
 def _showcase(grid_DK: np.ndarray, space: DirectionSpace) -> list[int]:
@@ -357,11 +349,3 @@ def _mean_in_cells(values_NX: np.ndarray, cell_N: np.ndarray, D: int, P: int) ->
     np.add.at(total_DPX, tuple(cell_N), np.where(known_NX, values_NX, 0.0))
     np.add.at(count_DPX, tuple(cell_N), known_NX)
     return np.divide(total_DPX, count_DPX, out=np.full_like(total_DPX, np.nan), where=count_DPX > 0)
-
-
-def _intervals(values_DPX: np.ndarray, resamples: int, seed: int) -> list[list[dict[str, Any]]]:
-    """Mean and 95% interval over prompts, for each direction and column."""
-    means_DX = mean_over_prompts(values_DPX)
-    draws_RDX = bootstrap_means(values_DPX, resamples, seed)
-    D, X = means_DX.shape
-    return [[dict(interval(float(means_DX[d, x]), draws_RDX[:, d, x])) for x in range(X)] for d in range(D)]

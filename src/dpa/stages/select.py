@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, RejectRateError, StorageError
-from dpa.core.records import Ledger, Prompt, messages_text, places_of, stable_hash
+from dpa.core.pools import Pools, pools_of
+from dpa.core.records import Ledger, Prompt, messages_text, stable_hash
 from dpa.core.sections.selection import SelectionConfig
 from dpa.core.selection import select, select_pairs, select_per_direction, select_random, standard_deviations
 from dpa.core.target_selection import serve_targets
@@ -25,23 +26,10 @@ NO_SCORE = "no candidate has a valid score"
 NO_PAIR = "no candidate is better than another under any direction"
 
 
-class _Pools(NamedTuple):
-    """The candidates of some prompts, padded to the largest pool of these.
-
-    `row_PN` is the row of each (-1: padding), `weighed_PNK` its scores over the scale.
-    """
-
-    prompt_ids: list[str]
-    row_PN: np.ndarray
-    scores_PNK: np.ndarray
-    weighed_PNK: np.ndarray
-    valid_PN: np.ndarray
-
-
 class _Winners(NamedTuple):
     """Of some prompts: what each pool serves, and whom it keeps for it, as places in the pool (-1: nobody)."""
 
-    pools: _Pools
+    pools: Pools
     directions_PDK: np.ndarray
     held_PDK: np.ndarray | None
     winners_PD: np.ndarray
@@ -191,7 +179,7 @@ def _write_winners(
 ) -> None:
     started = time.monotonic()
     scores_RK = how.space.combine(*score_matrix(scores))
-    groups = _pools(candidates["prompt_id"].to_pylist(), scores_RK, how.scale_K)
+    groups = pools_of(candidates["prompt_id"].to_pylist(), scores_RK, how.scale_K)
     found = [_winners(pools, candidates, how, stage.name) for pools in groups]
     table, rejects = _winner_rows(found, candidates, texts, how)
     ledger = Ledger(
@@ -200,7 +188,7 @@ def _write_winners(
     stage.write_shard(number, table, ledger, rejects, made_from)
 
 
-def _winners(pools: _Pools, candidates: pa.Table, how: _How, stage: str) -> _Winners:
+def _winners(pools: Pools, candidates: pa.Table, how: _How, stage: str) -> _Winners:
     rngs = [
         np.random.default_rng(int(stable_hash("select", how.seed, stage, prompt_id), 16))
         for prompt_id in pools.prompt_ids
@@ -227,28 +215,8 @@ def _winners(pools: _Pools, candidates: pa.Table, how: _How, stage: str) -> _Win
     return _Winners(pools, directions_PDK, held_PDK, winners_PD, losers_PD)
 
 
-def _pools(prompt_ids: list[str], scores_RK: np.ndarray, scale_K: np.ndarray) -> list[_Pools]:
-    """Rows grouped by prompt, prompts and rows in the order in which they first appear; a row is NaN or valid.
-
-    Only pools between the same powers of two are put together: one large pool must not pad all others to its size.
-    """
-    rows = places_of(prompt_ids)
-    groups: dict[int, list[str]] = {}
-    for prompt_id, members in rows.items():
-        groups.setdefault((len(members) - 1).bit_length(), []).append(prompt_id)
-    found = []
-    for own in groups.values():
-        row_PN = np.full((len(own), max(len(rows[prompt_id]) for prompt_id in own)), -1)
-        for p, prompt_id in enumerate(own):
-            row_PN[p, : len(rows[prompt_id])] = rows[prompt_id]
-        scores_PNK = scores_RK[row_PN]
-        valid_PN = np.isfinite(scores_PNK).all(axis=2) & (row_PN >= 0)
-        found.append(_Pools(own, row_PN, scores_PNK, scores_PNK / scale_K, valid_PN))
-    return found
-
-
 def _served(
-    pools: _Pools, candidates: pa.Table, space: DirectionSpace, count: int, rngs: Sequence[np.random.Generator]
+    pools: Pools, candidates: pa.Table, space: DirectionSpace, count: int, rngs: Sequence[np.random.Generator]
 ) -> np.ndarray:
     """directions_PDK of `count` directions for each prompt: those it was asked under in this space, then new draws."""
     asked_PDK = np.empty((len(rngs), 0, space.K))
@@ -259,7 +227,7 @@ def _served(
     return np.concatenate([asked_PDK, drawn_PDK], axis=1)
 
 
-def _asked(pools: _Pools, candidates: pa.Table) -> np.ndarray:
+def _asked(pools: Pools, candidates: pa.Table) -> np.ndarray:
     """directions_PDK the candidates of each prompt were made under; rollout keeps a prompt whole, N samples each."""
     K = pools.scores_PNK.shape[-1]
     N = int(candidates["k"].to_numpy().max(initial=0)) + 1
@@ -268,7 +236,7 @@ def _asked(pools: _Pools, candidates: pa.Table) -> np.ndarray:
 
 
 def _per_direction(
-    pools: _Pools, candidates: pa.Table, how: _How, rngs: Sequence[np.random.Generator]
+    pools: Pools, candidates: pa.Table, how: _How, rngs: Sequence[np.random.Generator]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Rollout's own directions_PDK, and winners_PD (with losers_PD where pairs are wanted) as places in each pool."""
     directions_PDK = _asked(pools, candidates)
