@@ -55,6 +55,21 @@ def test_47_a_number_beyond_the_floats_is_refused_wherever_it_stands(number: str
     assert caught.value.status == 400 and "number" in str(caught.value)
 
 
+@pytest.mark.parametrize("limit", [60_000, 59_999])
+def test_35_of_a_body_without_an_end_no_chunk_is_read_beyond_the_limit(limit: int) -> None:
+    read_bytes = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal read_bytes
+        while True:
+            read_bytes += 10_000
+            yield b" " * 10_000
+
+    with pytest.raises(RefusedError) as caught:
+        asyncio.run(read_body(endless(), None, limit))
+    assert caught.value.status == 413 and limit < read_bytes <= limit + 10_000
+
+
 def test_numbers_that_fit_are_kept() -> None:
     body = {"a": 1e308, "b": 10**300, "c": [-1.5, 0]}
     assert read(json.dumps(body).encode()) == body

@@ -3,6 +3,8 @@
 pytest tests/test_comparison.py
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 from fakes import space_of
@@ -99,38 +101,63 @@ def test_intervals_of_three_seeds_cover_the_truth_about_as_often_as_they_say() -
 # --- claims ----------------------------------------------------------------------------------------------------------
 
 
-def summary(leads_by: float, literal: float | None = None) -> dict:
+VERBOSITY = [20.0, 30.0, 40.0, 50.0, 60.0]
+
+Scores = list[dict[str, np.ndarray]]
+"""By seed, reward -> scores_DPK."""
+
+
+def scores(
+    rng: np.random.Generator,
+    helpfulness: float | list[float],
+    verbosity: float | list[float] = VERBOSITY,
+    noise: float = 0.5,
+) -> Scores:
+    """Of a policy whose true rewards are these in five directions; the reward model sees none of its helpfulness."""
+    true_DK = np.stack([np.broadcast_to(helpfulness, 5), np.broadcast_to(verbosity, 5)], axis=1)
+    gold = [true_DK[:, None] + rng.normal(0, noise, (5, 40, 2)) for _ in range(SEEDS)]
+    return [{"gold": gold_DPK, "model": gold_DPK * [0, 1]} for gold_DPK in gold]
+
+
+def compared(policies: dict[str, Scores], spent: dict[str, list[tuple[int, int]]] | None = None) -> dict[str, Any]:
+    """A comparison of methods by the scores of their last policies, at a budget of 1,000 tokens. In each seed a method
+    generates 400 and trains on 600, unless `spent` says otherwise."""
+    settings = EvaluateConfig(prompts={"path": "x"}, directions=5, gold={"helpfulness": "a:b", "verbosity": "a:b"})  # type: ignore[call-arg, arg-type]
+    config = CompareConfig(out="x", budget=1000, run={}, methods=list(policies), resamples=50)  # type: ignore[call-arg]
+    evaluation = {"directions": [{"words": {"value": 10.0 * d}} for d in range(5)]}
+    found = {
+        method: [
+            {
+                "cost": {
+                    "tokens_generated": generated,
+                    "training_tokens": trained,
+                    "candidates_scored": 10,
+                    "wall_s": 1.0,
+                },
+                "policies": [{"name": "last", "evaluation": evaluation}],
+            }
+            for generated, trained in (spent or {}).get(method, [(400, 600)] * SEEDS)
+        ]
+        for method in policies
+    }
+    last = {(method, "last"): by_seed for method, by_seed in policies.items()}
+    return summarise(METHODS, found, last, space_of("helpfulness", "verbosity"), settings, config)  # type: ignore[arg-type]
+
+
+def summary(leads_by: float, literal: float | None = None) -> dict[str, Any]:
     """A comparison of two methods whose fronts are `leads_by` apart, of one point and, at a helpfulness of `literal`,
     of the literal loop with one that is to come as far with a third of its samples."""
-    space, rng = space_of("helpfulness", "verbosity"), np.random.default_rng(0)
-    settings = EvaluateConfig(prompts={"path": "x"}, directions=5, gold={"helpfulness": "a:b", "verbosity": "a:b"})  # type: ignore[call-arg, arg-type]
-    config = CompareConfig(out="x", budget=1000, run={}, methods=["pooled", "steerlm", "sft"], resamples=50)  # type: ignore[call-arg]
-    grid_DK = space.grid(5)
-    verbosity_D = np.array([20.0, 30.0, 40.0, 50.0, 60.0])
-
-    def scores(height: float, moves: bool = True) -> list[dict[str, np.ndarray]]:
-        one = np.stack([np.full(5, height), verbosity_D if moves else np.full(5, 40.0)], axis=1)
-        return [
-            {reward: one[:, None] + rng.normal(0, 0.5, (5, 40, 2)) for reward in ("model", "gold")} for _ in range(3)
-        ]
-
-    evaluation = {"directions": [{"words": {"value": 10.0 * d}} for d in range(len(grid_DK))]}
-    cost = {"tokens_generated": 400, "training_tokens": 600, "candidates_scored": 10, "wall_s": 1.0}
-    found = {
-        method: [{"cost": cost, "policies": [{"name": "last", "evaluation": evaluation}]}] * 3
-        for method in config.methods
+    rng = np.random.default_rng(0)
+    policies = {
+        "pooled": scores(rng, 80 + leads_by),
+        "steerlm": scores(rng, 80),
+        "sft": scores(rng, 70, verbosity=40),
     }
-    found["sft"] = [{**found["sft"][0], "cost": {**cost, "training_tokens": 100}}] * 3
-    data = {
-        ("pooled", "last"): scores(80 + leads_by),
-        ("steerlm", "last"): scores(80),
-        ("sft", "last"): scores(70, moves=False),
-    }
+    spent = {"sft": [(400, 100)] * SEEDS}
     if literal is not None:
         for method, generated in (("per_direction", 400), ("pooled_third", 100)):
-            found[method] = [{**found["sft"][0], "cost": {**cost, "tokens_generated": generated}}] * 3
-            data[method, "last"] = scores(literal)
-    return summarise(METHODS, found, data, space, settings, config)  # type: ignore[arg-type]
+            policies[method], spent[method] = scores(rng, literal), [(generated, 100)] * SEEDS
+    return compared(policies, spent)
 
 
 def test_the_report_says_which_claims_hold() -> None:
@@ -158,3 +185,41 @@ def test_volumes_of_nothing_are_not_compared() -> None:
     assert "one of the two is 0, so that nothing can be said in per cent" in said[0]["sentence"]
     reached = [claim for claim in summary(leads_by=5.0, literal=70.0)["claims"] if "of the tokens" in claim["sentence"]]
     assert "% of difference" in reached[0]["sentence"]
+
+
+def test_equal_fronts_leave_no_doubt() -> None:
+    """Both are drawn with the same prompts, whose noise then cancels."""
+    same = scores(np.random.default_rng(0), 80, noise=5)
+    (found,) = compared({"pooled": same, "steerlm": same})["leads"]["verbosity"]
+    assert found["least"] == found["mean"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_a_lead_on_average_that_is_too_small_somewhere_does_not_hold() -> None:
+    rng = np.random.default_rng(0)
+    policies = {"pooled": scores(rng, [90, 90, 81, 90, 90], noise=0), "steerlm": scores(rng, 80, noise=0)}
+    (found,) = compared(policies)["leads"]["verbosity"]
+    assert found["mean"]["value"] > 5 and found["least"]["value"] == pytest.approx(1)
+    assert found["holds"] is False
+
+
+def test_a_lead_within_its_doubt_holds_but_is_not_sure() -> None:
+    rng = np.random.default_rng(3)
+    policies = {"pooled": scores(rng, 86, noise=30), "sft": scores(rng, 80, noise=30)}
+    (found,) = compared(policies)["leads"]["verbosity"]
+    assert found["holds"] and found["least"]["low"] < 0
+    assert not found["sure"] and "the interval includes none" in found["sentence"]
+
+
+def test_the_lead_is_that_of_the_true_reward_where_there_is_one() -> None:
+    rng = np.random.default_rng(0)
+    policies = {"pooled": scores(rng, 90, noise=0), "steerlm": scores(rng, 80, noise=0)}
+    (found,) = compared(policies)["leads"]["verbosity"]
+    assert found["least"]["value"] == pytest.approx(10)
+
+
+def test_a_budget_is_spent_in_every_seed_and_not_on_average() -> None:
+    rng = np.random.default_rng(0)
+    policies = {"pooled": scores(rng, 90), "steerlm": scores(rng, 80)}
+    pooled, steerlm = compared(policies, {"pooled": [(400, 300), (400, 900), (400, 600)]})["costs"]
+    assert pooled["total"] == 1000 and not pooled["equal"]
+    assert steerlm["equal"]

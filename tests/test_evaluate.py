@@ -137,6 +137,15 @@ def test_attributes_with_the_names_of_objectives_are_weighed_all_the_same():
     assert asked["model"][0, 0].tolist() == pytest.approx([60.0, 40.0])
 
 
+def test_scores_by_prompt_are_in_the_order_that_is_asked_for():
+    rollout, scores = policy_tables(TWO, follow=30, prompts=2)
+    grid_DK = TWO.grid(CONFIG.directions)
+    as_asked = scores_by_prompt(rollout, {"model": scores}, TWO, grid_DK, ["p0", "p1"])["model"]
+    turned = scores_by_prompt(rollout, {"model": scores}, TWO, grid_DK, ["p1", "p9", "p0"])["model"]
+    np.testing.assert_array_equal(turned[:, [2, 0]], as_asked)
+    assert np.isnan(turned[:, 1]).all(), "p9 was not answered"
+
+
 def test_tables_that_do_not_belong_together_are_refused():
     rollout, scores = policy_tables(TWO, follow=30)
     with pytest.raises(DataError, match="no answers"):

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -316,9 +317,11 @@ def test_fault_17_resumes_once_there_is_room(tmp_path: Path, small_disk: Path) -
 
 
 def test_fault_18_too_little_free_space_is_refused_before_work_starts(tmp_path: Path) -> None:
-    config = run_config(tmp_path / "run")
+    config, free = run_config(tmp_path / "run"), shutil.disk_usage(tmp_path).free
     with RunFolder(config.out).open(config) as folder:
-        folder.check_room(1000)
+        folder.check_room(free // 2)
+        with pytest.raises(RunFolderError, match="--ignore-free-space"):
+            folder.check_room(2 * free)
     with pytest.raises(RunFolderError, match=r"has .* GB free and the run needs about 1000000000\.0 GB.*--ignore-free"):
         folder.check_room(10**18)
 

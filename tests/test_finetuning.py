@@ -322,6 +322,16 @@ def test_checkpoints_of_other_data_are_not_resumed_and_it_is_said(
     assert logged(tmp_path) == logged(whole[0])
 
 
+def test_checkpoints_of_another_start_policy_are_not_resumed(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = save_tiny_model(tmp_path / "other")
+    tiny_model(seed=5).save_pretrained(other)
+    for start_policy in (base, other):
+        run(start_policy, tmp_path / "run", rows=ROWS.slice(0, 16))
+    assert "its checkpoints are of other rows or settings" in caplog.text
+
+
 # --- bad steps ----------------------------------------------------------------------------------------------------
 
 

@@ -3,10 +3,12 @@ pytest tests/test_gateway.py
 """
 
 import base64
+import contextlib
 import inspect
 import io
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -220,6 +222,19 @@ def test_an_answer_outlives_a_scorer_that_hangs(client: httpx.Client, fake: Fake
     assert last["choices"][0]["finish_reason"] == "stop" and last["dpa"]["scores"] is None and done == "[DONE]"
 
 
+def test_the_base_model_is_asked_of_its_own_engine(engine: tuple[FakeUpstream, str], fake: FakeUpstream) -> None:
+    base = FakeUpstream()
+    with in_thread(base.app) as base_url:
+        engines = Engines(policy=Upstream(engine[1]), base=Upstream(base_url), base_model="its base")
+        with in_thread(Gateway(settings_with(), engines).gate) as url, httpx.Client(base_url=url) as client:
+            assert client.post(CHAT, json=chat(model="demo@base")).status_code == 200
+            assert [sent["model"] for sent in base.asked] == ["its base"] and fake.asked == []
+            assert client.post(CHAT, json=chat(dpa="terse", dpa_options={"base": True})).status_code == 200
+    (steered,), (_, plain) = fake.asked, base.asked
+    assert (steered["model"], plain["model"]) == ("upstream-model", "its base")
+    assert steered["seed"] == plain["seed"] and "chat_template_kwargs" not in plain
+
+
 def test_the_space_says_what_may_be_asked(client: httpx.Client) -> None:
     space = client.get("/v1/dpa/space").json()
     assert space["model"] == "demo" and [o["name"] for o in space["objectives"]] == ["helpfulness", "verbosity"]
@@ -373,13 +388,9 @@ def test_35_a_body_without_an_end_is_cut_at_the_limit(client: httpx.Client) -> N
             sent += 10_000
             yield b" " * 10_000
 
-    refused_in_time = False
-    try:
+    with contextlib.suppress(httpx.TransportError):  # the answer came while the client still wrote
         refused(client.post(CHAT, content=endless()), 413)
-        refused_in_time = True
-    except httpx.TransportError:  # the answer came while the client still wrote
-        refused_in_time = True
-    assert refused_in_time and sent < 20_000_000
+    assert sent < 20_000_000, "what the sockets hold, and no more; test_bodies.py says what is read"
 
 
 @pytest.mark.parametrize("length", ["99999999999", "-1", "1" * 5000, "x"])
@@ -449,6 +460,15 @@ def test_another_site_in_the_users_browser_is_turned_away(engine: tuple[FakeUpst
         assert client.post(url + CHAT, json=chat(), headers={"Origin": url}).status_code == 200
         refused(client.post(url + CHAT, json=chat(), headers={"Origin": "http://evil.example"}), 403)
         refused(client.post(url + CHAT, json=chat(), headers={"Host": "evil.example"}), 403)
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://localhost:3000", "http://localhost:8000.evil.example", "http://localhost:80000"]
+)
+def test_another_port_and_a_longer_name_are_another_site(client: httpx.Client, origin: str) -> None:
+    for said, status in (("http://localhost:8000", 200), (origin, 403)):
+        headers = {"Host": "localhost:8000", "Origin": said}
+        assert client.get("/v1/models", headers=headers).status_code == status
 
 
 def test_a_gateway_whose_names_were_given_is_known_by_them_and_by_its_own(engine: tuple[FakeUpstream, str]) -> None:
@@ -724,15 +744,54 @@ def test_47_messages_where_a_prompt_belongs_are_refused(fake: FakeUpstream, clie
     assert client.post("/v1/completions", json=asked).status_code == 200 and "messages" not in fake.asked[0]
 
 
-def test_a_mistake_of_ours_is_500_in_openai_shape(engine: tuple[FakeUpstream, str]) -> None:
-    class Broken(Upstream):
-        async def post(self, *arguments: Any) -> Any:
-            raise ZeroDivisionError("a user's words")
+class Broken(Upstream):
+    """Fails as our own code might."""
 
-    broken = Gateway(settings_with(), Engines(policy=Broken(engine[1])))
-    with in_thread(broken.gate) as url:
+    async def post(self, *arguments: Any) -> Any:
+        raise ZeroDivisionError("a user's words")
+
+
+def test_a_mistake_of_ours_is_500_in_openai_shape(engine: tuple[FakeUpstream, str]) -> None:
+    with in_thread(Gateway(settings_with(), Engines(policy=Broken(engine[1]))).gate) as url:
         answer = httpx.post(url + CHAT, json=chat())
         assert "words" not in refused(answer, 500) and answer.headers["x-request-id"]
+
+
+def test_the_log_of_a_mistake_of_ours_holds_its_kind_and_place_only(
+    engine: tuple[FakeUpstream, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with in_thread(Gateway(settings_with(), Engines(policy=Broken(engine[1]))).gate) as url:
+        httpx.post(url + CHAT, json=chat())
+    (line,) = [JsonLines().format(record) for record in caplog.records if record.levelno == logging.ERROR]
+    assert re.search(r"ZeroDivisionError: \S*test_gateway\.py:\d+ < ", json.loads(line)["failure"])
+    assert "words" not in line and "Why?" not in line
+
+
+def test_paths_and_methods_that_a_client_makes_up_are_not_logged(
+    client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    def log() -> str:
+        return "".join(map(JsonLines().format, caplog.records))
+
+    with caplog.at_level(logging.INFO, "dpa.serve"):
+        client.request("SECRET-1", "/my-secret")
+        assert within(2.0, lambda: '"route": "other"' in log()), "a line is written after its answer"
+    assert "secret" not in log().lower()
+
+
+def test_while_it_drains_all_but_its_health_is_503(engine: tuple[FakeUpstream, str]) -> None:
+    gate = Gateway(settings_with(), Engines(policy=Upstream(engine[1]))).gate
+    gate.draining = True
+    with in_thread(gate) as url, httpx.Client(base_url=url) as client:
+        answer = client.get("/v1/models")
+        assert "shutting down" in refused(answer, 503) and answer.headers["retry-after"]
+        assert client.get("/health").status_code == 200
+
+
+def test_the_page_may_load_nothing_from_elsewhere(client: httpx.Client) -> None:
+    policy = client.get("/").headers["content-security-policy"].split("; ")
+    assert "default-src 'none'" in policy and "script-src 'self'" in policy and "connect-src 'self'" in policy
+    assert not any("*" in rule or "unsafe" in rule or "http" in rule for rule in policy)
 
 
 @pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "BREW"])
@@ -819,9 +878,11 @@ def test_a_target_is_taken_where_the_policy_knows_them(engine: tuple[FakeUpstrea
                 and "held" not in client.post(CHAT, json=chat(dpa="terse")).json()["dpa"]
             )
             assert fake.asked[-2]["chat_template_kwargs"]["preference"] == {"helpfulness": 1.0, "verbosity": "=8"}
-        picked = client.post(CHAT, json=chat(dpa="helpfulness; verbosity=8", seed=5, dpa_options={"best_of": 6})).json()
-        words = [one["scores"]["verbosity"] for one in picked["dpa"]["candidates"]]
-        assert abs(picked["dpa"]["words"] - 8) == min(abs(count - 8) for count in words) or picked["dpa"]["words"] <= 13
+        for value, best in ((8, 0), (40, 5)):  # near enough, and of equal ones the first; or the nearest
+            body = chat(dpa=f"helpfulness; verbosity={value}", seed=5, dpa_options={"best_of": 6})
+            picked = client.post(CHAT, json=body).json()["dpa"]["candidates"]
+            assert [one["scores"]["verbosity"] for one in picked] == [10, 8, 6, 6, 7, 11]
+            assert [one["chosen"] for one in picked] == [number == best for number in range(6)]
         robust = client.post(CHAT, json=chat(dpa="helpfulness; verbosity=8", dpa_options={"robust": True}))
         assert "a target has no neighbours" in refused(robust, 400)
         assert "take a number from 0 to 100" in refused(

@@ -4,6 +4,7 @@ pytest tests/test_grpo.py
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ from trl import GRPOTrainer
 
 from dpa.core.compare_config import load_comparison
 from dpa.core.errors import ConfigError, DataError
-from dpa.core.records import SampleRequest, Scored
+from dpa.core.records import Sample, SampleRequest, Scored
 from dpa.core.sections.rollout import RolloutConfig
 from dpa.core.sections.training import GrpoConfig
 from dpa.models.policy import load_policy, make_steerable
@@ -28,13 +29,14 @@ from dpa.recipes.dpa import Loop
 from dpa.sampling.decoding import Decoder
 from dpa.sampling.samplers import TransformersSampler
 from dpa.storage.run_folder import StageFolder
-from dpa.training.grpo import GRPO
+from dpa.training.grpo import GRPO, Question
 from dpa.training.learner import RowEncoder, TrainingRecord
 from dpa.training.policy_training import train_policy
 
 START_MODEL = Path(__file__).parents[1] / "src" / "dpa" / "world" / "assets" / "start_model"
 CONFIG = GrpoConfig(learning_rate=3e-3, prompts_per_step=2, warmup=0, save_steps=2)
 ROLLOUT = RolloutConfig(samples=4, max_new_tokens=8)
+QUESTION = Question(json.dumps([{"role": "user", "content": "Why?"}]), (0.8, 0.6), [5])
 
 
 class Lengths:
@@ -177,6 +179,44 @@ def test_an_interrupted_training_ends_where_an_undisturbed_one_does(base: Path, 
     assert all(torch.equal(tensor, weights(whole[0])[name]) for name, tensor in weights(tmp_path).items())
 
 
+def test_checkpoints_under_another_scorer_are_not_resumed(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(base, tmp_path, Lengths())
+    other = Lengths()
+    other.revision = "other"
+    run(base, tmp_path, other)
+    assert other.calls == 6 and "its checkpoints are of other rows or settings" in caplog.text
+
+
+def test_it_trains_at_the_temperature_it_samples_at(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    make_steerable(tokenizer, SPACE)
+    learner = GRPO(CONFIG, SPACE, 0, ROLLOUT.model_copy(update={"temperature": 0.7}), Lengths())
+    questions, _ = learner.encode(ROWS, RowEncoder(model, tokenizer, SPACE, 200))
+    trainer = learner.trainer(model, tokenizer, questions, tmp_path)
+    assert trainer.temperature == trainer.args.temperature == 0.7
+
+
+def test_a_seed_belongs_to_training_seed_step_question_and_answer() -> None:
+    seeds: list[int] = []
+
+    class Sampler:
+        def sample(self, requests: list[SampleRequest]) -> list[list[Sample]]:
+            seeds.extend(seed for request in requests for seed in request.seeds)
+            return [[Sample("So.", 1, ids=(5,)) for _ in request.seeds] for request in requests]
+
+        def release(self) -> None:
+            pass
+
+    model = SimpleNamespace(eval=lambda: None, train=lambda: None)
+    for training_seed, step in ((0, 0), (0, 1), (1, 0)):
+        trainer = SimpleNamespace(model=model, state=SimpleNamespace(global_step=step))
+        learner = GRPO(CONFIG, SPACE, training_seed, ROLLOUT, Lengths())
+        learner._answer(Sampler(), [QUESTION] * 2, ["0"] * 4 + ["1"] * 4, trainer)  # type: ignore[arg-type]
+    assert len(set(seeds)) == len(seeds) == 3 * 2 * 4
+
+
 def test_a_pull_to_the_start_and_how_a_step_is_cut_are_options(base: Path, whole: tuple, tmp_path: Path) -> None:
     cut = run(base, tmp_path / "cut", Lengths(), CONFIG.model_copy(update={"answers_per_device": 2}))
     assert cut.logged("reward")[0] == whole[1].logged("reward")[0], "the same answers"
@@ -215,6 +255,16 @@ def test_answers_that_cannot_be_scored_move_nothing(base: Path, tmp_path: Path) 
     done = train_policy(learner, base, ROWS.slice(0, 2), tmp_path / "policy", tmp_path / "work")
     before = load_file(base / "model.safetensors")
     assert done.steps == 1 and all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
+
+
+def test_an_answer_that_cannot_be_scored_is_left_out_of_its_group() -> None:
+    class BrokenOnce(Lengths):
+        def score(self, prompts: list, responses: list[str]) -> np.ndarray:
+            return np.where(np.arange(len(responses))[:, None] == 1, np.nan, super().score(prompts, responses))
+
+    learner = GRPO(CONFIG, SPACE, 0, ROLLOUT, BrokenOnce())
+    rewards = learner.utility([QUESTION], ["0"] * 3, ["a", "b", "c"], [[5]] * 3, lambda *_: None)
+    assert [reward is None for reward in rewards] == [False, True, False]
 
 
 def test_the_loop_learns_from_prompts(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +99,40 @@ def test_a_judge_who_loves_the_first_answer_is_found_out(server: Server, tmp_pat
     assert found["agreement"] == 0.0
     assert found["position_biased"]
     assert "POSITION-BIASED" in sentence(found)
+
+
+class Scripted:
+    """A judge whose verdicts for the answer shown first are written down, two for each pair."""
+
+    def __init__(self, first_wins: str) -> None:
+        self.replies = list(first_wins)
+
+    def ask(self, prompts: Sequence[str], progress: Callable[[int], None] = lambda count: None) -> list[str]:
+        assert len(prompts) == len(self.replies)
+        return self.replies
+
+
+@pytest.mark.parametrize(
+    ("replies", "share", "biased"),
+    [
+        ("AA" * 16 + "BB" * 4, 0.8, True),
+        ("BB" * 16 + "AA" * 4, 0.2, True),  # whoever loves the last answer
+        ("AA" * 7 + "BB" * 3, 0.7, False),  # of ten pairs that may be chance
+        ("AA" * 60 + "AB" * 340, 0.575, False),  # no chance, and not much
+    ],
+    ids=["first", "last", "chance", "little"],
+)
+def test_a_judge_is_called_biased_where_it_is_much_and_beyond_chance(replies: str, share: float, biased: bool) -> None:
+    pairs = PAIRS * 20
+    found = judge(Scripted(replies), pairs[: len(replies) // 2], SPACE, FULL, ("x", "y"))
+    assert found["first_shown_wins"]["value"] == pytest.approx(share)
+    assert found["position_biased"] is biased
+
+
+def test_a_pair_with_one_reply_that_is_no_verdict_is_left_out_whole() -> None:
+    found = judge(Scripted("AB" + "A?" + "?B" + "BA"), PAIRS[:4], SPACE, FULL, ("x", "y"))
+    assert (found["judged"], found["invalid"]) == (2, 2)
+    assert found["win_rate"]["value"] == found["first_shown_wins"]["value"] == 0.5
 
 
 def test_a_rerun_without_a_network_gives_the_same_table(server: Server, tmp_path: Path) -> None:

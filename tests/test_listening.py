@@ -99,6 +99,12 @@ def test_a_policy_that_reads_nothing_is_not_heard_and_one_that_does_is() -> None
     assert "84% " in str(listening([1.0] * 54 + [-1.0] * 10, [0.0] * 64, [9] * 64, names))
 
 
+def test_a_policy_is_heard_by_the_least_that_its_share_may_be() -> None:
+    figures = {"rows": 64, "gap_token": 0.0, "gap_response": 0.0, "gap_response_low": 0.0, "gap_response_high": 0.0}
+    assert not Listening(share=0.6, share_low=0.5, share_high=0.7, **figures).heard
+    assert Listening(share=0.6, share_low=0.55, share_high=0.7, **figures).heard
+
+
 # --- what is held out ---------------------------------------------------------------------------------------------
 
 
@@ -145,6 +151,13 @@ def test_it_is_in_the_log_the_ledger_and_the_curve(
         assert "hardly reads its direction" in caplog.text and "finetune.contrastive" in caplog.text
 
 
+def test_the_figures_of_the_ledger_are_those_measured_last(base: Path, tmp_path: Path) -> None:
+    each_row = {"packed_rows_per_step": 1, "rows_per_device": 1, "listening_steps": 1}
+    stage, ledger = finetuned(base, tmp_path, MEASURED.model_copy(update=each_row))
+    curve = listening_curve(stage)
+    assert curve[0]["gap_token"] != curve[-1]["gap_token"] == ledger.extra["listening_gap_token"]
+
+
 def test_measuring_changes_no_step(base: Path, tmp_path: Path) -> None:
     """Another number of measurements, and a resumed training: the same losses, and the same last figures."""
     _, often = finetuned(base, tmp_path / "often")
@@ -173,6 +186,28 @@ def test_min_listening_stops_before_a_policy_is_saved_and_can_be_lowered(base: P
     lines = [json.loads(line) for line in (tmp_path / "finetune" / "log.jsonl").read_text().splitlines()]
     assert [e for e in lines if "loss" in e] == [e for e in map(json.loads, before.splitlines()) if "loss" in e]
     assert of_results(strict) == of_results(strict.model_copy(update={"min_listening": None}))
+
+
+def test_min_listening_is_compared_with_the_share_and_not_with_its_interval(base: Path, tmp_path: Path) -> None:
+    rows = rows_of([[(UP if i % 3 else DOWN, "So it is. " * (1 + i % 4))] for i in range(24)])
+    slow = MEASURED.model_copy(update={"learning_rate": 1e-9})
+    _, ledger = finetuned(base, tmp_path / "measured", slow, rows)
+    share, high = ledger.extra["listening_share"], ledger.extra["listening_share_high"]
+    assert share < high
+    between = slow.model_copy(update={"min_listening": (share + high) / 2})
+    with pytest.raises(TrainingError, match="min_listening"):
+        finetuned(base, tmp_path / "refused", between, rows)
+
+
+def test_replay_leaves_out_the_prompts_that_listening_is_measured_on(base: Path, tmp_path: Path) -> None:
+    stages = [StageFolder(tmp_path / name, f"{name}/select") for name in ("iter_0", "iter_1")]
+    for stage in stages:
+        stage.write_shard(0, ROWS, Ledger())
+        stage.finish()
+    learner = SFT(MEASURED.model_copy(update={"replay": 9.0}), SPACE, 7)
+    before, now = stages
+    ledger = finetune_policy(StageFolder(tmp_path / "finetune"), now, base, learner, tmp_path / "policy", [before])
+    assert ledger.extra["replayed"] == len(ROWS) - 8
 
 
 def test_pairs_are_measured_by_their_chosen_response(base: Path, tmp_path: Path) -> None:

@@ -164,7 +164,17 @@ def test_standardised_selection_does_not_depend_on_an_objectives_scale(tmp_path:
         narrow = selected(tmp_path / f"narrow-{standardise}", config, Narrow())
         winners = [[row["candidate_id"] for row in rows] for rows in (wide, narrow)]
         assert (winners[0] == winners[1]) is same
-    assert narrow[0]["helpfulness"] < 1.01, "the columns keep the scorer's own scale"
+        assert all(0 <= row["helpfulness"] < 1.01 for row in narrow), "the columns keep the scorer's own scale"
+
+
+def test_standardised_utilities_are_weighed_by_the_spread_over_the_whole_stage(tmp_path: Path) -> None:
+    rows = selected(tmp_path, SelectionConfig(directions=8, standardise=True))
+    scores = StageFolder(tmp_path / "score")
+    assert scores.shards > 1
+    scale = np.array([[row["helpfulness"], row["verbosity"]] for row in all_rows(scores)]).std(axis=0)
+    for row in rows:
+        weighed = np.array([row["helpfulness"], row["verbosity"]]) / scale
+        assert row["utility"] == pytest.approx(np.dot(row["direction"], weighed))
 
 
 def test_fault_15_an_objective_without_variance_is_not_divided_by_zero(tmp_path: Path) -> None:

@@ -149,6 +149,11 @@ def test_resampled_means_are_means_of_whole_prompts():
     assert not np.array_equal(means, bootstrap_means(scores, 50, seed=2))
 
 
+def test_the_same_seed_draws_the_same_prompts_whatever_their_scores():
+    scores = np.random.default_rng(0).uniform(0, 100, (2, 30, 1))
+    np.testing.assert_allclose(bootstrap_means(scores + 7, 40, seed=5) - bootstrap_means(scores, 40, seed=5), 7.0)
+
+
 def test_a_prompt_without_a_score_does_not_count():
     scores = np.array([[[10.0], [np.nan], [20.0]]])
     means = bootstrap_means(scores, 400, seed=0)[:, 0, 0]

@@ -5,8 +5,11 @@ pytest tests/test_model_files.py
 import json
 import pickle
 import struct
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from forks import python
@@ -15,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpa.core.errors import ModelFileError
 from dpa.core.reference import ModelReference
-from dpa.models.files import check_safetensors, count_parameters, folder_revision, resolve_model
+from dpa.models.files import PICKLE_SUFFIXES, check_safetensors, count_parameters, folder_revision, resolve_model
 
 REVISION = "a" * 40
 
@@ -81,7 +84,9 @@ def test_pickle_beside_safetensors_is_ignored(folder: Path) -> None:
     assert resolve_model(folder).kwargs["use_safetensors"]
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"]
+)
 def test_remote_code_needs_a_pinned_opt_in(folder: Path, name: str) -> None:
     (folder / name).write_text(json.dumps({"auto_map": {"AutoModel": ["modeling_mine.Mine", None]}}))
     with pytest.raises(ModelFileError, match="remote_code_revision"):
@@ -89,6 +94,24 @@ def test_remote_code_needs_a_pinned_opt_in(folder: Path, name: str) -> None:
     assert resolve_model(ModelReference(str(folder), REVISION)).kwargs["trust_remote_code"] is True
     with pytest.raises(ModelFileError, match="40-hex"):
         resolve_model(ModelReference(str(folder), "main"))
+
+
+def test_a_model_of_the_hub_is_fetched_at_its_pin_without_pickles_and_unasked_code(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def fetch(name: str, **how: Any) -> str:
+        asked.append(how)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    resolve_model("me/pol-7b")
+    resolve_model(ModelReference("me/pol-7b", REVISION))
+    assert [how["revision"] for how in asked] == [None, REVISION]
+    files = ["model.safetensors", "modeling_x.py", *(f"weights{suffix}" for suffix in PICKLE_SUFFIXES)]
+    taken = [[file for file in files if any(fnmatch(file, own) for own in how["allow_patterns"])] for how in asked]
+    assert taken == [files[:1], files[:2]]
 
 
 def test_code_of_another_repository_is_refused_even_when_opted_in(folder: Path) -> None:

@@ -11,6 +11,7 @@ from tiny_models import SPACE, tiny_model, tiny_tokenizer
 
 from dpa.core.errors import TrainingError
 from dpa.core.sections.training import FinetuneConfig
+from dpa.models.attention import packed_attention
 from dpa.training.packing import Example
 from dpa.training.sft import SFT
 
@@ -41,6 +42,31 @@ def test_fault_52_memory_that_runs_out_halves_the_pass_and_the_result_is_the_sam
     halved, trainer = train(tmp_path, 128)
     assert trainer.pass_size == 2 and "goes on with 2 packed rows a pass" in caplog.text
     assert halved == pytest.approx(whole, rel=1e-5)
+
+
+def test_fault_52_memory_that_runs_out_in_mid_step_leaves_the_gradient_of_the_step(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    examples = [Example(rng.integers(5, 261, int(length)).tolist(), 6) for length in rng.integers(30, 60, 4)]
+    gradients = []
+    for runs_out in (False, True):
+        model, passes = tiny_model(), 0
+        trainer = SFT(CONFIG.model_copy(update={"rows_per_device": 2}), SPACE, 0).trainer(
+            model, tiny_tokenizer(), examples, tmp_path
+        )
+
+        def refuse(*_: object, runs_out: bool = runs_out) -> None:
+            nonlocal passes
+            passes += 1
+            if runs_out and passes == 2:  # the gradient of the first pass is there
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+        model.model.layers[-1].register_forward_pre_hook(refuse)
+        (batch,) = trainer.get_train_dataloader()
+        with packed_attention(model):
+            trainer.training_step(model, batch)
+        assert passes == (6 if runs_out else 2), "two, and where the second ran out four anew"
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 def test_fault_52_a_row_that_does_not_fit_is_recomputed(tmp_path: Path) -> None:

@@ -289,6 +289,15 @@ def test_a_stronger_pull_stays_closer_to_the_start(base: Path, whole: tuple, tmp
     assert held.logged("rewards/margins")[-1] / 2.0 < loose.logged("rewards/margins")[-1] / 0.05
 
 
+def test_checkpoints_of_another_seed_are_not_resumed(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its pairs are the same; their order is not."""
+    for seed in (1, 2):
+        train_policy(DPO(CONFIG, SPACE, seed), base, ROWS.slice(0, 16), tmp_path / "policy", tmp_path / "work")
+    assert "its checkpoints are of other rows or settings" in caplog.text
+
+
 # --- interruptions, bad steps, adapters -----------------------------------------------------------------------------
 
 SCRIPT = """

@@ -11,7 +11,7 @@ from fakes import FakeSampler, all_rows, prompts_of, space_of
 from dpa.core.errors import EngineError
 from dpa.core.records import candidate_id, seed_of
 from dpa.core.sections.rollout import RolloutConfig
-from dpa.stages.rollout import rollout
+from dpa.stages.rollout import ask, rollout
 from dpa.storage.run_folder import StageFolder
 from dpa.storage.schemas import CANDIDATES
 
@@ -87,6 +87,22 @@ def test_shards_of_another_policy_are_made_again(tmp_path: Path) -> None:
     rollout(stage_at(tmp_path), prompts_of(8), SPACE, [FakeSampler("b")], CONFIG, 0)
     rollout(stage_at(tmp_path / "clean"), prompts_of(8), SPACE, [FakeSampler("b")], CONFIG, 0)
     assert all_rows(stage_at(tmp_path)) == all_rows(stage_at(tmp_path / "clean"))
+
+
+def test_shards_under_another_seed_are_made_again(tmp_path: Path) -> None:
+    with pytest.raises(EngineError):
+        rollout(stage_at(tmp_path), prompts_of(8), SPACE, [FakeSampler(misbehave={"question5": "engine"})], CONFIG, 0)
+    rollout(stage_at(tmp_path), prompts_of(8), SPACE, [FakeSampler()], CONFIG, 1)
+    rollout(stage_at(tmp_path / "clean"), prompts_of(8), SPACE, [FakeSampler()], CONFIG, 1)
+    assert all_rows(stage_at(tmp_path)) == all_rows(stage_at(tmp_path / "clean"))
+
+
+def test_prompts_to_be_asked_under_another_seed_are_written_again(tmp_path: Path) -> None:
+    written = []
+    for seed in (0, 1):
+        ask(stage_at(tmp_path), prompts_of(8), SPACE, CONFIG, seed)
+        written.append(all_rows(stage_at(tmp_path)))
+    assert len(written[0]) == len(written[1]) == 8 * 3 and written[0] != written[1]
 
 
 def test_what_only_paces_the_work_leaves_shards_good(tmp_path: Path) -> None:

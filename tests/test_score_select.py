@@ -241,6 +241,16 @@ def test_t0_selects_among_the_rated_responses(tmp_path: Path, method: str) -> No
     assert again.scored == []
 
 
+def test_t0_selects_anew_under_another_seed(tmp_path: Path) -> None:
+    ratings, scores, stage = rated_table(), StageFolder(tmp_path / "score"), StageFolder(tmp_path / "select")
+    score_rows(scores, ratings, FakeScorer())
+    directions = []
+    for seed in (0, 1):
+        select_rated(stage, ratings, scores, SPACE, POOLED, seed)
+        directions.append([row["direction"] for row in all_rows(stage)])
+    assert directions[0] != directions[1]
+
+
 def test_one_large_pool_does_not_cost_the_others_its_size(tmp_path: Path) -> None:
     """And the rows of a prompt stay at its place."""
     sizes = {f"p{place}": 2_000 if place == 1_000 else 1 + place % 3 for place in range(2_001)}

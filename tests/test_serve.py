@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ import numpy as np
 import pytest
 from forks import interpreter
 from hypothesis import HealthCheck, Phase, given, settings
-from serving import CHAT, ServeProcess, alive, children_of, within
+from serving import CHAT, FakeUpstream, ServeProcess, alive, children_of, in_thread, within
 from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -329,6 +330,40 @@ def test_36_it_listens_on_this_machine_only_and_logs_no_text(server: ServeProces
     log = server.log.read_text()
     assert '"route": "/v1/chat/completions"' in log and "Ivy" not in log and told not in log
     assert all(json.loads(line) for line in log.splitlines())
+
+
+def test_the_base_model_answers_from_an_engine_of_its_own(policy: Path, tmp_path: Path) -> None:
+    how = ["--base", save_tiny_model(tmp_path / "base"), "--name", "demo", "--direction", "none", "--threads", 1]
+    server = ServeProcess(policy, *how, log=tmp_path / "log")
+    try:
+        server.wait()
+        assert len(children_of(server.process.pid)) == 2
+        texts = []
+        for model in ("demo", "demo@base"):
+            body = {"model": model, "messages": QUESTION, **SAMPLING}
+            answer = httpx.post(server.url + CHAT, json=body, timeout=30).json()
+            texts.append(answer["choices"][0]["message"]["content"])
+        assert texts[0] != texts[1], "neither is told a direction"
+    finally:
+        server.stop(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_39_a_second_signal_ends_at_once(policy: Path, tmp_path: Path, number: signal.Signals) -> None:
+    fake = FakeUpstream()
+    fake.mode = "slow"
+    with in_thread(fake.app) as upstream, ThreadPoolExecutor() as pool:
+        server = ServeProcess("--upstream", upstream, "--space", policy, log=tmp_path / "log").wait()
+        try:
+            answer = pool.submit(httpx.post, server.url + CHAT, json={"messages": QUESTION}, timeout=30)
+            assert within(5, lambda: fake.running == 1)
+            server.process.send_signal(signal.SIGTERM)
+            assert not within(0.5, lambda: server.process.poll() is not None), "it waits for what it accepted"
+            server.process.send_signal(number)
+            assert server.process.wait(5) == 128 + number
+            assert isinstance(answer.exception(), httpx.TransportError)
+        finally:
+            server.stop(signal.SIGKILL)
 
 
 def test_39_sigterm_drains_refuses_new_work_exits_0_and_leaves_no_child(tmp_path: Path) -> None:

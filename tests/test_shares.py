@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 from fakes import all_rows, run_config
@@ -19,6 +20,7 @@ from tiny_models import save_tiny_model
 
 from dpa.core.config import load_config
 from dpa.core.errors import ConfigError, RunFolderError
+from dpa.core.records import Ledger
 from dpa.recipes.dpa import Loop
 from dpa.storage.locks import RunLock, Share
 from dpa.storage.run_folder import RunFolder, StageFolder
@@ -141,6 +143,18 @@ def test_a_share_leaves_what_others_are_writing_alone(tmp_path: Path) -> None:
     with RunFolder(tmp_path).open(run_config(tmp_path)) as alone:
         alone.stage(1, "rollout")
     assert not any(file.exists() for file in in_hand)
+
+
+def test_of_shares_that_are_all_whole_only_the_last_at_work_finishes(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path).open(run_config(tmp_path), share=Share(1, 2))
+    first.let_others_in()
+    second = RunFolder(tmp_path).open(run_config(tmp_path), share=Share(2, 2))
+    for number, folder in enumerate((first, second)):
+        folder.stage(1, "rollout").write_shard(number, pa.table({"x": [1]}), Ledger(), made_from="x")
+    assert not first.stage(1, "rollout").may_finish(["x", "x"]), "the second is at work"
+    first.close()
+    assert second.stage(1, "rollout").may_finish(["x", "x"])
+    second.close()
 
 
 def test_another_configuration_is_refused_to_a_share_too(tmp_path: Path) -> None:
