@@ -15,10 +15,10 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DirectionError
 from dpa.core.targets import read_wish
+from dpa.serve.gateway import PAGE_HEADERS
 from dpa.serve.shapes import direction_json
 
 PAGE = Path(__file__).parents[1] / "src" / "dpa" / "serve" / "page"
-CSP = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
 
 MARKUP = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script> & <b>bold</b>"
 
@@ -74,7 +74,7 @@ class FakeGateway:
         known = {file.name: file for file in PAGE.iterdir()}
         if name not in known:
             return _error(404, f"{name} is not here.")
-        return FileResponse(known[name], headers={"Content-Security-Policy": CSP, "Cache-Control": "no-store"})
+        return FileResponse(known[name], headers={**PAGE_HEADERS, "Cache-Control": "no-store"})
 
     async def _about(self) -> Any:
         space = self._space

@@ -29,13 +29,14 @@ from dpa.serve.upstream import Engines
 
 _MODEL_PARAMETER = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 _PAGE_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
-_PAGE_HEADERS = {
+PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+"""What the page may load and where it may be shown: nothing from elsewhere, and nowhere else."""
 
 
 class Gateway:
@@ -248,7 +249,7 @@ class Gateway:
 
 def _page(data: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
     async def page() -> Response:
-        return Response(data, media_type=kind, headers=_PAGE_HEADERS)
+        return Response(data, media_type=kind, headers=PAGE_HEADERS)
 
     return page
 
