@@ -67,7 +67,7 @@ from dpa.serve.settings import EngineSettings
 MAX_BODY = 64_000_000  # bytes; the gateway's own limit is far below
 MAX_ANSWERS = 1024  # to one request
 _KEEP_ALIVE_S = 60  # the gateway lets its idle connections go long before
-_SIGN_OF_LIFE_S = 5.0
+_SIGN_OF_LIFE_S = 1.0
 """A stream that waits its turn says so this often while others are served: a long silence is taken for a hang."""
 _WAITING = b": waiting\n\n"
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
