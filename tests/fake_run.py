@@ -1,7 +1,7 @@
 """A small run in a process of its own, to be stopped, killed and resumed by the fault tests.
 
 python tests/fake_run.py FOLDER [--seconds S] [--workers W] [--hang]     rollout, score and select, then print "done"
-python tests/fake_run.py FOLDER --shard i/N [--score]                    that share of the rollout (and score) shards
+python tests/fake_run.py FOLDER --shard i/N [--score] [--hang]           that share of the rollout (and score) shards
 python tests/fake_run.py FOLDER --kills 30 --seconds S                   FOLDER/0, FOLDER/1, ...: kill -9, resume
 """
 
@@ -24,22 +24,22 @@ from dpa.storage.locks import Share
 from dpa.storage.run_folder import RunFolder
 
 PROMPTS = 16
+HANGS = {"question9": "hang"}  # in shard 2
 
 
 def run(folder: Path, seconds: float, workers: int, hang: bool = False) -> None:
     """One iteration with fakes; the same call resumes it."""
     config = run_config(folder)
     prompts, space = prompts_of(PROMPTS), space_of()
-    misbehave = {"question9": "hang"} if hang else {}
     with RunFolder(folder).open(config) as run:
         candidates, scores = run.stage(1, "rollout"), run.stage(1, "score")
-        samplers = [FakeSampler("fake-0", seconds, misbehave) for _ in range(workers)]
+        samplers = [FakeSampler("fake-0", seconds, HANGS if hang else {}) for _ in range(workers)]
         rollout(candidates, prompts, space, samplers, config.rollout, config.seed)
         score(scores, candidates, prompts, FakeScorer())
         select_winners(run.stage(1, "select"), candidates, scores, prompts, space, config.selection, config.seed)
 
 
-def run_share(folder: Path, seconds: float, share: Share, scoring: bool) -> None:
+def run_share(folder: Path, seconds: float, share: Share, scoring: bool, hang: bool = False) -> None:
     """One share of the rollout, or of the scoring of a finished one."""
     config = run_config(folder)
     prompts, space = prompts_of(PROMPTS), space_of()
@@ -49,7 +49,8 @@ def run_share(folder: Path, seconds: float, share: Share, scoring: bool) -> None
         if scoring:
             score(run.stage(1, "score"), candidates, prompts, FakeScorer())
         else:
-            rollout(candidates, prompts, space, [FakeSampler("fake-0", seconds)], config.rollout, config.seed)
+            sampler = FakeSampler("fake-0", seconds, HANGS if hang else {})
+            rollout(candidates, prompts, space, [sampler], config.rollout, config.seed)
 
 
 def kill_and_resume(folder: Path, kills: int, seconds: float) -> None:
@@ -102,7 +103,7 @@ def main() -> int:
         if given.kills:
             kill_and_resume(given.folder, given.kills, given.seconds)
         elif given.shard:
-            run_share(given.folder, given.seconds, Share.parse(given.shard), given.score)
+            run_share(given.folder, given.seconds, Share.parse(given.shard), given.score, given.hang)
         else:
             run(given.folder, given.seconds, given.workers, given.hang)
             print("done")

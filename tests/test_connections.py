@@ -113,7 +113,7 @@ def test_48_connections_that_are_answered_are_not_closed_for_new_ones(
         body = json.dumps({"model": "demo", "messages": QUESTION}).encode()
         request = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
         asking = [held.enter_context(opened(url, request)) for _ in range(3)]
-        assert within(3, lambda: fake.running == 3)
+        assert within(10, lambda: fake.running == 3)
         late = everything(held.enter_context(opened(url)))
         assert b" 503 " in late and b"retry-after: 1" in late.lower() and b'"error"' in late
         fake.release.set()

@@ -95,7 +95,7 @@ def test_fault_06_no_sampler_is_called(tmp_path: Path) -> None:
 
 
 def test_fault_07_sigterm_finishes_the_shard_in_hand_and_says_how_to_resume(tmp_path: Path, fake_run: Callable) -> None:
-    process = fake_run(tmp_path, "--seconds", 0.02)  # 0.24 s a shard, 4 shards
+    process = fake_run(tmp_path, "--seconds", 0.05)  # 0.6 s a shard, 4 shards
     wait_for(lambda: (tmp_path / "iter_1/rollout/shard-00000.json").exists())
     process.send_signal(signal.SIGTERM)
     asked = time.monotonic()

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +38,7 @@ from dpa.training.optimizers import MuonInFloat32, MuonWithAdamW
 from dpa.training.packing import Example, pack
 from dpa.training.policy_training import train_policy
 from dpa.training.sft import SFT, encode_examples
-from dpa.training.trainers import kept_share, lora_adapters, merge_adapters
+from dpa.training.trainers import WriteLog, kept_share, lora_adapters, merge_adapters
 
 QUESTION = [{"role": "user", "content": "Why?"}]
 
@@ -272,18 +271,18 @@ def test_fault_23_killed_and_resumed_equals_undisturbed(
 def test_sigterm_finishes_the_step_saves_and_resumes_in_other_batches_too(
     base: Path, whole: tuple, tmp_path: Path
 ) -> None:
-    log = tmp_path / "work" / "log.jsonl"
+    on_log = WriteLog.on_log
 
-    def terminate() -> None:
-        while not (log.exists() and log.read_text().count("\n") >= 1):
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patched:
 
-    watcher = threading.Thread(target=terminate)
-    watcher.start()
-    with pytest.raises(Interrupted, match=r"SIGTERM with \d of \d+ steps finished; run the same command"):
-        run(base, tmp_path)
-    watcher.join()
+        def terminate(*args: Any, **kwargs: Any) -> None:
+            on_log(*args, **kwargs)
+            patched.undo()  # once, after the first step
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        patched.setattr(WriteLog, "on_log", terminate)
+        with pytest.raises(Interrupted, match=r"SIGTERM with \d of \d+ steps finished; run the same command"):
+            run(base, tmp_path)
     assert not (tmp_path / "policy").exists()
     kept = list((tmp_path / "work").glob("checkpoint-*/trainer_state.json"))
     assert kept

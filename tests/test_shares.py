@@ -62,7 +62,7 @@ def test_shares_side_by_side_give_the_rows_of_one_process(tmp_path: Path, whole:
 
 def test_a_killed_share_is_made_by_the_same_command_again(tmp_path: Path, whole: Path, fake_run: Callable) -> None:
     """kill -9 of one of two in mid-shard, with a half-written file; the other is not disturbed and finishes nothing."""
-    victim, other = (fake_run(tmp_path, "--shard", f"{i}/2", "--seconds", 0.1) for i in (1, 2))
+    victim, other = fake_run(tmp_path, "--shard", "1/2", "--hang"), fake_run(tmp_path, "--shard", "2/2")
     stage = tmp_path / "iter_1" / "rollout"
     deadline = time.monotonic() + 100
     while not (stage / "shard-00000.json").exists():
@@ -86,7 +86,7 @@ def test_a_plain_run_finishes_what_shares_left(tmp_path: Path, whole: Path, fake
 
 def test_shares_and_plain_runs_do_not_meet(tmp_path: Path, fake_run: Callable) -> None:
     """A plain run is refused while shares work, a share while a plain run works, and one share is made once."""
-    share = fake_run(tmp_path, "--shard", "1/2", "--seconds", 0.3)
+    share = fake_run(tmp_path, "--shard", "1/2", "--hang")
     deadline = time.monotonic() + 100
     while not (tmp_path / "iter_1" / "rollout").exists():
         assert time.monotonic() < deadline and share.poll() is None
