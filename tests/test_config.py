@@ -248,7 +248,9 @@ class _WithPrompts(BaseModel):
     prompts: PromptsConfig
 
 
-@pytest.mark.parametrize("server", ["gpu1:8000", "http://", "http://gpu1:99999", "http://[::1", "http://gpu1/\n"])
+@pytest.mark.parametrize(
+    "server", ["gpu1:8000", "http://", "http://gpu1:99999", "http://[::1", "http://gpu1/\n", " http://gpu1/v1"]
+)
 def test_what_is_no_address_is_refused_before_it_is_asked(server: str) -> None:
     with pytest.raises(ConfigError, match=r"servers: .* is no address; write for example http://localhost:8000/v1"):
         parse_config({"servers": [server], "folder": "x"}, HttpRewardConfig)

@@ -63,7 +63,7 @@ def test_pairs_keep_both_ends(tmp_path: Path) -> None:
     learner = DPO(PreferenceConfig(pairs_per_step=3, pairs_per_device=3), SPACE, 0)
     pairs, _ = learner.encode(ROWS, RowEncoder(model, tokenizer, SPACE, 256))
     trainer = learner.trainer(model, tokenizer, pairs, tmp_path, tiny_model)
-    batch = next(iter(trainer.get_train_dataloader()))
+    batch = trainer.collate(next(iter(trainer.get_train_dataloader()))["rows"].rows)
     kept = batch["completion_mask"].bool() & (batch["input_ids"] == END)
     assert kept.any(dim=1).all() and len(kept) == 2 * len(pairs), "chosen and rejected each end, as part of the answer"
     assert batch["attention_mask"][kept].all()

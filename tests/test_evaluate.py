@@ -101,6 +101,25 @@ def test_a_policy_that_does_not_listen_is_called_out(follow):
     assert "DOES NOT FOLLOW" in listens["sentence"]
 
 
+def test_directions_that_get_the_same_answer_are_in_an_order_of_chance_and_condemn_nobody():
+    """Ends far apart, between them differences within the error, the wrong way round."""
+    rollout, scores = policy_tables(TWO, follow=0.0, prompts=12)
+    grid_DK, rng = TWO.grid(CONFIG.directions), np.random.default_rng(0)
+    asked_N = TWO.asked_angle(np.array(rollout["direction"].to_pylist()), "verbosity")
+    asked_D = np.sort(TWO.asked_angle(grid_DK, "verbosity"))
+    words_N = np.zeros(len(scores))
+    for asked, mean in zip(asked_D, (20.0, 51.0, 50.0, 49.0, 80.0), strict=True):
+        own_N = np.isclose(asked_N, asked)
+        noise = rng.normal(0, 10, own_N.sum())
+        words_N[own_N] = mean + noise - noise.mean()
+    listens = evaluate(rollout, {"model": replaced(scores, "words", words_N.tolist())}, TWO, CONFIG, seed=0)["listens"]
+    assert listens["tau"]["verbosity"] == pytest.approx(0.4) and listens["verdict"] is True
+    assert (
+        "where its answers differ by more than chance (verbosity 7 of 10 pairs of directions in order, 0 reversed)"
+        in (listens["sentence"])
+    )
+
+
 def test_answers_without_a_score_are_left_out_and_counted():
     rollout, scores = policy_tables(TWO, follow=30)
     spoilt = np.zeros(len(scores), dtype=bool)

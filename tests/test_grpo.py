@@ -221,6 +221,9 @@ def test_a_pull_to_the_start_and_how_a_step_is_cut_are_options(base: Path, whole
     cut = run(base, tmp_path / "cut", Lengths(), CONFIG.model_copy(update={"answers_per_device": 2}))
     assert cut.logged("reward")[0] == whole[1].logged("reward")[0], "the same answers"
     assert cut.logged("grad_norm")[0] == pytest.approx(whole[1].logged("grad_norm")[0], rel=1e-3)
+    unequal = run(base, tmp_path / "unequal", Lengths(), CONFIG.model_copy(update={"answers_per_device": 7}))
+    for name in ("grad_norm", "entropy"):
+        assert unequal.logged(name)[0] == pytest.approx(whole[1].logged(name)[0], rel=1e-3)
     held = run(base, tmp_path / "held", Lengths(), CONFIG.model_copy(update={"beta": 0.5, "answers_per_device": 3}))
     assert held.logged("kl")[0] == pytest.approx(0, abs=1e-5) and held.logged("kl")[-1] > 1e-4
     assert "reference_tokens" in GRPO(CONFIG.model_copy(update={"beta": 0.5}), SPACE, 7).cost(held).extra

@@ -308,7 +308,7 @@ def test_the_key_comes_from_the_environment(policy: Path, serve: Callable, monke
     ("engine", "message"),
     [
         ({"kind": "http"}, "give servers or command"),
-        ({"kind": "http", "http": {"servers": ["gpu1:8000"]}}, "no http:// or https:// address"),
+        ({"kind": "http", "http": {"servers": ["gpu1:8000"]}}, "is no address; write for example"),
         ({"kind": "http", "http": {"command": "serve {policy}"}}, "{policy} and {port}"),
         ({"kind": "http", "http": {"command": "{policy} {port}", "servers": ["http://a"]}}, "not both"),
         ({"http": {"in_fligt": 3}}, "did you mean `in_flight`"),

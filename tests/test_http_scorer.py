@@ -163,7 +163,7 @@ def test_fault_13_fewer_rows_than_asked_are_detected(model: RewardModelScorer, s
 
 
 def test_settings_are_checked(model: RewardModelScorer, serve: Callable) -> None:
-    with pytest.raises(ValueError, match="no http:// or https:// address"):
+    with pytest.raises(ValueError, match="is no address; write for example"):
         HttpRewardConfig(servers=["gpu:8000"], folder="x")
     with pytest.raises(ConfigError, match=r"reward\.http\.api_key_env: 'DPA_NO_SUCH_KEY' is not set"):
         build_scorer(config_of(model, serve(), api_key_env="DPA_NO_SUCH_KEY"))

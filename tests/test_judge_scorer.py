@@ -231,7 +231,7 @@ def test_the_key_stands_in_the_environment_only(
     [
         ({"attributes": {}}, "attributes"),
         ({"attributes": {"a": " "}}, "'a' needs a name and a rubric"),
-        ({"servers": ["gpu:8000"]}, "no http:// or https:// address"),
+        ({"servers": ["gpu:8000"]}, "is no address; write for example"),
         ({"template": "{prompt} {response}"}, r"it lacks \{rubrics\}"),
     ],
 )

@@ -22,6 +22,7 @@ from dpa.core.measures import (
     kendall_tau,
     largest_jump,
     measure,
+    pairs_in_order,
     pareto_front,
     projection_regret,
     span,
@@ -147,6 +148,17 @@ def test_resampled_means_are_means_of_whole_prompts():
     assert np.allclose(means, drawn[:, None, None] * 2 / 3 + np.array([[0.0, 1.0], [6.0, 7.0]]))
     assert np.array_equal(means, bootstrap_means(scores, 50, seed=1))
     assert not np.array_equal(means, bootstrap_means(scores, 50, seed=2))
+
+
+def test_pairs_in_order_are_those_that_differ_by_more_than_chance() -> None:
+    """However the directions are lined up; one asked for the same is no pair, one without a score in no order."""
+    rng = np.random.default_rng(0)
+    means_D, asked_D = np.array([10.0, 50.0, 50.1, 90.0, 20.0, np.nan]), np.array([-40.0, -20, 0, 20, 40, 40])
+    scores_DP = means_D[:, None] + rng.normal(0, 5, (6, 40))
+    assert pairs_in_order(scores_DP, asked_D, 200, 0) == (6, 3, 14)
+    shuffled_D = rng.permutation(6)
+    assert pairs_in_order(scores_DP[shuffled_D], asked_D[shuffled_D], 200, 0) == (6, 3, 14)
+    assert pairs_in_order(scores_DP, -asked_D, 200, 0) == (3, 6, 14)
 
 
 def test_the_same_seed_draws_the_same_prompts_whatever_their_scores():

@@ -13,6 +13,7 @@ from dpa.core.errors import TrainingError
 from dpa.core.sections.training import FinetuneConfig
 from dpa.models.attention import packed_attention
 from dpa.training.packing import Example
+from dpa.training.passes import StepInPasses
 from dpa.training.sft import SFT
 
 CONFIG = FinetuneConfig(learning_rate=1e-3, max_length=64, packed_rows_per_step=4, rows_per_device=4, save_steps=10**6)
@@ -78,6 +79,16 @@ def test_fault_52_a_row_that_does_not_fit_is_recomputed(tmp_path: Path) -> None:
 def test_fault_52_what_cannot_fit_names_the_field(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"does not fit in memory; lower finetune\.max_length"):
         train(tmp_path, 10)
+
+
+@pytest.mark.parametrize(("rows", "smaller"), [(2, 1), (5, 4), (64, 32), (100, 32), (1, None)])
+def test_a_step_of_fewer_rows_than_a_pass_may_hold_is_cut_all_the_same(rows: int, smaller: int | None) -> None:
+    """Smaller is what makes more passes; of one row nothing does."""
+
+    class Steps(StepInPasses):
+        pass_size = 64
+
+    assert Steps()._smaller(range(rows)) == smaller
 
 
 def test_another_error_is_not_taken_for_memory(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_fault_26_pairs_without_anything_to_learn_are_counted_with_their_reason(
 def test_pairs_that_ranks_cannot_share_out_are_a_config_error(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpa.training.dpo.ranks", lambda: 2)
+    monkeypatch.setattr("dpa.training.dpo.in_one_process", lambda: False)
     with pytest.raises(ConfigError, match=r"dpo.pairs_per_step: 8 is no multiple of pairs_per_device .*\(3\); take 9"):
         run(base, tmp_path, CONFIG.model_copy(update={"pairs_per_device": 3}))
 
@@ -244,7 +244,7 @@ def test_a_pair_weighs_the_same_in_a_short_pass_and_a_token_in_one_of_few(
 ) -> None:
     """Gradients of 7 pairs of unlike lengths, at once and in passes of 4 and 3, of 2, 2, 2 and 1, and one by one."""
     if launched:  # the Trainer of a launch, in which passes accumulate
-        monkeypatch.setattr("dpa.training.dpo.ranks", lambda: 2)
+        monkeypatch.setattr("dpa.training.dpo.in_one_process", lambda: False)
     pairs = [EncodedPair([2, 7, 4], [11 + i] * (1 + i * i) + [1], [30, 1 + i]) for i in range(7)]
     found = []
     for together in (8, 4, 2, 1):
@@ -273,8 +273,17 @@ def test_fault_52_memory_that_runs_out_halves_the_pass_and_the_step_is_the_same(
     monkeypatch.setattr(DPOTrainer, "compute_loss", refuse)
     halved = run(base, tmp_path)
     assert caplog.text.count("goes on with 2 pairs a pass") == 1
-    for name in ("loss", "rewards/margins", "rewards/accuracies"):
-        assert halved.logged(name) == pytest.approx(whole[1].logged(name), rel=1e-3, abs=1e-5)
+    # A pass may be asked for that holds more than a step has.
+    larger = run(base, tmp_path / "larger", CONFIG.model_copy(update={"pairs_per_device": 64}))
+    for done in (halved, larger):
+        for name in ("loss", "rewards/margins", "rewards/accuracies", "num_tokens"):
+            assert done.logged(name) == pytest.approx(whole[1].logged(name), rel=1e-3, abs=1e-5)
+
+
+def test_figures_of_unequal_passes_are_those_of_the_step(base: Path, whole: tuple, tmp_path: Path) -> None:
+    seven_and_one = run(base, tmp_path, CONFIG.model_copy(update={"pairs_per_device": 7}))
+    for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+        assert seven_and_one.logged(name) == pytest.approx(whole[1].logged(name), rel=1e-3, abs=1e-5)
 
 
 def test_how_a_step_is_cut_into_passes_does_not_matter(base: Path, whole: tuple, tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ from dpa.core.records import SCALE
 MOST_CONE_COORDINATES = 6
 """Exact hypervolume in more coordinates takes minutes with resampling (`edge_directions` says how many there are)."""
 
+SURE = 0.975
+"""Share of draws on one side of 0 from which on a difference is taken for more than chance."""
+
 
 class Interval(TypedDict):
     """A measure and its 95% bootstrap interval; None where it is undefined."""
@@ -215,6 +218,17 @@ def all_measures(
         yield ("kendall_tau", name), kendall_tau(asked_D, achieved_D)
         yield ("end_coverage", name), end_coverage(asked_D, achieved_D)
         yield ("largest_jump", name), largest_jump(asked_D, achieved_D)
+
+
+def pairs_in_order(scores_DP: np.ndarray, asked_D: np.ndarray, resamples: int, seed: int) -> tuple[int, int, int]:
+    """(in order, reversed, all): pairs of directions asked apart, and those of them whose means differ by more than
+    chance, one above the other in 97.5% of the draws over prompts: as it was asked, or against it."""
+    ordered_D = np.argsort(asked_D)
+    means_RD = bootstrap_means(scores_DP[ordered_D, :, None], resamples, seed)[..., 0]
+    above_DD = np.mean(means_RD[:, None, :] > means_RD[:, :, None], axis=0)  # [d, e]: e above d
+    apart_DD = np.subtract.outer(asked_D[ordered_D], asked_D[ordered_D]) < 0
+    sure_DD = above_DD > SURE
+    return int((sure_DD & apart_DD).sum()), int((sure_DD.T & apart_DD).sum()), int(apart_DD.sum())
 
 
 def finite_or_none(value: float) -> float | None:

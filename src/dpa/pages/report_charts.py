@@ -57,14 +57,17 @@ def pools_charts(
     policies: Policies, arcs: Sequence[str], upward: str, max_angle: float, signs: Mapping[str, int]
 ) -> list[Chart]:
     """The same of the best candidate of each pool, for the policies that chose from some."""
-    pools = [{"name": policy["name"], "evaluation": policy["pools"]} for policy in policies if policy.get("pools")]
+    colors = [color for color, policy in enumerate(policies) if policy.get("pools")]
+    pools = [{"name": policies[color]["name"], "evaluation": policies[color]["pools"]} for color in colors]
+    charts = [front_chart(pools, "model", arc, upward, max_angle, signs) for arc in (arcs if pools else ())]
     return [
         replace(
-            front_chart(pools, "model", arc, upward, max_angle, signs),
+            chart,
+            series=[replace(one, color=color) for one, color in zip(chart.series, colors, strict=True)],
             title=f"Best of the pools: {upward} against {arc}",
             description="One line for each iteration, one mark for what each direction would keep, with 95% intervals.",
         )
-        for arc in (arcs if pools else ())
+        for chart, arc in zip(charts, arcs, strict=False)
     ]
 
 

@@ -99,7 +99,7 @@ class Loop(LoopRun):
     @shown
     def select(self, t: int) -> Ledger:
         """Keep the winner of each direction, with a loser beside it where the learner reads pairs. Says what there was
-        to choose from, and loudly where that was the same in all directions."""
+        to choose from, and loudly where that was nothing."""
         check_candidates(self.config, t)
         stage, scores, space = self.stage(t, "select"), self.stage(t, "score"), self.drawn_from(t)
         config, seed = self.config.selection, self.config.seed
@@ -112,7 +112,8 @@ class Loop(LoopRun):
         if (chosen_from(self, t) or {}).get("made_from") != made_from:
             found = pool_front(scores.whole_table(), self.space, config, self.config.evaluate, seed)
             write_record(pools_file(self, t), {**found, "made_from": made_from})
-            self.console.print(f"t = {t}: {found['sentence']}", style=None if found["verdict"] else "bold red")
+            if not self.stage(t, "finetune").done:  # else it comes too late
+                self.console.print(f"t = {t}: {found['sentence']}", style=None if found["verdict"] else "bold red")
         return ledger
 
     @shown

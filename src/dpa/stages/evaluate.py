@@ -13,14 +13,23 @@ import pyarrow as pa
 from dpa.core.comparison import main_objective
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError
-from dpa.core.measures import Interval, finite_or_none, intervals_over_prompts, mean_over_prompts, measure, pareto_front
+from dpa.core.measures import (
+    Interval,
+    finite_or_none,
+    intervals_over_prompts,
+    mean_over_prompts,
+    measure,
+    pairs_in_order,
+    pareto_front,
+)
 from dpa.core.records import Messages
 from dpa.core.sections.evaluate import EvaluateConfig
 from dpa.core.target_measures import control_errors, target_grid
 from dpa.storage.schemas import held_values, score_matrix
 
 LISTENS_AT = 0.5
-"""A policy listens when Kendall's tau of asked angle against achieved mean reaches this for at least one objective."""
+"""A policy listens when Kendall's tau of asked angle against achieved mean reaches this for at least one objective, or
+does so where every difference within chance counts as none."""
 
 EVALUATION = ("objectives", "arcs", "prompts", "answers", "unscored", "directions", "measures", "listens")
 """Fields of what `evaluate` finds."""
@@ -76,10 +85,11 @@ def evaluate(
         }
         for weights_K, (words, token_count) in zip(grid_DK, lengths_DX, strict=True)
     ]
-    measures = {}
+    measures, pairs = {}, {}
     for reward, scores_NK in scores_by_reward.items():
         scores_DPK = per_prompt(scores_NK)
         measures[reward] = measure(scores_DPK, space, grid_DK, config.reference, config.resamples, seed)
+        pairs[reward] = _pairs(scores_DPK, space, grid_DK, config.resamples, seed)
         intervals_DK = intervals_over_prompts(scores_DPK, config.resamples, seed)
         front_D = pareto_front(mean_over_prompts(scores_DPK))
         for record, intervals_K, on_front in zip(directions, intervals_DK, front_D, strict=True):
@@ -93,7 +103,7 @@ def evaluate(
         "unscored": {name: int((~np.isfinite(s).all(axis=1)).sum()) for name, s in scores_by_reward.items()},
         "directions": directions,
         "measures": measures,
-        "listens": verdict(measures),
+        "listens": verdict(measures, pairs),
     }
 
 
@@ -178,20 +188,49 @@ def scores_by_prompt(
     }
 
 
-def verdict(measures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Does the policy listen? Judged by the gold reward where there is one; a reversed order is not listening."""
+def verdict(
+    measures: Mapping[str, Mapping[str, Any]], pairs: Mapping[str, Mapping[str, tuple[int, int, int]]]
+) -> dict[str, Any]:
+    """Does the policy listen? Judged by the gold reward where there is one; a reversed order is not listening.
+
+    `pairs`: reward -> arc -> core.measures.pairs_in_order. Directions that rightly get the same answer are in an order
+    of chance, which says nothing of those that do not.
+    """
     by = deciding_reward(measures)
     tau = {arc: found["value"] for arc, found in measures[by]["kendall_tau"].items()}
-    listens = any(value is not None and value >= LISTENS_AT for value in tau.values())
     listed = ", ".join(f"{arc} {'unknown' if value is None else format(value, '.2f')}" for arc, value in tau.items())
-    if listens:
+    sure = {arc: found for arc, found in pairs[by].items() if found[0] - found[1] >= LISTENS_AT * max(1, found[2])}
+    in_order = any(value is not None and value >= LISTENS_AT for value in tau.values())
+    if in_order:
         sentence = f"The policy follows its direction (Kendall tau of asked against achieved: {listed})."
+    elif sure:
+        counts = ", ".join(
+            f"{arc} {right} of {all_of_them} pairs of directions in order, {wrong} reversed"
+            for arc, (right, wrong, all_of_them) in sure.items()
+        )
+        sentence = (
+            f"The policy follows its direction where its answers differ by more than chance ({counts}), and answers "
+            f"other directions alike (Kendall tau of asked against achieved: {listed})."
+        )
     else:
         sentence = (
             f"THE POLICY DOES NOT FOLLOW ITS DIRECTION: Kendall tau of asked against achieved is {listed}, "
             f"below {LISTENS_AT} for every objective; its front says nothing about steering."
         )
+    listens = in_order or bool(sure)
     return {"verdict": listens, "by": by, "threshold": LISTENS_AT, "tau": tau, "sentence": sentence}
+
+
+def _pairs(
+    scores_DPK: np.ndarray, space: DirectionSpace, grid_DK: np.ndarray, resamples: int, seed: int
+) -> dict[str, tuple[int, int, int]]:
+    """Arc -> `pairs_in_order` of the directions on it, by the objective it leads to."""
+    found = {}
+    for arc in space.arc_names:
+        arc_D = space.on_arc(grid_DK, arc)
+        asked_D, scores_DP = space.asked_angle(grid_DK[arc_D], arc), scores_DPK[arc_D, :, space.names.index(arc)]
+        found[arc] = pairs_in_order(scores_DP, asked_D, resamples, seed)
+    return found
 
 
 def side_by_side(

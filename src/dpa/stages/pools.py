@@ -17,8 +17,9 @@ from dpa.core.selection import standard_deviations
 from dpa.core.utility import Utility
 from dpa.storage.schemas import score_matrix
 
-MOST_DOMINATED = 0.5
-"""Share of the pools that may be dominated without a warning."""
+MOST_DOMINATED = 0.9
+"""Share of the pools that may be dominated without a warning. Of two answers with independent marks one is
+the best in a whole cone of 45 degrees half of the time: the other half of many prompts still teaches."""
 
 POOLS = ("prompts", "candidates", "different", "dominated", "directions", "verdict", "sentence")
 """Fields of what `pool_front` finds."""
@@ -29,7 +30,8 @@ def pool_front(
 ) -> dict[str, Any]:
     """The JSON-able record of what each direction of the grid would keep, a prompt's candidates being one pool.
 
-    `scores`: a finished score stage, in the columns of a score shard; the best is what `selection` takes for it:
+    `scores`: a finished score stage, in the columns of a score shard. Whatever `selection.method` keeps, the best of
+    all of a prompt's candidates is looked for, by the utility and scale of `selection`:
       prompts, candidates  how many with a valid candidate, and valid candidates of one, on average
       different            candidates of a pool that some direction keeps, on average
       dominated            share of the pools in which one candidate is the best in every direction
@@ -53,11 +55,11 @@ def pool_front(
     }
     verdict = found["dominated"] <= MOST_DOMINATED
     sentence = (
-        f"of a prompt's {found['candidates']:.1f} candidates {len(grid_DK)} directions keep {found['different']:.1f} "
-        f"different ones; in {found['dominated']:.0%} of the pools one is the best in all"
+        f"of a prompt's {found['candidates']:.1f} candidates {len(grid_DK)} directions would keep "
+        f"{found['different']:.1f} different ones; for {found['dominated']:.0%} of the prompts all would keep the same"
     )
     if not verdict:
-        sentence += "; a direction cannot be read from what is the same in all: rate or sample more"
+        sentence += ", which teaches no direction: rate or sample more answers to each prompt"
     return {
         **found,
         "directions": [

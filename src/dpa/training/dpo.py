@@ -35,8 +35,8 @@ from dpa.models.attention import to_device
 from dpa.storage.schemas import completeness
 from dpa.storage.stage_records import Reject
 from dpa.training.learner import Learner, RowEncoder, TrainingRecord
-from dpa.training.passes import StepInPasses, Uncut, one_card
-from dpa.training.ranks import ranks
+from dpa.training.passes import Uncut, WeighsFigures, one_card
+from dpa.training.ranks import in_one_process, ranks
 from dpa.training.trainer_arguments import accumulation, adapters, first_passes, optimizer_class, shared_arguments
 from dpa.training.trainers import StopsAtBadStep
 
@@ -95,19 +95,25 @@ class _Weighing(DPOTrainer):
         self.precompute_ref_logps = True
 
 
-class _Trainer(StopsAtBadStep, StepInPasses, _Weighing):
+class _Trainer(StopsAtBadStep, WeighsFigures, _Weighing):
     """The same, with a step cut into passes that fit, and none taken from a NaN."""
 
     unit, field = "pairs", "dpo.max_length"
     collate: Callable[[list[Any]], dict[str, Any]]
 
-    def cut(self, rows: Sequence[Any], size: int) -> list[Any]:
-        """Passes of `size` pairs."""
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+    def weight(self, part: Any, step: Mapping[str, Any]) -> float:
+        """Pairs."""
+        return len(part)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One optimizer step."""
+        self._tokens_before = self._total_train_tokens
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def begin(self) -> None:
-        """TRL keeps its figures of every pass until the step is logged: those of a try that did not fit go."""
-        self._metrics["train"].clear()
+        """The tokens of a try that did not fit do not count."""
+        super().begin()
+        self._total_train_tokens = self._tokens_before
 
     def pass_loss(self, model: Any, part: Any, step: Mapping[str, Any]) -> torch.Tensor:
         """The share of the pass's pairs in the loss of the step."""
@@ -198,7 +204,7 @@ class DPO(Learner[EncodedPair]):
         longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
         most = max(1, config.pairs_per_step // ranks())
         first = first_passes(self, config.pairs_per_device, model, 2 * longest, most, shared)
-        in_passes = ranks() == 1
+        in_passes = in_one_process()
         accumulated = 1
         if not in_passes:
             accumulated = accumulation("dpo.pairs_per_step", config.pairs_per_step, "pairs_per_device", first.units)

@@ -33,8 +33,8 @@ from dpa.core.records import Ledger, SampleRequest, score_in_full, seed_of, stab
 from dpa.sampling.samplers import TransformersSampler
 from dpa.storage.stage_records import Reject
 from dpa.training.learner import Learner, RowEncoder, TrainingRecord
-from dpa.training.passes import StepInPasses, Uncut, one_card, without_adapters
-from dpa.training.ranks import ranks
+from dpa.training.passes import Uncut, WeighsFigures, one_card, without_adapters
+from dpa.training.ranks import in_one_process
 from dpa.training.trainer_arguments import adapters, first_passes, optimizer_class, shared_arguments
 from dpa.training.trainers import StopsAtBadStep
 
@@ -56,7 +56,7 @@ class Question:
         return len(self.ids)
 
 
-class _Trainer(StopsAtBadStep, StepInPasses, GRPOTrainer):
+class _Trainer(StopsAtBadStep, WeighsFigures, GRPOTrainer):
     """GRPOTrainer that cuts the learning of a step into passes that fit, and never takes a step from a NaN."""
 
     unit, field = "answers", "rollout.max_new_tokens"
@@ -65,20 +65,13 @@ class _Trainer(StopsAtBadStep, StepInPasses, GRPOTrainer):
         """Answer the questions of a step once, and learn from the answers in passes."""
         model.train()
         answers = self._prepare_inputs(inputs)
-        self._of_answers = {name: list(values) for name, values in self._metrics["train"].items()}
         loss = super().training_step(model, {"rows": Uncut(range(len(answers["advantages"]))), "answers": answers})
         self._step += 1
         return loss
 
-    def cut(self, rows: Sequence[Any], size: int) -> list[Any]:
-        """Passes of `size` answers."""
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-    def begin(self) -> None:
-        """TRL keeps its figures of every pass until the step is logged: those of a try that did not fit go."""
-        metrics = self._metrics["train"]
-        metrics.clear()
-        metrics.update({name: list(values) for name, values in self._of_answers.items()})
+    def weight(self, part: Any, step: Mapping[str, Any]) -> float:
+        """Tokens of answers."""
+        return float(step["answers"]["completion_mask"][part.start : part.stop].sum())
 
     def pass_loss(self, model: Any, part: Any, step: Mapping[str, Any]) -> torch.Tensor:
         """The share of the pass's answers in the loss of the step: TRL divides by all tokens of all answers."""
@@ -95,7 +88,8 @@ class _Trainer(StopsAtBadStep, StepInPasses, GRPOTrainer):
 class GRPO(Learner[Question]):
     """Learns from its own answers to prompts under directions (columns `prompt_id, messages, direction`).
 
-    The log has, for each optimizer step, `reward` (the mean v.r of its answers), `reward_std`, and TRL's other figures.
+    The log has, for each optimizer step, `reward` (the mean v.r of its answers), `reward_std`, and TRL's other figures
+    of answers and loss.
     """
 
     reads = "prompts"
@@ -135,7 +129,7 @@ class GRPO(Learner[Question]):
         holds the numbers of the questions, and `_answer` (a `rollout_func`) gives it prompts and answers as tokens.
         """
         config, rollout = self.config, self.rollout
-        if ranks() > 1:
+        if not in_one_process():
             raise ConfigError("cluster: learner grpo trains in one process; take processes 1 and no accelerate file.")
         if config.beta and config.lora is None and not hasattr(transformers, type(model).__name__):
             raise ConfigError("grpo.beta: TRL loads the reference and runs no model's own code; take 0, or grpo.lora.")

@@ -19,16 +19,12 @@ from dpa.core.errors import ConfigError, TrainingError
 from dpa.core.sections.cluster import ClusterConfig
 from dpa.models.memory import free_memory
 from dpa.storage.stopping import POLL_S, StopOnSignal
-from dpa.training.ranks import ranks
-
-LAUNCHED = "DPA_LAUNCHED"
-"""Set for the ranks that `launch` starts."""
+from dpa.training.ranks import LAUNCHED, in_one_process
 
 
 def launches(cluster: ClusterConfig) -> bool:
     """Whether training is to be launched, and this process is not itself part of a launch."""
-    inside = LAUNCHED in os.environ or ranks() > 1
-    return (cluster.processes > 1 or cluster.accelerate is not None) and not inside
+    return (cluster.processes > 1 or cluster.accelerate is not None) and in_one_process()
 
 
 def launch(arguments: Sequence[str], cluster: ClusterConfig, label: str) -> None:

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import TrainingArguments
@@ -100,7 +101,7 @@ class StepInPasses:
 
     def cut(self, rows: Sequence[Any], size: int) -> list[Any]:
         """The passes of a step's rows, each of at most `size`, or of the least there can be."""
-        raise NotImplementedError
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def pass_loss(self, model: Any, part: Any, step: Mapping[str, Any]) -> torch.Tensor:
         """The loss of one pass; `step` is the batch of the whole step, with what it counted."""
@@ -133,7 +134,7 @@ class StepInPasses:
         model.train()
         while True:
             try:
-                loss, least = self._try(model, inputs)
+                loss = self._try(model, inputs)
             except Exception as error:  # a backward pass is compiled when it is first run
                 if self.compiled is None or not self.compiled.give_up(error):
                     raise
@@ -144,8 +145,8 @@ class StepInPasses:
             model.zero_grad()  # nothing of the step is kept
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if not least:
-                self.pass_size = max(1, self.pass_size // 2)
+            if (smaller := self._smaller(inputs["rows"].rows)) is not None:
+                self.pass_size = smaller
                 _log.warning("training: memory ran out; goes on with %s %s a pass.", f"{self.pass_size:,}", self.unit)
             elif self.may_recompute:
                 self.may_recompute = False
@@ -156,8 +157,18 @@ class StepInPasses:
                     f"training: the least pass does not fit in memory; lower {self.field}, or train lora."
                 )
 
-    def _try(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor | None, bool]:
-        """The step's loss, or None when memory ran out; and whether the passes were the least there can be."""
+    def _smaller(self, rows: Sequence[Any]) -> int | None:
+        """The size of a pass, halved until it makes more passes of these rows; None where they are the least there are.
+        A step may have fewer rows than a pass may hold."""
+        passes, size = len(self.cut(rows, self.pass_size)), self.pass_size
+        while size > 1:
+            size //= 2
+            if len(self.cut(rows, size)) > passes:
+                return size
+        return None
+
+    def _try(self, model: Any, batch: dict[str, Any]) -> torch.Tensor | None:
+        """The step's loss, or None when memory ran out."""
         trainer: Any = self
         self.begin()
         parts = self.cut(batch["rows"].rows, self.pass_size)
@@ -173,6 +184,37 @@ class StepInPasses:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            # Halving helps while it makes other passes.
-            return None, len(self.cut(batch["rows"].rows, max(1, self.pass_size // 2))) == len(parts)
-        return total, False
+            return None
+        return total
+
+
+class WeighsFigures(StepInPasses):
+    """The same before a Trainer of TRL, which keeps figures of every pass in `_metrics` and logs their plain mean:
+    those of a step are weighed by what its passes hold, and those of a try that did not fit are dropped."""
+
+    def weight(self, part: Any, step: Mapping[str, Any]) -> float:
+        """What the figures of a pass are means over."""
+        raise NotImplementedError
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """All passes of one optimizer step, and its figures."""
+        figures = self._figures()
+        self._before = {name: list(values) for name, values in figures.items()}
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        parts = self.cut(inputs["rows"].rows, self.pass_size)
+        weights = [self.weight(part, inputs) for part in parts]
+        for name, values in figures.items():
+            first = len(self._before.get(name, ()))
+            if len(values) - first == len(parts) > 1:
+                values[first:] = [float(np.average(values[first:], weights=weights))]
+        return loss
+
+    def begin(self) -> None:
+        """As it was before the step."""
+        figures = self._figures()
+        figures.clear()
+        figures.update({name: list(values) for name, values in self._before.items()})
+
+    def _figures(self) -> Any:
+        trainer: Any = self
+        return trainer._metrics["train"]

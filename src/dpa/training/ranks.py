@@ -15,10 +15,19 @@ from accelerate.utils import broadcast_object_list
 
 from dpa.core.errors import DpaError
 
+LAUNCHED = "DPA_LAUNCHED"
+"""Set in the environment of the ranks that launching.py starts."""
+
 
 def ranks() -> int:
     """Processes in this launch (set by `accelerate launch` and torchrun)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def in_one_process() -> bool:
+    """Whether nothing was launched: with DeepSpeed even a single rank takes an optimizer step after its last pass only
+    where the Trainer accumulates."""
+    return ranks() == 1 and LAUNCHED not in os.environ
 
 
 def is_first() -> bool:

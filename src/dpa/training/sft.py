@@ -36,7 +36,7 @@ from dpa.training.passes import (
     units_on_cpu,
     without_adapters,
 )
-from dpa.training.ranks import ranks
+from dpa.training.ranks import in_one_process
 from dpa.training.target_negatives import Stated, negatives
 from dpa.training.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments
 from dpa.training.trainers import StopsAtBadStep
@@ -48,10 +48,6 @@ class _Trainer(StopsAtBadStep, StepInPasses, OverPackedRows, SFTTrainer):
     """SFTTrainer that cuts a step into passes that fit, and never takes a step from a NaN."""
 
     unit, field = "packed rows", "finetune.max_length"
-
-    def cut(self, rows: Sequence[Row], size: int) -> list[Any]:
-        """Passes of `size` packed rows."""
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def pass_loss(self, model: Any, part: Any, step: Mapping[str, Any]) -> torch.Tensor:
         """Nats of the pass's labels, over those of the step."""
@@ -113,7 +109,7 @@ class SFT(Learner[Example]):
     ) -> SFTTrainer:
         """The SFTTrainer over the packed examples, checkpoints in `work`. Raises ConfigError."""
         config = self.config
-        in_passes = ranks() == 1 and has_plain_head(model)
+        in_passes = in_one_process() and has_plain_head(model)
         together = 1 if config.rows_per_device == "auto" else config.rows_per_device
         accumulated = accumulation(
             "finetune.packed_rows_per_step", config.packed_rows_per_step, "rows_per_device", together

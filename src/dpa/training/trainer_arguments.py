@@ -16,7 +16,7 @@ from dpa.models.memory import Plan
 from dpa.training.learner import Learner
 from dpa.training.optimizers import MuonWithAdamW
 from dpa.training.passes import first_plan
-from dpa.training.ranks import any_of, least_of, ranks
+from dpa.training.ranks import any_of, in_one_process, least_of, ranks
 from dpa.training.trainers import lora_adapters, trackers
 
 
@@ -75,7 +75,7 @@ def first_passes(
     first = first_plan(model, recompute, longest, most, learner.section, shared["bf16"], adapters=lora)
     shared["gradient_checkpointing"] = any_of(first.recompute)
     units = min(least_of(first.units), most if torch.cuda.is_available() else 4)
-    if ranks() > 1:
+    if not in_one_process():
         units = next(divisor for divisor in range(units, 0, -1) if most % divisor == 0)
     return Plan(units, shared["gradient_checkpointing"])
 

@@ -76,7 +76,8 @@ def is_address(text: str) -> bool:
     """Whether this is the address of a server."""
     try:
         parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and text.isprintable()
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        return whole and text.isprintable() and " " not in text
     except ValueError:  # a port beyond 65535, half a bracket
         return False
 

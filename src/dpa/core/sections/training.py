@@ -124,8 +124,8 @@ class PreferenceConfig(_SelectedRowsConfig):
     pairs_per_step: int = Field(32, ge=1, description="Pairs in one optimizer step, over all devices.")
     pairs_per_device: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="Pairs in one forward pass, halved where memory runs out; the rest accumulates. auto: as many as "
-        "fit on a card, 4 on a CPU.",
+        description="Pairs in one forward pass; the rest accumulates. auto: as many as fit on a card, 4 on a CPU. In "
+        "one process halved where memory runs out; on several devices they divide a step.",
     )
 
 
