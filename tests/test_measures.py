@@ -154,11 +154,11 @@ def test_pairs_in_order_are_those_that_differ_by_more_than_chance() -> None:
     """However the directions are lined up; one asked for the same is no pair, one without a score in no order."""
     rng = np.random.default_rng(0)
     means_D, asked_D = np.array([10.0, 50.0, 50.1, 90.0, 20.0, np.nan]), np.array([-40.0, -20, 0, 20, 40, 40])
-    scores_DP = means_D[:, None] + rng.normal(0, 5, (6, 40))
-    assert pairs_in_order(scores_DP, asked_D, 200, 0) == (6, 3, 14)
+    means_RD = bootstrap_means((means_D[:, None] + rng.normal(0, 5, (6, 40)))[..., None], 200, seed=0)[..., 0]
+    assert pairs_in_order(means_RD, asked_D) == (6, 3, 14)
     shuffled_D = rng.permutation(6)
-    assert pairs_in_order(scores_DP[shuffled_D], asked_D[shuffled_D], 200, 0) == (6, 3, 14)
-    assert pairs_in_order(scores_DP, -asked_D, 200, 0) == (3, 6, 14)
+    assert pairs_in_order(means_RD[:, shuffled_D], asked_D[shuffled_D]) == (6, 3, 14)
+    assert pairs_in_order(means_RD, -asked_D) == (3, 6, 14)
 
 
 def test_the_same_seed_draws_the_same_prompts_whatever_their_scores():

@@ -220,13 +220,12 @@ def all_measures(
         yield ("largest_jump", name), largest_jump(asked_D, achieved_D)
 
 
-def pairs_in_order(scores_DP: np.ndarray, asked_D: np.ndarray, resamples: int, seed: int) -> tuple[int, int, int]:
+def pairs_in_order(means_RD: np.ndarray, asked_D: np.ndarray) -> tuple[int, int, int]:
     """(in order, reversed, all): pairs of directions asked apart, and those of them whose means differ by more than
-    chance, one above the other in 97.5% of the draws over prompts: as it was asked, or against it."""
-    ordered_D = np.argsort(asked_D)
-    means_RD = bootstrap_means(scores_DP[ordered_D, :, None], resamples, seed)[..., 0]
+    chance, one above the other in 97.5% of the draws over prompts (`bootstrap_means`): as it was asked, or against
+    it."""
     above_DD = np.mean(means_RD[:, None, :] > means_RD[:, :, None], axis=0)  # [d, e]: e above d
-    apart_DD = np.subtract.outer(asked_D[ordered_D], asked_D[ordered_D]) < 0
+    apart_DD = np.subtract.outer(asked_D, asked_D) < 0
     sure_DD = above_DD > SURE
     return int((sure_DD & apart_DD).sum()), int((sure_DD.T & apart_DD).sum()), int(apart_DD.sum())
 

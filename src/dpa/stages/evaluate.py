@@ -15,6 +15,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError
 from dpa.core.measures import (
     Interval,
+    bootstrap_means,
     finite_or_none,
     intervals_over_prompts,
     mean_over_prompts,
@@ -85,16 +86,17 @@ def evaluate(
         }
         for weights_K, (words, token_count) in zip(grid_DK, lengths_DX, strict=True)
     ]
-    measures, pairs = {}, {}
+    measures = {}
     for reward, scores_NK in scores_by_reward.items():
         scores_DPK = per_prompt(scores_NK)
         measures[reward] = measure(scores_DPK, space, grid_DK, config.reference, config.resamples, seed)
-        pairs[reward] = _pairs(scores_DPK, space, grid_DK, config.resamples, seed)
         intervals_DK = intervals_over_prompts(scores_DPK, config.resamples, seed)
         front_D = pareto_front(mean_over_prompts(scores_DPK))
         for record, intervals_K, on_front in zip(directions, intervals_DK, front_D, strict=True):
             record["objectives"][reward] = dict(zip(space.names, intervals_K, strict=True))
             record["front"][reward] = bool(on_front)
+    by = deciding_reward(measures)
+    pairs = _pairs(bootstrap_means(per_prompt(scores_by_reward[by]), config.resamples, seed), space, grid_DK)
     return {
         "objectives": list(space.names),
         "arcs": list(space.arc_names),
@@ -103,7 +105,7 @@ def evaluate(
         "unscored": {name: int((~np.isfinite(s).all(axis=1)).sum()) for name, s in scores_by_reward.items()},
         "directions": directions,
         "measures": measures,
-        "listens": verdict(measures, pairs),
+        "listens": verdict(by, measures[by], pairs),
     }
 
 
@@ -188,18 +190,15 @@ def scores_by_prompt(
     }
 
 
-def verdict(
-    measures: Mapping[str, Mapping[str, Any]], pairs: Mapping[str, Mapping[str, tuple[int, int, int]]]
-) -> dict[str, Any]:
-    """Does the policy listen? Judged by the gold reward where there is one; a reversed order is not listening.
+def verdict(by: str, measures: Mapping[str, Any], pairs: Mapping[str, tuple[int, int, int]]) -> dict[str, Any]:
+    """Does the policy listen, by the measures of the reward that decides? A reversed order is not listening.
 
-    `pairs`: reward -> arc -> core.measures.pairs_in_order. Directions that rightly get the same answer are in an order
-    of chance, which says nothing of those that do not.
+    `pairs`: arc -> core.measures.pairs_in_order. Directions that rightly get the same answer are in an order of chance,
+    which says nothing of those that do not.
     """
-    by = deciding_reward(measures)
-    tau = {arc: found["value"] for arc, found in measures[by]["kendall_tau"].items()}
+    tau = {arc: found["value"] for arc, found in measures["kendall_tau"].items()}
     listed = ", ".join(f"{arc} {'unknown' if value is None else format(value, '.2f')}" for arc, value in tau.items())
-    sure = {arc: found for arc, found in pairs[by].items() if found[0] - found[1] >= LISTENS_AT * max(1, found[2])}
+    sure = {arc: found for arc, found in pairs.items() if found[0] - found[1] >= LISTENS_AT * max(1, found[2])}
     in_order = any(value is not None and value >= LISTENS_AT for value in tau.values())
     if in_order:
         sentence = f"The policy follows its direction (Kendall tau of asked against achieved: {listed})."
@@ -221,15 +220,13 @@ def verdict(
     return {"verdict": listens, "by": by, "threshold": LISTENS_AT, "tau": tau, "sentence": sentence}
 
 
-def _pairs(
-    scores_DPK: np.ndarray, space: DirectionSpace, grid_DK: np.ndarray, resamples: int, seed: int
-) -> dict[str, tuple[int, int, int]]:
+def _pairs(means_RDK: np.ndarray, space: DirectionSpace, grid_DK: np.ndarray) -> dict[str, tuple[int, int, int]]:
     """Arc -> `pairs_in_order` of the directions on it, by the objective it leads to."""
     found = {}
     for arc in space.arc_names:
         arc_D = space.on_arc(grid_DK, arc)
-        asked_D, scores_DP = space.asked_angle(grid_DK[arc_D], arc), scores_DPK[arc_D, :, space.names.index(arc)]
-        found[arc] = pairs_in_order(scores_DP, asked_D, resamples, seed)
+        means_RD = means_RDK[:, arc_D, space.names.index(arc)]
+        found[arc] = pairs_in_order(means_RD, space.asked_angle(grid_DK[arc_D], arc))
     return found
 
 
