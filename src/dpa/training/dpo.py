@@ -101,20 +101,6 @@ class _Trainer(StopsAtBadStep, WeighsFigures, _Weighing):
     unit, field = "pairs", "dpo.max_length"
     collate: Callable[[list[Any]], dict[str, Any]]
 
-    def weight(self, part: Any, step: Mapping[str, Any]) -> float:
-        """Pairs."""
-        return len(part)
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One optimizer step."""
-        self._tokens_before = self._total_train_tokens
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def begin(self) -> None:
-        """The tokens of a try that did not fit do not count."""
-        super().begin()
-        self._total_train_tokens = self._tokens_before
-
     def pass_loss(self, model: Any, part: Any, step: Mapping[str, Any]) -> torch.Tensor:
         """The share of the pass's pairs in the loss of the step."""
         self._of_step = step["counts"].to(self.args.device)
@@ -241,8 +227,7 @@ class DPO(Learner[EncodedPair]):
             trainer.train_dataset = Dataset.from_dict(columns)
         if in_passes:
             trainer.collate, trainer.data_collator = trainer.data_collator, _step
-            trainer.pass_size = first.units
-            trainer.may_recompute = config.gradient_checkpointing is None and not first.recompute
+            trainer.begin_with(first.units, first.recompute, config.gradient_checkpointing)
         return trainer
 
     def cost(self, done: TrainingRecord) -> Ledger:

@@ -157,8 +157,7 @@ class GRPO(Learner[Question]):
             processing_class=tokenizer,
             peft_config=adapters(config),
         )
-        trainer.pass_size = first.units
-        trainer.may_recompute = config.gradient_checkpointing is None and not first.recompute
+        trainer.begin_with(first.units, first.recompute, config.gradient_checkpointing)
         trainer.optimizer_cls_and_kwargs = optimizer_class(config)  # unlike SFTTrainer, it takes no such argument
         sampler = TransformersSampler(
             without_adapters(trainer.model),

@@ -99,6 +99,11 @@ class StepInPasses:
     compile_backend: Any = "inductor"
     compiled: CompiledLayers | None = None
 
+    def begin_with(self, size: int, recomputed: bool, asked: bool | None) -> None:
+        """Passes of `size` at first. Activations that are not `recomputed` may be later, unless it was `asked` for not
+        to."""
+        self.pass_size, self.may_recompute = size, asked is None and not recomputed
+
     def cut(self, rows: Sequence[Any], size: int) -> list[Any]:
         """The passes of a step's rows, each of at most `size`, or of the least there can be."""
         return [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -190,16 +195,19 @@ class StepInPasses:
 
 class WeighsFigures(StepInPasses):
     """The same before a Trainer of TRL, which keeps figures of every pass in `_metrics` and logs their plain mean:
-    those of a step are weighed by what its passes hold, and those of a try that did not fit are dropped."""
+    those of a step are weighed by what its passes hold, and those of a try that did not fit are dropped, its tokens
+    too."""
 
     def weight(self, part: Any, step: Mapping[str, Any]) -> float:
-        """What the figures of a pass are means over."""
-        raise NotImplementedError
+        """What the figures of a pass are means over: its rows."""
+        return len(part)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """All passes of one optimizer step, and its figures."""
-        figures = self._figures()
+        trainer: Any = self
+        figures = trainer._metrics["train"]
         self._before = {name: list(values) for name, values in figures.items()}
+        self._tokens_before = trainer._total_train_tokens
         loss = super().training_step(model, inputs, num_items_in_batch)
         parts = self.cut(inputs["rows"].rows, self.pass_size)
         weights = [self.weight(part, inputs) for part in parts]
@@ -211,10 +219,7 @@ class WeighsFigures(StepInPasses):
 
     def begin(self) -> None:
         """As it was before the step."""
-        figures = self._figures()
-        figures.clear()
-        figures.update({name: list(values) for name, values in self._before.items()})
-
-    def _figures(self) -> Any:
         trainer: Any = self
-        return trainer._metrics["train"]
+        trainer._metrics["train"].clear()
+        trainer._metrics["train"].update({name: list(values) for name, values in self._before.items()})
+        trainer._total_train_tokens = self._tokens_before

@@ -103,8 +103,8 @@ def build_trainer(
     most = max(1, (PASS_TOKENS if cuda else CPU_PASS) // longest)
     first = first_plan(model, config.gradient_checkpointing, longest, most, "reward.train", arguments.bf16)
     trainer.compile = config.compile
-    trainer.pad, trainer.pass_size = pad, first.units * longest
-    trainer.may_recompute = config.gradient_checkpointing is None and not first.recompute
+    trainer.pad = pad
+    trainer.begin_with(first.units * longest, first.recompute, config.gradient_checkpointing)
     arguments.gradient_checkpointing = first.recompute
     arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}  # else, frozen inputs would stop gradients
     trainer.remove_callback(PrinterCallback)

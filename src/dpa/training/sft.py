@@ -150,8 +150,7 @@ class SFT(Learner[Example]):
                 most = min(most, units_on_cpu(longest, mixed))
             first = first_plan(trainer.model, recompute, longest, most, self.section, mixed)
             trainer.compile = config.compile
-            trainer.pass_size = first.units
-            trainer.may_recompute = recompute is None and not first.recompute
+            trainer.begin_with(first.units, first.recompute, recompute)
             arguments.gradient_checkpointing = first.recompute
         return trainer
 
