@@ -59,16 +59,17 @@ def pools_charts(
     """The same of the best candidate of each pool, for the policies that chose from some."""
     colors = [color for color, policy in enumerate(policies) if policy.get("pools")]
     pools = [{"name": policies[color]["name"], "evaluation": policies[color]["pools"]} for color in colors]
-    charts = [front_chart(pools, "model", arc, upward, max_angle, signs) for arc in (arcs if pools else ())]
-    return [
-        replace(
+
+    def drawn(arc: str) -> Chart:
+        chart = front_chart(pools, "model", arc, upward, max_angle, signs)
+        return replace(
             chart,
             series=[replace(one, color=color) for one, color in zip(chart.series, colors, strict=True)],
             title=f"Best of the pools: {upward} against {arc}",
             description="One line for each iteration, one mark for what each direction would keep, with 95% intervals.",
         )
-        for chart, arc in zip(charts, arcs, strict=False)
-    ]
+
+    return [drawn(arc) for arc in arcs] if pools else []
 
 
 def achieved_chart(policies: Policies, reward: str, arc: str, max_angle: float) -> Chart:

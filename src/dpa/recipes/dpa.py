@@ -108,11 +108,14 @@ class Loop(LoopRun):
         else:
             candidates, pairs = self.stage(t, "rollout"), self.learner(t).reads == "pairs"
             ledger = select_winners(stage, candidates, scores, self.prompts(t), space, config, seed, pairs)
+        known, trained = chosen_from(self, t), self.stage(t, "finetune").done
+        if known is not None and trained:  # by then the scores stay as they are: they need not be read again
+            return ledger
         made_from = stable_hash(*map(scores.shard_digest, range(scores.shards)))
-        if (chosen_from(self, t) or {}).get("made_from") != made_from:
+        if known is None or known.get("made_from") != made_from:
             found = pool_front(scores.whole_table(), self.space, config, self.config.evaluate, seed)
             write_record(pools_file(self, t), {**found, "made_from": made_from})
-            if not self.stage(t, "finetune").done:  # else it comes too late
+            if not trained:  # else it comes too late
                 self.console.print(f"t = {t}: {found['sentence']}", style=None if found["verdict"] else "bold red")
         return ledger
 
