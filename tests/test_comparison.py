@@ -119,9 +119,11 @@ def scores(
     return [{"gold": gold_DPK, "model": gold_DPK * [0, 1]} for gold_DPK in gold]
 
 
-def compared(policies: dict[str, Scores], spent: dict[str, list[tuple[int, int]]] | None = None) -> dict[str, Any]:
+def compared(
+    policies: dict[str, Scores], spent: dict[str, list[tuple[int, int]]] | None = None, first: Scores | None = None
+) -> dict[str, Any]:
     """A comparison of methods by the scores of their last policies, at a budget of 1,000 tokens. In each seed a method
-    generates 400 and trains on 600, unless `spent` says otherwise."""
+    generates 400 and trains on 600, unless `spent` says otherwise. `first`: of a policy before the last of `pooled`."""
     settings = EvaluateConfig(prompts={"path": "x"}, directions=5, gold={"helpfulness": "a:b", "verbosity": "a:b"})  # type: ignore[call-arg, arg-type]
     config = CompareConfig(out="x", budget=1000, run={}, methods=list(policies), resamples=50)  # type: ignore[call-arg]
     evaluation = {"directions": [{"words": {"value": 10.0 * d}} for d in range(5)]}
@@ -134,14 +136,15 @@ def compared(policies: dict[str, Scores], spent: dict[str, list[tuple[int, int]]
                     "candidates_scored": 10,
                     "wall_s": 1.0,
                 },
-                "policies": [{"name": "last", "evaluation": evaluation}],
+                "policies": [{"name": name, "evaluation": evaluation} for name in ("first", "last")],
             }
             for generated, trained in (spent or {}).get(method, [(400, 600)] * SEEDS)
         ]
         for method in policies
     }
-    last = {(method, "last"): by_seed for method, by_seed in policies.items()}
-    return summarise(METHODS, found, last, space_of("helpfulness", "verbosity"), settings, config)  # type: ignore[arg-type]
+    before = {} if first is None else {("pooled", "first"): first}
+    by_name = before | {(method, "last"): by_seed for method, by_seed in policies.items()}
+    return summarise(METHODS, found, by_name, space_of("helpfulness", "verbosity"), settings, config)  # type: ignore[arg-type]
 
 
 def summary(leads_by: float, literal: float | None = None) -> dict[str, Any]:
@@ -208,6 +211,17 @@ def test_a_lead_within_its_doubt_holds_but_is_not_sure() -> None:
     (found,) = compared(policies)["leads"]["verbosity"]
     assert found["holds"] and found["least"]["low"] < 0
     assert not found["sure"] and "the interval includes none" in found["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("first", "noise", "holds", "doubt"), [(80, 0.5, True, False), (85.5, 10, True, True), (90, 0.5, False, False)]
+)
+def test_a_front_that_rises_within_its_doubt_says_so(first: float, noise: float, holds: bool, doubt: bool) -> None:
+    last = scores(np.random.default_rng(0), 86, noise=noise)
+    claim = compared({"pooled": last}, first=scores(np.random.default_rng(1), first, noise=noise))["claims"][0]
+    assert claim["holds"] is holds
+    assert ("does NOT rise with every iteration" in claim["sentence"]) is not holds
+    assert ("but the interval of last includes none" in claim["sentence"]) is doubt
 
 
 def test_the_lead_is_that_of_the_true_reward_where_there_is_one() -> None:

@@ -283,6 +283,9 @@ def _claims(
         holds = len(up) == len(rises)
         text = "rises with every iteration" if holds else "does NOT rise with every iteration"
         changes = f"{upward} at equal {arcs[0]} changes on average by (against the iteration before) {steps}"
+        unsure = [rise["to"] for rise in up if rise["mean"]["low"] is None or rise["mean"]["low"] <= 0]
+        if holds and unsure:
+            changes += f", but the interval of {' and '.join(unsure)} includes none"
         claims.append((holds, f"The front of {title} {text}: {changes}."))
     if thrift:
         volume, (cheap, full) = thrift["hypervolume"], thrift["titles"]
