@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 from damage import damage
-from fakes import FakeSampler, space_of
+from fakes import FakeSampler, FakeScorer, space_of
 from safetensors.torch import load_file
 
 from dpa.core.compare_config import load_comparison
@@ -24,7 +24,13 @@ from dpa.core.records import Sample, SampleRequest
 from dpa.core.sections.ratings import RatingsConfig
 from dpa.models.policy import load_policy
 from dpa.recipes.baselines import demonstrations, dpo, moc, modpo, pooled, pooled_best, prompted, ric, soups, steerlm
-from dpa.recipes.baselines.asking import NearestSampler, TranslatingSampler, with_system, without_direction
+from dpa.recipes.baselines.asking import (
+    NearestSampler,
+    OncePerPromptSampler,
+    TranslatingSampler,
+    with_system,
+    without_direction,
+)
 from dpa.recipes.baselines.lab import Lab, Trained, spent, unstated
 from dpa.recipes.baselines.labels import (
     Labelled,
@@ -38,6 +44,7 @@ from dpa.recipes.baselines.labels import (
 from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.baselines.ric import near_front
 from dpa.recipes.compare import ComparisonJob, measure
+from dpa.sampling.best_of import BestOfSampler
 from dpa.sampling.engine import SamplingEngine
 from dpa.sampling.samplers import SamplerSpec
 from dpa.sampling.soups import SoupSampler, interpolate
@@ -80,10 +87,56 @@ class Echo:
         return [[Sample(f"{r.direction} {r.messages[0]['content']}", 1) for _ in r.seeds] for r in requests]
 
 
+class Echoes(Echo):
+    """Says what it was asked with each seed, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[SampleRequest] = []
+
+    def sample(self, requests: list[SampleRequest]) -> list[list[Sample]]:
+        self.asked.extend(requests)
+        return [[Sample(f"{r.messages[0]['content']} {seed}", 1) for seed in r.seeds] for r in requests]
+
+
 def test_a_policy_that_knows_no_direction_is_never_told_one() -> None:
     request = SampleRequest(QUESTION.messages, (1.0, 0.0), (1, 2))
     (answers,) = TranslatingSampler(Echo(), without_direction).sample([request])
     assert [answer.text.split()[0] for answer in answers] == ["None", "None"]
+
+
+def test_a_policy_that_knows_no_directions_is_asked_once_for_all_of_them() -> None:
+    echoes = Echoes()
+    other = [{"role": "user", "content": "other"}]
+    requests = [
+        SampleRequest(messages, direction, (10 * place, 10 * place + 1))
+        for messages in (QUESTION.messages, other)
+        for place, direction in enumerate([(1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.0, 1.0)])
+    ]
+    first, second, again, fourth, *of_other = OncePerPromptSampler(echoes).sample(requests)
+    assert len(echoes.asked) == 4 and all(request.direction is None for request in echoes.asked)
+    assert (first, second) == (again, fourth), "of two answers each under two directions two are made"
+    assert first != second
+    assert [answer.text for answers in of_other for answer in answers[:1]] == ["other 0", "other 10"] * 2
+
+
+def test_each_direction_chooses_among_the_same_answers() -> None:
+    class Words(FakeScorer):
+        """helpfulness falls with the last number of a response, verbosity rises."""
+
+        def score(self, prompts: object, responses: list[str]) -> np.ndarray:
+            last_R = np.array([int(response.split()[-1]) % 1000 for response in responses], float)
+            return np.stack([1000 - last_R, last_R], axis=1)
+
+    space, one = space_of(), OncePerPromptSampler(Echoes())
+    chosen = BestOfSampler(one, Words(), space, 4).sample(
+        [SampleRequest(QUESTION.messages, direction, (5,)) for direction in ((1.0, 0.0), (0.0, 1.0), (1.0, 0.0))]
+    )
+    first, second, third = (answers[0] for answers in chosen)
+    pool = Echoes().sample([SampleRequest(QUESTION.messages, None, BestOfSampler(one, Words(), space, 4)._seeds(5))])[0]
+    by_last = sorted(pool, key=lambda sample: int(sample.text.split()[-1]) % 1000)
+    assert first.text == third.text == by_last[0].text
+    assert second.text == by_last[-1].text
+    assert first.tokens == 4, "what it would cost a user"
 
 
 def test_a_label_leads_the_system_message_that_is_there() -> None:

@@ -2,12 +2,13 @@
 Run its tests: pytest tests/test_baselines.py
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from dpa.core.records import Messages, Sample, Sampler, SampleRequest, stable_hash
+from dpa.core.records import Messages, Sample, Sampler, SampleRequest, messages_text, stable_hash
 
 
 class TranslatingSampler:
@@ -20,6 +21,29 @@ class TranslatingSampler:
     def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
         """The samples of the translated requests, in order."""
         return self._sampler.sample([self._translate(request) for request in requests])
+
+
+class OncePerPromptSampler:
+    """For a policy that knows no directions, where the same answers may serve them all: the n-th request of a prompt
+    under each direction is one request, with the first one's seeds, and sampled once."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.revision = sampler.revision
+        self._sampler = sampler
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
+        """The samples of every request, in order."""
+        asked: dict[tuple[str, int, int], SampleRequest] = {}
+        seen: Counter[tuple[object, ...]] = Counter()
+        keys = []
+        for request in requests:
+            prompt = messages_text(request.messages)
+            under = prompt, request.direction, request.held
+            keys.append((prompt, len(request.seeds), seen[under]))
+            seen[under] += 1
+            asked.setdefault(keys[-1], replace(request, direction=None, held=None))
+        answers = dict(zip(asked, self._sampler.sample(list(asked.values())), strict=True))
+        return [answers[key] for key in keys]
 
 
 class NearestSampler:

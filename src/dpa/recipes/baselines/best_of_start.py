@@ -3,10 +3,13 @@
 y = argmax over n samples of v . r(x, y). The scorer is the run's own. Where that is the true reward, as in a recipe
 whose scores are functions, it knows at answering time what no user could know: an upper bound then, not a peer.
 
+Nobody tells the policy the direction, so the same n answers to a prompt serve them all; each direction's answer counts
+the tokens of all n, which is what it would cost a user.
+
 Published: best-of-n (WebGPT 2112.09332). Ours: n.
 """
 
-from dpa.recipes.baselines.asking import TranslatingSampler, without_direction
+from dpa.recipes.baselines.asking import OncePerPromptSampler
 from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.sampling.best_of import BestOfSampler
 
@@ -17,8 +20,7 @@ def train(lab: Lab) -> list[Trained]:
     """The start policy with the scorer over it."""
 
     def build() -> BestOfSampler:
-        told_nothing = TranslatingSampler(lab.start_sampler(), without_direction)
-        return BestOfSampler(told_nothing, lab.scorer, lab.space, CANDIDATES)
+        return BestOfSampler(OncePerPromptSampler(lab.start_sampler()), lab.scorer, lab.space, CANDIDATES)
 
     return [Trained(f"best of {CANDIDATES}", build)]
 
