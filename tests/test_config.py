@@ -96,12 +96,12 @@ def test_an_override_with_a_key_twice_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_hostile_yaml_is_one_sentence_within_a_second(text: str, said: str) -> None:
-    begun = time.monotonic()
+    begun = time.thread_time()  # of this thread: what else the machine does takes none of it
     with pytest.raises(ConfigError, match=said) as caught:
         parse_yaml(text, "config: x")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
-    assert time.monotonic() - begun < 1
+    assert time.thread_time() - begun < 1
 
 
 # The home folder

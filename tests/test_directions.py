@@ -147,10 +147,10 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(written, said):
     ids=lambda value: str(value)[:12],
 )
 def test_hostile_text_is_refused_at_once(hostile):
-    started = time.perf_counter()
+    started = time.thread_time()  # of this thread: what else the machine does takes none of it
     with pytest.raises(DirectionError):
         PAPER.parse(hostile)
-    assert time.perf_counter() - started < 0.5  # takes under 10 ms; the margin is for a busy machine
+    assert time.thread_time() - started < 0.5  # takes under 10 ms
 
 
 @given(st.text(alphabet="ab*+-. 0123456789edgNn()_;", max_size=40))
