@@ -168,9 +168,6 @@ def test_40_litellm_steers_in_every_form(server: ServeProcess, told: str, monkey
 
 def test_the_same_folder_is_steered_by_stock_transformers_without_a_gateway(policy: Path, server: ServeProcess) -> None:
     """Greedy, as its seeds are not honoured: what it says under a direction is what the gateway's engine says."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     stock = subprocess.Popen(
         [
             interpreter(),
@@ -180,19 +177,21 @@ def test_the_same_folder_is_steered_by_stock_transformers_without_a_gateway(poli
             "--host",
             "127.0.0.1",
             "--port",
-            str(port),
+            "0",
         ],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
+    assert stock.stdout is not None
     try:
-        assert within(150, lambda: _up(f"http://127.0.0.1:{port}/health") or stock.poll() is not None)
+        address = next(line.split(" on ")[1].split()[0] for line in stock.stdout if "running on http" in line)
         asked = {"messages": QUESTION, "max_tokens": 24, "temperature": 0}
         texts = {}
         for name, kwargs in {"told": {"preference": ASKED}, "not told": {}}.items():
             body = {**asked, "chat_template_kwargs": kwargs}
-            theirs = httpx.post(f"http://127.0.0.1:{port}{CHAT}", json={**body, "model": str(policy)}, timeout=60)
+            theirs = httpx.post(address + CHAT, json={**body, "model": str(policy)}, timeout=60)
             stated = {} if kwargs else {"dpa": None}  # the gateway would ask at the center
             ours = httpx.post(server.url + CHAT, json={**body, **stated, "model": "demo"}, timeout=60)
             texts[name] = theirs.json()["choices"][0]["message"]["content"]
@@ -200,13 +199,13 @@ def test_the_same_folder_is_steered_by_stock_transformers_without_a_gateway(poli
         assert texts["told"] != texts["not told"]
     finally:
         stock.kill()
-        stock.wait()
+        stock.communicate()
 
 
-def _up(url: str) -> bool:
+def _serves(server: ServeProcess) -> bool:
     try:
-        return httpx.get(url, timeout=1).status_code == 200
-    except httpx.HTTPError:
+        return httpx.get(f"{server.url}/v1/models", timeout=30).status_code == 200
+    except httpx.TransportError:
         return False
 
 
@@ -355,12 +354,13 @@ def test_39_a_second_signal_ends_at_once(policy: Path, tmp_path: Path, number: s
     with in_thread(fake.app) as upstream, ThreadPoolExecutor() as pool:
         server = ServeProcess("--upstream", upstream, "--space", policy, log=tmp_path / "log").wait()
         try:
-            answer = pool.submit(httpx.post, server.url + CHAT, json={"messages": QUESTION}, timeout=30)
+            answer = pool.submit(httpx.post, server.url + CHAT, json={"messages": QUESTION}, timeout=60)
             assert within(20, lambda: fake.running == 1)
             server.process.send_signal(signal.SIGTERM)
+            assert within(20, lambda: not _serves(server)), "the first signal has arrived"
             assert not within(0.5, lambda: server.process.poll() is not None), "it waits for what it accepted"
             server.process.send_signal(number)
-            assert server.process.wait(5) == 128 + number
+            assert server.process.wait(15) == 128 + number
             assert isinstance(answer.exception(), httpx.TransportError)
         finally:
             server.stop(signal.SIGKILL)
@@ -392,18 +392,16 @@ def test_39_sigterm_drains_refuses_new_work_exits_0_and_leaves_no_child(tmp_path
         assert at_best_within(1.0, 5, noticed_after)  # fault 38, through both processes
         accepted: list[httpx.Response] = []
         work = threading.Thread(
-            target=lambda: accepted.append(httpx.post(server.url + CHAT, json={**body, "max_tokens": 700}, timeout=60))
+            target=lambda: accepted.append(httpx.post(server.url + CHAT, json={**body, "max_tokens": 1500}, timeout=60))
         )
         work.start()
         assert within(20, lambda: re.search(r'answers{state="running"} [1-9]', httpx.get(metrics).text))
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        with pytest.raises((httpx.ConnectError, AssertionError)):
-            assert httpx.get(f"{server.url}/v1/models").status_code == 200
+        assert within(20, lambda: not _serves(server))
         assert server.process.poll() is None, "it waits for what it accepted"
         work.join()
-        assert accepted[0].status_code == 200 and accepted[0].json()["usage"]["completion_tokens"] == 700
-        assert server.process.wait(15) == 0
+        assert accepted[0].status_code == 200 and accepted[0].json()["usage"]["completion_tokens"] == 1500
+        assert server.process.wait(60) == 0
         assert not alive(engine)
     finally:
         server.stop(signal.SIGKILL)
