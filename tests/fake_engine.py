@@ -17,4 +17,4 @@ print("some library says hello", flush=True)
 print(json.dumps({"ready": "yes"}), flush=True)
 if "--die" in sys.argv:
     sys.exit(3)
-time.sleep(60)
+time.sleep(600)

@@ -146,7 +146,7 @@ def in_thread(app: Any, limits: Limits | None = None) -> Iterator[str]:
         server = Server(config, up.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        assert up.wait(10)
+        assert up.wait(60)
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:

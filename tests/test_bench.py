@@ -119,8 +119,8 @@ def test_a_phase_ends_with_the_script(inputs: list[str], tmp_path: Path) -> None
         time.sleep(0.05)
     phases = psutil.Process(script.pid).children(recursive=True)
     script.terminate()
-    script.wait(10)
-    _, left = psutil.wait_procs(phases, timeout=10)
+    script.wait(60)
+    _, left = psutil.wait_procs(phases, timeout=60)
     assert phases and not left
 
 

@@ -56,7 +56,7 @@ def test_answers_come_in_the_order_of_the_questions(server: FakeServer) -> None:
 def test_each_server_has_at_most_so_many_requests_and_the_least_loaded_gets_the_next() -> None:
     with (
         FakeServer(busy_s=0.02) as quick,
-        FakeServer(busy_s=0.2) as slow,
+        FakeServer(busy_s=0.5) as slow,
         HttpPool([quick.address, slow.address], in_flight=3) as pool,
     ):
         assert echoes(pool.ask("/", numbered(40))) == list(range(40))
@@ -239,7 +239,7 @@ def test_fault_12_servers_that_all_begin_to_answer_nothing_of_use_end_the_run_so
         begun = time.monotonic()
         with pytest.raises(EngineError, match="no server answers"):
             pool.ask("/", numbered(40))
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 10
     assert len(server.asked) < 9 + 4 * 8
 
 

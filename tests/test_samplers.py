@@ -2,6 +2,7 @@
 pytest tests/test_samplers.py
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -376,7 +377,8 @@ def test_fault_11_no_orphans_after_kill_9_of_the_parent(folder: Path) -> None:
     pid = int(parent.stdout.readline())
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the worker outlives its parent"
-        time.sleep(0.05)
+    deadline = time.monotonic() + 60
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may end between two looks
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "the worker outlives its parent"
+            time.sleep(0.05)

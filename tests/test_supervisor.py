@@ -48,16 +48,16 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Engin
 
 def test_11_a_killed_engine_is_started_again(start: Callable) -> None:
     engine, failures = start()
-    assert engine.ready.wait(10)
+    assert engine.ready.wait(60)
     first = engine.pid
     os.kill(first, signal.SIGKILL)
-    assert within(5, lambda: engine.pid != first and engine.ready.is_set())
+    assert within(60, lambda: engine.pid != first and engine.ready.is_set())
     assert not failures.errors
 
 
 def test_11_an_engine_that_keeps_dying_is_a_clear_failure(start: Callable) -> None:
     engine, failures = start("--die")
-    assert failures.came.wait(10)
+    assert failures.came.wait(60)
     (error,) = failures.errors
     assert isinstance(error, EngineError) and "3 times in a row (exit code 3)" in str(error)
     assert not alive(engine.pid) and not engine.ready.is_set()
@@ -65,14 +65,14 @@ def test_11_an_engine_that_keeps_dying_is_a_clear_failure(start: Callable) -> No
 
 def test_a_model_that_cannot_be_served_is_said_once_and_not_tried_again(start: Callable) -> None:
     _, failures = start("--refuse")
-    assert failures.came.wait(10)
+    assert failures.came.wait(60)
     assert [type(error) for error in failures.errors] == [ModelFileError]
     assert str(failures.errors[0]) == "model: it is no model; give one."
 
 
 def test_closing_ends_it_even_if_it_does_not_listen(start: Callable) -> None:
     engine, _ = start("--deaf")
-    assert engine.ready.wait(10)
+    assert engine.ready.wait(60)
     pid, folder = engine.pid, Path(engine.socket).parent
     assert folder.stat().st_mode & 0o777 == 0o700
     engine.close(grace_s=0.2)
@@ -83,7 +83,7 @@ def test_39_kill_9_of_the_gateway_leaves_no_orphan() -> None:
     """The real child, at its first moment: torch is still to be loaded."""
     script = (
         "import sys, time; from dpa.serve.supervisor import EngineProcess\n"
-        "engine = EngineProcess(['--model', 'nowhere'], print); print(engine.pid, flush=True); time.sleep(60)"
+        "engine = EngineProcess(['--model', 'nowhere'], print); print(engine.pid, flush=True); time.sleep(600)"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -97,4 +97,4 @@ def test_39_kill_9_of_the_gateway_leaves_no_orphan() -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    assert within(5, lambda: not alive(child)), "the engine outlives its gateway"
+    assert within(30, lambda: not alive(child)), "the engine outlives its gateway"
