@@ -95,7 +95,7 @@ def test_fault_06_no_sampler_is_called(tmp_path: Path) -> None:
 
 
 def test_fault_07_sigterm_finishes_the_shard_in_hand_and_says_how_to_resume(tmp_path: Path, fake_run: Callable) -> None:
-    process = fake_run(tmp_path, "--seconds", 0.05)  # 0.6 s a shard, 4 shards
+    process = fake_run(tmp_path, "--seconds", 0.1)  # 1.2 s a shard, 4 shards
     wait_for(lambda: (tmp_path / "iter_1/rollout/shard-00000.json").exists())
     process.send_signal(signal.SIGTERM)
     asked = time.monotonic()
@@ -114,6 +114,7 @@ def test_fault_07_a_second_sigterm_stops_at_once(tmp_path: Path, fake_run: Calla
     process = fake_run(tmp_path, "--hang")
     wait_for(lambda: (tmp_path / "iter_1/rollout/shard-00001.json").exists())  # the third shard hangs
     process.send_signal(signal.SIGTERM)
+    wait_for(lambda: "once more stops at once" in process.written()[1])  # two signals at a time would be one
     time.sleep(0.5)
     assert process.poll() is None, "the first one waits for the shard in hand"
     process.send_signal(signal.SIGTERM)
