@@ -38,7 +38,7 @@ def chromium() -> Iterator[Any]:
             browser.close()
 
 
-def answered_again(page: Any, timeout_ms: float = 10_000) -> None:
+def answered_again(page: Any, timeout_ms: float = 30_000) -> None:
     """Wait until the steered answer is that of the direction which is set: it is asked a moment after the last turn."""
     told = page.locator("#numbers").inner_text()
     page.wait_for_selector(f"#steered:not([aria-busy]) .told:text-is('{told}')", timeout=timeout_ms)
@@ -80,7 +80,7 @@ def watched_page(
     if own and script:
         own.add_init_script(script)
     page = own.new_page() if own else browser.contexts[0].pages[0]
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     page.set_viewport_size(viewport or {"width": 1280, "height": 900})
     page.emulate_media(color_scheme=color_scheme, reduced_motion=reduced_motion)
     for event, listener in heard.items():

@@ -290,7 +290,7 @@ def test_stop_ends_the_answers_here_and_on_the_server(visit):
     assert opened.text("#steered .state") == "stopped"
     assert opened.text("#status") == "Stopped."
     assert "word0 word1 word2" in opened.text("#steered .text")
-    assert opened.gateway.stopped.wait(3)
+    assert opened.gateway.stopped.wait(30)
 
 
 def test_a_busy_server_is_said_kindly_and_can_be_asked_again_when_it_said(visit):

@@ -41,7 +41,7 @@ def test_the_two_answers_differ_as_the_direction_picked_on_the_front_says(url: s
 
         def answer_at(point: int) -> tuple[str, str]:
             points.nth(point).locator(".dot").click()
-            answered_again(page, timeout_ms=30_000)
+            answered_again(page)
             return tuple(page.locator(f"#{card} .text").inner_text() for card in ("default", "steered"))
 
         for question in QUESTIONS[:2]:
