@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import psutil
 import pytest
 import torch
-from forks import interpreter, python
+from forks import fork_of, interpreter, python
 from rich.console import Console
 
 from dpa.core.compare_config import load_comparison
@@ -81,7 +81,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         while len(done_jobs(out)) < 3 and process.poll() is None:
             time.sleep(0.05)
         assert process.poll() is None, "it ended before it could be killed"
-        children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        comparison = fork_of(process.pid)
+        children = [comparison, *(child.pid for child in psutil.Process(comparison).children(recursive=True))]
     finally:
         process.kill()
         process.wait()
