@@ -172,16 +172,18 @@ def test_kill_9_of_the_loop_ends_the_ranks_and_one_process_resumes(selected: Pat
     loop = start("-m", "dpa", "run", selected, "--processes", 2, "--out", run)
     work = run / "iter_0" / "finetune"
     deadline = time.monotonic() + 300
+    ranks: list[psutil.Process] = []
     while not list(work.glob("checkpoint-*/trainer_state.json")):
         assert time.monotonic() < deadline and loop.poll() is None
+        lines = {
+            process: process.info["cmdline"] or () for process in psutil.process_iter(["cmdline"])
+        }  # a zombie has none
+        now = [process for process, line in lines.items() if str(run) in " ".join(line)]
+        ranks = max(ranks, now, key=len)  # before the checkpoint: after it they may end at any moment
         time.sleep(0.005)
-    lines = {
-        process: process.info["cmdline"] or () for process in psutil.process_iter(["cmdline"])
-    }  # a zombie has none
-    ranks = [process for process, line in lines.items() if str(run) in " ".join(line)]
-    assert len(ranks) >= 3, "the launcher and two ranks"
     loop.send_signal(signal.SIGKILL)
     loop.wait()
+    assert len(ranks) >= 3, "the launcher and two ranks"
     _, alive = psutil.wait_procs(ranks, timeout=120)
     assert not alive, "no orphans"
     with Loop(load_config(selected, {"out": str(run)})) as again:
