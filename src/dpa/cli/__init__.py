@@ -1,1 +1,1 @@
-"""The doors: the `dpa` command."""
+"""The `dpa` command."""

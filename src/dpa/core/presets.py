@@ -1,5 +1,5 @@
 """What is published by name: the direction space of RLHFlow/DPA-v1-Mistral-7B.
-Run its tests: pytest tests/test_directions.py -k preset
+Run its tests: pytest tests/test_real_templates.py tests/test_recipes.py
 """
 
 from dpa.core.directions import DirectionSpace

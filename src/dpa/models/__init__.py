@@ -1,1 +1,1 @@
-"""Floor 3: everything that touches torch: chat templates, policies, samplers, scorers, training."""
+"""Floor 5: a model's folder and its memory: safe files, chat template, policy, loading."""

@@ -1,1 +1,1 @@
-"""Floor 4: the verbs of the loop. Stages never import each other; they meet in a run folder."""
+"""Floor 9: the verbs of the loop. Stages never import each other; they meet in a run folder."""

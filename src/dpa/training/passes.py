@@ -2,8 +2,8 @@
 Run its tests: pytest tests/test_passes.py
 
 A loss that is a sum over the step's tokens or marks, divided by their number, has the same gradient however the step is
-cut. So the cut is no setting of the result: it begins where memory should allow, and when memory runs out the step's
-gradients are dropped, the cut is halved and the step is done again, with the same numbers up to rounding.
+cut. So the size of a pass changes no result: it begins as large as memory should allow, and when memory runs out the
+step's gradients are dropped, the size is halved and the step is done again, with the same numbers up to rounding.
 """
 
 import logging

@@ -1,1 +1,1 @@
-"""A file each section of the configuration. Fields are documented once, here; docs/configuration.md is made of it."""
+"""A file for each section of the configuration. Fields are documented here alone; docs/configuration.md is generated."""

@@ -1,8 +1,8 @@
 """Arithmetic: seconds of training, scoring and sampling on a device, under assumptions that are named here.
 Run its tests: pytest tests/test_estimate.py
 
-docs/estimate.md derives the constants from figures measured on an H200, and holds them against published runs. P:
-that multiply a token (body, and the head where there is a label), L layers, h width of the model:
+docs/estimate.md derives the constants from figures measured on an H200, and holds them against published runs. P
+weights that multiply a token (body, and the head where there is a label), L layers, h width of the model:
 
     training    L launches a step, and 6 P FLOP a token (4 P with adapters, which leave the rest without gradients; 2 P
                 more where activations are computed twice, and for each token a reference reads), each pass taking L
