@@ -1,4 +1,4 @@
-"""The records that travel through the loop, and the two seams (Sampler, Scorer) that heavy objects enter by."""
+"""The records that travel through the loop, and the two interfaces (Sampler, Scorer) of what is heavy in it."""
 
 import hashlib
 import json

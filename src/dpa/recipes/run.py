@@ -1,7 +1,7 @@
-"""The bench of a run: its folder, configuration, prompts, samplers, scorers and measuring.
+"""What every run needs: its folder, configuration, prompts, samplers, scorers and measuring.
 Run its tests: pytest tests/test_loop.py
 
-The loop of the method (dpa.py) and the methods it is compared with (baselines/lab.py) work at the same one.
+The loop of the method (dpa.py) and the methods it is compared with (baselines/lab.py) are both built on it.
 """
 
 from collections.abc import Callable, Iterator

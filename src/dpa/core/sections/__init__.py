@@ -1,1 +1,1 @@
-"""A file for each section of the configuration. Fields are documented here alone; docs/configuration.md is generated."""
+"""A file for each section of the configuration. Fields are documented once, here, for docs/configuration.md."""
