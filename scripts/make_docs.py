@@ -1,5 +1,6 @@
 """Writes docs/configuration.md from the configuration classes: python scripts/make_docs.py"""
 
+import inspect
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -33,7 +34,7 @@ def configuration_page() -> str:
 def _section(model: type[BaseModel], path: str, seen: set[type]) -> list[str]:
     seen.add(model)
     lines = [
-        f"\n## {path or 'Top level'}\n\n{(model.__doc__ or '').strip()}\n\n"
+        f"\n## {path or 'Top level'}\n\n{inspect.cleandoc(model.__doc__ or '')}\n\n"
         "| field | type | default | meaning |\n|---|---|---|---|\n"
     ]
     below: list[str] = []
