@@ -3,8 +3,8 @@
     with Loop(load_config("my.yaml")) as loop:
         loop.run()
 
-Every step returns at once when its done-record stands, so the same call resumes a run wherever it stopped. What the
-steps stand on is run.py and loop_run.py, what is refused checks.py, what is told results.py.
+Every step returns at once when its done-record stands, so the same call resumes a run wherever it stopped. The steps
+are built on run.py and loop_run.py; checks.py refuses what cannot work, results.py writes what was found.
 """
 
 from collections.abc import Mapping
