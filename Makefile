@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The CPU build where there is no GPU; a user with one sets TORCH="torch" or installs their own first.
+# PyPI's build, which brings CUDA along and runs without a card too; TORCH names another version.
 TORCH ?= torch==2.13.0
 # These take half an hour and more, or need a model of yours; their docstrings say how to run them.
 SLOW_BENCHES := $(addprefix bench/,tune_baselines.py studies.py reward_truthfulqa.py robust.py length_curve.py consumers.py card.py utilities.py processor.py temperatures.py)
