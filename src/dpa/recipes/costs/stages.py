@@ -296,7 +296,7 @@ class Stages:
         return self.clock.training(self.given.policy, work)
 
     def _samples_while_learning(self, answers: int, config: Any) -> float:
-        """Seconds in which a learner that samples for itself samples: a step's answers at a time, by the weights it trains."""
+        """Seconds of a learner's own sampling: a step's answers at a time, by the weights it trains."""
         rollout = self.config.rollout
         together = min(answers, config.prompts_per_step * rollout.samples)
         work = Sampling(
