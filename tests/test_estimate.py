@@ -246,6 +246,23 @@ def test_rated_rows_are_counted_as_they_are_read(tmp_path: Path) -> None:
     assert (found.prompt_tokens, found.response_tokens) == (40 + 20, 100)
 
 
+def test_a_processor_reads_a_prompt_once_for_all_that_is_scored_of_it(tmp_path: Path, recipe: Path) -> None:
+    reward = {"reward": f"{{train: {{backbone: {tmp_path / 'model'}}}}}"}
+    processor = Device("two cores", 0.2e12, 20e9, 24 * GB, card=False)
+
+    def seconds(prompts: int, samples: int, device: Device) -> float:
+        sizes = {"prompts.count": str(prompts), "rollout.samples": str(samples)}
+        found = stages_of(load_config(recipe, {**reward, **sizes}), device=device)["iter_1/score"].seconds
+        assert found is not None
+        return found
+
+    answers = seconds(20, 16, processor) - seconds(20, 4, processor)  # 480 more to as many prompts
+    prompts = seconds(20, 4, processor) - seconds(10, 8, processor)  # as many to 10 prompts more
+    assert prompts / answers == pytest.approx(10 * PROMPT / (480 * ANSWER), rel=1e-3)
+    card = DEVICES["l40s"]
+    assert seconds(20, 4, card) == pytest.approx(seconds(10, 8, card), rel=1e-9)
+
+
 def test_a_judge_is_counted_in_requests_and_tokens_and_its_time_is_unknown(recipe: Path) -> None:
     rubrics = "{a: 'How kind it is. 0: rude, 100: kind.', b: 'How long. 0: a word, 100: a page.'}"
     judge = {"reward": f"{{judge: {{model: m, servers: ['http://x/v1'], attributes: {rubrics}}}}}"}

@@ -41,23 +41,30 @@ _HALF = (torch.bfloat16, torch.float16)
 _log = logging.getLogger(__name__)
 
 
-def pack_inputs(ids_N: Sequence[Sequence[int]]) -> dict[str, Any]:
+def pack_inputs(ids_N: Sequence[Sequence[int]], before_N: Sequence[int] | None = None) -> dict[str, Any]:
     """What a model is given for these sequences in one row of T tokens: `input_ids` and `position_ids` (1, T), which
-    start again with each sequence, `cu_seq_lens_q` and `cu_seq_lens_k` (N + 1), `max_length_q` and `max_length_k`."""
+    start again with each sequence, `cu_seq_lens_q` and `cu_seq_lens_k` (N + 1), `max_length_q` and `max_length_k`.
+
+    `before_N` (SEGMENTS alone): for each sequence the place of an earlier one that it goes on from, and sees, or -1;
+    that one goes on from none. Several may go on from the same.
+    """
     lengths_N = [len(ids) for ids in ids_N]
     ids_T = np.fromiter(chain.from_iterable(ids_N), np.int64, sum(lengths_N))  # ten times as fast as from a list
     return {
         "input_ids": torch.from_numpy(ids_T)[None],
-        **pack_lengths(lengths_N),
+        **pack_lengths(lengths_N, before_N),
     }
 
 
-def pack_lengths(lengths_N: Sequence[int]) -> dict[str, Any]:
+def pack_lengths(lengths_N: Sequence[int], before_N: Sequence[int] | None = None) -> dict[str, Any]:
     """All of `pack_inputs` but the ids."""
     bounds = torch.tensor([0, *accumulate(lengths_N)], dtype=torch.int32)
-    starts_T = torch.repeat_interleave(bounds[:-1].long(), torch.tensor(lengths_N))
+    begun_N = torch.tensor([0 if place < 0 else lengths_N[place] for place in before_N or [-1] * len(lengths_N)])
+    starts_T = torch.repeat_interleave(bounds[:-1].long() - begun_N, torch.tensor(lengths_N))
     longest = max(lengths_N)
+    behind = {} if before_N is None else {"goes_on_from": torch.tensor(before_N)}
     return {
+        **behind,
         "position_ids": (torch.arange(int(bounds[-1])) - starts_T)[None],
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
@@ -227,22 +234,31 @@ def _segments(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    goes_on_from: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As `varlen_attention`, a call for each sequence. On a CPU in fp32 always: its half-precision kernels take seven
-    times as long (2,092 against 290 ms for SmolLM2's heads over 2,048 tokens, forward and backward)."""
+    """As `varlen_attention`, a call for each sequence, which may go on from an earlier one (`pack_inputs`).
+
+    On a CPU in fp32 always: its half-precision kernels take seven times as long (2,092 against 290 ms for SmolLM2's
+    heads over 2,048 tokens, forward and backward).
+    """
     # Without bounds each row of the batch is one sequence, not padded: callbacks ask the model while it trains.
     lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
     causal, before, kind = getattr(module, "is_causal", True), value.dtype, query.device.type
     with torch.autocast(kind, enabled=False):
         dtype = torch.float32 if kind == "cpu" else before
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        queries, keys, values = (part.split(lengths, dim=2) for part in (query, key, value))
+        earlier_N = [-1] * len(lengths) if goes_on_from is None else goes_on_from.tolist()
         parts = []
-        for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):
-            mask = None
-            if causal and sliding_window is not None and q.shape[2] > sliding_window:
-                mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
-                mask = mask.tril().triu(1 - sliding_window)
+        for q, k, v, earlier in zip(queries, keys, values, earlier_N, strict=True):
+            if earlier >= 0:
+                k, v = torch.cat([keys[earlier], k], dim=2), torch.cat([values[earlier], v], dim=2)
+            mask, seen = None, k.shape[2] - q.shape[2]
+            within = sliding_window is None or k.shape[2] <= sliding_window
+            if causal and (seen or not within):
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(seen)
+                mask = mask if within else mask.triu(seen + 1 - sliding_window)
             parts.append(
                 functional.scaled_dot_product_attention(
                     q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scaling, enable_gqa=True

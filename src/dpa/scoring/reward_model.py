@@ -4,7 +4,7 @@ Run its tests: pytest tests/test_scorers.py tests/test_reward_training.py
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,13 +18,14 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages
 from dpa.core.reference import Model
-from dpa.models.attention import best_way, pack_inputs, packed_attention, to_device
+from dpa.models.attention import SEGMENTS, best_way, packed_attention, to_device
 from dpa.models.chat_template import render_chats
 from dpa.models.files import resolve_model
 from dpa.models.loading import load_model, load_tokenizer
 from dpa.models.memory import scoring_tokens
 from dpa.models.policy import is_out_of_memory
 from dpa.models.quiet import quiet_libraries
+from dpa.scoring.row_layouts import RowsAlone, SharedPrompts
 from dpa.storage.tables import write_json
 
 RECORD = "dpa_reward.json"
@@ -276,7 +277,8 @@ def forward(
 
 class Logits:
     """The logits of rows that come in parts: a card works on the last part while the next is made ready, and its
-    results are fetched once. The arguments are those of `forward`."""
+    results are fetched once. The arguments are those of `forward`. On a CPU rows of the same prompt are read behind one
+    copy of it (scoring/row_layouts.py)."""
 
     def __init__(
         self, model: Any, pad_token_id: int, token_budget: int | None = None, packed: bool | None = None
@@ -284,8 +286,9 @@ class Logits:
         self._model, self._pad = model, pad_token_id
         self._device = next(model.parameters()).device
         card = self._device.type == "cuda"
-        may_pack = pools_last_token(model) and best_way(model) is not None
-        self._packed = may_pack and (card if packed is None else packed)
+        way = best_way(model) if pools_last_token(model) else None
+        self._packed = way is not None and (card if packed is None else packed)
+        self._may_share = way == SEGMENTS and packed is None
         self._limit = token_budget or (
             scoring_tokens(model.config.get_text_config(), model.dtype, self._device, GPU_TOKENS)
             if card
@@ -294,16 +297,16 @@ class Logits:
         self._order: list[int] = []
         self._logits: list[torch.Tensor] = []
 
-    def add(self, ids_N: Sequence[Sequence[int]]) -> "Logits":
-        """Start on further rows."""
-        first, model = len(self._order), self._model
-        with packed_attention(model) if self._packed else nullcontext():
-            waiting = list(batches([len(ids) for ids in ids_N], self._limit, self._packed))[::-1]
+    def add(self, ids_N: Sequence[Sequence[int]], prompts_N: Sequence[Hashable] | None = None) -> "Logits":
+        """Start on further rows; `prompts_N` names the prompt of each, where it is known."""
+        first, layout = len(self._order), self._layout(ids_N, prompts_N)
+        with packed_attention(self._model) if layout.packed else nullcontext():
+            waiting = list(layout.batches(self._limit))[::-1]
             while waiting:
                 rows = waiting.pop()
-                tokens = _tokens([ids_N[row] for row in rows], self._packed)
+                tokens = layout.tokens(rows)
                 if tokens <= self._limit or len(rows) == 1:
-                    logits_B = self._try_forward([ids_N[row] for row in rows])
+                    logits_B = self._try_forward(layout, rows)
                     if logits_B is not None:
                         self._order += [first + row for row in rows]
                         self._logits.append(logits_B)
@@ -324,13 +327,24 @@ class Logits:
         in_order_NM[self._order] = logits_NM
         return in_order_NM
 
-    def _try_forward(self, ids_B: Sequence[Sequence[int]]) -> torch.Tensor | None:
+    def _layout(
+        self, ids_N: Sequence[Sequence[int]], prompts_N: Sequence[Hashable] | None
+    ) -> RowsAlone | SharedPrompts:
+        if prompts_N is not None and self._may_share:
+            shared = SharedPrompts(ids_N, prompts_N)
+            if shared.worth_it:
+                return shared
+        return RowsAlone(ids_N, self._pad, self._packed)
+
+    def _try_forward(self, layout: RowsAlone | SharedPrompts, rows: Sequence[int]) -> torch.Tensor | None:
         """Logits (B, outputs) on the model's device, or None when memory ran out."""
         try:
             with torch.inference_mode():
-                if self._packed:
-                    return last_token_logits(self._model, to_device(pack_inputs(ids_B), self._device))
-                return self._model(**to_device(pad_batch(ids_B, self._pad), self._device)).logits
+                inputs, ends_B = layout.inputs(rows)
+                inputs = to_device(inputs, self._device)
+                if layout.packed:
+                    return last_token_logits(self._model, inputs, ends_B)
+                return self._model(**inputs).logits
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU
             if not is_out_of_memory(error):
                 raise
@@ -344,19 +358,11 @@ def pools_last_token(model: Any) -> bool:
     return isinstance(model, GenericForSequenceClassification)
 
 
-def last_token_logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """Logits (N, outputs) of the N sequences of `pack_inputs`: what the classifier gives for each of them alone."""
+def last_token_logits(model: Any, inputs: dict[str, Any], ends_N: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits (N, outputs) of the N sequences of `pack_inputs`, or of those that end at the places `ends_N`: what the
+    classifier gives for each of them alone."""
     hidden_TH = getattr(model, model.base_model_prefix)(**inputs, use_cache=False).last_hidden_state[0]
-    return model.score(hidden_TH.index_select(0, inputs["cu_seq_lens_q"][1:] - 1))
-
-
-def pad_batch(ids_B: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` (B, T), padded on the right."""
-    width = max(len(ids) for ids in ids_B)
-    return {
-        "input_ids": torch.tensor([[*ids, *[pad_token_id] * (width - len(ids))] for ids in ids_B]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in ids_B]),
-    }
+    return model.score(hidden_TH.index_select(0, inputs["cu_seq_lens_q"][1:] - 1 if ends_N is None else ends_N))
 
 
 def conversation_text(messages: Messages) -> str:
@@ -370,24 +376,3 @@ def conversation_text(messages: Messages) -> str:
 def _fill(template: str, messages: Messages, response: str) -> str:
     parts = {"prompt": conversation_text(messages), "response": response}
     return _PLACEHOLDER.sub(lambda match: parts[match[1]], template)
-
-
-def batches(lengths_N: Sequence[int], token_budget: int, packed: bool) -> Iterator[list[int]]:
-    """Row numbers, longest first (so that a batch that does not fit is met at once), in batches within the budget, or
-    of one row. Rows that are not `packed` are padded to the longest."""
-    batch: list[int] = []
-    tokens = 0
-    for row in sorted(range(len(lengths_N)), key=lambda row: -lengths_N[row]):
-        adds = lengths_N[row] if packed or not batch else lengths_N[batch[0]]
-        if batch and tokens + adds > token_budget:
-            yield batch
-            batch, tokens, adds = [], 0, lengths_N[row]
-        batch.append(row)
-        tokens += adds
-    if batch:
-        yield batch
-
-
-def _tokens(ids_B: Sequence[Sequence[int]], packed: bool) -> int:
-    """Tokens of a batch, padding included."""
-    return sum(map(len, ids_B)) if packed else len(ids_B) * max(map(len, ids_B))

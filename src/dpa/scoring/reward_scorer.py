@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from dpa.core.errors import ConfigError, ModelFileError
-from dpa.core.records import Messages, Scorer
+from dpa.core.records import Messages, Scorer, messages_text
 from dpa.core.reference import Model, ModelReference
 from dpa.models.compiling import SCORED_ROWS, Choice, CompiledLayers, worth_compiling
 from dpa.models.files import folder_revision, resolve_model
@@ -112,7 +112,7 @@ class RewardModelScorer:
             for first, part in parts:
                 kept = [(first + row, ids) for row, ids in enumerate(part.result()) if ids is not None]
                 usable += [row for row, _ in kept]
-                logits.add([ids for _, ids in kept])
+                logits.add([ids for _, ids in kept], [messages_text(prompts[row]) for row, _ in kept])
         scores_NM = np.full((count, len(self.attributes)), np.nan)
         if usable:
             scores_NM[usable] = logits.collect()

@@ -14,7 +14,8 @@ from dpa.core.sections.reward import RewardTrainConfig
 from dpa.models.attention import best_way, pack_inputs, padded_attention, to_device
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.half_precision import computes_in_bf16
-from dpa.scoring.reward_model import batches, last_token_logits, pad_batch, pools_last_token
+from dpa.scoring.reward_model import last_token_logits, pools_last_token
+from dpa.scoring.row_layouts import batches, pad_batch
 from dpa.storage.stopping import StopOnSignal
 from dpa.training.checkpoints import newest_checkpoint
 from dpa.training.passes import PASS_TOKENS, OverPackedRows, StepInPasses, Uncut, first_plan, one_card, without_adapters

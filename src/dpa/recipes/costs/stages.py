@@ -149,8 +149,12 @@ class Stages:
         makes = t > 0 and learner_of(self.config, t).reads != "prompts"
         directions = self.config.rollout.directions
         stages = [self._rollout(f"iter_{t}/rollout", sampled, directions, self.config.rollout.samples)] if makes else []
-        if makes or t == 0:
-            stages.append(self._score(f"iter_{t}/score", scored, self._rated_example() if t == 0 else None))
+        rated = self.given.data.rated
+        if t == 0:
+            each = rated.rows / max(1, rated.prompts) if rated else 1.0
+            stages.append(self._score("iter_0/score", scored, each, self._rated_example()))
+        elif makes:
+            stages.append(self._score(f"iter_{t}/score", scored, directions * self.config.rollout.samples))
         return [*stages, self._finetune(t, winners), self._evaluate(t)]
 
     def _evaluate(self, t: int) -> StageEstimate:
@@ -160,7 +164,7 @@ class Stages:
             grid += len(target_grid(space))
         rows = None if held_out is None else held_out * grid * evaluate.samples
         rollout = self._rollout(f"iter_{t}/evaluate", rows, grid, evaluate.samples)
-        score = self._score("", rows)
+        score = self._score("", rows, grid * evaluate.samples)
         if rollout.seconds is None or score.seconds is None:
             return replace(rollout, seconds=None, unknown=rollout.unknown or score.unknown, judge=score.judge)
         seconds = rollout.seconds + score.seconds - (0 if score.measured else self.start)
@@ -191,8 +195,12 @@ class Stages:
             name, rows, tokens, seconds, memory, rows * BYTES_PER_CANDIDATE, measured, misfit=misfit
         )  # fmt: skip
 
-    def _score(self, name: str, rows: int | None, example: float | None = None) -> StageEstimate:
-        reward, size, example = self.config.reward, self.given.scorer, example or self.given.data.prompt + self.answer
+    def _score(self, name: str, rows: int | None, each: float, example: float | None = None) -> StageEstimate:
+        """`each` rows answer the same prompt, which a processor reads once (scoring/row_layouts.py)."""
+        reward, size, rated = self.config.reward, self.given.scorer, self.given.data.rated
+        prompt = self.given.data.prompt if example is None or rated is None else rated.prompt_tokens
+        example = example or prompt + self.answer
+        read = example if self.given.device.card else max(1.0, example - prompt * (1 - 1 / max(1.0, each)))
         wide = 2 if self.given.device.card else 4
         memory = self.speeds.memory.get("rows scored") or int(size.parameters * wide if size else 0)
         if rows is None:
@@ -203,7 +211,7 @@ class Stages:
         if seconds is None:
             copies = self.config.cluster.scorers if self.config.cluster.engine == "ray" else 1
             start = self.start if size else 0.0
-            seconds = start + (self.clock.scoring(size, rows * example) / copies if size else 0.0)
+            seconds = start + (self.clock.scoring(size, rows * read) / copies if size else 0.0)
             seconds += FUNCTION_ROW_S * rows if reward.functions else 0.0
             waited = [f"reward.{name}" for name in ("judge", "http", "sources") if getattr(reward, name)]
             if waited:
@@ -257,7 +265,7 @@ class Stages:
             seconds = self.start + self._trains(learn, config, tokens, example, longest, need, reference, mixed)
         if learn.reads == "prompts" and not measured:
             answers = int(rows * responses * config.epochs)
-            score = self._score("", answers)
+            score = self._score("", answers, 1.0)
             judge, unknown = score.judge, score.unknown
             made = self._samples_while_learning(answers, config)
             seconds = None if score.seconds is None else seconds + made + score.seconds
