@@ -34,7 +34,7 @@ def browser() -> Iterator[Any]:
 
 
 def test_the_two_answers_differ_as_the_direction_picked_on_the_front_says(url: str, browser: Any) -> None:
-    with watched_page(browser, url) as page:
+    with watched_page(browser, url, reduced_motion="reduce") as page:  # a front that glides away is clicked beside
         page.wait_for_selector("html[data-ready]")
         points = page.locator("#front [role=radio]")
         assert points.count() == 17
