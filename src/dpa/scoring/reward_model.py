@@ -288,7 +288,7 @@ class Logits:
         card = self._device.type == "cuda"
         way = best_way(model) if pools_last_token(model) else None
         self._packed = way is not None and (card if packed is None else packed)
-        self._may_share = way == SEGMENTS and packed is None
+        self.may_share = way == SEGMENTS and packed is None
         self._limit = token_budget or (
             scoring_tokens(model.config.get_text_config(), model.dtype, self._device, GPU_TOKENS)
             if card
@@ -298,7 +298,7 @@ class Logits:
         self._logits: list[torch.Tensor] = []
 
     def add(self, ids_N: Sequence[Sequence[int]], prompts_N: Sequence[Hashable] | None = None) -> "Logits":
-        """Start on further rows; `prompts_N` names the prompt of each, where it is known."""
+        """Start on further rows; `prompts_N` names the prompt of each, where that is known and they `may_share` it."""
         first, layout = len(self._order), self._layout(ids_N, prompts_N)
         with packed_attention(self._model) if layout.packed else nullcontext():
             waiting = list(layout.batches(self._limit))[::-1]
@@ -330,7 +330,7 @@ class Logits:
     def _layout(
         self, ids_N: Sequence[Sequence[int]], prompts_N: Sequence[Hashable] | None
     ) -> RowsAlone | SharedPrompts:
-        if prompts_N is not None and self._may_share:
+        if prompts_N is not None and self.may_share:
             shared = SharedPrompts(ids_N, prompts_N)
             if shared.worth_it:
                 return shared

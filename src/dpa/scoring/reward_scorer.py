@@ -112,7 +112,8 @@ class RewardModelScorer:
             for first, part in parts:
                 kept = [(first + row, ids) for row, ids in enumerate(part.result()) if ids is not None]
                 usable += [row for row, _ in kept]
-                logits.add([ids for _, ids in kept], [messages_text(prompts[row]) for row, _ in kept])
+                names = [messages_text(prompts[row]) for row, _ in kept] if logits.may_share else None
+                logits.add([ids for _, ids in kept], names)
         scores_NM = np.full((count, len(self.attributes)), np.nan)
         if usable:
             scores_NM[usable] = logits.collect()

@@ -5,8 +5,8 @@ A layout cuts its rows into batches, counts the tokens of a batch and makes what
 depend on it beyond rounding.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
-from itertools import takewhile
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from itertools import chain, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -67,19 +67,13 @@ class SharedPrompts:
     def batches(self, token_budget: int) -> Iterator[list[int]]:
         """Row numbers in batches within the budget, or of one row; a prompt's rows beside each other, the prompt with
         the longest row first (so that a batch that does not fit is met at once)."""
-        batch: list[int] = []
-        tokens = 0
-        for prompt, rows in sorted(self._rows.items(), key=lambda item: -max(len(self._ids_N[row]) for row in item[1])):
-            for place, row in enumerate(rows):
-                own = len(self._ids_N[row]) - self._shared[prompt]
-                adds = own if batch and place else len(self._ids_N[row])
-                if batch and tokens + adds > token_budget:
-                    yield batch
-                    batch, tokens, adds = [], 0, len(self._ids_N[row])
-                batch.append(row)
-                tokens += adds
-        if batch:
-            yield batch
+
+        def adds(row: int, batch: list[int]) -> int:
+            same = batch and self._prompts_N[batch[-1]] == self._prompts_N[row]
+            return len(self._ids_N[row]) - (self._shared[self._prompts_N[row]] if same else 0)
+
+        prompts = sorted(self._rows.values(), key=lambda rows: -max(len(self._ids_N[row]) for row in rows))
+        return _cut(chain.from_iterable(prompts), token_budget, adds)
 
     def inputs(self, rows: Sequence[int]) -> tuple[dict[str, Any], torch.Tensor]:
         """(what a model is given in a block of `packed_attention`, the place of each row's last token)."""
@@ -123,14 +117,22 @@ def pad_batch(ids_B: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, to
 def batches(lengths_N: Sequence[int], token_budget: int, packed: bool) -> Iterator[list[int]]:
     """Row numbers, longest first (so that a batch that does not fit is met at once), in batches within the budget, or
     of one row. Rows that are not `packed` are padded to the longest."""
+
+    def adds(row: int, batch: list[int]) -> int:
+        return lengths_N[row] if packed or not batch else lengths_N[batch[0]]
+
+    return _cut(sorted(range(len(lengths_N)), key=lambda row: -lengths_N[row]), token_budget, adds)
+
+
+def _cut(rows: Iterable[int], token_budget: int, adds: Callable[[int, list[int]], int]) -> Iterator[list[int]]:
+    """The rows in batches within the budget, or of one row; `adds(row, batch)`: tokens that a row adds to a batch."""
     batch: list[int] = []
     tokens = 0
-    for row in sorted(range(len(lengths_N)), key=lambda row: -lengths_N[row]):
-        adds = lengths_N[row] if packed or not batch else lengths_N[batch[0]]
-        if batch and tokens + adds > token_budget:
+    for row in rows:
+        if batch and tokens + adds(row, batch) > token_budget:
             yield batch
-            batch, tokens, adds = [], 0, lengths_N[row]
+            batch, tokens = [], 0
+        tokens += adds(row, batch)
         batch.append(row)
-        tokens += adds
     if batch:
         yield batch

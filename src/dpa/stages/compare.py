@@ -180,7 +180,7 @@ def _lead(subject: _Policy, other: _Policy, arc: str) -> dict[str, Any]:
     wanted = bar or 0.0
     assert least["value"] is not None
     above = least["value"] >= wanted if wanted else least["value"] > 0
-    sure = least["low"] is not None and least["low"] > 0
+    sure = _beyond_chance(least)
     where = f"at its {arc} of {low:.0f}" if point else f"at every shared {arc} ({low:.0f} to {high:.0f})"
     by = f" by {wanted:g} points or more" if wanted else ""
     least_and_mean = _said(least) if point else f"{_said(least)} at least; {_said(mean)} on average"
@@ -283,7 +283,7 @@ def _claims(
         holds = len(up) == len(rises)
         text = "rises with every iteration" if holds else "does NOT rise with every iteration"
         changes = f"{upward} at equal {arcs[0]} changes on average by (against the iteration before) {steps}"
-        unsure = [rise["to"] for rise in up if rise["mean"]["low"] is None or rise["mean"]["low"] <= 0]
+        unsure = [rise["to"] for rise in up if not _beyond_chance(rise["mean"])]
         if holds and unsure:
             changes += f", but the interval of {' and '.join(unsure)} includes none"
         claims.append((holds, f"The front of {title} {text}: {changes}."))
@@ -301,6 +301,11 @@ def _claims(
     within = f"within {100 * config.tolerance:.0f}% of {config.budget:,} tokens generated and trained on"
     spending = f"NOT every method spends {within}: {', '.join(off)}." if off else f"Every method spends {within}."
     return [{"holds": holds, "sentence": sentence} for holds, sentence in (*claims, (not off, spending))]
+
+
+def _beyond_chance(gain: Mapping[str, Any]) -> bool:
+    """Whether the interval of a gain is known and does not include none."""
+    return gain["low"] is not None and gain["low"] > 0
 
 
 def _said(interval: Mapping[str, Any]) -> str:
