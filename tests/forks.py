@@ -179,6 +179,14 @@ def interpreter() -> str:
     return str(program)
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def fork_of(pid: int) -> int:
     """The process in which the command line of an `interpreter()` runs; of any other process, itself."""
     note = Path(f"{interpreter()}-{pid}")

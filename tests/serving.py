@@ -217,14 +217,6 @@ def children_of(pid: int) -> list[int]:
     return [int(line) for line in found.split()]
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def at_best_within(seconds: float, tries: int, seconds_of: Callable[[], float]) -> bool:
     """Whether a measurement keeps a limit in one of so many tries: on a machine that others use too, not in all."""
     return any(seconds_of() < seconds for _ in range(tries))

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import psutil
 import pytest
 import torch
-from forks import fork_of, interpreter, python
+from forks import alive, fork_of, interpreter, python
 from rich.console import Console
 
 from dpa.core.compare_config import load_comparison
@@ -95,14 +95,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "report.html" in done.stdout
     assert re.search(rf"compare: [3-6] of {1 + len(BY_DEFAULT)} jobs are done", done.stderr), done.stderr
     return out
-
-
-def alive(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    try:
-        return "State:\tZ" not in status.read_text()
-    except OSError:
-        return False
 
 
 def test_every_method_is_measured_over_the_same_directions(finished: Path) -> None:

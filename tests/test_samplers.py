@@ -2,7 +2,6 @@
 pytest tests/test_samplers.py
 """
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -17,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from forks import interpreter
+from forks import alive, interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
@@ -378,7 +377,6 @@ def test_fault_11_no_orphans_after_kill_9_of_the_parent(folder: Path) -> None:
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 60
-    with contextlib.suppress(psutil.NoSuchProcess):  # it may end between two looks
-        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline, "the worker outlives its parent"
-            time.sleep(0.05)
+    while alive(pid):
+        assert time.monotonic() < deadline, "the worker outlives its parent"
+        time.sleep(0.05)

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from fake_server import FakeServer
+from forks import alive
 
 from dpa.core.errors import ConfigError, EngineError
 from dpa.remote.http_pool import HttpPool
@@ -50,19 +50,12 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
-def gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 def test_a_server_is_started_used_and_ended_with_all_it_started(start: Start) -> None:
     with HttpPool(processes=[start()]) as pool:
         (payload,) = ask(pool)
         assert payload["policy"] == "/a policy", "one word, whatever its blanks"
-        assert not any(map(gone, payload["pids"]))
-    assert all(map(gone, payload["pids"]))
+        assert all(map(alive, payload["pids"]))
+    assert not any(map(alive, payload["pids"]))
 
 
 def test_the_guard_finds_psutil_where_this_process_does(
@@ -79,7 +72,7 @@ def test_the_guard_finds_psutil_where_this_process_does(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with HttpPool(processes=[start()]) as pool:
         (payload,) = ask(pool)
-    assert found.exists() and all(map(gone, payload["pids"]))
+    assert found.exists() and not any(map(alive, payload["pids"]))
 
 
 def test_fault_11_a_server_that_dies_is_started_again_and_nothing_is_lost(start: Start) -> None:
@@ -89,7 +82,7 @@ def test_fault_11_a_server_that_dies_is_started_again_and_nothing_is_lost(start:
     assert [payload["echo"]["number"] for payload in payloads] == list(range(60))
     lives = {payload["pids"][0] for payload in payloads}
     assert len(lives) == 3
-    assert all(gone(pid) for payload in payloads for pid in payload["pids"])
+    assert not any(alive(pid) for payload in payloads for pid in payload["pids"])
 
 
 def test_fault_11_a_server_that_keeps_dying_is_given_up_with_its_last_words(start: Start) -> None:
@@ -114,7 +107,7 @@ def test_fault_11_a_hung_server_is_killed_and_started_again(start: Start) -> Non
         os.kill(payload["pids"][0], signal.SIGSTOP)
         (after,) = ask(pool)
     assert after["pids"][0] != payload["pids"][0]
-    assert all(map(gone, payload["pids"]))
+    assert not any(map(alive, payload["pids"]))
 
 
 def test_a_server_that_does_not_start_is_one_sentence(start: Start) -> None:
@@ -163,7 +156,7 @@ def test_fault_11_no_orphans_after_kill_9_of_the_run() -> None:
         (payload,) = ask(pool)
     run.kill()
     run.communicate()
-    wait_for(lambda: all(map(gone, payload["pids"])), "the server outlives the run")
+    wait_for(lambda: not any(map(alive, payload["pids"])), "the server outlives the run")
 
 
 def test_a_refused_port_of_another_server_is_not_ours() -> None:
