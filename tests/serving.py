@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,13 +219,3 @@ def children_of(pid: int) -> list[int]:
 def at_best_within(seconds: float, tries: int, seconds_of: Callable[[], float]) -> bool:
     """Whether a measurement keeps a limit in one of so many tries: on a machine that others use too, not in all."""
     return any(seconds_of() < seconds for _ in range(tries))
-
-
-def within(seconds: float, condition: Any) -> bool:
-    """Whether the condition comes true in time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return bool(condition())

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 import httpx
 import pytest
+from forks import within
 from serving import (
     CHAT,
     QUESTION,
@@ -19,7 +20,6 @@ from serving import (
     gateway_before,
     in_thread,
     settings_with,
-    within,
 )
 
 from dpa.serve.settings import Limits

@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import CHAT, at_best_within, events_of, in_thread, within
+from forks import within
+from serving import CHAT, at_best_within, events_of, in_thread
 from tiny_models import SPACE, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, space_of
+from forks import within
 
 from dpa.core.errors import Interrupted, RejectRateError
 from dpa.core.records import Ledger
@@ -45,13 +46,6 @@ def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
         for file in folder.rglob("*")
         if file.is_file()
     }
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.01)
 
 
 def test_fault_01_killed_at_random_instants_and_resumed_nothing_is_lost(tmp_path: Path, fake_run: Callable) -> None:
@@ -96,7 +90,7 @@ def test_fault_06_no_sampler_is_called(tmp_path: Path) -> None:
 
 def test_fault_07_sigterm_finishes_the_shard_in_hand_and_says_how_to_resume(tmp_path: Path, fake_run: Callable) -> None:
     process = fake_run(tmp_path, "--seconds", 0.1)  # 1.2 s a shard, 4 shards
-    wait_for(lambda: (tmp_path / "iter_1/rollout/shard-00000.json").exists())
+    assert within(60, (tmp_path / "iter_1/rollout/shard-00000.json").exists)
     process.send_signal(signal.SIGTERM)
     asked = time.monotonic()
     _, errors = process.communicate(timeout=60)
@@ -112,9 +106,9 @@ def test_fault_07_sigterm_finishes_the_shard_in_hand_and_says_how_to_resume(tmp_
 
 def test_fault_07_a_second_sigterm_stops_at_once(tmp_path: Path, fake_run: Callable) -> None:
     process = fake_run(tmp_path, "--hang")
-    wait_for(lambda: (tmp_path / "iter_1/rollout/shard-00001.json").exists())  # the third shard hangs
+    assert within(60, (tmp_path / "iter_1/rollout/shard-00001.json").exists)  # the third shard hangs
     process.send_signal(signal.SIGTERM)
-    wait_for(lambda: "once more stops at once" in process.written()[1])  # two signals at a time would be one
+    assert within(60, lambda: "once more stops at once" in process.written()[1])  # two signals at a time would be one
     time.sleep(0.5)
     assert process.poll() is None, "the first one waits for the shard in hand"
     process.send_signal(signal.SIGTERM)

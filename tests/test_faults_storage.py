@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pytest
 from damage import WAYS, damage, failing_reads
 from fakes import FakeSampler, FakeScorer, all_rows, prompts_of, run_config, space_of
+from forks import within
 from toy_run import toy_config
 
 from dpa.core.config_identity import of_results
@@ -328,10 +328,7 @@ def test_fault_18_too_little_free_space_is_refused_before_work_starts(tmp_path: 
 
 def test_fault_19_a_second_process_names_the_first_and_kill_frees_the_lock(tmp_path: Path, fake_run: Callable) -> None:
     first = fake_run(tmp_path, "--hang")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "iter_1/rollout/shard-00000.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert within(60, (tmp_path / "iter_1/rollout/shard-00000.json").exists)
     second = fake_run(tmp_path)
     _, errors = second.communicate(timeout=60)
     assert second.returncode == 2

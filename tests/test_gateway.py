@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
+from forks import within
 from serving import (
     CHAT,
     QUESTION,
@@ -30,7 +31,6 @@ from serving import (
     gateway_before,
     in_thread,
     settings_with,
-    within,
 )
 from starlette.applications import Starlette
 from starlette.requests import Request

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import yaml
 from fakes import run_config
+from forks import within
 
 from dpa.core.errors import RunFolderError
 from dpa.core.records import Ledger
@@ -151,17 +152,10 @@ def test_progress_lines_come_now_and_then() -> None:
     ]
 
 
-def wait_for_lines(out: io.StringIO, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while out.getvalue().count("\n") < count:
-        assert time.monotonic() < deadline, out.getvalue()
-        time.sleep(0.01)
-
-
 def test_a_long_step_says_that_it_goes_on() -> None:
     out, begun = io.StringIO(), time.monotonic()
     with ProgressBar("iter_1/rollout", 64, "prompts", "tokens", out=out, line_every_s=0.3):
-        wait_for_lines(out, 2)
+        assert within(60, lambda: out.getvalue().count("\n") >= 2)
     lines = out.getvalue().splitlines()
     assert len(lines) <= (time.monotonic() - begun) / 0.3
     assert re.fullmatch(r"iter_1/rollout: 0/64 prompts, 0 tokens/s, \d+\.\d s", lines[0])
@@ -170,7 +164,8 @@ def test_a_long_step_says_that_it_goes_on() -> None:
 def test_work_that_counts_nothing_says_that_it_goes_on_unless_somebody_else_does() -> None:
     out, inner = io.StringIO(), io.StringIO()
     with AtWork("iter_1/finetune", out, line_every_s=1.0):
-        wait_for_lines(out, 1)  # its next look comes a second later, when the bar has long said something
+        # its next look comes a second later, when the bar has long said something
+        assert within(60, lambda: "\n" in out.getvalue())
         assert out.getvalue().startswith("iter_1/finetune: at work for ")
         with ProgressBar("finetune", 100, "steps", out=inner, line_every_s=0.1) as bar:
             said = out.getvalue().count("\n")

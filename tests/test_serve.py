@@ -23,9 +23,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from forks import alive, interpreter
+from forks import alive, interpreter, within
 from hypothesis import HealthCheck, Phase, given, settings
-from serving import CHAT, FakeUpstream, ServeProcess, at_best_within, children_of, in_thread, within
+from serving import CHAT, FakeUpstream, ServeProcess, at_best_within, children_of, in_thread
 from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 

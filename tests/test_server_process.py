@@ -7,13 +7,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from fake_server import FakeServer
-from forks import alive
+from forks import alive, within
 
 from dpa.core.errors import ConfigError, EngineError
 from dpa.remote.http_pool import HttpPool
@@ -41,13 +40,6 @@ def start() -> Iterator[Start]:
 
 def ask(pool: HttpPool, count: int = 1) -> list[dict]:
     return [answer.payload for answer in pool.ask("/", [{"number": number} for number in range(count)])]
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def test_a_server_is_started_used_and_ended_with_all_it_started(start: Start) -> None:
@@ -156,7 +148,7 @@ def test_fault_11_no_orphans_after_kill_9_of_the_run() -> None:
         (payload,) = ask(pool)
     run.kill()
     run.communicate()
-    wait_for(lambda: not any(map(alive, payload["pids"])), "the server outlives the run")
+    assert within(20, lambda: not any(map(alive, payload["pids"]))), "the server outlives the run"
 
 
 def test_a_refused_port_of_another_server_is_not_ours() -> None:
@@ -165,7 +157,7 @@ def test_a_refused_port_of_another_server_is_not_ours() -> None:
         process = ServerProcess("true {policy} {port}", "policy")
         process.start()
         process._port = stranger.server_address[1]
-        wait_for(lambda: not process.running, "it did not end")
+        assert within(20, lambda: not process.running)
         assert not process.healthy()
         process.close()
 

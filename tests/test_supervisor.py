@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from forks import alive
-from serving import SOURCE, children_of, within
+from forks import alive, within
+from serving import SOURCE, children_of
 
 from dpa.core.errors import DpaError, EngineError, ModelFileError
 from dpa.serve.supervisor import EngineProcess
