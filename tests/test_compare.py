@@ -4,17 +4,16 @@ pytest tests/test_compare.py
 """
 
 import json
+import os
 import re
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-import psutil
 import pytest
 import torch
-from forks import alive, fork_of, interpreter, python
+from forks import alive, python, start, within
 from rich.console import Console
 
 from dpa.core.compare_config import load_comparison
@@ -67,6 +66,32 @@ def test_one_job_at_a_time_has_all_threads_and_several_have_one_each(workers, th
     assert [(job.folder / "threads").read_text() for job in jobs] == [threads] * 2
 
 
+@dataclass(frozen=True)
+class EndlessJob(ThreadsJob):
+    """Writes down in which process it is, and works on."""
+
+    def run(self) -> None:
+        (self.folder / "pid").write_text(str(os.getpid()))
+        time.sleep(100)
+
+
+def test_kill_9_ends_a_worker_in_the_middle_of_its_job(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_compare import Console, EndlessJob, Path, do_jobs\n"
+        f"do_jobs([EndlessJob(Path({str(tmp_path)!r}))], 1, Console())\n"
+    )
+    comparison, pid = start("-c", code), tmp_path / "pid"
+    try:
+        assert within(60, lambda: pid.is_file() and pid.read_text()), comparison.written()
+        worker = int(pid.read_text())
+        assert worker != comparison.pid and alive(worker)
+    finally:
+        comparison.kill()
+        comparison.wait()
+    assert within(30, lambda: not alive(worker)), "the worker outlives its parent"
+
+
 def done_jobs(out: Path) -> list[Path]:
     return sorted(out.glob("seed_0/*/job.json"))
 
@@ -75,21 +100,14 @@ def done_jobs(out: Path) -> list[Path]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results folder of a quick comparison that was killed on its way and resumed."""
     out = tmp_path_factory.mktemp("compare") / "results"
-    command = [interpreter(), *COMMAND, str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(*COMMAND, out)
     try:
         while len(done_jobs(out)) < 3 and process.poll() is None:
             time.sleep(0.05)
         assert process.poll() is None, "it ended before it could be killed"
-        comparison = fork_of(process.pid)
-        children = [comparison, *(child.pid for child in psutil.Process(comparison).children(recursive=True))]
     finally:
         process.kill()
         process.wait()
-    deadline = time.monotonic() + 60
-    while any(alive(pid) for pid in children) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(alive(pid) for pid in children), "workers outlive their parent"
     done = python(*COMMAND, out, timeout=1000)
     assert done.returncode == 0, done.stderr
     assert "report.html" in done.stdout
