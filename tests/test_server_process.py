@@ -5,6 +5,7 @@ pytest tests/test_server_process.py
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -108,6 +109,31 @@ def test_a_server_that_does_not_start_is_one_sentence(start: Start) -> None:
     ) as caught:
         HttpPool(processes=[start("--die-at-start")])
     assert "\n" not in str(caught.value)
+
+
+def test_a_server_whose_port_is_taken_while_it_loads_is_started_on_another(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    loading = f"sh -c 'until [ -e {taken} ]; do sleep 0.01; done; exec \"$@\"' sh"
+    process = ServerProcess(f"{loading} {COMMAND}", "policy")
+    process.start()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", process._port))
+        taken.touch()
+        address = process.wait_until_healthy()
+        assert address != "http://{}:{}".format(*other.getsockname())
+    with HttpPool([address]) as pool:
+        assert ask(pool)[0]["policy"] == "policy"
+    process.close()
+
+
+def test_a_server_that_finds_every_port_taken_is_given_up(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    process = ServerProcess(f"sh -c 'echo >> {starts}; echo Address already in use {{port}} {{policy}}'", "policy")
+    process.start()
+    with pytest.raises(EngineError, match=r"ended while it started; .* said: Address already in use"):
+        process.wait_until_healthy()
+    assert starts.read_text().count("\n") == 3
+    process.close()
 
 
 def test_a_server_that_is_never_healthy_is_given_up_and_ended() -> None:

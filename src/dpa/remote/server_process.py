@@ -18,6 +18,8 @@ from dpa.core.errors import ConfigError, EngineError
 _GUARD = Path(__file__).with_name("guard.py")
 _LOOK_S = 0.1
 _LAST_BYTES = 1000
+_PORTS = 3
+"""So many are tried where another process takes the port that was free before the server does."""
 
 
 class ServerProcess:
@@ -77,11 +79,17 @@ class ServerProcess:
             self._deadline = time.monotonic() + self._start_s
 
     def wait_until_healthy(self) -> str:
-        """Its address, once it answers. Raises EngineError when it ends first, or takes longer than `start_s`."""
+        """Its address, once it answers. One that ends because its port was taken meanwhile is started on another.
+        Raises EngineError when it ends for another reason, or takes longer than `start_s`."""
+        ports = 1
         while not self.healthy(seconds=2.0):
             if not self.running:
-                raise EngineError(f"the server ended while it started; {self.last_words()}")
-            if time.monotonic() > self._deadline:
+                said = self.last_words()
+                if ports == _PORTS or "address already in use" not in said.lower():
+                    raise EngineError(f"the server ended while it started; {said}")
+                ports += 1
+                self.start()
+            elif time.monotonic() > self._deadline:
                 self.stop()
                 raise EngineError(f"the server was not healthy after {self._start_s:g} s; {self.last_words()}")
             time.sleep(_LOOK_S)
