@@ -1,4 +1,6 @@
-"""Seeds of the answers to one request."""
+"""Seeds of the answers to one request.
+Run its tests: pytest tests/test_engine.py tests/test_gateway.py -k "seed or best_of"
+"""
 
 from dpa.core.records import seed_of
 
