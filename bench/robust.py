@@ -65,8 +65,8 @@ def utilities(
     found = []
     for scorer in scorers:
         scores = scorer.score([request.messages for request in requests], [answer.text for answer in answers])
-        names = set(scorer.attributes)
-        objectives = scores if names == set(space.names) else space.combine(scores, scorer.attributes)
+        truth = isinstance(scorer, FunctionScorer)  # of the objectives themselves
+        objectives = scores if truth else space.combine(scores, scorer.attributes)
         found.append(np.einsum("dpk,dk->dp", objectives.reshape(*shape, space.K), directions_DK))
     return found, np.array([answer.tokens for answer in answers]).reshape(shape)
 
