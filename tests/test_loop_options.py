@@ -24,7 +24,7 @@ from dpa.recipes.dpa import Loop
 from dpa.stages.finetune import with_replay
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
-from dpa.stages.select import select_winners
+from dpa.stages.select import CELLS, select_winners
 from dpa.storage.run_folder import StageFolder
 from dpa.world.demo import write_world
 
@@ -278,12 +278,41 @@ def test_no_pair_at_all_stops_the_run(tmp_path: Path) -> None:
         selected(tmp_path, SelectionConfig(directions=5), Same(), pairs=True)
 
 
-def test_random_winners_have_no_losers(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="random is a control of learners of winners"):
-        Loop(run_config(tmp_path, learner="dpo", selection={"method": "random"}))
+@pytest.mark.parametrize("method", ["random", "best_mean"])
+def test_some_winners_have_no_losers(tmp_path: Path, method: str) -> None:
+    with pytest.raises(ConfigError, match=f"{method} keeps winners and no pairs; take pooled or per_direction"):
+        Loop(run_config(tmp_path, learner="dpo", selection={"method": method}))
+
+
+def test_only_best_mean_has_margins(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"selection.top_margin 0.25: method pooled has no margins"):
+        run_config(tmp_path, selection={"top_margin": 0.25})
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
+
+
+def test_the_loop_serves_more_directions_online_and_keeps_the_winners_that_matter(tmp_path: Path) -> None:
+    settings = {
+        "iterations": "1",
+        "selection": "{method: best_mean, directions: 1, online_directions: 8, top_margin: 0.5}",
+        "prompts.count": "6",
+        "rollout.directions": "2",
+        "rollout.samples": "2",
+        "rollout.max_new_tokens": "30",
+        "rollout.workers": "1",
+        "evaluate.directions": "3",
+        "evaluate.prompts.count": "2",
+        "evaluate.resamples": "20",
+        "reward.train.method": "ridge",
+        "reward.train.allow_worse_than_mean": "true",  # three held-out prompts tell nothing
+    }
+    recipe = write_world(tmp_path / "world", tmp_path / "run", seed=3, rated_questions=15, prompts=20)
+    with Loop(load_config(recipe, settings)) as loop:
+        loop.run()
+        offline, online = all_rows(loop.stage(0, "select")), all_rows(loop.stage(1, "select"))
+    assert len(offline) == len({row["prompt_id"] for row in offline}), "one direction each"
+    assert 24 <= len(online) <= 24 + CELLS, "half of 6 x 8, rounded up around each direction of the grid"
 
 
 def test_the_loop_learns_from_pairs_with_every_option_on(tmp_path: Path) -> None:

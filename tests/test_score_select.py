@@ -3,6 +3,7 @@ Run: pytest tests/test_score_select.py
 """
 
 import json
+import math
 import tracemalloc
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dpa.core.sections.rollout import RolloutConfig
 from dpa.core.sections.selection import SelectionConfig
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score, score_rows
-from dpa.stages.select import select_rated, select_winners
+from dpa.stages.select import CELLS, select_rated, select_winners
 from dpa.storage.run_folder import StageFolder
 from dpa.storage.schemas import completeness
 
@@ -31,11 +32,14 @@ POOLED = SelectionConfig(method="pooled", directions=5)
 class Loop:
     """Rollout, score and select with fakes, in one folder."""
 
-    def __init__(self, path: Path, scorer: FakeScorer | None = None, prompts: int = 6) -> None:
+    def __init__(
+        self, path: Path, scorer: FakeScorer | None = None, prompts: int = 6, prompts_per_shard: int = 4
+    ) -> None:
         self.path = path
         self.prompts: list[Prompt] = prompts_of(prompts)
         self.candidates, self.scores = self.stage("rollout"), self.stage("score")
-        rollout(self.candidates, self.prompts, SPACE, [FakeSampler()], ROLLOUT, seed=0)
+        how = ROLLOUT.model_copy(update={"prompts_per_shard": prompts_per_shard})
+        rollout(self.candidates, self.prompts, SPACE, [FakeSampler()], how, seed=0)
         score(self.scores, self.candidates, self.prompts, scorer or FakeScorer())
 
     def stage(self, name: str) -> StageFolder:
@@ -94,6 +98,55 @@ def test_pooled_winners_are_the_best_of_the_whole_pool(loop: Loop) -> None:
             row["direction"][0] * row["helpfulness"] + row["direction"][1] * row["verbosity"]
         )
         assert json.loads(row["messages"]) == [{"role": "user", "content": f"question{row['prompt_id'][1:]}"}]
+
+
+def test_best_mean_winners_were_made_under_the_direction_that_does_best_on_average(loop: Loop) -> None:
+    rows = loop.select(SelectionConfig(method="best_mean", directions=5))
+    assert [row["prompt_id"] for row in rows] == [f"p{n}" for n in range(6) for _ in range(5)]
+    for row in rows:
+        candidates, scores_NK = loop.pool(row["prompt_id"])
+        utility_DN = (scores_NK @ np.array(row["direction"])).reshape(3, 4)
+        asked = int(utility_DN.mean(axis=1).argmax())
+        assert row["candidate_id"] == candidates[4 * asked + int(utility_DN[asked].argmax())]["candidate_id"]
+    asked_first = [candidate["direction"] for candidate in loop.pool("p0")[0][::4]]
+    assert [row["direction"] for row in rows[:3]] == asked_first, "those it was asked under come first"
+
+
+def margin_of(loop: Loop, row: dict) -> float:
+    """How much it matters for a winner's direction under which of the asked ones an answer is made."""
+    mean_D = (loop.pool(row["prompt_id"])[1] @ np.array(row["direction"])).reshape(3, 4).mean(axis=1)
+    return mean_D.max() - mean_D.mean()
+
+
+def test_winners_with_the_largest_margins_among_those_of_like_directions_are_kept(loop: Loop) -> None:
+    every = loop.select(SelectionConfig(method="best_mean", directions=8))
+    kept = loop.select(SelectionConfig(method="best_mean", directions=8, top_margin=0.25))
+    assert all(row in every for row in kept)
+    cells: dict[int, list[dict]] = {}
+    for row in every:
+        cells.setdefault(int((SPACE.grid(CELLS) @ row["direction"]).argmax()), []).append(row)
+    for rows in cells.values():
+        largest = sorted((margin_of(loop, row) for row in rows), reverse=True)
+        own = [margin_of(loop, row) for row in rows if row in kept]
+        assert sorted(own, reverse=True) == pytest.approx(largest[: math.ceil(len(rows) / 4)])
+
+
+def test_shards_change_nothing_of_what_is_kept(tmp_path: Path) -> None:
+    config = SelectionConfig(method="best_mean", directions=8, top_margin=0.25)
+    small, large = Loop(tmp_path / "small", prompts_per_shard=2), Loop(tmp_path / "large", prompts_per_shard=6)
+    assert small.candidates.shards == 3 > large.candidates.shards == 1
+    assert small.select(config) == large.select(config)
+
+
+def test_selection_resumes_at_its_shard_with_the_same_rows(tmp_path: Path) -> None:
+    config = SelectionConfig(method="best_mean", directions=8, top_margin=0.25)
+    loop = Loop(tmp_path)
+    rows = loop.select(config)
+    for file in ("done.json", "shard-00001.json", "shard-00001.parquet"):
+        (tmp_path / "select" / file).unlink()
+    first = (tmp_path / "select" / "shard-00000.parquet").stat().st_mtime_ns
+    assert loop.select(config) == rows
+    assert (tmp_path / "select" / "shard-00000.parquet").stat().st_mtime_ns == first, "it was not selected again"
 
 
 def test_per_direction_winners_are_the_best_of_those_made_under_it(loop: Loop) -> None:
@@ -222,7 +275,7 @@ def rated_table() -> pa.Table:
     )
 
 
-@pytest.mark.parametrize("method", ["pooled", "per_direction"])
+@pytest.mark.parametrize("method", ["pooled", "per_direction", "best_mean"])
 def test_t0_selects_among_the_rated_responses(tmp_path: Path, method: str) -> None:
     ratings, scores, stage = rated_table(), StageFolder(tmp_path / "score"), StageFolder(tmp_path / "select")
     score_rows(scores, ratings, FakeScorer())

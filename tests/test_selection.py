@@ -2,6 +2,8 @@
 Run: pytest tests/test_selection.py
 """
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,14 @@ from hypothesis.extra import numpy as hnp
 
 from dpa.core.measures import pareto_front
 from dpa.core.records import SCALE
-from dpa.core.selection import select, select_pairs, select_per_direction, select_random
+from dpa.core.selection import (
+    of_largest_margin,
+    select,
+    select_best_mean,
+    select_pairs,
+    select_per_direction,
+    select_random,
+)
 from dpa.core.utility import BEHIND, NAMED, Utility
 
 SCORES = st.one_of(st.floats(0, 100), st.sampled_from([0.0, 50.0, 100.0]), st.sampled_from([np.nan, np.inf, -np.inf]))
@@ -47,6 +56,53 @@ def test_select_is_brute_force(case):
     for p in range(len(scores)):
         directions_DK = directions if directions.ndim == 2 else directions[p]
         assert winners[p].tolist() == [brute_force(scores[p], v, valid[p]) for v in directions_DK]
+
+
+@st.composite
+def asked_pools(draw):
+    P, D, N, E, K = (draw(st.integers(low, high)) for low, high in ((0, 3), (1, 3), (1, 4), (0, 4), (2, 3)))
+    scores = draw(hnp.arrays(np.float64, (P, D, N, K), elements=SCORES))
+    directions = draw(hnp.arrays(np.float64, (P, E, K), elements=WEIGHTS))
+    return scores, directions, draw(hnp.arrays(np.bool_, (P, D, N)))
+
+
+@given(asked_pools())
+@settings(max_examples=200)
+def test_the_best_mean_and_its_margin_are_brute_force(case):
+    scores, directions, valid = case
+    winners, margins = select_best_mean(scores, directions, valid)
+    for p, e in np.ndindex(winners.shape):
+        means = {}
+        for d in range(scores.shape[1]):
+            own = [n for n in range(scores.shape[2]) if valid[p, d, n] and np.isfinite(scores[p, d, n]).all()]
+            if own:
+                means[d] = np.mean([scores[p, d, n] @ directions[p, e] for n in own])
+        if not means:
+            assert (winners[p, e], margins[p, e]) == (-1, 0)
+            continue
+        d, n = divmod(int(winners[p, e]), scores.shape[2])
+        assert means[d] == pytest.approx(max(means.values()), abs=1e-9)
+        assert n == brute_force(scores[p, d], directions[p, e], valid[p, d])
+        assert margins[p, e] == pytest.approx(max(means.values()) - np.mean(list(means.values())), abs=1e-9)
+
+
+def test_a_lucky_sample_wins_the_pool_and_not_the_best_mean():
+    short, long = [[0.0, 10.0], [100.0, 10.0], [0.0, 10.0]], [[70.0, 60.0], [75.0, 60.0], [80.0, 60.0]]
+    scores_PDNK, valid_PDN = np.array([[short, long]]), np.ones((1, 2, 3), bool)
+    helpful, brief = [1.0, -0.1], [0.4, -0.9]
+    assert select(scores_PDNK.reshape(1, 6, 2), np.array([helpful, brief])).tolist() == [[1, 1]]
+    assert select_best_mean(scores_PDNK, np.array([[helpful, brief]]), valid_PDN)[0].tolist() == [[5, 1]]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 1.0, 2.0, 5.0])), max_size=20), st.floats(0.01, 1))
+def test_the_largest_margins_of_those_alike_are_kept(rows, share):
+    alike, margins = np.array([row[0] for row in rows], dtype=int), np.array([row[1] for row in rows])
+    kept = of_largest_margin(margins, alike, share)
+    for number in set(alike.tolist()):
+        own = margins[alike == number]
+        keeps = kept[alike == number]
+        assert keeps.sum() == math.ceil(share * len(own))
+        assert own[keeps].min() >= own[~keeps].max(initial=0.0)
 
 
 @pytest.mark.parametrize("block", [1, 7, 40, 300])

@@ -92,6 +92,15 @@ class RunConfig(RewardRunConfig):
         return self
 
     @model_validator(mode="after")
+    def _margins_of_means(self) -> "RunConfig":
+        if self.selection.top_margin < 1 and self.selection.method != "best_mean":
+            raise ValueError(
+                f"selection.top_margin {self.selection.top_margin:g}: method {self.selection.method} has no margins; "
+                "take method best_mean, or top_margin 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _objectives_on_the_scale(self) -> "RunConfig":
         """Values of targets, and where rays start, are those of the scale."""
         rays = "selection.utility ray" if self.selection.utility == "ray" else ""

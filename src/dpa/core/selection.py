@@ -2,6 +2,7 @@
 Run its tests: pytest tests/test_selection.py
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -71,6 +72,48 @@ def select_per_direction(
         utility,
     )
     return winners.reshape(P, D)
+
+
+def select_best_mean(
+    scores_PDNK: np.ndarray, directions_PEK: np.ndarray, valid_PDN: np.ndarray, utility: Utility = LINEAR
+) -> tuple[np.ndarray, np.ndarray]:
+    """(winners_PE, margin_PE): for each of E directions the best of the N samples made under whichever of the D asked
+    directions did best for it on average, as a place among the prompt's D * N candidates (ours).
+
+    The best of all samples may be a lucky one: where a reward is hit or miss, one of many short answers hits, and a
+    direction that would get more from long answers keeps a short one, time and again. A mean is not lucky.
+
+    The margin is that best mean minus the mean over all asked directions: how much it matters under which of them an
+    answer is made. Same rules as `select`: only valid samples count, -1 (margin 0) where there is none, the first of
+    equal ones wins.
+    """
+    P, D, N, K = scores_PDNK.shape
+    pool_PNK, valid_PN = scores_PDNK.reshape(P, D * N, K), valid_PDN.reshape(P, D * N)
+    may_win_PN = may_win(pool_PNK, valid_PN)
+    utility_PEN = utility.of(finite_columns(pool_PNK, may_win_PN), directions_PEK, may_win_PN)
+    utility_PEDN = utility_PEN.reshape(P, directions_PEK.shape[1], D, N)
+    may_win_PDN = may_win_PN.reshape(P, D, N)
+    counted_PD = may_win_PDN.sum(axis=2)
+    total_PED = np.where(may_win_PDN[:, None], utility_PEDN, 0.0).sum(axis=3)
+    mean_PED = total_PED / np.maximum(counted_PD, 1)[:, None]
+    some_PED = np.broadcast_to((counted_PD > 0)[:, None], mean_PED.shape)
+    best_PE = np.where(some_PED, mean_PED, -np.inf).argmax(axis=2)
+    of_best_PEN = np.take_along_axis(utility_PEDN, best_PE[..., None, None], axis=2)[:, :, 0]
+    winners_PE = np.where(some_PED.any(axis=2), best_PE * N + of_best_PEN.argmax(axis=2), -1)
+    over_all_PE = np.where(some_PED, mean_PED, 0.0).sum(axis=2) / np.maximum(some_PED.sum(axis=2), 1)
+    best_mean_PE = np.take_along_axis(mean_PED, best_PE[..., None], axis=2)[..., 0]
+    return winners_PE, np.where(winners_PE >= 0, best_mean_PE - over_all_PE, 0.0)
+
+
+def of_largest_margin(margin_R: np.ndarray, alike_R: np.ndarray, share: float) -> np.ndarray:
+    """kept_R: of the rows that are `alike` (have one number in alike_R) the `share`, rounded up, with the largest
+    margin; of equal ones the first."""
+    kept_R = np.zeros(len(margin_R), dtype=bool)
+    for number in np.unique(alike_R):
+        rows = np.flatnonzero(alike_R == number)
+        order = np.argsort(-margin_R[rows], kind="stable")
+        kept_R[rows[order[: math.ceil(share * len(rows))]]] = True
+    return kept_R
 
 
 def select_random(valid_PN: np.ndarray, directions: int, rng: np.random.Generator) -> np.ndarray:

@@ -102,7 +102,7 @@ class Loop(LoopRun):
         to choose from, and loudly where that was nothing."""
         check_candidates(self.config, t)
         stage, scores, space = self.stage(t, "select"), self.stage(t, "score"), self.drawn_from(t)
-        config, seed = self.config.selection, self.config.seed
+        config, seed = self.config.selection.of_iteration(t), self.config.seed
         if t == 0:
             ledger = select_rated(stage, self.read_ratings(), scores, space, config, seed)
         else:

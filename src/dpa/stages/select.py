@@ -14,13 +14,24 @@ from dpa.core.errors import DataError, RejectRateError, StorageError
 from dpa.core.pools import Pools, pools_of
 from dpa.core.records import Ledger, Prompt, messages_text, stable_hash
 from dpa.core.sections.selection import SelectionConfig
-from dpa.core.selection import select, select_pairs, select_per_direction, select_random, standard_deviations
+from dpa.core.selection import (
+    of_largest_margin,
+    select,
+    select_best_mean,
+    select_pairs,
+    select_per_direction,
+    select_random,
+    standard_deviations,
+)
 from dpa.core.target_selection import serve_targets
 from dpa.core.utility import Utility
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
 from dpa.storage.schemas import completeness, name_taken, score_matrix, selection_schema, with_numbers
 from dpa.storage.stage_records import Reject, count_reasons
+
+CELLS = 9
+"""Directions of the grid around which winners are alike (`selection.top_margin`)."""
 
 NO_SCORE = "no candidate has a valid score"
 NO_PAIR = "no candidate is better than another under any direction"
@@ -37,13 +48,15 @@ class _Winners(NamedTuple):
 
 
 class _How(NamedTuple):
-    """What selection goes by. `scale_K` divides the objectives before they are weighed."""
+    """What selection goes by. `scale_K` divides the objectives before they are weighed; `kept`: prompt ->
+    kept_D, which of its winners are kept (`selection.top_margin`; None: all)."""
 
     space: DirectionSpace
     config: SelectionConfig
     seed: int
     pairs: bool
     scale_K: np.ndarray
+    kept: Mapping[str, np.ndarray] | None = None
 
     @property
     def utility(self) -> Utility:
@@ -55,13 +68,19 @@ class _How(NamedTuple):
         """Tells shards that would have the same rows."""
         by = () if self.config.utility == "linear" else (self.config.utility, self.config.augmentation)
         held = (self.config.targets,) if self.targets else ()
-        parts = self.space.to_dict(), self.config, self.seed, self.pairs, self.scale_K.tolist(), *by, *held
+        top = (f"top margin {self.config.top_margin} of {CELLS}",) if self.leaves_out else ()
+        parts = self.space.to_dict(), self.config, self.seed, self.pairs, self.scale_K.tolist(), *by, *held, *top
         return stable_hash(*parts, digits=32)
 
     @property
     def targets(self) -> bool:
         """Whether some winners are those of targets."""
         return self.config.target_share > 0 and not self.pairs
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether only the winners with the largest margins are kept."""
+        return self.config.top_margin < 1 and self.config.method == "best_mean"
 
 
 def select_winners(
@@ -80,6 +99,7 @@ def select_winners(
       pooled         all candidates of a prompt form one pool, whatever direction they were made under, and the pool
                      serves `config.directions` directions: those the prompt was asked under, then new ones (our
                      choice; the paper is silent)
+      best_mean      the same, but of those made under whichever of the prompt's directions did best on average (ours)
       per_direction  the best of the samples made under each of rollout's own directions (step 3 of arXiv 2402.18571)
       random         as pooled, but a random valid candidate: the control at equal budget
 
@@ -89,6 +109,11 @@ def select_winners(
 
     `config.targets`: the share of the winners that are those of targets (core/target_selection.py), and say so in the
     column `held`; pooled winners only.
+
+    `config.top_margin`: the share of best_mean's winners that are kept, over all shards, the largest margins first,
+    among the winners whose directions lie nearest to the same one of CELLS fixed ones: a mean of winners is no mean of
+    utilities (one row each, whether ten points hang on it or none), and without it what matters is outvoted by what
+    does not (ours).
 
     `pairs`: multi-objective online DPO (arXiv 2503.00295) instead of winners alone: (chosen, rejected) of the pool
     by the same utility. Published: prompts carry the weights they are judged by, the pair is the better and the worse
@@ -102,18 +127,16 @@ def select_winners(
     """
     texts = {prompt.prompt_id: messages_text(prompt.messages) for prompt in prompts}
     how = _How(space, config, seed, pairs, _scale(score_stage, space, config))
-    for number in range(rollout_stage.shards):
-        digests = rollout_stage.shard_digest(number), score_stage.shard_digest(number)
-        made_from = stable_hash(*digests, how.identity)
-        if stage.shard_digest(number, made_from) is not None:
-            continue
-        candidates, scores = rollout_stage.table(number), score_stage.table(number)
-        if not candidates["candidate_id"].equals(scores["candidate_id"]):
-            raise StorageError(
-                f"{score_stage.path}: shard {number} scores other candidates than {rollout_stage.path} holds; "
-                "delete the score stage's folder and run the same command again."
-            )
-        _write_winners(stage, number, made_from, candidates, scores, texts, how)
+    numbers = range(rollout_stage.shards)
+    digests = [(rollout_stage.shard_digest(number), score_stage.shard_digest(number)) for number in numbers]
+    every = (str(digests),) if how.leaves_out else ()
+    made_from = [stable_hash(*digests[number], how.identity, *every) for number in numbers]
+    missing = [number for number in numbers if stage.shard_digest(number, made_from[number]) is None]
+    if how.leaves_out and missing:
+        how = how._replace(kept=_of_largest_margin(rollout_stage, score_stage, how, stage.name))
+    for number in missing:
+        candidates, scores = _candidates(rollout_stage, score_stage, number)
+        _write_winners(stage, number, made_from[number], candidates, scores, texts, how)
     return _finish(stage, rollout_stage.shards)
 
 
@@ -128,7 +151,7 @@ def select_rated(
     """The same selection of winners over a rated data set's own responses: t = 0, offline.
 
     `ratings` has the columns of ratings.parquet, `score_stage` its rows' scores (`stages.score.score_rows`). The
-    responses were made under no direction, so `per_direction` selects as `pooled` here.
+    responses were made under no direction, so `per_direction` and `best_mean` select as `pooled` here.
     """
     scores = score_stage.whole_table()
     if not ratings["row_id"].combine_chunks().equals(scores["candidate_id"].combine_chunks()):
@@ -139,7 +162,7 @@ def select_rated(
     texts = dict(zip(ratings["prompt_id"].to_pylist(), ratings["messages"].to_pylist(), strict=True))
     candidates = ratings.select(["prompt_id", "response"]).append_column("candidate_id", ratings["row_id"])
     pooled = {"method": "pooled", "targets": config.target_share}
-    offline = config.model_copy(update=pooled) if config.method == "per_direction" else config
+    offline = config if config.method == "random" else config.model_copy(update=pooled)
     how = _How(space, offline, seed, False, _scale(score_stage, space, config))
     digests = [score_stage.shard_digest(number) for number in range(score_stage.shards)]
     made_from = stable_hash(*digests, how.identity)
@@ -168,6 +191,35 @@ def _scale(score_stage: StageFolder, space: DirectionSpace, config: SelectionCon
     return standard_deviations(scores_RK[np.isfinite(scores_RK).all(axis=1)])
 
 
+def _candidates(rollout_stage: StageFolder, score_stage: StageFolder, number: int) -> tuple[pa.Table, pa.Table]:
+    """A shard's candidates and their scores."""
+    candidates, scores = rollout_stage.table(number), score_stage.table(number)
+    if not candidates["candidate_id"].equals(scores["candidate_id"]):
+        raise StorageError(
+            f"{score_stage.path}: shard {number} scores other candidates than {rollout_stage.path} holds; "
+            "delete the score stage's folder and run the same command again."
+        )
+    return candidates, scores
+
+
+def _of_largest_margin(
+    rollout_stage: StageFolder, score_stage: StageFolder, how: _How, stage: str
+) -> dict[str, np.ndarray]:
+    """kept_D of each prompt of the stage: which of its winners are kept (`selection.top_margin`)."""
+    cells_CK = how.space.grid(CELLS)
+    prompt_ids, margins, cells = [], [], []
+    for number in range(rollout_stage.shards):
+        candidates, scores = _candidates(rollout_stage, score_stage, number)
+        for pools in _pools(candidates, scores, how):
+            directions_PDK, _, margin_PD = _best_mean(pools, candidates, how, _rngs(pools, how, stage))
+            prompt_ids += pools.prompt_ids
+            margins.append(margin_PD)
+            cells.append((directions_PDK @ cells_CK.T).argmax(axis=2))
+    margin_PD, cell_PD = np.concatenate(margins), np.concatenate(cells)
+    kept_R = of_largest_margin(margin_PD.ravel(), cell_PD.ravel(), how.config.top_margin)
+    return dict(zip(prompt_ids, kept_R.reshape(margin_PD.shape), strict=True))
+
+
 def _write_winners(
     stage: StageFolder,
     number: int,
@@ -178,9 +230,7 @@ def _write_winners(
     how: _How,
 ) -> None:
     started = time.monotonic()
-    scores_RK = how.space.combine(*score_matrix(scores))
-    groups = pools_of(candidates["prompt_id"].to_pylist(), scores_RK, how.scale_K)
-    found = [_winners(pools, candidates, how, stage.name) for pools in groups]
+    found = [_winners(pools, candidates, how, stage.name) for pools in _pools(candidates, scores, how)]
     table, rejects = _winner_rows(found, candidates, texts, how)
     ledger = Ledger(
         rows=table.num_rows, rejects=len(rejects), wall_s=time.monotonic() - started, peak_memory=peak_memory()
@@ -188,14 +238,28 @@ def _write_winners(
     stage.write_shard(number, table, ledger, rejects, made_from)
 
 
-def _winners(pools: Pools, candidates: pa.Table, how: _How, stage: str) -> _Winners:
-    rngs = [
+def _pools(candidates: pa.Table, scores: pa.Table, how: _How) -> list[Pools]:
+    scores_RK = how.space.combine(*score_matrix(scores))
+    return pools_of(candidates["prompt_id"].to_pylist(), scores_RK, how.scale_K)
+
+
+def _rngs(pools: Pools, how: _How, stage: str) -> list[np.random.Generator]:
+    return [
         np.random.default_rng(int(stable_hash("select", how.seed, stage, prompt_id), 16))
         for prompt_id in pools.prompt_ids
     ]
+
+
+def _winners(pools: Pools, candidates: pa.Table, how: _How, stage: str) -> _Winners:
+    rngs = _rngs(pools, how, stage)
     losers_PD = held_PDK = None
     if how.config.method == "per_direction":
         directions_PDK, winners_PD, losers_PD = _per_direction(pools, candidates, how, rngs)
+    elif how.config.method == "best_mean":
+        directions_PDK, winners_PD, _ = _best_mean(pools, candidates, how, rngs)
+        if how.kept is not None:
+            kept_PD = np.array([how.kept[prompt_id] for prompt_id in pools.prompt_ids])
+            winners_PD = np.where(kept_PD, winners_PD, -1)
     else:
         D = how.config.directions
         directions_PDK = _served(pools, candidates, how.space, D, rngs)
@@ -229,10 +293,24 @@ def _served(
 
 def _asked(pools: Pools, candidates: pa.Table) -> np.ndarray:
     """directions_PDK the candidates of each prompt were made under; rollout keeps a prompt whole, N samples each."""
-    K = pools.scores_PNK.shape[-1]
-    N = int(candidates["k"].to_numpy().max(initial=0)) + 1
+    K, N = pools.scores_PNK.shape[-1], _samples(candidates)
     direction_RK = np.array(candidates["direction"].to_pylist(), dtype=np.float64).reshape(-1, K)
     return direction_RK[pools.row_PN[:, ::N]]
+
+
+def _samples(candidates: pa.Table) -> int:
+    """N, under each direction."""
+    return int(candidates["k"].to_numpy().max(initial=0)) + 1
+
+
+def _best_mean(
+    pools: Pools, candidates: pa.Table, how: _How, rngs: Sequence[np.random.Generator]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The directions_PDK that are served, winners_PD as places in each pool, and margin_PD."""
+    directions_PDK = _served(pools, candidates, how.space, how.config.directions, rngs)
+    P, K, N = len(rngs), how.space.K, _samples(candidates)
+    weighed_PDNK, valid_PDN = pools.weighed_PNK.reshape(P, -1, N, K), pools.valid_PN.reshape(P, -1, N)
+    return directions_PDK, *select_best_mean(weighed_PDNK, directions_PDK, valid_PDN, how.utility)
 
 
 def _per_direction(

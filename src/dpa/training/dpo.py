@@ -149,9 +149,10 @@ class DPO(Learner[EncodedPair]):
     def check(cls, run: RunConfig) -> None:
         """Pairs have an order."""
         super().check(run)
-        if run.selection.method == "random":
+        if run.selection.method in ("random", "best_mean"):
             raise ConfigError(
-                "selection.method: random is a control of learners of winners; take pooled or per_direction."
+                f"selection.method: {run.selection.method} keeps winners and no pairs; take pooled or per_direction, "
+                "or learner: sft."
             )
 
     def encode(self, rows: pa.Table, encoder: RowEncoder) -> tuple[list[EncodedPair], list[Reject]]:

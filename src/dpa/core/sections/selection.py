@@ -2,7 +2,7 @@
 Run its tests: pytest tests/test_config.py tests/test_loop_options.py
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -12,10 +12,11 @@ from dpa.core.sections.section import Section
 class SelectionConfig(Section):
     """Which candidate each direction keeps."""
 
-    method: Literal["pooled", "per_direction", "random"] = Field(
+    method: Literal["pooled", "best_mean", "per_direction", "random"] = Field(
         "pooled",
-        description="pooled: best of all candidates of a prompt for each direction; per_direction: best of those made "
-        "under that direction (the paper read literally); random: the control.",
+        description="pooled: best of all candidates of a prompt for each direction; best_mean: best of those made "
+        "under whichever direction did best for it on average, so that no lucky sample decides (t = 0: as pooled); "
+        "per_direction: best of those made under that direction (the paper read literally); random: the control.",
     )
     utility: Literal["linear", "ray", "chebyshev"] = Field(
         "linear",
@@ -34,8 +35,23 @@ class SelectionConfig(Section):
     directions: int = Field(
         4,
         ge=1,
-        description="Directions served by each prompt's pool (pooled, random): first those it was asked under, then "
-        "new ones; per_direction serves those it was asked under.",
+        description="Directions served by each prompt's pool (pooled, best_mean, random): first those it was asked "
+        "under, then new ones; per_direction serves those it was asked under.",
+    )
+    online_directions: int | None = Field(
+        None,
+        ge=1,
+        repr=False,  # it is `directions` where it holds (of_iteration)
+        description="The same from t = 1 on, where the candidates are the policy's own. Default: directions.",
+    )
+    top_margin: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        repr=False,  # in the identity of a shard only where some are left out
+        description="method best_mean, from t = 1 on: share of the winners that are kept, the largest margins "
+        "among winners of like directions (docs/method.md): where the direction makes no difference there is nothing "
+        "to learn from it. Serve more directions for as many rows.",
     )
     standardise: bool = Field(
         False,
@@ -63,6 +79,11 @@ class SelectionConfig(Section):
         "`helpfulness; verbosity=40` (docs/method.md); the policy then takes both. method pooled only; with another "
         "learner than sft only t = 0, which is always sft, holds some.",
     )
+
+    def of_iteration(self, t: int) -> Self:
+        """The same with the directions of iteration t as `directions`."""
+        online = self.online_directions if t > 0 else None
+        return self if online is None else self.model_copy(update={"directions": online})
 
     @property
     def target_share(self) -> float:
