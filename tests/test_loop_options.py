@@ -24,7 +24,8 @@ from dpa.recipes.dpa import Loop
 from dpa.stages.finetune import with_replay
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
-from dpa.stages.select import CELLS, select_winners
+from dpa.stages.select import select_winners
+from dpa.stages.winners import CELLS
 from dpa.storage.run_folder import StageFolder
 from dpa.world.demo import write_world
 
@@ -285,7 +286,7 @@ def test_some_winners_have_no_losers(tmp_path: Path, method: str) -> None:
 
 
 def test_only_best_mean_has_margins(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"selection.top_margin 0.25: method pooled has no margins"):
+    with pytest.raises(ConfigError, match=r"selection.top_margin 0.25: method pooled has no margins"):
         run_config(tmp_path, selection={"top_margin": 0.25})
 
 

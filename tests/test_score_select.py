@@ -20,7 +20,8 @@ from dpa.core.sections.rollout import RolloutConfig
 from dpa.core.sections.selection import SelectionConfig
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score, score_rows
-from dpa.stages.select import CELLS, select_rated, select_winners
+from dpa.stages.select import select_rated, select_winners
+from dpa.stages.winners import CELLS
 from dpa.storage.run_folder import StageFolder
 from dpa.storage.schemas import completeness
 
