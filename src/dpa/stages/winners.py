@@ -17,7 +17,7 @@ from dpa.core.target_selection import serve_targets
 from dpa.core.utility import Utility
 from dpa.storage.schemas import score_matrix
 
-CELLS = 9
+CELLS = 27
 """Directions of the grid around which winners are alike (`selection.top_margin`)."""
 
 
