@@ -85,6 +85,10 @@ class SelectionConfig(Section):
         online = self.online_directions if t > 0 else None
         return self if online is None else self.model_copy(update={"directions": online})
 
+    def winners(self, asked: int) -> float:
+        """Winners of a prompt that the policy was asked under so many directions, on average."""
+        return (asked if self.method == "per_direction" else self.directions) * self.top_margin
+
     @property
     def target_share(self) -> float:
         """`targets`, where the method keeps winners of targets."""

@@ -99,15 +99,13 @@ class Stages:
                 winners = rated.prompts * config.selection.directions
             stages += self.iteration(0, None, rows, winners)
         prompts, directions = self.given.data.prompts, config.rollout.directions
-        online = config.selection.of_iteration(1)
-        kept = directions if online.method == "per_direction" else online.directions
-        share = online.top_margin if online.method == "best_mean" else 1.0
+        kept = config.selection.of_iteration(1).winners(directions)
         for t in range(1, config.iterations + 1):
             candidates = None if prompts is None else prompts * directions * config.rollout.samples
             if learner_of(config, t).reads == "prompts":  # it makes and scores its candidates itself
                 stages += self.iteration(t, None, None, prompts and prompts * directions)
             else:
-                stages += self.iteration(t, candidates, candidates, prompts and math.ceil(prompts * kept * share))
+                stages += self.iteration(t, candidates, candidates, prompts and math.ceil(prompts * kept))
         return stages
 
     def train_reward(self) -> StageEstimate:
