@@ -73,11 +73,6 @@ def test_amounts_are_those_of_the_loop(recipe: Path) -> None:
     assert stages["iter_1/rollout"].rows == stages["iter_2/score"].rows == 20 * 2 * 4
     assert stages["iter_1/rollout"].tokens == 20 * 2 * 4 * ANSWER, "answers are as long as those that were rated"
     assert stages["iter_2/finetune"].rows == 20 * 3
-    margins = "{method: best_mean, directions: 1, online_directions: 5, top_margin: 0.5}"
-    stages = stages_of(load_config(recipe, {"selection": margins}))
-    assert (stages["iter_0/finetune"].rows, stages["iter_1/finetune"].rows) == (10 * 1, 20 * 5 / 2)
-    stages = stages_of(load_config(recipe, {"selection": "{method: per_direction}"}))
-    assert stages["iter_1/finetune"].rows == 20 * 2, "those it was asked under"
     assert stages["iter_2/finetune"].tokens == 20 * 3 * (PROMPT + ANSWER) * 2, "the prompts' own length"
     grid = len(load_config(recipe).space.build().grid(3))
     assert stages["iter_1/evaluate"].rows == 30 * grid
@@ -146,6 +141,14 @@ def test_every_policy_is_kept_and_the_checkpoints_of_one_training_beside_them(re
     policies = 4 * 4 * 7e9
     assert run_needs(adapters)[2] == pytest.approx(policies, rel=0.01), "four finetunings, no checkpoint of all weights"
     assert run_needs(whole)[2] == pytest.approx(policies + 3 * 12 * 7e9, rel=0.01)
+
+
+def test_winners_are_counted_as_the_selection_keeps_them(recipe: Path) -> None:
+    margins = "{method: best_mean, directions: 1, online_directions: 5, top_margin: 0.5}"
+    stages = stages_of(load_config(recipe, {"selection": margins}))
+    assert (stages["iter_0/finetune"].rows, stages["iter_1/finetune"].rows) == (10 * 1, 20 * 5 / 2)
+    stages = stages_of(load_config(recipe, {"selection": "{method: per_direction}"}))
+    assert stages["iter_1/finetune"].rows == 20 * 2, "those it was asked under"
 
 
 def test_grpo_counts_the_answers_it_makes_scores_and_reads_as_its_finetuning(recipe: Path) -> None:
