@@ -264,7 +264,7 @@ def test_fault_13_missing_requests_are_detected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("method", ["pooled", "per_direction", "random"])
+@pytest.mark.parametrize("method", ["pooled", "best_mean", "per_direction", "random"])
 def test_fault_14_rows_without_a_finite_score_are_counted_and_never_selected(
     tmp_path: Path, value: float, method: str
 ) -> None:
@@ -295,7 +295,7 @@ def test_fault_14_no_valid_score_at_all_stops(tmp_path: Path) -> None:
         select_winners(winners, candidates, scores, prompts_of(2), SPACE, SelectionConfig(), 0)
 
 
-@pytest.mark.parametrize("method", ["pooled", "per_direction", "random"])
+@pytest.mark.parametrize("method", ["pooled", "best_mean", "per_direction", "random"])
 def test_fault_15_ties_have_one_winner_and_zero_variance_divides_by_nothing(tmp_path: Path, method: str) -> None:
     class AllEqual(FakeScorer):
         def score(self, prompts, responses):  # type: ignore[no-untyped-def]

@@ -20,8 +20,7 @@ from dpa.core.sections.rollout import RolloutConfig
 from dpa.core.sections.selection import SelectionConfig
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score, score_rows
-from dpa.stages.select import select_rated, select_winners
-from dpa.stages.winners import CELLS
+from dpa.stages.select import CELLS, select_rated, select_winners
 from dpa.storage.run_folder import StageFolder
 from dpa.storage.schemas import completeness
 
@@ -113,34 +112,48 @@ def test_best_mean_winners_were_made_under_the_direction_that_does_best_on_avera
     assert [row["direction"] for row in rows[:3]] == asked_first, "those it was asked under come first"
 
 
-def margin_of(loop: Loop, row: dict) -> float:
+def advantage_of(loop: Loop, row: dict) -> float:
     """How much it matters for a winner's direction under which of the asked ones an answer is made."""
     mean_D = (loop.pool(row["prompt_id"])[1] @ np.array(row["direction"])).reshape(3, 4).mean(axis=1)
     return mean_D.max() - mean_D.mean()
 
 
-def test_winners_with_the_largest_margins_among_those_of_like_directions_are_kept(loop: Loop) -> None:
+def test_winners_of_the_largest_advantage_around_each_direction_of_the_grid_are_kept(loop: Loop) -> None:
     every = loop.select(SelectionConfig(method="best_mean", directions=8))
-    kept = loop.select(SelectionConfig(method="best_mean", directions=8, top_margin=0.25))
+    kept = loop.select(SelectionConfig(method="best_mean", directions=8, advantage_share=0.25))
     assert all(row in every for row in kept)
     cells: dict[int, list[dict]] = {}
     for row in every:
         cells.setdefault(int((SPACE.grid(CELLS) @ row["direction"]).argmax()), []).append(row)
     for rows in cells.values():
-        largest = sorted((margin_of(loop, row) for row in rows), reverse=True)
-        own = [margin_of(loop, row) for row in rows if row in kept]
+        largest = sorted((advantage_of(loop, row) for row in rows), reverse=True)
+        own = [advantage_of(loop, row) for row in rows if row in kept]
         assert sorted(own, reverse=True) == pytest.approx(largest[: math.ceil(len(rows) / 4)])
 
 
 def test_shards_change_nothing_of_what_is_kept(tmp_path: Path) -> None:
-    config = SelectionConfig(method="best_mean", directions=8, top_margin=0.25)
+    config = SelectionConfig(method="best_mean", directions=8, advantage_share=0.25)
     small, large = Loop(tmp_path / "small", prompts_per_shard=2), Loop(tmp_path / "large", prompts_per_shard=6)
     assert small.candidates.shards == 3 > large.candidates.shards == 1
     assert small.select(config) == large.select(config)
 
 
+def test_another_share_selects_again(loop: Loop) -> None:
+    config = SelectionConfig(method="best_mean", directions=8, advantage_share=0.25)
+    few, more = (loop.select(config.model_copy(update={"advantage_share": share})) for share in (0.25, 0.75))
+    assert len(few) < len(more) and all(row in more for row in few)
+
+
+def test_prompts_without_a_score_take_no_place_among_the_kept(tmp_path: Path) -> None:
+    config = SelectionConfig(method="best_mean", directions=400, advantage_share=0.75)
+    loop = Loop(tmp_path, FakeScorer(broken={f"question{n}#": np.nan for n in range(3)}))
+    kept = loop.select(config)
+    assert {row["prompt_id"] for row in kept} == {"p3", "p4", "p5"}
+    assert 0.75 <= len(kept) / (3 * 400) < 0.8
+
+
 def test_selection_resumes_at_its_shard_with_the_same_rows(tmp_path: Path) -> None:
-    config = SelectionConfig(method="best_mean", directions=8, top_margin=0.25)
+    config = SelectionConfig(method="best_mean", directions=8, advantage_share=0.25)
     loop = Loop(tmp_path)
     rows = loop.select(config)
     for file in ("done.json", "shard-00001.json", "shard-00001.parquet"):
@@ -161,17 +174,19 @@ def test_per_direction_winners_are_the_best_of_those_made_under_it(loop: Loop) -
         assert row["candidate_id"] == candidates[best]["candidate_id"]
 
 
-@pytest.mark.parametrize("method", ["per_direction", "pooled", "random"])
-def test_a_shard_whose_prompts_were_all_rejected_selects_nothing(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [SelectionConfig(method=method) for method in ("per_direction", "pooled", "random", "best_mean")]
+    + [SelectionConfig(method="best_mean", directions=50, advantage_share=0.5)],
+)
+def test_a_shard_whose_prompts_were_all_rejected_selects_nothing(tmp_path: Path, config: SelectionConfig) -> None:
     prompts = prompts_of(5)
     stages = {name: StageFolder(tmp_path / name, f"iter_1/{name}") for name in ("rollout", "score", "select")}
     silent = FakeSampler(misbehave={prompts[4].messages[-1]["content"]: "empty"})
     rollout(stages["rollout"], prompts, SPACE, [silent], ROLLOUT.model_copy(update={"max_reject_rate": 1.0}), seed=0)
     assert [stages["rollout"].table(number).num_rows for number in range(2)] == [48, 0]
     score(stages["score"], stages["rollout"], prompts, FakeScorer())
-    select_winners(
-        stages["select"], stages["rollout"], stages["score"], prompts, SPACE, SelectionConfig(method=method), 0
-    )
+    select_winners(stages["select"], stages["rollout"], stages["score"], prompts, SPACE, config, 0)
     assert {row["prompt_id"] for row in all_rows(stages["select"])} == {prompt.prompt_id for prompt in prompts[:4]}
 
 

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from dpa.core.measures import pareto_front
 from dpa.core.records import SCALE
 from dpa.core.selection import (
-    of_largest_margin,
+    of_largest_advantage,
     select,
     select_best_mean,
     select_pairs,
@@ -68,9 +68,9 @@ def asked_pools(draw):
 
 @given(asked_pools())
 @settings(max_examples=200)
-def test_the_best_mean_and_its_margin_are_brute_force(case):
+def test_the_best_mean_and_its_advantage_are_brute_force(case):
     scores, directions, valid = case
-    winners, margins = select_best_mean(scores, directions, valid)
+    winners, advantages = select_best_mean(scores, directions, valid)
     for p, e in np.ndindex(winners.shape):
         means = {}
         for d in range(scores.shape[1]):
@@ -78,12 +78,12 @@ def test_the_best_mean_and_its_margin_are_brute_force(case):
             if own:
                 means[d] = np.mean([scores[p, d, n] @ directions[p, e] for n in own])
         if not means:
-            assert (winners[p, e], margins[p, e]) == (-1, 0)
+            assert (winners[p, e], advantages[p, e]) == (-1, 0)
             continue
         d, n = divmod(int(winners[p, e]), scores.shape[2])
         assert means[d] == pytest.approx(max(means.values()), abs=1e-9)
         assert n == brute_force(scores[p, d], directions[p, e], valid[p, d])
-        assert margins[p, e] == pytest.approx(max(means.values()) - np.mean(list(means.values())), abs=1e-9)
+        assert advantages[p, e] == pytest.approx(max(means.values()) - np.mean(list(means.values())), abs=1e-9)
 
 
 def test_a_lucky_sample_wins_the_pool_and_not_the_best_mean():
@@ -94,13 +94,13 @@ def test_a_lucky_sample_wins_the_pool_and_not_the_best_mean():
     assert select_best_mean(scores_PDNK, np.array([[helpful, brief]]), valid_PDN)[0].tolist() == [[5, 1]]
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 1.0, 2.0, 5.0])), max_size=20), st.floats(0.01, 1))
-def test_the_largest_margins_of_those_alike_are_kept(rows, share):
-    alike, margins = np.array([row[0] for row in rows], dtype=int), np.array([row[1] for row in rows])
-    kept = of_largest_margin(margins, alike, share)
-    for number in set(alike.tolist()):
-        own = margins[alike == number]
-        keeps = kept[alike == number]
+@given(st.lists(st.tuples(st.integers(-1, 2), st.sampled_from([0.0, 1.0, 2.0, 5.0])), max_size=20), st.floats(0.01, 1))
+def test_the_largest_advantages_of_each_cell_are_kept(rows, share):
+    cells, advantages = np.array([row[0] for row in rows], dtype=int), np.array([row[1] for row in rows])
+    kept = of_largest_advantage(advantages, cells, share)
+    assert not kept[cells == -1].any()
+    for cell in set(cells[cells >= 0].tolist()):
+        own, keeps = advantages[cells == cell], kept[cells == cell]
         assert keeps.sum() == math.ceil(share * len(own))
         assert own[keeps].min() >= own[~keeps].max(initial=0.0)
 

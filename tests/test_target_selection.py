@@ -163,7 +163,7 @@ def test_a_target_states_the_scale_of_the_scorer_where_selection_is_standardised
     assert targets and all(row["held"] == [None, round(row["verbosity"])] for row in targets)
 
 
-@pytest.mark.parametrize("method", ["per_direction", "random"])
+@pytest.mark.parametrize("method", ["per_direction", "best_mean", "random"])
 def test_other_methods_mean_what_they_mean(tmp_path: Path, method: str) -> None:
     assert selected(tmp_path, space_of(), method=method, targets=0.4) == selected(tmp_path, space_of(), method=method)
 

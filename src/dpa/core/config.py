@@ -92,11 +92,16 @@ class RunConfig(RewardRunConfig):
         return self
 
     @model_validator(mode="after")
-    def _margins_of_means(self) -> "RunConfig":
-        if self.selection.top_margin < 1 and self.selection.method != "best_mean":
+    def _advantages_of_means(self) -> "RunConfig":
+        share, method = self.selection.advantage_share, self.selection.method
+        if share < 1 and method != "best_mean":
             raise ValueError(
-                f"selection.top_margin {self.selection.top_margin:g}: method {self.selection.method} has no margins; "
-                "take method best_mean, or top_margin 1"
+                f"selection.advantage_share {share:g}: method {method} has no advantages; take method best_mean, or 1"
+            )
+        if share < 1 and self.rollout.directions < 2:
+            raise ValueError(
+                f"selection.advantage_share {share:g} needs candidates of 2 directions or more to a prompt; raise "
+                f"rollout.directions ({self.rollout.directions})"
             )
         return self
 

@@ -77,15 +77,15 @@ def select_per_direction(
 def select_best_mean(
     scores_PDNK: np.ndarray, directions_PEK: np.ndarray, valid_PDN: np.ndarray, utility: Utility = LINEAR
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(winners_PE, margin_PE): for each of E directions the best of the N samples made under whichever of the D asked
-    directions did best for it on average, as a place among the prompt's D * N candidates (ours).
+    """(winners_PE, advantage_PE): for each of E directions the best of the N samples made under whichever of the D
+    asked directions did best for it on average, as a place among the prompt's D * N candidates (ours).
 
-    The best of all samples may be a lucky one: where a reward is hit or miss, one of many short answers hits, and a
-    direction that would get more from long answers keeps a short one, time and again. A mean is not lucky.
+    Where a reward is hit or miss, one of many short answers hits, and a direction that would get more from long answers
+    keeps the lucky short one of the whole pool, time and again. A mean over N samples is less a matter of luck.
 
-    The margin is that best mean minus the mean over all asked directions: how much it matters under which of them an
-    answer is made. Same rules as `select`: only valid samples count, -1 (margin 0) where there is none, the first of
-    equal ones wins.
+    The advantage is that best mean minus the mean over all asked directions: how much it matters under which of them
+    an answer is made, the luck of N samples included, in the units of `utility`. Same rules as `select`: only valid
+    samples count, -1 (advantage 0) where there is none, the first of equal ones wins.
     """
     P, D, N, K = scores_PDNK.shape
     pool_PNK, valid_PN = scores_PDNK.reshape(P, D * N, K), valid_PDN.reshape(P, D * N)
@@ -105,13 +105,13 @@ def select_best_mean(
     return winners_PE, np.where(winners_PE >= 0, best_mean_PE - over_all_PE, 0.0)
 
 
-def of_largest_margin(margin_R: np.ndarray, alike_R: np.ndarray, share: float) -> np.ndarray:
-    """kept_R: of the rows that are `alike` (have one number in alike_R) the `share`, rounded up, with the largest
-    margin; of equal ones the first."""
-    kept_R = np.zeros(len(margin_R), dtype=bool)
-    for number in np.unique(alike_R):
-        rows = np.flatnonzero(alike_R == number)
-        order = np.argsort(-margin_R[rows], kind="stable")
+def of_largest_advantage(advantage_R: np.ndarray, cell_R: np.ndarray, share: float) -> np.ndarray:
+    """kept_R: of the rows of each cell the `share`, rounded up, with the largest advantage; of equal ones the first.
+    None of cell -1."""
+    kept_R = np.zeros(len(advantage_R), dtype=bool)
+    for cell in np.unique(cell_R[cell_R >= 0]):
+        rows = np.flatnonzero(cell_R == cell)
+        order = np.argsort(-advantage_R[rows], kind="stable")
         kept_R[rows[order[: math.ceil(share * len(rows))]]] = True
     return kept_R
 

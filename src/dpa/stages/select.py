@@ -3,24 +3,84 @@ Run its tests: pytest tests/test_score_select.py
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, RejectRateError, StorageError
+from dpa.core.pools import Pools, pools_of
 from dpa.core.records import Ledger, Prompt, messages_text, stable_hash
 from dpa.core.sections.selection import SelectionConfig
-from dpa.core.selection import of_largest_margin, standard_deviations
-from dpa.stages.winners import How, Winners, margins_of, winners_of
+from dpa.core.selection import (
+    of_largest_advantage,
+    select,
+    select_best_mean,
+    select_pairs,
+    select_per_direction,
+    select_random,
+    standard_deviations,
+)
+from dpa.core.target_selection import serve_targets
+from dpa.core.utility import Utility
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
-from dpa.storage.schemas import completeness, name_taken, selection_schema, with_numbers
+from dpa.storage.schemas import completeness, name_taken, score_matrix, selection_schema, with_numbers
 from dpa.storage.stage_records import Reject, count_reasons
+
+CELLS = 27
+"""Directions of the grid (so many for two objectives) around which winners are compared (`advantage_share`)."""
 
 NO_SCORE = "no candidate has a valid score"
 NO_PAIR = "no candidate is better than another under any direction"
+
+
+class _Winners(NamedTuple):
+    """Of some prompts: what each pool serves, and whom it keeps for it, as places in the pool (-1: nobody);
+    `advantage_PD` by `best_mean`."""
+
+    pools: Pools
+    directions_PDK: np.ndarray
+    held_PDK: np.ndarray | None
+    winners_PD: np.ndarray
+    losers_PD: np.ndarray | None
+    advantage_PD: np.ndarray | None = None
+
+
+class _How(NamedTuple):
+    """What selection goes by. `scale_K` divides the objectives before they are weighed."""
+
+    space: DirectionSpace
+    config: SelectionConfig
+    seed: int
+    pairs: bool
+    scale_K: np.ndarray
+
+    @property
+    def utility(self) -> Utility:
+        """Of scores that were divided by `scale_K`."""
+        return Utility(self.config.utility, self.config.augmentation, self.scale_K)
+
+    @property
+    def identity(self) -> str:
+        """Tells shards that would have the same rows."""
+        by = () if self.config.utility == "linear" else (self.config.utility, self.config.augmentation)
+        held = (self.config.targets,) if self.targets else ()
+        top = (f"advantage {self.config.advantage_share} of {CELLS}",) if self.leaves_out else ()
+        parts = self.space.to_dict(), self.config, self.seed, self.pairs, self.scale_K.tolist(), *by, *held, *top
+        return stable_hash(*parts, digits=32)
+
+    @property
+    def targets(self) -> bool:
+        """Whether some winners are those of targets."""
+        return self.config.target_share > 0 and not self.pairs
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether only the winners with the largest advantage are kept."""
+        return self.config.advantage_share < 1 and self.config.method == "best_mean"
 
 
 def select_winners(
@@ -50,10 +110,10 @@ def select_winners(
     `config.targets`: the share of the winners that are those of targets (core/target_selection.py), and say so in the
     column `held`; pooled winners only.
 
-    `config.top_margin`: the share of best_mean's winners that are kept, over all shards, the largest margins first,
-    among the winners whose directions lie nearest to the same one of CELLS fixed ones: a mean of winners is no mean of
-    utilities (one row each, whether ten points hang on it or none), and without it what matters is outvoted by what
-    does not (ours).
+    `config.advantage_share`: the share of best_mean's winners that are kept, over all shards, the largest advantages
+    (core/selection.py) first, among the winners whose directions lie nearest to the same one of a fixed grid. Rejection
+    sampling trains on one row a prompt and direction, whether ten points hang on it or none, so that what matters is
+    outvoted by what does not (ours).
 
     `pairs`: multi-objective online DPO (arXiv 2503.00295) instead of winners alone: (chosen, rejected) of the pool
     by the same utility. Published: prompts carry the weights they are judged by, the pair is the better and the worse
@@ -66,17 +126,19 @@ def select_winners(
     Raises RejectRateError when no prompt has one, RunFolderError when rollout or score is not finished.
     """
     texts = {prompt.prompt_id: messages_text(prompt.messages) for prompt in prompts}
-    how = How(space, config, seed, pairs, _scale(score_stage, space, config))
+    how = _How(space, config, seed, pairs, _scale(score_stage, space, config))
     numbers = range(rollout_stage.shards)
     digests = [(rollout_stage.shard_digest(number), score_stage.shard_digest(number)) for number in numbers]
     every = (str(digests),) if how.leaves_out else ()
     made_from = [stable_hash(*digests[number], how.identity, *every) for number in numbers]
     missing = [number for number in numbers if stage.shard_digest(number, made_from[number]) is None]
+    kept = None
     if how.leaves_out and missing:
-        how = how._replace(kept=_of_largest_margin(rollout_stage, score_stage, how, stage.name))
+        shards = (_candidates(rollout_stage, score_stage, number) for number in numbers)
+        kept = _of_largest_advantage((one for shard in shards for one in _found(*shard, how, stage.name)), how)
     for number in missing:
         candidates, scores = _candidates(rollout_stage, score_stage, number)
-        _write_winners(stage, number, made_from[number], candidates, scores, texts, how)
+        _write_winners(stage, number, made_from[number], candidates, scores, texts, how, kept)
     return _finish(stage, rollout_stage.shards)
 
 
@@ -103,7 +165,7 @@ def select_rated(
     candidates = ratings.select(["prompt_id", "response"]).append_column("candidate_id", ratings["row_id"])
     pooled = {"method": "pooled", "targets": config.target_share}
     offline = config if config.method == "random" else config.model_copy(update=pooled)
-    how = How(space, offline, seed, False, _scale(score_stage, space, config))
+    how = _How(space, offline, seed, False, _scale(score_stage, space, config))
     digests = [score_stage.shard_digest(number) for number in range(score_stage.shards)]
     made_from = stable_hash(*digests, how.identity)
     if stage.shard_digest(0, made_from) is None:
@@ -142,18 +204,20 @@ def _candidates(rollout_stage: StageFolder, score_stage: StageFolder, number: in
     return candidates, scores
 
 
-def _of_largest_margin(
-    rollout_stage: StageFolder, score_stage: StageFolder, how: How, stage: str
-) -> dict[str, np.ndarray]:
-    """kept_D of each prompt of the stage: which of its winners are kept (`selection.top_margin`)."""
-    shards = [
-        margins_of(*_candidates(rollout_stage, score_stage, number), how, stage)
-        for number in range(rollout_stage.shards)
-    ]
-    prompt_ids = [prompt_id for own, _, _ in shards for prompt_id in own]
-    margin_PD, cell_PD = (np.concatenate([shard[part] for shard in shards]) for part in (1, 2))
-    kept_R = of_largest_margin(margin_PD.ravel(), cell_PD.ravel(), how.config.top_margin)
-    return dict(zip(prompt_ids, kept_R.reshape(margin_PD.shape), strict=True))
+def _of_largest_advantage(found: Iterable[_Winners], how: _How) -> dict[str, np.ndarray]:
+    """kept_D of each prompt: which of its winners are kept (`selection.advantage_share`)."""
+    grid_CK = how.space.grid(CELLS)
+    prompt_ids: list[str] = []
+    advantages, cells = [], []
+    for winners in found:
+        assert winners.advantage_PD is not None
+        prompt_ids += winners.pools.prompt_ids
+        advantages += list(winners.advantage_PD)
+        cells += list(np.where(winners.winners_PD >= 0, (winners.directions_PDK @ grid_CK.T).argmax(axis=2), -1))
+    shape = len(prompt_ids), how.config.directions
+    advantage_PD, cell_PD = np.reshape(advantages, shape), np.reshape(cells, shape)
+    kept_R = of_largest_advantage(advantage_PD.ravel(), cell_PD.ravel(), how.config.advantage_share)
+    return dict(zip(prompt_ids, kept_R.reshape(shape), strict=True))
 
 
 def _write_winners(
@@ -163,10 +227,17 @@ def _write_winners(
     candidates: pa.Table,
     scores: pa.Table,
     texts: Mapping[str, str],
-    how: How,
+    how: _How,
+    kept: Mapping[str, np.ndarray] | None = None,
 ) -> None:
+    """`kept`: prompt -> kept_D, which of its winners are; None: all."""
     started = time.monotonic()
-    found = winners_of(candidates, scores, how, stage.name)
+    found = _found(candidates, scores, how, stage.name)
+    if kept is not None:
+        found = [
+            one._replace(winners_PD=np.where([kept[own] for own in one.pools.prompt_ids], one.winners_PD, -1))
+            for one in found
+        ]
     table, rejects = _winner_rows(found, candidates, texts, how)
     ledger = Ledger(
         rows=table.num_rows, rejects=len(rejects), wall_s=time.monotonic() - started, peak_memory=peak_memory()
@@ -174,8 +245,95 @@ def _write_winners(
     stage.write_shard(number, table, ledger, rejects, made_from)
 
 
+def _found(candidates: pa.Table, scores: pa.Table, how: _How, stage: str) -> list[_Winners]:
+    scores_RK = how.space.combine(*score_matrix(scores))
+    groups = pools_of(candidates["prompt_id"].to_pylist(), scores_RK, how.scale_K)
+    return [_winners(pools, candidates, how, stage) for pools in groups]
+
+
+def _winners(pools: Pools, candidates: pa.Table, how: _How, stage: str) -> _Winners:
+    rngs = [
+        np.random.default_rng(int(stable_hash("select", how.seed, stage, prompt_id), 16))
+        for prompt_id in pools.prompt_ids
+    ]
+    losers_PD = held_PDK = advantage_PD = None
+    if how.config.method == "per_direction":
+        directions_PDK, winners_PD, losers_PD = _per_direction(pools, candidates, how, rngs)
+    else:
+        D = how.config.directions
+        directions_PDK = _served(pools, candidates, how.space, D, rngs)
+        if how.config.method == "best_mean":
+            samples = len(rngs), -1, _samples(candidates)
+            weighed_PANK, valid_PAN = pools.weighed_PNK.reshape(*samples, how.space.K), pools.valid_PN.reshape(samples)
+            winners_PD, advantage_PD = select_best_mean(weighed_PANK, directions_PDK, valid_PAN, how.utility)
+        elif how.config.method == "random":
+            winners_PD = np.array(
+                [select_random(pools.valid_PN[p : p + 1], D, rng)[0] for p, rng in enumerate(rngs)]
+            ).reshape(len(rngs), D)
+        elif how.pairs:
+            winners_PD, losers_PD = select_pairs(
+                pools.weighed_PNK, directions_PDK, pools.valid_PN, how.config.rejected, rngs, how.utility
+            )
+        else:
+            winners_PD = select(pools.weighed_PNK, directions_PDK, pools.valid_PN, how.utility)
+    if how.targets:
+        found = pools.scores_PNK, pools.weighed_PNK, pools.valid_PN, directions_PDK, winners_PD
+        directions_PDK, held_PDK, winners_PD = serve_targets(*found, how.config.targets, how.space, rngs)
+    return _Winners(pools, directions_PDK, held_PDK, winners_PD, losers_PD, advantage_PD)
+
+
+def _served(
+    pools: Pools, candidates: pa.Table, space: DirectionSpace, count: int, rngs: Sequence[np.random.Generator]
+) -> np.ndarray:
+    """directions_PDK of `count` directions for each prompt: those it was asked under in this space, then new draws."""
+    asked_PDK = np.empty((len(rngs), 0, space.K))
+    if "direction" in candidates.column_names and candidates.num_rows and len(candidates["direction"][0]) == space.K:
+        asked_PDK = _asked(pools, candidates)[:, :count]
+    missing = count - asked_PDK.shape[1]
+    drawn_PDK = np.array([space.sample(missing, rng) for rng in rngs]).reshape(len(rngs), missing, space.K)
+    return np.concatenate([asked_PDK, drawn_PDK], axis=1)
+
+
+def _asked(pools: Pools, candidates: pa.Table) -> np.ndarray:
+    """directions_PDK the candidates of each prompt were made under; rollout keeps a prompt whole, N samples each."""
+    K, N = pools.scores_PNK.shape[-1], _samples(candidates)
+    direction_RK = np.array(candidates["direction"].to_pylist(), dtype=np.float64).reshape(-1, K)
+    return direction_RK[pools.row_PN[:, ::N]]
+
+
+def _samples(candidates: pa.Table) -> int:
+    """N, under each direction."""
+    return int(candidates["k"].to_numpy().max(initial=0)) + 1
+
+
+def _per_direction(
+    pools: Pools, candidates: pa.Table, how: _How, rngs: Sequence[np.random.Generator]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Rollout's own directions_PDK, and winners_PD (with losers_PD where pairs are wanted) as places in each pool."""
+    directions_PDK = _asked(pools, candidates)
+    P, D, K = directions_PDK.shape
+    N = pools.row_PN.shape[1] // max(D, 1)
+    weighed_PDNK, valid_PDN = pools.weighed_PNK.reshape(P, D, N, K), pools.valid_PN.reshape(P, D, N)
+
+    def in_pool(places_PD: np.ndarray) -> np.ndarray:
+        return np.where(places_PD >= 0, places_PD + N * np.arange(D), -1)
+
+    if not how.pairs:
+        winners = select_per_direction(weighed_PDNK, directions_PDK, valid_PDN, how.utility)
+        return directions_PDK, in_pool(winners), None
+    winners, losers = select_pairs(
+        weighed_PDNK.reshape(P * D, N, K),
+        directions_PDK.reshape(P * D, 1, K),
+        valid_PDN.reshape(P * D, N),
+        how.config.rejected,
+        [rng for rng in rngs for _ in range(D)],
+        how.utility,
+    )
+    return directions_PDK, in_pool(winners.reshape(P, D)), in_pool(losers.reshape(P, D))
+
+
 def _winner_rows(
-    found: Sequence[Winners], candidates: pa.Table, texts: Mapping[str, str], how: How
+    found: Sequence[_Winners], candidates: pa.Table, texts: Mapping[str, str], how: _How
 ) -> tuple[pa.Table, list[Reject]]:
     """Rows of WINNERS, or of PAIRS where there are losers, prompts in the candidates' order; rejects are the prompts
     that have none."""
@@ -187,7 +345,7 @@ def _winner_rows(
     complete = completeness(candidates)
     rows: list[dict] = []
     reasons: dict[str, str] = {}
-    for pools, directions_PDK, held_PDK, winners_PD, losers_PD in found:
+    for pools, directions_PDK, held_PDK, winners_PD, losers_PD, _ in found:
         for p, d in np.ndindex(winners_PD.shape):
             winner, direction_K = winners_PD[p, d], directions_PDK[p, d]
             if winner < 0:

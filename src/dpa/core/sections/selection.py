@@ -15,7 +15,7 @@ class SelectionConfig(Section):
     method: Literal["pooled", "best_mean", "per_direction", "random"] = Field(
         "pooled",
         description="pooled: best of all candidates of a prompt for each direction; best_mean: best of those made "
-        "under whichever direction did best for it on average, so that no lucky sample decides (t = 0: as pooled); "
+        "under whichever direction did best for it on average, so that luck decides less (t = 0: as pooled); "
         "per_direction: best of those made under that direction (the paper read literally); random: the control.",
     )
     utility: Literal["linear", "ray", "chebyshev"] = Field(
@@ -44,14 +44,14 @@ class SelectionConfig(Section):
         repr=False,  # it is `directions` where it holds (of_iteration)
         description="The same from t = 1 on, where the candidates are the policy's own. Default: directions.",
     )
-    top_margin: float = Field(
+    advantage_share: float = Field(
         1.0,
         gt=0,
         le=1,
         repr=False,  # in the identity of a shard only where some are left out
-        description="method best_mean, from t = 1 on: share of the winners that are kept, the largest margins "
-        "among winners of like directions (docs/method.md): where the direction makes no difference there is nothing "
-        "to learn from it. Serve more directions for as many rows.",
+        description="method best_mean, from t = 1 on: share of the winners that are kept, the largest advantages first "
+        "(docs/learning.md), among winners of neighbouring directions: where the direction makes no difference there "
+        "is nothing to learn from it. Serve more directions (online_directions) for as many rows.",
     )
     standardise: bool = Field(
         False,
@@ -87,7 +87,7 @@ class SelectionConfig(Section):
 
     def winners(self, asked: int) -> float:
         """Winners of a prompt that the policy was asked under so many directions, on average."""
-        return (asked if self.method == "per_direction" else self.directions) * self.top_margin
+        return asked if self.method == "per_direction" else self.directions * self.advantage_share
 
     @property
     def target_share(self) -> float:
