@@ -81,6 +81,8 @@ def test_intervals_widen_with_seeds_that_disagree_and_match_prompts_alone_for_on
     assert disagreeing["low"] < agreeing["low"] - 3
     # prompts' noise alone: standard error 1 / sqrt(3), widened by sqrt(3 / 2)
     assert agreeing["low"] == pytest.approx(-1.96 / np.sqrt(2), abs=0.1)
+    bounded = over_seeds(np.zeros(3), draws_SR, bounds=(-1.0, 0.5))
+    assert (bounded["low"], bounded["high"]) == (-1.0, 0.5), "what it cannot be is in no interval"
     one = over_seeds(np.zeros(1), draws_SR[:1])
     assert one["low"] == pytest.approx(-1.96, abs=0.15)
 

@@ -135,12 +135,14 @@ def height_at(front: Front, x: float, seed: int = 0) -> Interval | None:
     return over_seeds(value_S, heights(front.x_SRD, front.y_SRD, at[None, None])[:, :, 0], seed)
 
 
-def over_seeds(value_S: np.ndarray, draws_SR: np.ndarray, seed: int = 0) -> Interval:
+def over_seeds(
+    value_S: np.ndarray, draws_SR: np.ndarray, seed: int = 0, bounds: tuple[float, float] = (-np.inf, np.inf)
+) -> Interval:
     """Mean over seeds and its 95% interval over seeds and prompts.
 
     Two levels: each draw takes S seeds with replacement, and of each of them a draw of prompts. With few seeds such
-    draws vary by a factor sqrt((S - 1) / S) too little, so they are widened by its inverse about the mean. One seed:
-    over prompts alone.
+    draws vary by a factor sqrt((S - 1) / S) too little, so they are widened by its inverse about the mean, though
+    not beyond `bounds`, what the quantity can be. One seed: over prompts alone.
     """
     value_S, draws_SR = np.asarray(value_S, dtype=float), np.asarray(draws_SR, dtype=float)
     S, R = draws_SR.shape
@@ -150,4 +152,4 @@ def over_seeds(value_S: np.ndarray, draws_SR: np.ndarray, seed: int = 0) -> Inte
     seeds_RS = np.random.default_rng(seed).integers(S, size=(R, S))
     rows_RS = (np.arange(R)[:, None] + np.arange(S) * (R // S)) % R  # the same seed twice: other prompts
     means_R = draws_SR[seeds_RS, rows_RS].mean(axis=1)
-    return interval(value, value + np.sqrt(S / (S - 1)) * (means_R - value))
+    return interval(value, np.clip(value + np.sqrt(S / (S - 1)) * (means_R - value), *bounds))

@@ -29,6 +29,10 @@ class Interval(TypedDict):
     high: float | None
 
 
+BOUNDS = {"kendall_tau": (-1.0, 1.0), "end_coverage": (-1.0, 1.0)}
+"""What a measure can be, where it is bounded."""
+
+
 # --- fronts --------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from dpa.core.compare_config import CompareConfig
 from dpa.core.comparison import Entry, Front, height_at, lead, main_objective, over_seeds
 from dpa.core.directions import DirectionSpace
-from dpa.core.measures import all_measures, bootstrap_means, mean_over_prompts
+from dpa.core.measures import BOUNDS, all_measures, bootstrap_means, mean_over_prompts
 from dpa.core.sections.evaluate import EvaluateConfig
 
 Scores = Mapping[tuple[str, str], Sequence[Mapping[str, np.ndarray]]]
@@ -123,7 +123,9 @@ class _Policy:
         """What the report shows of it."""
         measures: dict[str, Any] = {}
         for (measure, objective), value_S in self.values.items():
-            interval = over_seeds(value_S, self.drawn[measure, objective])
+            interval = over_seeds(
+                value_S, self.drawn[measure, objective], bounds=BOUNDS.get(measure, (-np.inf, np.inf))
+            )
             if objective is None:
                 measures[measure] = interval
             else:
