@@ -144,8 +144,8 @@ def test_every_policy_is_kept_and_the_checkpoints_of_one_training_beside_them(re
 
 
 def test_winners_are_counted_as_the_selection_keeps_them(recipe: Path) -> None:
-    margins = "{method: best_mean, directions: 1, online_directions: 5, advantage_share: 0.5}"
-    stages = stages_of(load_config(recipe, {"selection": margins}))
+    few = "{method: best_mean, directions: 1, online_directions: 5, advantage_share: 0.5}"
+    stages = stages_of(load_config(recipe, {"selection": few}))
     assert (stages["iter_0/finetune"].rows, stages["iter_1/finetune"].rows) == (10 * 1, 20 * 5 / 2)
     stages = stages_of(load_config(recipe, {"selection": "{method: per_direction}"}))
     assert stages["iter_1/finetune"].rows == 20 * 2, "those it was asked under"

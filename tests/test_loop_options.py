@@ -302,10 +302,9 @@ def test_advantages_are_those_of_several_directions(tmp_path: Path, changes: dic
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
-def test_the_loop_serves_more_directions_online_and_keeps_the_winners_that_matter(tmp_path: Path) -> None:
-    settings = {
-        "iterations": "1",
-        "selection": "{method: best_mean, directions: 1, online_directions: 8, advantage_share: 0.5}",
+def small_loop(path: Path, settings: dict[str, str]) -> Loop:
+    """A loop of the demo world that takes seconds."""
+    small = {
         "prompts.count": "6",
         "rollout.directions": "2",
         "rollout.samples": "2",
@@ -317,8 +316,16 @@ def test_the_loop_serves_more_directions_online_and_keeps_the_winners_that_matte
         "reward.train.method": "ridge",
         "reward.train.allow_worse_than_mean": "true",  # three held-out prompts tell nothing
     }
-    recipe = write_world(tmp_path / "world", tmp_path / "run", seed=3, rated_questions=15, prompts=20)
-    with Loop(load_config(recipe, settings)) as loop:
+    recipe = write_world(path / "world", path / "run", seed=3, rated_questions=15, prompts=20)
+    return Loop(load_config(recipe, small | settings))
+
+
+def test_the_loop_serves_more_directions_online_and_keeps_the_winners_that_matter(tmp_path: Path) -> None:
+    settings = {
+        "iterations": "1",
+        "selection": "{method: best_mean, directions: 1, online_directions: 8, advantage_share: 0.5}",
+    }
+    with small_loop(tmp_path, settings) as loop:
         loop.run()
         offline, online = all_rows(loop.stage(0, "select")), all_rows(loop.stage(1, "select"))
     assert len(offline) == len({row["prompt_id"] for row in offline}), "one direction each"
@@ -335,19 +342,8 @@ def test_the_loop_learns_from_pairs_with_every_option_on(tmp_path: Path) -> None
         "space.training_ends": "0.3",
         "space.training_arcs": "0.3",
         "selection": "{directions: 3, standardise: true}",
-        "prompts.count": "6",
-        "rollout.directions": "2",
-        "rollout.samples": "2",
-        "rollout.max_new_tokens": "30",
-        "rollout.workers": "1",
-        "evaluate.directions": "3",
-        "evaluate.prompts.count": "2",
-        "evaluate.resamples": "20",
-        "reward.train.method": "ridge",
-        "reward.train.allow_worse_than_mean": "true",  # three held-out prompts tell nothing
     }
-    recipe = write_world(tmp_path / "world", tmp_path / "run", seed=3, rated_questions=15, prompts=20)
-    with Loop(load_config(recipe, settings)) as loop:
+    with small_loop(tmp_path, settings) as loop:
         loop.run()
     policies = json.loads((tmp_path / "run" / "results.json").read_text())["policies"]
     assert [policy["name"] for policy in policies] == ["t = 0", "t = 1", "t = 2"]

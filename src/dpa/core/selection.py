@@ -96,13 +96,13 @@ def select_best_mean(
     counted_PD = may_win_PDN.sum(axis=2)
     total_PED = np.where(may_win_PDN[:, None], utility_PEDN, 0.0).sum(axis=3)
     mean_PED = total_PED / np.maximum(counted_PD, 1)[:, None]
-    some_PED = np.broadcast_to((counted_PD > 0)[:, None], mean_PED.shape)
-    best_PE = np.where(some_PED, mean_PED, -np.inf).argmax(axis=2)
+    some_PD = counted_PD > 0
+    ranked_PED = np.where(some_PD[:, None], mean_PED, -np.inf)
+    best_PE = ranked_PED.argmax(axis=2)
     of_best_PEN = np.take_along_axis(utility_PEDN, best_PE[..., None, None], axis=2)[:, :, 0]
-    winners_PE = np.where(some_PED.any(axis=2), best_PE * N + of_best_PEN.argmax(axis=2), -1)
-    over_all_PE = np.where(some_PED, mean_PED, 0.0).sum(axis=2) / np.maximum(some_PED.sum(axis=2), 1)
-    best_mean_PE = np.take_along_axis(mean_PED, best_PE[..., None], axis=2)[..., 0]
-    return winners_PE, np.where(winners_PE >= 0, best_mean_PE - over_all_PE, 0.0)
+    winners_PE = np.where(some_PD.any(axis=1)[:, None], best_PE * N + of_best_PEN.argmax(axis=2), -1)
+    over_all_PE = mean_PED.sum(axis=2) / np.maximum(some_PD.sum(axis=1), 1)[:, None]  # 0 where nothing was counted
+    return winners_PE, np.where(winners_PE >= 0, ranked_PED.max(axis=2) - over_all_PE, 0.0)
 
 
 def of_largest_advantage(advantage_R: np.ndarray, cell_R: np.ndarray, share: float) -> np.ndarray:
