@@ -194,6 +194,10 @@ def test_the_demos_comparison_loads_with_every_methods_settings(tmp_path: Path) 
         ({"changes.stf": "{finetune.epochs: 1}"}, r"changes: 'stf' is not known; did you mean `sft`"),
         ({"run.seed": "5"}, r"run\.seed: the comparison sets it"),
         ({"run.ratings": "[]"}, r"run\.ratings: a comparison needs rated data"),
+        (
+            {"methods": "[pooled, online_dpo]", "run.selection.method": "best_mean"},
+            r"online_dpo: selection\.method: best_mean keeps winners and no pairs",
+        ),
     ],
 )
 def test_a_wrong_field_is_named_before_any_work(tmp_path: Path, change: dict[str, str], message: str) -> None:

@@ -23,10 +23,11 @@ from rich.console import Console
 from dpa.core.compare_config import CompareConfig
 from dpa.core.config import RunConfig
 from dpa.core.config_identity import resolved
-from dpa.core.errors import DamageError, EngineError, StorageError
+from dpa.core.errors import ConfigError, DamageError, EngineError, StorageError
 from dpa.pages.comparison import write_comparison
 from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.methods import METHODS, compared
+from dpa.recipes.checks import check_run
 from dpa.recipes.dpa import Loop
 from dpa.recipes.job_processes import do_jobs
 from dpa.stages.compare import summarise
@@ -163,7 +164,8 @@ def measure(lab: Lab, trained: Trained) -> dict[str, Any]:
 
 
 class Comparison:
-    """All jobs of a comparison, and the report over those that are done."""
+    """All jobs of a comparison, and the report over those that are done. Raises ConfigError where a method's settings
+    cannot work, before any job starts."""
 
     def __init__(self, config: CompareConfig) -> None:
         self.methods = compared(config)
@@ -171,6 +173,11 @@ class Comparison:
         self.console = Console(stderr=True)
         self.shared = [ComparisonJob(config, None, seed) for seed in config.seeds]
         self.jobs = [ComparisonJob(config, method, seed) for seed in config.seeds for method in self.methods.values()]
+        for job in self.jobs[: len(self.methods)]:
+            try:
+                check_run(job.settings)
+            except ConfigError as error:
+                raise ConfigError(f"{job.place}: {error}") from None
 
     def run(self) -> Path:
         """Do every job that is not done, write the report, return its path. Raises DpaError, Interrupted."""
