@@ -85,7 +85,8 @@ class Opened:
         return self.page.locator("#front .axis").first.text_content()
 
     def press_level(self, k: int, level: int) -> None:
-        self.page.locator(f'input[name="level-{k}"][value="{level}"]').check(force=True)
+        # not forced: the box is pressed once it stands still, the page may be scrolling to the newest answer
+        self.page.locator(f'input[name="level-{k}"][value="{level}"]').check()
 
     def levels(self) -> list[int]:
         return [int(box.get_attribute("value")) for box in self.page.locator("#levels input:checked").all()]
