@@ -48,11 +48,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
     parser.add_argument("--steps", type=int, default=6, help="that count, of each way of training")
     parser.add_argument("--questions", type=int, default=32, help="answered four times each")
-    parser.add_argument("--only", nargs="+", metavar="WAY", help="of training, by name, and no sampling")
+    parser.add_argument("--only", nargs="+", choices=list(TRAININGS), help="these ways of training, no sampling")
     args = parser.parse_args()
     questions = [json.loads(line)["prompt"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
-    trainings = {name: how for name, how in TRAININGS.items() if not args.only or name in args.only}
-    table("training", ((name, training(args.policy, questions, args.steps, **how)) for name, how in trainings.items()))
+    names = args.only or TRAININGS
+    table("training", ((name, training(args.policy, questions, args.steps, **TRAININGS[name])) for name in names))
     if args.only:
         return
     ways = {"fp32": False, "bf16": True}

@@ -173,7 +173,7 @@ class Comparison:
         self.console = Console(stderr=True)
         self.shared = [ComparisonJob(config, None, seed) for seed in config.seeds]
         self.jobs = [ComparisonJob(config, method, seed) for seed in config.seeds for method in self.methods.values()]
-        for job in self.jobs[: len(self.methods)]:
+        for job in self.jobs[: len(self.methods)]:  # of one seed: they differ in nothing that is checked
             try:
                 check_run(job.settings)
             except ConfigError as error:
