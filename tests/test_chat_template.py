@@ -29,6 +29,7 @@ from dpa.models.chat_template import (
     render_chat,
     render_chats,
     steerable_template,
+    with_sentence,
 )
 from dpa.models.chat_template import render as render_bounded
 
@@ -128,6 +129,30 @@ def test_without_a_system_role_the_first_question_carries_it(render) -> None:
         render(template, talk[1:], preference=ASKED)
 
 
+AFTER = replace(SPACE, placement="after_question")
+
+
+@pytest.mark.parametrize("base", [CHAT_TEMPLATE, NO_SYSTEM, PLAIN_TEMPLATE])
+def test_after_the_question_it_follows_the_last_one_and_all_before_stays(render, base: str) -> None:
+    talk = [*QUESTION, {"role": "assistant", "content": "So."}, {"role": "user", "content": "And?"}]
+    template = steerable_template(base, AFTER)
+    asked = [*talk[:2], {"role": "user", "content": f"And?\n\n{SENTENCE}"}]
+    assert render(template, talk, preference=ASKED) == render(base, asked)
+    assert render(template, talk) == render(base, talk)
+    assert with_sentence(talk, SENTENCE, "after_question", has_system_role(base)) == asked
+    assert steerable_template(template, SPACE) == steerable_template(base, SPACE)
+    before, after = render(base, talk).rsplit("And?", 1)
+    assert render(template, talk, preference={"helpfulness": 1}).startswith(before + "And?"), "the prefix is shared"
+
+
+def test_after_the_question_a_system_prompt_stays_as_it_is(render) -> None:
+    system = [{"role": "system", "content": "Be kind."}, *QUESTION]
+    template = steerable_template(CHAT_TEMPLATE, AFTER)
+    assert render(template, system, preference=ASKED) == f"<|system|>Be kind.<|user|>Why?\n\n{SENTENCE}<|assistant|>"
+    with pytest.raises(TemplateError, match="ask one"):
+        render(template, [{"role": "assistant", "content": "So."}], preference=ASKED)
+
+
 def test_a_template_that_drops_the_system_message_has_no_system_role(render) -> None:
     assert not has_system_role(DROPS_SYSTEM)
     assert render(steerable_template(DROPS_SYSTEM, SPACE), QUESTION, preference=ASKED) == f"<{SENTENCE}\n\nWhy?>"
@@ -161,6 +186,8 @@ def test_content_in_parts_keeps_its_parts(render) -> None:
     parts = [{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}, *QUESTION]
     expected = f"<system>{SENTENCE}\n\nBe kind.<user>Why?"
     assert render(steerable_template(base, SPACE), parts, preference=ASKED) == expected
+    asked = [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]
+    assert render(steerable_template(base, AFTER), asked, preference=ASKED) == f"<user>Why?\n\n{SENTENCE}"
 
 
 def test_a_steerable_template_is_taught_anew_and_never_nested() -> None:

@@ -23,11 +23,19 @@ from dpa.core.direction_text import (
 )
 from dpa.core.errors import DirectionError, ModelFileError, OutsideConeError
 from dpa.core.objective import Objective, range_of_sum
-from dpa.core.sentences import PLACEHOLDER, PUBLISHED_TEMPLATE, TARGET_STEPS, checked_target_template, checked_template
+from dpa.core.sentences import (
+    PLACEHOLDER,
+    PUBLISHED_TEMPLATE,
+    Placement,
+    checked_placement,
+    checked_target_step,
+    checked_target_template,
+    checked_template,
+)
 
 _KIND: dict[str, Any] = {"objectives": list, "center": dict, "max_angle": int | float, "template": str, "presets": dict}
 """Of a space's fields as they travel with a model."""
-_OPTIONAL = ("training_angle", "training_ends", "training_arcs", "target_template", "target_step")
+_OPTIONAL = ("training_angle", "training_ends", "training_arcs", "target_template", "target_step", "placement")
 """Those that may be absent."""
 
 
@@ -69,6 +77,7 @@ class DirectionSpace:
     `training_arcs` (K > 2) the share that is moved onto an arc, where all but one of the other objectives weigh 0.
     `presets` name directions written in any other form. `target_template` is the sentence that states a target
     (core/targets.py), None where the policy knows none; the values it has read are multiples of `target_step`.
+    `placement` is where a sentence stands: in the `system` message, as published, or `after_question`.
 
     Raises DirectionError when a field cannot be used.
     """
@@ -83,6 +92,7 @@ class DirectionSpace:
     training_arcs: float = 0.0
     target_template: str | None = None
     target_step: int = 1
+    placement: Placement = "system"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objectives", tuple(self.objectives))
@@ -109,10 +119,8 @@ class DirectionSpace:
             object.__setattr__(self, name, share)
         checked_template(self.template)
         checked_target_template(self.target_template)
-        if self.target_step not in TARGET_STEPS:
-            steps = ", ".join(map(str, TARGET_STEPS))
-            raise DirectionError(f"target_step: {shown(self.target_step)} is no step of 100; take one of {steps}.")
-        object.__setattr__(self, "target_step", int(self.target_step))  # a file may say 5.0, and values are printed
+        object.__setattr__(self, "target_step", checked_target_step(self.target_step))
+        checked_placement(self.placement)
         center = read_weights({names[0]: 1.0} if self.center is None else self.center, names, "center")
         unit(center, "center")
         object.__setattr__(self, "center", center)
@@ -178,7 +186,7 @@ class DirectionSpace:
         return Direction(self.names, unit(read_weights(weights, self.names, "direction"), "direction"))
 
     def prompt(self, direction: Direction) -> str:
-        """The system sentence that states this direction, as published: `... = helpfulness*97 + verbosity*-26`."""
+        """The sentence that states this direction, as published: `... = helpfulness*97 + verbosity*-26`."""
         if direction.space_names != self.names:
             raise DirectionError(
                 f"direction: {direction} is over other objectives than {', '.join(self.names)}; parse it in this space."
@@ -302,6 +310,7 @@ class DirectionSpace:
                 if self.target_template is None
                 else {"target_template": self.target_template, "target_step": self.target_step}
             ),
+            **({} if self.placement == "system" else {"placement": self.placement}),
         }
 
     @classmethod

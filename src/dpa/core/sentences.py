@@ -1,10 +1,11 @@
-"""The system sentences that tell a policy what is wished: a direction's, and a target's.
+"""The sentences that tell a policy what is wished: a direction's, and a target's.
 Run its tests: pytest tests/test_directions.py tests/test_targets.py
 """
 
 import re
-from typing import Any
+from typing import Any, Literal, get_args
 
+from dpa.core.direction_text import shown
 from dpa.core.errors import DirectionError
 
 PUBLISHED_TEMPLATE = (
@@ -19,6 +20,11 @@ VALUES = "{values}"
 
 TARGET_STEPS = (1, 2, 4, 5, 10, 20, 25, 50)
 """Whole steps of 100 that the values of targets may be multiples of."""
+
+
+Placement = Literal["system", "after_question"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+"""Where a sentence stands: before the system prompt, as published, or behind the last question of a user."""
 
 
 def checked_template(template: Any) -> str:
@@ -39,6 +45,22 @@ def checked_target_template(template: Any) -> str | None:
             "weights and the held values go."
         )
     return template
+
+
+def checked_target_step(step: Any) -> int:
+    """A whole number, though a file may say 5.0: values are printed. Raises DirectionError."""
+    if step not in TARGET_STEPS:
+        steps = ", ".join(map(str, TARGET_STEPS))
+        raise DirectionError(f"target_step: {shown(step)} is no step of 100; take one of {steps}.")
+    return int(step)
+
+
+def checked_placement(placement: Any) -> Placement:
+    """Raises DirectionError."""
+    if placement not in PLACEMENTS:
+        places = ", ".join(PLACEMENTS)
+        raise DirectionError(f"placement: {shown(placement)} is no place of a sentence; take one of {places}.")
+    return placement
 
 
 def target_parts(template: str) -> list[str]:

@@ -241,7 +241,7 @@ def _free_cone(center_K: np.ndarray, held: Held) -> Cone:
 
 
 def sentence(space: DirectionSpace, wish: Wish) -> str:
-    """The system sentence that states a wish; for a target `... = helpfulness*100 + warmth*0 with verbosity = 40`."""
+    """The sentence that states a wish; for a target `... = helpfulness*100 + warmth*0 with verbosity = 40`."""
     if isinstance(wish, Direction):
         return space.prompt(wish)
     if wish.space_names != space.names or space.target_template is None:

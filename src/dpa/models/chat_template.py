@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import EngineError, ModelFileError
-from dpa.core.sentences import PLACEHOLDER, VALUES, target_parts
+from dpa.core.sentences import PLACEHOLDER, VALUES, Placement, target_parts
 from dpa.core.targets import Wish
 from dpa.models import template_worker
 from dpa.models.template_worker import CPU_S
@@ -137,6 +137,26 @@ _INTO_USER = """
 """
 
 
+_AFTER_QUESTION = """
+  {%- set dpa_asked = namespace(place=-1) -%}
+  {%- for message in messages -%}
+    {%- if message["role"] == "user" -%}{%- set dpa_asked.place = loop.index0 -%}{%- endif -%}
+  {%- endfor -%}
+  {%- if dpa_asked.place < 0 -%}
+    {{- raise_exception("preference: this model takes it behind the user's question, so ask one.") -}}
+  {%- endif -%}
+  {%- set dpa_old = messages[dpa_asked.place]["content"] -%}
+  {%- if dpa_old is string -%}
+    {%- set dpa_new = dpa_old ~ "\\n\\n" ~ dpa_text -%}
+  {%- else -%}
+    {%- set dpa_new = dpa_old + [{"type": "text", "text": "\\n\\n" ~ dpa_text}] -%}
+  {%- endif -%}
+  {%- set dpa_rest = messages[dpa_asked.place + 1:] -%}
+  {%- set messages = messages[:dpa_asked.place] + [{"role": "user", "content": dpa_new}] + dpa_rest -%}
+{%- endif -%}
+"""
+
+
 _DEFAULT = """
 {%- if preference is not defined or preference is none -%}{%- set preference = @preference@ -%}{%- endif -%}
 """
@@ -152,6 +172,7 @@ def steerable_template(base_template: str | None, space: DirectionSpace, default
 
     The sentence leads the system message; the system prompt that was there follows after a blank line. Where the base
     template knows no system role (found out by rendering), sentence and system prompt lead the first user message.
+    Where the space's `placement` is after_question, it follows the last user message after a blank line.
     Where the space knows targets, a text such as "=40" in place of a weight holds its objective at that value.
     Without `preference` the base template renders as it always did. An unknown objective, a zero vector or a weight
     that is no number raises the template's own error. `base_template` None means a plain language model
@@ -174,7 +195,12 @@ def steerable_template(base_template: str | None, space: DirectionSpace, default
     base = re.sub(r"^[ \t]+(?=\{[%#])", "", base)
     if default is not None:
         sentence = _DEFAULT.replace("@preference@", json.dumps(default.as_mapping())) + sentence
-    return _BEGIN + sentence + (_INTO_SYSTEM if has_system_role(base) else _INTO_USER) + _END + base
+    if space.placement == "after_question":
+        placed = _AFTER_QUESTION
+        has_system_role(base)  # a base that does not render is refused
+    else:
+        placed = _INTO_SYSTEM if has_system_role(base) else _INTO_USER
+    return _BEGIN + sentence + placed + _END + base
 
 
 def ending_answers(template: str) -> str:
@@ -186,10 +212,16 @@ def ending_answers(template: str) -> str:
     return template if template.endswith(_ENDING) else template + _ENDING
 
 
-def with_sentence(messages: Sequence[Mapping[str, str]], sentence: str, system_role: bool) -> list[dict[str, str]]:
+def with_sentence(
+    messages: Sequence[Mapping[str, str]], sentence: str, placement: Placement, system_role: bool
+) -> list[dict[str, str]]:
     """Messages with the direction's sentence where a steerable template writes it: before the system prompt, or without
-    a `system_role` before the first question (`has_system_role`)."""
+    a `system_role` before the first question (`has_system_role`); or after the last question. There is one."""
     chat = [{"role": message["role"], "content": message["content"]} for message in messages]
+    if placement == "after_question":
+        asked = max(place for place, message in enumerate(chat) if message["role"] == "user")
+        chat[asked]["content"] += f"\n\n{sentence}"
+        return chat
     if chat and chat[0]["role"] == "system":
         system = chat.pop(0)["content"]
         if system or not system_role:

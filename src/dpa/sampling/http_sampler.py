@@ -124,7 +124,8 @@ class HttpSampler:
         space = self._prompting.space
         if self._config.steer == "system":
             stated = sentence(space, wish_of(space, request.direction, request.held))
-            return _Prompt(with_sentence(chat, stated, self._has_system_role), None, len(ids), request.messages, key)
+            stated_chat = with_sentence(chat, stated, space.placement, self._has_system_role)
+            return _Prompt(stated_chat, None, len(ids), request.messages, key)
         preference = preference_of(space.names, request.direction, request.held)
         return _Prompt(chat, preference, len(ids), request.messages, key)
 

@@ -183,7 +183,7 @@ def _row(row: Mapping[str, Any], space: DirectionSpace, form: Form, system_role:
     }
     weights, held = row["direction"], row.get(HELD.name)
     wish = None if weights is None else wish_of(space, weights, held)
-    stated = prompt if wish is None else with_sentence(prompt, sentence(space, wish), system_role)
+    stated = prompt if wish is None else with_sentence(prompt, sentence(space, wish), space.placement, system_role)
     about = {"prompt_id": row["prompt_id"], "scores": {name: row[name] for name in space.names}}
     if form == "trl":
         alone = {name: [answer] for name, answer in answers.items()}

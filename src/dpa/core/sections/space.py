@@ -10,7 +10,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.objective import Objective
 from dpa.core.presets import SPACES
 from dpa.core.sections.section import Section
-from dpa.core.sentences import PUBLISHED_TEMPLATE, checked_target_template, target_template_of
+from dpa.core.sentences import PUBLISHED_TEMPLATE, Placement, checked_target_template, target_template_of
 
 
 class SpaceConfig(Section):
@@ -45,17 +45,23 @@ class SpaceConfig(Section):
         "hardly ever read.",
     )
     template: str = Field(
-        PUBLISHED_TEMPLATE, description="System sentence; {weighted_rating} becomes `helpfulness*97 + verbosity*-26`."
+        PUBLISHED_TEMPLATE, description="The sentence; {weighted_rating} becomes `helpfulness*97 + verbosity*-26`."
     )
     target_template: str | None = Field(
         None,
-        description="System sentence of a target, where selection.targets trains some; {weighted_rating} as above, "
+        description="The sentence of a target, where selection.targets trains some; {weighted_rating} as above, "
         "{values} becomes `verbosity = 40`. Default: `template` with {weighted_rating} followed by ` with {values}`.",
     )
     target_step: Literal[1, 2, 4, 5, 10, 20, 25, 50] = Field(
         5,
         description="Values of targets are rounded to multiples of it, in training and when one is asked: the fewer "
         "values there are, the more often each has been read.",
+    )
+    placement: Placement = Field(
+        "system",
+        description="Where the sentence stands: before the `system` prompt, as in the paper, or `after_question`, behind "
+        "the last user message. There, prompts that differ in their direction alone share all that stands before it, "
+        "which training on a processor, the sampler and prefix caches read once.",
     )
     presets: dict[str, str | dict[str, float]] = Field(
         default_factory=dict, description="Name -> direction, in any form a direction can be written."
@@ -74,6 +80,7 @@ class SpaceConfig(Section):
             "objectives": {objective.name: dict(objective.attributes) for objective in space.objectives},
             "max_angle": space.max_angle,
             "template": space.template,
+            "placement": space.placement,
             "presets": dict(space.presets),
         }
 
@@ -86,6 +93,7 @@ class SpaceConfig(Section):
             center=self.center,
             max_angle=self.max_angle,
             template=self.template,
+            placement=self.placement,
             presets=self.presets,
             training_angle=self.training_angle,
             training_ends=self.training_ends,
