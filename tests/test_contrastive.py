@@ -3,6 +3,7 @@ pytest tests/test_contrastive.py
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,20 @@ def random_examples(count: int = 10) -> list[Example]:
     return [
         Example(ids(6) + ids(int(rng.integers(3, 20))), 6, tuple(ids(int(rng.integers(4, 9))) for _ in range(i % 3)))
         for i in range(count)
+    ]
+
+
+def sharing_examples(count: int = 10) -> list[Example]:
+    """The same, whose prompts begin alike: all of them, and by more those of every second example."""
+    rng = np.random.default_rng(1)
+    text, question = rng.integers(5, 261, 80).tolist(), rng.integers(5, 261, 10).tolist()
+    return [
+        Example(
+            [*text, *question[: 10 * (i % 2)], *example.ids],
+            len(text) + 10 * (i % 2) + example.prompt_tokens,
+            tuple([*text, *question[: 10 * (i % 2)], *negative] for negative in example.negatives),
+        )
+        for i, example in enumerate(random_examples(count))
     ]
 
 
@@ -99,10 +114,12 @@ def test_log_probabilities_in_parts_are_those_at_once() -> None:
 # --- the loss of a step -------------------------------------------------------------------------------------------
 
 
-def assert_equals_reference(model: torch.nn.Module, loss: float, architecture: str) -> None:
+def assert_equals_reference(
+    model: torch.nn.Module, loss: float, architecture: str, examples: Sequence[Example]
+) -> None:
     """The loss, and the gradients that `model` has by now."""
     separate = tiny_model(architecture)
-    expected = reference(separate, random_examples(), weight=0.7)
+    expected = reference(separate, list(examples), weight=0.7)
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for (name, found), parameter in zip(model.named_parameters(), separate.parameters(), strict=True):
@@ -122,7 +139,26 @@ def test_packed_loss_and_gradients_are_those_of_separate_segments(
     assert len(trainer.cut(batch["rows"].rows, rows_per_device)) > 1, "in several passes"
     with packed_attention(model):
         loss = trainer.training_step(model, batch)
-    assert_equals_reference(model, float(loss), architecture)
+    assert_equals_reference(model, float(loss), architecture, random_examples())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("rows_per_device", [1, 3])
+def test_what_prompts_begin_with_is_read_once_with_the_same_loss_and_gradients(
+    architecture: str, rows_per_device: int, tmp_path: Path
+) -> None:
+    model, examples = tiny_model(architecture), sharing_examples()
+    changes = {"max_length": 300, "rows_per_device": rows_per_device, "packed_rows_per_step": 99, "save_steps": 99}
+    trainer = SFT(CONTRASTIVE.model_copy(update=changes), SPACE, 0).trainer(
+        model, tiny_tokenizer(), examples, tmp_path
+    )
+    rows = trainer.train_dataset
+    read, alone = sum(row.ids_T.numel() for row in rows), sum(example.tokens for example in examples)
+    assert len(rows) > 1 and read < 0.6 * alone
+    (batch,) = trainer.get_train_dataloader()
+    with packed_attention(model):
+        loss = trainer.training_step(model, batch)
+    assert_equals_reference(model, float(loss), architecture, examples)
 
 
 @pytest.mark.parametrize("rows_per_device", [1, 3])
@@ -141,7 +177,7 @@ def test_accumulated_passes_have_the_same_loss_and_gradients(rows_per_device: in
             part = trainer.compute_loss(model, batch)
             part.backward()
             loss += part.item()
-    assert_equals_reference(model, loss, "llama")
+    assert_equals_reference(model, loss, "llama", random_examples())
 
 
 def test_fault_52_memory_that_runs_out_in_a_step_counts_nothing_twice(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dpa.models.policy import check_policy, load_policy, make_steerable
 from dpa.sampling.samplers import TransformersSampler
 from dpa.training.dpo import DPO
 from dpa.training.learner import RowEncoder
-from dpa.training.packing import Row, pass_inputs
+from dpa.training.packing import Row, Siblings, pass_inputs
 from dpa.training.policy_training import train_policy
 from dpa.training.sft import SFT, encode_examples
 
@@ -54,7 +54,7 @@ def test_winners_keep_the_label_of_their_end() -> None:
     model, tokenizer = padded_with_end()
     examples, rejects = encode_examples(ROWS, RowEncoder(model, tokenizer, SPACE, 256))
     assert not rejects and all(example.labels[-1] == END for example in examples)
-    batch = pass_inputs([Row.of(examples[:2]), Row.of(examples[2:])])
+    batch = pass_inputs([Row.of([Siblings(examples[:2])]), Row.of([Siblings(examples[2:])])])
     assert labels_of(batch).count(END) == len(examples)
 
 

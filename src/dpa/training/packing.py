@@ -4,11 +4,13 @@ Run its tests: pytest tests/test_finetuning.py tests/test_contrastive.py
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 
 from dpa.models.attention import pack_lengths
+from dpa.models.shared_prefixes import families
 from dpa.training.contrastive import contrast_slots
 from dpa.training.label_logprobs import IGNORED, label_places
 from dpa.training.ranks import ranks
@@ -45,53 +47,95 @@ class Example:
         return [IGNORED] * self.prompt_tokens + self.ids[self.prompt_tokens :]
 
 
+class Siblings(NamedTuple):
+    """Examples whose prompts, and those of their negatives, begin with the same `shared` tokens, which are read once;
+    0: they share nothing. A prompt is longer than what it shares."""
+
+    examples: Sequence[Example]
+    shared: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """To be read."""
+        segments = sum(len(example.negatives) + 1 for example in self.examples)
+        return sum(example.tokens for example in self.examples) - (segments - 1) * self.shared
+
+
 @dataclass(frozen=True)
 class Row:
     """A packed row of T tokens: ids_T and labels_T of its segments, their lengths, and how many each example has.
 
+    A segment may go on from an earlier one, `before` (its place, or -1), which belongs to no example and has no label.
     `labels` are those of the examples themselves, their negatives aside; `learned` is how many examples have one.
     """
 
     ids_T: torch.Tensor
     labels_T: torch.Tensor
     lengths: list[int]
+    before: list[int]
     sizes: list[int]
     labels: int
     learned: int
 
     @classmethod
-    def of(cls, examples: Sequence[Example]) -> "Row":
-        """The examples behind each other, each followed by its negatives."""
-        split = [example.segments for example in examples]
-        segments = [segment for example in split for segment in example]
-        # A first token has a label where an example is all response, but nothing before it to be predicted from.
-        labels = [len(example.ids) - max(1, example.prompt_tokens) for example in examples]
+    def of(cls, siblings: Sequence[Siblings]) -> "Row":
+        """The examples behind each other, each followed by its negatives; before siblings what they share."""
+        ids: list[list[int]] = []
+        labels: list[list[int]] = []
+        before: list[int] = []
+        for examples, shared in siblings:
+            start = -1
+            if shared:
+                start = len(ids)
+                ids.append(examples[0].ids[:shared])
+                labels.append([IGNORED] * shared)
+                before.append(-1)
+            for segment in (segment for example in examples for segment in example.segments):
+                ids.append(segment.ids[shared:])
+                # A first token has a label where an example is all response, but nothing before it to predict it from.
+                labels.append([IGNORED, *segment.labels[shared + 1 :]])
+                before.append(start)
+        examples = [example for family in siblings for example in family.examples]
+        counts = [len(example.ids) - max(1, example.prompt_tokens) for example in examples]
         return cls(
-            torch.tensor([token for segment in segments for token in segment.ids]),
-            torch.tensor([label for segment in segments for label in (IGNORED, *segment.labels[1:])]),
-            [len(segment.ids) for segment in segments],
-            [len(example) for example in split],
-            sum(labels),
-            sum(count > 0 for count in labels),
+            torch.tensor([token for segment in ids for token in segment]),
+            torch.tensor([label for segment in labels for label in segment]),
+            [len(segment) for segment in ids],
+            before,
+            [1 + len(example.negatives) for example in examples],
+            sum(counts),
+            sum(count > 0 for count in counts),
         )
 
 
 def pass_inputs(rows: Sequence[Row]) -> dict[str, Any]:
     """What one pass over packed rows is given: all of them behind each other, as one row."""
     labels_T = torch.cat([row.labels_T for row in rows])
+    before = _before(rows)
     return {
         "input_ids": torch.cat([row.ids_T for row in rows])[None],
         "labels": labels_T[None],
         "label_places": label_places(labels_T),
-        **pack_lengths([length for row in rows for length in row.lengths]),
+        **pack_lengths([length for row in rows for length in row.lengths], before if max(before) >= 0 else None),
     }
 
 
 def contrast_inputs(rows: Sequence[Row]) -> dict[str, Any]:
     """The same, and which segment of which example each label belongs to."""
-    inputs = pass_inputs(rows)
-    lengths = [length for row in rows for length in row.lengths]
+    inputs, shared = pass_inputs(rows), set(_before(rows))
+    lengths, carried = [], 0
+    for place, length in enumerate(length for row in rows for length in row.lengths):
+        carried += length
+        if place not in shared:  # what is shared has no label: it counts with the first that goes on from it
+            lengths.append(carried)
+            carried = 0
     return inputs | contrast_slots(inputs["label_places"], lengths, [size for row in rows for size in row.sizes])
+
+
+def _before(rows: Sequence[Row]) -> list[int]:
+    """Of each segment of a pass, the place of the one it goes on from, or -1."""
+    starts = accumulate((len(row.lengths) for row in rows), initial=0)
+    return [place if place < 0 else start + place for start, row in zip(starts, rows, strict=False) for place in row.before]
 
 
 def step_counts(rows: Sequence[Row]) -> dict[str, int]:
@@ -122,12 +166,24 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def packed_rows(examples: Sequence[Example], max_length: int, together: int) -> list[Row]:
+def packed_rows(examples: Sequence[Example], max_length: int, together: int, shares: bool = False) -> list[Row]:
     """Rows of at most `max_length` tokens. Several ranks, of `together` rows a pass, get rows of a multiple of their
-    number: what is lacking are rows without a token to learn, where the Trainer would train on some rows twice."""
-    rows = [[examples[place] for place in row] for row in pack([e.tokens for e in examples], max_length)]
+    number: what is lacking are rows without a token to learn, where the Trainer would train on some rows twice.
+
+    `shares`: what prompts begin with is read once a row, where much is, and examples that share lie in one row.
+    """
+    found = siblings(examples, max_length) if shares else [Siblings([example]) for example in examples]
+    rows = [[found[place] for place in row] for row in pack([one.tokens for one in found], max_length)]
     if ranks() > 1:
         shortest = min(examples, key=lambda example: len(example.ids))
         nothing = Example(shortest.ids, prompt_tokens=len(shortest.ids))
-        rows += [[nothing]] * (-len(rows) % (ranks() * together))
+        rows += [[Siblings([nothing])]] * (-len(rows) % (ranks() * together))
     return [Row.of(row) for row in rows]
+
+
+def siblings(examples: Sequence[Example], capacity: int) -> list[Siblings]:
+    """Examples that are read behind what they share, at most `capacity` tokens together, or alone."""
+    prompts = [(example.ids[: example.prompt_tokens], *example.negatives) for example in examples]
+    answers = [len(example.ids) - example.prompt_tokens for example in examples]
+    found = families(prompts, answers, capacity)
+    return [Siblings([examples[place] for place in family.places], family.shared) for family in found]

@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from dpa.models.attention import to_device
+from dpa.models.attention import SEGMENTS, best_way, to_device
 from dpa.storage.schemas import completeness, held_values
 from dpa.storage.stage_records import Reject
 from dpa.training.contrastive import AccumulatesContrast, AddsContrast
@@ -137,7 +137,8 @@ class SFT(Learner[Example]):
             peft_config=adapters(config),
             optimizer_cls_and_kwargs=optimizer_class(config),
         )
-        rows = packed_rows(examples, config.max_length, together)
+        shares = best_way(without_adapters(trainer.model)) == SEGMENTS
+        rows = packed_rows(examples, config.max_length, together, shares)
         trainer.train_dataset, trainer.data_collator = rows, collate
         if config.contrastive:
             trainer.contrastive = config.contrastive
