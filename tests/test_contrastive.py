@@ -149,9 +149,7 @@ def test_what_prompts_begin_with_is_read_once_with_the_same_loss_and_gradients(
 ) -> None:
     model, examples = tiny_model(architecture), sharing_examples()
     changes = {"max_length": 300, "rows_per_device": rows_per_device, "packed_rows_per_step": 99, "save_steps": 99}
-    trainer = SFT(CONTRASTIVE.model_copy(update=changes), SPACE, 0).trainer(
-        model, tiny_tokenizer(), examples, tmp_path
-    )
+    trainer = SFT(CONTRASTIVE.model_copy(update=changes), SPACE, 0).trainer(model, tiny_tokenizer(), examples, tmp_path)
     rows = trainer.train_dataset
     read, alone = sum(row.ids_T.numel() for row in rows), sum(example.tokens for example in examples)
     assert len(rows) > 1 and read < 0.6 * alone

@@ -93,7 +93,7 @@ class _Growing(NamedTuple):
 
     @property
     def shared(self) -> int:
-        """How much of what is common is shared: all of it, but for a last token, or nothing where it is not worth it."""
+        """How much of what is common is shared: all, but for a last token, or nothing where it is not worth it."""
         shared = min(self.common, self.shortest - 1)
         worth = self.alone - (self.sequences - 1) * shared <= WORTH_SHARING * self.alone
         return shared if worth and shared >= LEAST_SHARED else 0

@@ -139,6 +139,10 @@ class Learner(ABC, Generic[E]):
         """The Trainer over the examples, checkpoints in `work`; `start` loads the policy that training starts from once
         more. Raises ConfigError."""
 
+    def tokens(self, examples: Sequence[E], trainer: Trainer) -> int:
+        """Read in one pass over the examples."""
+        return sum(example.tokens for example in examples)
+
     def cost(self, done: TrainingRecord) -> Ledger:
         """Tokens trained on (and generated), and figures of its own in `extra`."""
         return Ledger(training_tokens=round(done.tokens * self.config.epochs))

@@ -135,7 +135,9 @@ def contrast_inputs(rows: Sequence[Row]) -> dict[str, Any]:
 def _before(rows: Sequence[Row]) -> list[int]:
     """Of each segment of a pass, the place of the one it goes on from, or -1."""
     starts = accumulate((len(row.lengths) for row in rows), initial=0)
-    return [place if place < 0 else start + place for start, row in zip(starts, rows, strict=False) for place in row.before]
+    return [
+        place if place < 0 else start + place for start, row in zip(starts, rows, strict=False) for place in row.before
+    ]
 
 
 def step_counts(rows: Sequence[Row]) -> dict[str, int]:

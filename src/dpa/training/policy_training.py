@@ -77,7 +77,6 @@ def train_policy(
             raise DataError(f"{label}: none of {len(rejects)} rows can be trained on ({count_reasons(rejects)}).")
         if rejects and is_first():
             _log.warning("%s", _left_out(label, rejects, len(examples) + len(rejects), section, config.max_length))
-        tokens = sum(example.tokens for example in examples)
         measured = None if held_out is None else held_out_rows(held_out, space, learner.seed, encoder.encode)
         with disk_refusals(work, "saving a checkpoint"):
             if is_first():
@@ -87,6 +86,7 @@ def train_policy(
             with StopOnSignal() as stop:
                 trainer = learner.trainer(model, tokenizer, examples, work, lambda: load_policy(policy)[0])
                 trainer.add_callback(seconds)
+                tokens = learner.tokens(examples, trainer)
                 found = _train(trainer, work, label, tokens, stop, measured, config)
                 if trainer.state.global_step < trainer.state.max_steps:
                     raise stop.interrupted(label, trainer.state.global_step, trainer.state.max_steps, "steps")

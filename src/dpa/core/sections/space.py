@@ -59,9 +59,9 @@ class SpaceConfig(Section):
     )
     placement: Placement = Field(
         "system",
-        description="Where the sentence stands: before the `system` prompt, as in the paper, or `after_question`, behind "
-        "the last user message. There, prompts that differ in their direction alone share all that stands before it, "
-        "which training on a processor, the sampler and prefix caches read once.",
+        description="Where the sentence stands: before the `system` prompt, as in the paper, or `after_question`, "
+        "behind the last user message. Prompts that differ in their direction alone then share all that stands before "
+        "it, which training, the sampler and prefix caches read once.",
     )
     presets: dict[str, str | dict[str, float]] = Field(
         default_factory=dict, description="Name -> direction, in any form a direction can be written."
