@@ -20,17 +20,30 @@ from dpa.models.attention import (
 
 
 def reference_varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, *_: object, **options: object
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds_q: torch.Tensor,
+    bounds_k: torch.Tensor,
+    *_: object,
+    **options: object,
 ) -> torch.Tensor:
-    """What torch's varlen_attn computes, by a mask over the row: (T, H, C) -> (T, H, C)."""
+    """What torch's varlen_attn computes, by a mask over the row: (T, H, C) -> (T, H, C). The last query of a sequence
+    stands at its last key."""
     groups = query.shape[1] // key.shape[1]
     assert groups == 1 or options["enable_gqa"]
     key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-    place_T = torch.arange(len(query))
-    sequence_T = torch.bucketize(place_T, bounds[1:].long(), right=True)
+
+    def counted_from_the_end(bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        place = torch.arange(int(bounds[-1]))
+        sequence = torch.bucketize(place, bounds[1:].long(), right=True)
+        return sequence, place - bounds[1:].long()[sequence]
+
+    sequence_T, place_T = counted_from_the_end(bounds_q)
+    sequence_S, place_S = counted_from_the_end(bounds_k)
     left, right = options["window_size"]
-    distance = place_T[:, None] - place_T[None]
-    seen = sequence_T[:, None] == sequence_T[None]
+    distance = place_T[:, None] - place_S[None]
+    seen = sequence_T[:, None] == sequence_S[None]
     seen &= (distance >= 0) if right == 0 else torch.tensor(True)
     seen &= (distance <= left) if left >= 0 else torch.tensor(True)
     parts = (part.transpose(0, 1)[None] for part in (query, key, value))
@@ -67,6 +80,28 @@ def test_packed_sequences_give_the_loss_and_gradients_of_each_alone(way: str, ar
     model.set_attn_implementation(way)
     got = loss_and_gradients(model, model.base_model(**pack_inputs(ids_N), use_cache=False).last_hidden_state[0])
     for ours, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS[:3])
+@pytest.mark.parametrize(("architecture", "changes"), [("llama", {}), ("mistral", {"sliding_window": 9})])
+def test_sequences_that_go_on_from_one_give_the_loss_and_gradients_of_each_alone(
+    way: str, architecture: str, changes: dict
+) -> None:
+    """Two families of a shared beginning, and one sequence that shares nothing."""
+    parts, before = sequences(6), [-1, 0, 0, -1, -1, 4]
+    wholes = [[0, 1], [0, 2], [3], [4, 5]]
+    model = tiny_model(architecture, **changes)
+    ends = []
+    for whole in wholes:
+        ids = [token for part in whole for token in parts[part]]
+        ends.append(model.base_model(torch.tensor([ids])).last_hidden_state[0, -len(parts[whole[-1]]) :])
+    expected = loss_and_gradients(model, torch.cat(ends))
+    model.set_attn_implementation(way)
+    hidden_TH = model.base_model(**pack_inputs(parts, before), use_cache=False).last_hidden_state[0]
+    got = hidden_TH.split([len(part) for part in parts])
+    found = loss_and_gradients(model, torch.cat([got[whole[-1]] for whole in wholes]))
+    for ours, right in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
 
 
@@ -112,7 +147,27 @@ CPU = torch.device("cpu")
 
 def test_a_kernel_is_tried_before_it_is_taken() -> None:
     for takes_groups in (True, False):
-        assert gives_right_values(varlen_attention(reference_varlen, takes_groups), CPU, 4, 2, 8, torch.float32)
+        for goes_on in (True, False):
+            attend = varlen_attention(reference_varlen, takes_groups)
+            assert gives_right_values(attend, CPU, 4, 2, 8, torch.float32, goes_on)
+
+
+def test_a_kernel_that_counts_from_the_beginning_does_not_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    """As scaled_dot_product_attention aligns a causal mask: the first query at the first key."""
+
+    def upper_left(query, key, value, bounds_q, bounds_k, *rest, **options):  # type: ignore[no-untyped-def]
+        lengths = zip(bounds_q.diff().tolist(), bounds_k.diff().tolist(), strict=True)
+        parts = zip(query.split(bounds_q.diff().tolist()), key.split(bounds_k.diff().tolist()), strict=True)
+        out = []
+        for (q, k), v, (asked, _) in zip(parts, value.split(bounds_k.diff().tolist()), lengths, strict=True):
+            bounds = torch.tensor([0, asked], dtype=torch.int32)
+            out.append(reference_varlen(q, k[:asked], v[:asked], bounds, bounds, **options))
+        return torch.cat(out)
+
+    attend = varlen_attention(upper_left, takes_groups=True)
+    assert gives_right_values(attend, CPU, 4, 2, 8, torch.float32)
+    assert not gives_right_values(attend, CPU, 4, 2, 8, torch.float32, goes_on=True)
+    assert "goes on from what is shared does not work here (it differs" in caplog.text
 
 
 def off(query: torch.Tensor, *rest: object, **options: object) -> torch.Tensor:

@@ -313,7 +313,7 @@ def three_ranks() -> Iterator[None]:
 def test_ranks_share_rows_out_evenly_without_training_on_one_twice(three_ranks: None) -> None:
     """What lacks is filled with rows that have nothing to learn."""
     examples = [Example(list(range(5, 15)), 4) for _ in range(7)]
-    rows = packed_rows(examples, 16, together=1)
+    rows = packed_rows(examples, 16, together=1, shares=True)
     assert len(rows) == 9
     assert sum(int((row.labels_T != -100).sum()) for row in rows) == 7 * 6
 

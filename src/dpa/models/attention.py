@@ -45,7 +45,7 @@ def pack_inputs(ids_N: Sequence[Sequence[int]], before_N: Sequence[int] | None =
     """What a model is given for these sequences in one row of T tokens: `input_ids` and `position_ids` (1, T), which
     start again with each sequence, `cu_seq_lens_q` and `cu_seq_lens_k` (N + 1), `max_length_q` and `max_length_k`.
 
-    `before_N` (SEGMENTS alone): for each sequence the place of an earlier one that it goes on from, and sees, or -1;
+    `before_N` (where `may_go_on`): for each sequence the place of an earlier one that it goes on from, and sees, or -1;
     that one goes on from none. Several may go on from the same.
     """
     lengths_N = [len(ids) for ids in ids_N]
@@ -59,17 +59,29 @@ def pack_inputs(ids_N: Sequence[Sequence[int]], before_N: Sequence[int] | None =
 def pack_lengths(lengths_N: Sequence[int], before_N: Sequence[int] | None = None) -> dict[str, Any]:
     """All of `pack_inputs` but the ids."""
     bounds = torch.tensor([0, *accumulate(lengths_N)], dtype=torch.int32)
-    begun_N = torch.tensor([0 if place < 0 else lengths_N[place] for place in before_N or [-1] * len(lengths_N)])
-    starts_T = torch.repeat_interleave(bounds[:-1].long() - begun_N, torch.tensor(lengths_N))
+    begun_N = [0 if place < 0 else lengths_N[place] for place in before_N or [-1] * len(lengths_N)]
+    starts_T = torch.repeat_interleave(bounds[:-1].long() - torch.tensor(begun_N), torch.tensor(lengths_N))
     longest = max(lengths_N)
-    behind = {} if before_N is None else {"goes_on_from": torch.tensor(before_N)}
-    return {
-        **behind,
+    inputs = {
         "position_ids": (torch.arange(int(bounds[-1])) - starts_T)[None],
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": longest,
         "max_length_k": longest,
+    }
+    if before_N is None:
+        return inputs
+    seen_N = [begun + length for begun, length in zip(begun_N, lengths_N, strict=True)]
+    place_T = torch.arange(int(bounds[-1]))
+    own = place_T.split(lengths_N)
+    pairs = zip(before_N, own, strict=True)
+    return inputs | {
+        "goes_on_from": torch.tensor(before_N),
+        "key_places": torch.cat(
+            [part for place, mine in pairs for part in ([] if place < 0 else [own[place]]) + [mine]]
+        ),
+        "cu_seq_lens_k": torch.tensor([0, *accumulate(seen_N)], dtype=torch.int32),
+        "max_length_k": max(seen_N),
     }
 
 
@@ -125,12 +137,26 @@ def best_way(model: Any, dtype: torch.dtype | None = None) -> str | None:
     dtype = dtype or weight.dtype
     if weight.device.type != "cuda" or dtype not in _HALF:
         return None
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    if _varlen_works(weight.device, heads, key_heads, width, dtype):
+    if _varlen_works(weight.device, *_heads(config), dtype):
         return VARLEN
     return "flash_attention_2" if is_flash_attn_2_available() else None
+
+
+def may_go_on(model: Any, dtype: torch.dtype | None = None) -> bool:
+    """Whether a sequence of a packed row of `model` may go on from an earlier one here (`pack_inputs`)."""
+    way = best_way(model, dtype)
+    if way == VARLEN:
+        heads, key_heads, width = _heads(model.config.get_text_config())
+        weight = next(model.parameters())
+        return _varlen_works(weight.device, heads, key_heads, width, dtype or weight.dtype, goes_on=True)
+    return way == SEGMENTS
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Heads of queries, of keys, and their width."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, width
 
 
 def _plain(model: Any, config: Any) -> bool:
@@ -164,7 +190,10 @@ def varlen_attention(kernel: Callable[..., torch.Tensor], takes_groups: bool) ->
         scaling: float | None = None,
         sliding_window: int | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
         max_length_q: int = 0,
+        max_length_k: int = 0,
+        key_places: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         if cu_seq_lens_q is None:
@@ -172,6 +201,8 @@ def varlen_attention(kernel: Callable[..., torch.Tensor], takes_groups: bool) ->
         kind = query.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
         query, key, value = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
+        if key_places is not None:  # what a sequence goes on from stands before it, as often as it is gone on from
+            key, value = (part.index_select(0, key_places) for part in (key, value))
         options: dict[str, Any] = {}
         if key.shape[1] != query.shape[1]:
             if takes_groups:
@@ -181,19 +212,27 @@ def varlen_attention(kernel: Callable[..., torch.Tensor], takes_groups: bool) ->
         window = (-1, -1)
         if getattr(module, "is_causal", True):
             window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        bounds, longest = cu_seq_lens_q, max_length_q
-        out = kernel(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=window, **options)
+        given = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        out = kernel(query, key, value, *given, scale=scaling, window_size=window, **options)
         return out[None], None
 
     return attend
 
 
 def gives_right_values(
-    attend: Callable[..., Any], device: torch.device, heads: int, key_heads: int, width: int, dtype: torch.dtype
+    attend: Callable[..., Any],
+    device: torch.device,
+    heads: int,
+    key_heads: int,
+    width: int,
+    dtype: torch.dtype,
+    goes_on: bool = False,
 ) -> bool:
-    """Whether an attention function gives the values and gradients of `segments`; says why where it does not."""
-    lengths, given_heads = [5, 1, 20], (heads, key_heads, key_heads)
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    """Whether an attention function gives the values and gradients of `segments`, also where a sequence `goes_on` from
+    another; says why where it does not."""
+    given_heads = (heads, key_heads, key_heads)
+    row = to_device(pack_lengths([5, 1, 20], [-1, 0, 0] if goes_on else None), device)
+    del row["position_ids"]
     results = []
     try:
         with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -201,7 +240,7 @@ def gives_right_values(
             parts = [torch.randn(1, count, 26, width, device=device, dtype=dtype) for count in given_heads]
             for way in (attend, _segments):
                 query, key, value = given = [part.clone().requires_grad_() for part in parts]
-                out, _ = way(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, max_length_q=20)
+                out, _ = way(torch.nn.Module(), query, key, value, None, **row)
                 (out.float() * torch.arange(width, device=device)).sum().backward()
                 results.append([out.detach(), *(part.grad for part in given)])
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
@@ -212,17 +251,21 @@ def gives_right_values(
         if worst < 0.05:
             return True
         reason = f"it differs by {worst:.0%}"
-    _log.warning("training: attention of varying length does not work here (%s); another way is taken.", reason)
+    what = "that goes on from what is shared" if goes_on else "of varying length"
+    _log.warning("training: attention %s does not work here (%s); another way is taken.", what, reason)
     return False
 
 
 @lru_cache
-def _varlen_works(device: torch.device, heads: int, key_heads: int, width: int, dtype: torch.dtype) -> bool:
+def _varlen_works(
+    device: torch.device, heads: int, key_heads: int, width: int, dtype: torch.dtype, goes_on: bool = False
+) -> bool:
     """Whether torch's own works for these heads on this device; tried once."""
     if varlen_attn is None:
         _log.warning("training: torch %s has no attention of varying length; 2.10 has it.", torch.__version__)
         return False
-    return gives_right_values(varlen_attention(varlen_attn, _TAKES_GROUPS), device, heads, key_heads, width, dtype)
+    attend = varlen_attention(varlen_attn, _TAKES_GROUPS)
+    return gives_right_values(attend, device, heads, key_heads, width, dtype, goes_on)
 
 
 def _segments(

@@ -168,19 +168,20 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def packed_rows(examples: Sequence[Example], max_length: int, together: int, shares: bool = False) -> list[Row]:
+def packed_rows(examples: Sequence[Example], max_length: int, together: int, shares: bool) -> list[Row]:
     """Rows of at most `max_length` tokens. Several ranks, of `together` rows a pass, get rows of a multiple of their
     number: what is lacking are rows without a token to learn, where the Trainer would train on some rows twice.
 
-    `shares`: what prompts begin with is read once a row, where much is, and examples that share lie in one row.
+    Examples whose prompts begin alike lie in one row, where that is much of them, and what they share counts once.
+    Where attention `shares` nothing it is read as often as it is needed, and such a row has more tokens.
     """
-    found = siblings(examples, max_length) if shares else [Siblings([example]) for example in examples]
+    found = siblings(examples, max_length)
     rows = [[found[place] for place in row] for row in pack([one.tokens for one in found], max_length)]
     if ranks() > 1:
         shortest = min(examples, key=lambda example: len(example.ids))
         nothing = Example(shortest.ids, prompt_tokens=len(shortest.ids))
         rows += [[Siblings([nothing])]] * (-len(rows) % (ranks() * together))
-    return [Row.of(row) for row in rows]
+    return [Row.of([one if shares else one._replace(shared=0) for one in row]) for row in rows]
 
 
 def siblings(examples: Sequence[Example], capacity: int) -> list[Siblings]:

@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from dpa.models.attention import SEGMENTS, best_way, to_device
+from dpa.models.attention import may_go_on, to_device
 from dpa.storage.schemas import completeness, held_values
 from dpa.storage.stage_records import Reject
 from dpa.training.contrastive import AccumulatesContrast, AddsContrast
@@ -137,7 +137,8 @@ class SFT(Learner[Example]):
             peft_config=adapters(config),
             optimizer_cls_and_kwargs=optimizer_class(config),
         )
-        shares = best_way(without_adapters(trainer.model)) == SEGMENTS
+        dtype = torch.bfloat16 if arguments.bf16 else None
+        shares = may_go_on(without_adapters(trainer.model), dtype)
         rows = packed_rows(examples, config.max_length, together, shares)
         trainer.train_dataset, trainer.data_collator = rows, collate
         if config.contrastive:
