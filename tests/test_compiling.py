@@ -132,6 +132,19 @@ def test_packed_rows_of_any_lengths_are_compiled_for_once() -> None:
     assert packed and 0 < made[0] < made[2] == made[-1], "once for one length, once for any: " + str(made)
 
 
+def test_packed_rows_that_share_beginnings_are_compiled_for_once_too() -> None:
+    model, backend = tiny_model("llama").train(), Backend()
+    layers = CompiledLayers(model, training=True, backend=backend)
+    made = []
+    rows = [([5, 9], None), ([9, 4, 6], [-1, 0, 0]), ([7, 20, 3, 8], [-1, 0, -1, -1]), ([4, 4], None)]
+    with packed_attention(model):
+        for lengths, before in [*rows, ([5, 1, 1, 1, 1, 9], [-1, 0, 0, 0, 0, -1]), ([3, 30], [-1, 0]), ([6], None)]:
+            model(**pack_inputs([list(range(5, 5 + length)) for length in lengths], before), use_cache=False)
+            made.append(backend.graphs)
+    layers.stop()
+    assert made[3] == made[-1], made
+
+
 def test_an_error_that_is_not_the_compilers_is_raised_by_the_eager_layer() -> None:
     model = tiny_model("llama").train()
     model.model.layers[0].register_forward_pre_hook(lambda *_: fails(torch.zeros(1)))
