@@ -151,6 +151,16 @@ def test_winners_are_counted_as_the_selection_keeps_them(recipe: Path) -> None:
     assert stages["iter_1/finetune"].rows == 20 * 2, "those it was asked under"
 
 
+def test_behind_the_question_a_prompt_is_read_once_for_all_that_is_stated_there(recipe: Path) -> None:
+    """Three winners of a prompt, each contrasted with one direction: six endings. It is sampled under two."""
+    contrast = {"finetune.contrastive": "0.3", "finetune.epochs": "1"}
+    before = stages_of(load_config(recipe, contrast))
+    after = stages_of(load_config(recipe, {**contrast, "space.placement": "after_question"}))
+    assert before["iter_1/finetune"].tokens == 20 * 3 * 2 * (PROMPT + ANSWER)
+    assert after["iter_1/finetune"].tokens == 20 * (3 * 2 * (40 + ANSWER) + 10)
+    assert (after["iter_1/rollout"].seconds or 0) < (before["iter_1/rollout"].seconds or 0)
+
+
 def test_grpo_counts_the_answers_it_makes_scores_and_reads_as_its_finetuning(recipe: Path) -> None:
     config = load_config(recipe, {"learner": "grpo", "grpo.epochs": "3"})
     stages = stages_of(config)

@@ -187,7 +187,8 @@ class Stages:
         if seconds is None:
             batches = -(-rows // shard) * (1 if need.continuous else -(-min(rows, shard) // need.together))
             work = Sampling(
-                rows, self.answer, config.max_new_tokens, rows / samples, given.data.prompt, need.together, batches,
+                rows, self.answer, config.max_new_tokens, rows / samples,
+                self._behind_others(given.data.prompt, directions, answer=0), need.together, batches,
                 min(need.copies, max(1, -(-rows // shard))), need.continuous, given.device.in_bf16(config.bf16),
             )  # fmt: skip
             seconds = self.start + self.clock.sampling(given.policy, work)
@@ -259,7 +260,13 @@ class Stages:
         earlier = (learner_of(self.config, before) for before in range(first_iteration(self.config), t))
         replayed = config.replay if any(one.reads == learn.reads for one in earlier) else 0
         contrast = 1 + getattr(config, "contrastive_negatives", 0) * bool(getattr(config, "contrastive", 0))
-        tokens = int(rows * (1 + replayed) * responses * example * config.epochs * contrast)
+        read = example
+        if learn.reads == "winners" and not self.speeds.mean(kind, "examples"):
+            kept = self.config.selection.of_iteration(t).winners(self.config.rollout.directions)
+            read = self._behind_others(
+                example, max(1.0, self.config.selection.directions if t == 0 else kept) * contrast
+            )
+        tokens = int(rows * (1 + replayed) * responses * read * config.epochs * contrast)
         seconds, measured = self._measured(kind, tokens)
         judge, unknown = None, ""
         if seconds is None:
@@ -336,6 +343,13 @@ class Stages:
     def _compiles(self, asked: bool | str, steps: float, recompute: bool) -> bool:
         worth = steps >= TRAINING_STEPS and self.given.device.card
         return not recompute and (worth if asked == "auto" else bool(asked))
+
+    def _behind_others(self, example: float, together: float, answer: float | None = None) -> float:
+        """Tokens read of a row, where `together` rows state their direction behind a question that is read once."""
+        if self.config.space.placement == "system":
+            return example
+        own = min(example, DIRECTION_TOKENS + (self.answer if answer is None else answer))
+        return own + (example - own) / together
 
     def _rated_example(self, longest: float | None = None) -> float:
         """Tokens of a rated row: measured by a run, or those of the rated data."""
