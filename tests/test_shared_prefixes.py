@@ -1,0 +1,101 @@
+"""Sequences that begin alike: who is read behind whom, and the row they make.
+Run: pytest tests/test_shared_prefixes.py
+"""
+
+from itertools import chain
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import tiny_model
+
+from dpa.models.attention import packed_attention
+from dpa.models.shared_prefixes import Family, common_prefix, families, pack_families, tokens_read
+
+HEADER = [1, 2]
+
+
+def asked(question: int, length: int, endings: int) -> list[list[int]]:
+    """One question of `length` tokens behind a header that all questions have, under so many endings of 3 tokens."""
+    return [[*HEADER, *[question] * (length - 2), 90 + ending, 80, 81] for ending in range(endings)]
+
+
+def test_questions_under_several_endings_are_a_family_each() -> None:
+    first, second, alone = asked(5, 20, 4), asked(6, 30, 3), asked(7, 25, 1)
+    ids_N = [first[0], second[0], alone[0], *first[1:], *second[1:]]
+    assert families(ids_N) == [Family(20, (0, 3, 4, 5)), Family(30, (1, 6, 7)), Family(0, (2,))]
+    assert tokens_read(ids_N, families(ids_N)) == 20 + 4 * 3 + 30 + 3 * 3 + 28
+
+
+def test_a_header_that_all_begin_with_joins_only_those_that_share_no_more() -> None:
+    """A question alone, first in order, must not draw those after it into a family of the header."""
+    ids_N = [*asked(5, 20, 1), *asked(6, 20, 9)]
+    assert families(ids_N) == [Family(0, (0,)), Family(20, tuple(range(1, 10)))]
+    apart = [asked(question, 20, 1)[0] for question in range(5, 9)]
+    assert families(apart) == [Family(2, (0, 1, 2, 3))]
+
+
+def test_a_text_under_many_questions_is_shared_where_that_saves_more_than_the_questions() -> None:
+    text = list(range(100, 140))
+    few = [[*text, 50 + question, 60, 70 + ending] for question in range(4) for ending in range(2)]
+    assert families(few) == [Family(40, tuple(range(8)))]
+    many = [[*text, *[50 + question] * 20, 70 + ending] for question in range(2) for ending in range(9)]
+    assert families(many) == [Family(60, tuple(range(9))), Family(60, tuple(range(9, 18)))]
+
+
+def test_equal_sequences_and_beginnings_of_others_keep_a_token_of_their_own() -> None:
+    assert families([[1, 2, 3]] * 3) == [Family(2, (0, 1, 2))]
+    assert families([[1, 2, 3], [1, 2, 3, 4, 5]]) == [Family(2, (0, 1))]
+    assert families([[1], [1], [2, 3]]) == [Family(0, (0,)), Family(0, (1,)), Family(0, (2,))]
+    assert families([]) == []
+
+
+def test_no_family_exceeds_the_capacity_and_a_sequence_that_does_is_alone() -> None:
+    ids_N = [*asked(5, 20, 7), list(range(200, 260))]
+    found = families(ids_N, capacity=30)
+    assert [(shared, len(places)) for shared, places in found if len(places) > 1] == [(20, 3), (20, 3)]
+    assert Family(0, (7,)) in found
+
+
+SEQUENCES = st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=7), min_size=1, max_size=8)
+
+
+def fewest(rows: list[list[int]], capacity: int) -> int:
+    """Tokens read by the best of all ways to cut sorted rows."""
+    if not rows:
+        return 0
+    counts = []
+    for first in range(len(rows)):
+        family = rows[first:]
+        tokens = tokens_read(family, [Family(common_prefix(family), tuple(range(len(family))))])
+        if len(family) == 1 or tokens <= capacity:
+            counts.append(tokens + fewest(rows[:first], capacity))
+    return min(counts)
+
+
+@given(SEQUENCES, st.integers(1, 30))
+def test_every_sequence_is_in_one_family_and_no_cut_of_the_order_reads_fewer(ids_N: list, capacity: int) -> None:
+    found = families(ids_N, capacity)
+    assert sorted(chain.from_iterable(places for _, places in found)) == list(range(len(ids_N)))
+    for shared, places in found:
+        members = [ids_N[place] for place in places]
+        assert len({tuple(ids[:shared]) for ids in members}) == 1 and shared < min(map(len, members))
+        assert len(members) == 1 or (shared > 0 and tokens_read(ids_N, [Family(shared, places)]) <= capacity)
+    assert tokens_read(ids_N, found) == fewest(sorted(ids_N), capacity)
+    inputs, places_N = pack_families(ids_N, found)
+    row_T, positions_T = inputs["input_ids"][0], inputs["position_ids"][0]
+    assert len(row_T) == tokens_read(ids_N, found)
+    assert [row_T[places].tolist() for places in places_N] == ids_N
+    assert all(positions_T[places].tolist() == list(range(len(places))) for places in places_N)
+
+
+@pytest.mark.parametrize(("architecture", "changes"), [("llama", {}), ("mistral", {"sliding_window": 9})])
+def test_a_packed_family_says_what_each_of_its_sequences_says_alone(architecture: str, changes: dict) -> None:
+    model, ids_N = tiny_model(architecture, **changes), [*asked(5, 20, 4), *asked(6, 12, 1), [9, 9, 9]]
+    inputs, places_N = pack_families(ids_N, families(ids_N))
+    with torch.inference_mode(), packed_attention(model):
+        hidden_TH = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    for ids, places in zip(ids_N, places_N, strict=True):
+        alone = model.base_model(torch.tensor([ids])).last_hidden_state[0]
+        torch.testing.assert_close(hidden_TH[places], alone, rtol=1e-4, atol=1e-4)
