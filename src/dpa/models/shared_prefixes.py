@@ -1,102 +1,138 @@
-"""Which token sequences begin alike, so that what they share is read once (attention.py, `before_N`).
+"""Sequences that begin alike, so that what they share is read once: who goes with whom, and their row for a model.
 Run its tests: pytest tests/test_shared_prefixes.py
+
+    found = families(ids_N)                            # 9 directions behind a question: one family of 9
+    inputs, places_N = pack_families(ids_N, found)     # the question once, then 9 endings that each go on from it
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpa.models.attention import pack_inputs
 
 WORTH_SHARING = 0.75
-"""Sequences lie behind what they share where that leaves at most this share of their tokens: each is an attention call
-of its own."""
-
-
-LEAST_SHARED = 64
-"""Fewer first tokens in common are no reason to lie beside each other."""
+"""Sequences are laid out so where that leaves at most this share of their tokens: each is an attention call of its
+own."""
 
 
 class Family(NamedTuple):
-    """Items whose sequences all begin with the same `shared` tokens and go on from there; 0: an item alone."""
+    """Items, by their places in a list, of which the first `shared` tokens are read once; 0: an item alone."""
 
     shared: int
-    places: list[int]
+    places: tuple[int, ...]
 
 
-def families(
-    sequences_N: Sequence[Sequence[Sequence[int]]],
+def families(ids_N: Sequence[Sequence[int]], capacity: int | None = None) -> list[Family]:
+    """`group_families` of items that are a sequence each."""
+    return group_families([[ids] for ids in ids_N], capacity=capacity)
+
+
+def group_families(
+    groups_N: Sequence[Sequence[Sequence[int]]],
     answers_N: Sequence[int] | None = None,
     capacity: int | None = None,
+    least: int = 1,
 ) -> list[Family]:
-    """Items put together by what they begin with; an item is one or more sequences that stay together.
+    """Each item in one family, families and the items of each in the order given; an item is one or more sequences that
+    stay together. `answers_N`: tokens that follow each sequence of an item, and are never shared.
 
-    `answers_N`: tokens that follow each sequence of an item, and are never shared.
-
-    Neighbours in alphabetical order share most. One joins the family before it where that saves a quarter of its
-    tokens, however much less the others then share. A family of more than `capacity` tokens is cut, its items in the
-    order given, so that what is drawn beside what stays a draw. Every item is in one family, families too in the order
-    given.
+    Every sequence keeps a token of its own behind what is shared, its last at least. Sorted, items stand beside those
+    they share most with. One joins the family before it where that saves a quarter of its tokens, however much less the
+    others then share, and where no fewer than `least` are shared. A family of more than `capacity` tokens is cut, its
+    items in the order given: what was drawn to stand side by side is no alphabet then.
     """
-    answers = answers_N or [0] * len(sequences_N)
-    items = [_Growing.of(place, *item) for place, item in enumerate(zip(sequences_N, answers, strict=True))]
+    answers = answers_N or [0] * len(groups_N)
+    items = [_Growing.of(place, *item, least) for place, item in enumerate(zip(groups_N, answers, strict=True))]
     found: list[_Growing] = []
-    for alone in sorted(items, key=lambda item: item.first):
-        joined = found[-1].joined(alone) if found else None
-        if joined is not None and joined.tokens <= found[-1].tokens + WORTH_SHARING * alone.tokens:
+    for item in sorted(items, key=lambda item: item.first):
+        joined = found[-1].joined(item) if found else None
+        if joined is not None and joined.tokens <= found[-1].tokens + WORTH_SHARING * item.tokens:
             found[-1] = joined
         else:
-            found.append(alone)
+            found.append(item)
     cut = found if capacity is None else [part for one in found for part in _cut(one, items, capacity)]
-    return sorted((Family(one.shared, sorted(one.places)) for one in cut), key=lambda family: family.places[0])
+    return sorted((Family(one.shared, tuple(sorted(one.places))) for one in cut), key=lambda family: family.places)
 
 
-def _cut(family: "_Growing", items: Sequence["_Growing"], capacity: int) -> Iterator["_Growing"]:
-    """A family in parts of at most `capacity` tokens, or of one item."""
-    part: _Growing | None = None
-    for place in sorted(family.places):
-        longer = items[place] if part is None else part.joined(items[place])
-        if part is not None and longer.tokens > capacity:
-            yield part
-            longer = items[place]
-        part = longer
-    if part is not None:
-        yield part
+def tokens_read(ids_N: Sequence[Sequence[int]], found: Iterable[Family]) -> int:
+    """Tokens of these families, shared ones counted once."""
+    return sum(sum(len(ids_N[place]) for place in places) - (len(places) - 1) * shared for shared, places in found)
+
+
+def common_prefix(ids_N: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all of these sequences have in common and go on from; 0 of one alone."""
+    if len(ids_N) == 1:
+        return 0
+    alike = _alike(min(map(list, ids_N)), max(map(list, ids_N)))  # what these share, all between them share
+    return min(alike, min(map(len, ids_N)) - 1)
+
+
+def pack_families(ids_N: Sequence[Sequence[int]], found: Iterable[Family]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """(what a model is given in a block of `packed_attention`, for each sequence where its tokens stand in the row).
+
+    Only where attention `may_go_on` a row is read in which something is shared. A sequence that is in no family has no
+    places.
+    """
+    segments: list[Sequence[int]] = []
+    before: list[int] = []
+    places_N = [np.empty(0, np.int64)] * len(ids_N)
+    tokens = 0
+    for shared, places in found:
+        start, start_token = -1, tokens
+        if shared:
+            start = len(segments)
+            segments.append(ids_N[places[0]][:shared])
+            before.append(-1)
+            tokens += shared
+        for place in places:
+            segments.append(ids_N[place][shared:])
+            before.append(start)
+            end = tokens + len(segments[-1])
+            places_N[place] = np.r_[start_token : start_token + shared, tokens:end]
+            tokens = end
+    return pack_inputs(segments, before), places_N
 
 
 class _Growing(NamedTuple):
+    """A family while it grows."""
+
     places: list[int]
     first: Sequence[int]
     shortest: int
-    """Of the sequences; each goes on by a token at least."""
     common: int
-    """First tokens that all have."""
     sequences: int
     alone: int
     """Tokens where nothing is shared."""
+    least: int
 
     @classmethod
-    def of(cls, place: int, sequences: Sequence[Sequence[int]], answer: int) -> "_Growing":
-        shortest, common = min(map(len, sequences)), len(sequences[0])
+    def of(cls, place: int, sequences: Sequence[Sequence[int]], answer: int, least: int) -> "_Growing":
+        common = len(sequences[0])
         for other in sequences[1:]:
-            common = common_prefix(sequences[0], other, common)
-        return cls([place], sequences[0], shortest, common, len(sequences), sum(len(ids) + answer for ids in sequences))
+            common = _alike(sequences[0], other, common)
+        alone = sum(len(ids) + answer for ids in sequences)
+        return cls([place], sequences[0], min(map(len, sequences)), common, len(sequences), alone, least)
 
-    def joined(self, other: "_Growing") -> "_Growing":
-        most = min(self.common, other.common)
+    def joined(self, item: "_Growing") -> "_Growing":
         return _Growing(
-            [*self.places, *other.places],
+            [*self.places, *item.places],
             self.first,
-            min(self.shortest, other.shortest),
-            common_prefix(self.first, other.first, most),
-            self.sequences + other.sequences,
-            self.alone + other.alone,
+            min(self.shortest, item.shortest),
+            _alike(self.first, item.first, min(self.common, item.common)),
+            self.sequences + item.sequences,
+            self.alone + item.alone,
+            self.least,
         )
 
     @property
     def shared(self) -> int:
-        """How much of what is common is shared: all, but for a last token, or nothing where it is not worth it."""
+        """All that is common, but for a last token, or nothing where that is not worth it."""
         shared = min(self.common, self.shortest - 1)
         worth = self.alone - (self.sequences - 1) * shared <= WORTH_SHARING * self.alone
-        return shared if worth and shared >= LEAST_SHARED else 0
+        return shared if worth and shared >= self.least else 0
 
     @property
     def tokens(self) -> int:
@@ -104,7 +140,20 @@ class _Growing(NamedTuple):
         return self.alone - (self.sequences - 1) * self.shared
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int], most: int) -> int:
+def _cut(family: _Growing, items: Sequence[_Growing], capacity: int) -> Iterator[_Growing]:
+    """A family in parts of at most `capacity` tokens, or of one item."""
+    places = sorted(family.places)
+    part = items[places[0]]
+    for place in places[1:]:
+        longer = part.joined(items[place])
+        if longer.tokens > capacity:
+            yield part
+            longer = items[place]
+        part = longer
+    yield part
+
+
+def _alike(one: Sequence[int], other: Sequence[int], most: int | None = None) -> int:
     """How many first tokens two sequences have in common, at most `most`."""
     pairs = zip(one[:most], other[:most], strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -3,8 +3,9 @@ step, rows leave. `decode` here and ContinuousBatch (sampling/batching.py) both 
 Run its tests: pytest tests/test_decoding.py
 
 What makes it faster than `generate` on many samples per prompt: a prompt is read once whatever the number of its
-samples, rows that have ended leave the batch, the cache is not copied at every step (strided_cache.py; on a card
-fixed_cache.py), and grouped queries read it where it lies (grouped_attention.py).
+samples, and on a processor so is what several prompts begin with (packed_prompts.py), rows that have ended leave the
+batch, the cache is not copied at every step (strided_cache.py; on a card fixed_cache.py), and grouped queries read it
+where it lies (grouped_attention.py).
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from dpa.core.errors import EngineError
+from dpa.core.records import places_of
+from dpa.models.shared_prefixes import WORTH_SHARING, Family, families, tokens_read
 from dpa.sampling.drawing import draw, uniforms
 from dpa.sampling.fixed_cache import FixedCache
 from dpa.sampling.forward import Forward, Read, check_decodable
 from dpa.sampling.grouped_attention import NotFixedError
+from dpa.sampling.packed_prompts import can_be_packed, read_packed
 from dpa.sampling.strided_cache import StridedCache, StridedLayer, fill_holes
 
 LOOK_EVERY = 4  # steps between looks at which rows have ended: each look waits for the device
@@ -52,6 +56,7 @@ class Decoder:
         on_card = model.device.type == "cuda"
         fixed = on_card and FixedCache.fits(model) if cache is None else cache == "fixed"
         self.model, self._forward = model, Forward(model)
+        self._packs = can_be_packed(self._forward)
         self._cache: StridedCache | FixedCache = FixedCache(graphs=on_card) if fixed else StridedCache()
         self.begin()
 
@@ -76,12 +81,41 @@ class Decoder:
         self.begin()
         self._cache.release()
 
-    def prompts_at_once(self, longest: int) -> int:
-        """How many prompts are best read together."""
-        return max(1, self._cache.prefill_tokens // longest)
+    def parts(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Places of the prompts in the parts that are best read together. They come in the order given, but where they
+        share enough, those that begin alike stand beside the first of them."""
+        budget, found = self._cache.prefill_tokens, self._families(prompts, sum(map(len, prompts)))
+        if found is None:
+            at_once = max(1, budget // max(map(len, prompts), default=1))
+            places = list(range(len(prompts)))
+            return [places[start : start + at_once] for start in range(0, len(prompts), at_once)]
+        parts: list[list[int]] = []
+        tokens = 0
+        for family in found:
+            own = tokens_read(prompts, [family])
+            if not parts or tokens + own > budget:
+                parts.append([])
+                tokens = 0
+            parts[-1] += family.places
+            tokens += own
+        return parts
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Read:
-        """Read P prompts, padded on the left. Raises EngineError when the model's output is NaN."""
+        """Read P prompts. Raises EngineError when the model's output is NaN."""
+        found = self._families(prompts, len(prompts) * max(map(len, prompts)))
+        read = self._read_padded(prompts) if found is None else read_packed(self._forward, prompts, found)
+        if bool(read.logits_PV.isnan().any()):
+            raise EngineError("decoding: the model's output is NaN; its weights are damaged or its dtype too narrow.")
+        return read._replace(logits_PV=read.logits_PV.float())
+
+    def _families(self, prompts: Sequence[Sequence[int]], otherwise: int) -> list[Family] | None:
+        """Who is read behind whom; None where that is not possible, or not worth it beside `otherwise` tokens."""
+        if not self._packs or len(prompts) < 2:
+            return None
+        found = families(prompts, self._cache.prefill_tokens)
+        return found if tokens_read(prompts, found) <= WORTH_SHARING * otherwise else None
+
+    def _read_padded(self, prompts: Sequence[Sequence[int]]) -> Read:
         device, width = self.model.device, max(map(len, prompts))
         ids = [[_PADDING] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -89,9 +123,7 @@ class Decoder:
         padded = not self._forward.positioned or min(map(len, prompts)) < width
         cache = Cache(layer_class_to_replicate=StridedLayer)
         mask = seen if padded else None
-        logits_PV = self._forward(cache, torch.tensor(ids, device=device), mask, seen.cumsum(-1) - 1).float()
-        if bool(logits_PV.isnan().any()):
-            raise EngineError("decoding: the model's output is NaN; its weights are damaged or its dtype too narrow.")
+        logits_PV = self._forward(cache, torch.tensor(ids, device=device), mask, seen.cumsum(-1) - 1)
         return Read(cache, logits_PV, length_P, padded)
 
     def enter(self, read: Read, prompt_of_B: Sequence[int]) -> torch.Tensor:
@@ -144,15 +176,16 @@ def decode(
     Every draw of row b comes from `seeds_B[b]` alone. Returns token ids, the end token included where one was drawn.
     Whoever was in the decoder's hands is forgotten. Raises EngineError when the model's output is NaN.
     """
-    device, steps, longest = decoder.model.device, max(limits_B), max(map(len, prompts))
-    decoder.begin(len(seeds_B), longest + steps)
-    order = sorted(range(len(seeds_B)), key=prompt_of_B.__getitem__)  # as the prompts are read, some at a time
-    at_once, parts = decoder.prompts_at_once(longest), []
-    for start in range(0, len(prompts), at_once):
-        places = [prompt_of_B[b] - start for b in order if start <= prompt_of_B[b] < start + at_once]
-        parts.append(decoder.enter(decoder.read(prompts[start : start + at_once]), places))
-    logits_BV = parts[0] if len(parts) == 1 else torch.cat(parts)
-    del parts
+    device, steps = decoder.model.device, max(limits_B)
+    decoder.begin(len(seeds_B), max(map(len, prompts)) + steps)
+    rows_P = places_of(prompt_of_B)
+    order, entered = [], []
+    for part in decoder.parts(prompts):  # rows stand in the order in which their prompts are read
+        rows = [(b, place) for place, prompt in enumerate(part) for b in rows_P.get(prompt, ())]
+        order += [b for b, _ in rows]
+        entered.append(decoder.enter(decoder.read([prompts[prompt] for prompt in part]), [place for _, place in rows]))
+    logits_BV = entered[0] if len(entered) == 1 else torch.cat(entered)
+    del entered
 
     ends = torch.tensor(how.end_ids, device=device)
     uniforms_BT = torch.from_numpy(np.stack([uniforms(seeds_B[b], steps) for b in order])).to(device)

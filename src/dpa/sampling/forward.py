@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_decoding.py
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,14 @@ class Forward:
         """Whether the model is told the positions; else it counts what it has seen, and must be given the mask."""
         self._cache_name = "cache" if "cache" in takes else "past_key_values"  # newer transformers renamed it
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        keep, kinds = takes.get("logits_to_keep"), {parameter.kind for parameter in takes.values()}
+        self.takes_rows = (
+            self.positioned
+            and keep is not None
+            and "Tensor" in str(keep.annotation)
+            and inspect.Parameter.VAR_KEYWORD in kinds  # through which attention is told where sequences begin
+        )
+        """Whether it can be asked by `over_row`, where its attention reads packed rows."""
         self._last_position = context_length(model) - 1
 
     def __call__(
@@ -52,9 +61,15 @@ class Forward:
         seen = None if seen_BS is None else seen_BS.long()
         return self.model(input_ids=ids_BT, attention_mask=seen, use_cache=True, **fields).logits[:, -1]
 
+    def over_row(self, cache: Cache, inputs: Mapping[str, Any], ends_P: torch.Tensor) -> torch.Tensor:
+        """logits_PV at the places `ends_P` of a packed row, whose `inputs` are those of models/attention.py."""
+        fields = {**inputs, self._cache_name: cache, "logits_to_keep": ends_P}
+        fields["position_ids"] = fields["position_ids"].clamp(max=self._last_position)
+        return self.model(**fields, use_cache=True).logits[0]
+
 
 class Read(NamedTuple):
-    """P prompts that were read, padded on the left so that all end in the same column of a strided cache."""
+    """P prompts that were read, in rows padded on the left so that all end in the same column of a strided cache."""
 
     cache: Cache
     logits_PV: torch.Tensor

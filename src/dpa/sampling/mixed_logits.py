@@ -60,8 +60,8 @@ class MixedDecoder(Decoder):
         for decoder in self._decoders:
             decoder.release()
 
-    def prompts_at_once(self, longest: int) -> int:
-        return min(decoder.prompts_at_once(longest) for decoder, _ in self._asked)
+    def parts(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        return max((decoder.parts(prompts) for decoder, _ in self._asked), key=len)
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Any:
         """What each asked model has read."""

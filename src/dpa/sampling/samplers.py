@@ -74,10 +74,12 @@ class TransformersSampler:
         prompts = [self.prompting.encode(request.messages, request.direction, request.held) for request in requests]
         # Longest prompts first: neighbours need little padding, and a batch too big for the device fails at once.
         order = sorted((i for i, ids in enumerate(prompts) if ids), key=lambda i: -len(prompts[i]))
+        # Where many begin alike, those beside each other: what they share is then read once.
+        order = [order[place] for part in self._decoder.parts([prompts[i] for i in order]) for place in part]
         rows = [(i, j) for i in order for j in range(len(requests[i].seeds))]
         samples: dict[tuple[int, int], Sample] = {}
         while rows:
-            size = self._rows_at_once(len(prompts[rows[0][0]]))
+            size = self._rows_at_once(max(len(prompts[i]) for i, _ in rows))
             batch, rows = rows[:size], rows[size:]
             seeds = [requests[i].seeds[j] for i, j in batch]
             samples.update(zip(batch, self._sample_batch([prompts[i] for i, _ in batch], seeds), strict=True))

@@ -88,7 +88,7 @@ class StridedCache:
     """The rows of a decoder (sampling/decoding.py), all of one width; FixedCache has the same methods."""
 
     prefill_tokens = 8192
-    """Prompt tokens, padding included, that are read at once."""
+    """Prompt tokens, padding included and shared ones counted once, that are read at once."""
     held_bytes = 0
     """Of what is kept for the next rows when all have left."""
 

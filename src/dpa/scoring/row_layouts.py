@@ -6,16 +6,14 @@ depend on it beyond rounding.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from itertools import chain, takewhile
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 
 from dpa.core.records import places_of
 from dpa.models.attention import pack_inputs
-
-WORTH_SHARING = 0.75
-"""Rows are laid out so where that leaves at most this share of their tokens: each is an attention call of its own."""
+from dpa.models.shared_prefixes import WORTH_SHARING, Family, common_prefix, pack_families
 
 
 class RowsAlone(NamedTuple):
@@ -50,7 +48,7 @@ class SharedPrompts:
     def __init__(self, ids_N: Sequence[Sequence[int]], prompts_N: Sequence[Hashable]) -> None:
         self._ids_N, self._prompts_N = ids_N, prompts_N
         self._rows = places_of(prompts_N)
-        self._shared = {prompt: _shared([ids_N[row] for row in rows]) for prompt, rows in self._rows.items()}
+        self._shared = {prompt: common_prefix([ids_N[row] for row in rows]) for prompt, rows in self._rows.items()}
 
     def tokens(self, rows: Sequence[int]) -> int:
         """Tokens of these rows in one pass, those that rows of a prompt share counted once."""
@@ -77,32 +75,12 @@ class SharedPrompts:
 
     def inputs(self, rows: Sequence[int]) -> tuple[dict[str, Any], torch.Tensor]:
         """(what a model is given in a block of `packed_attention`, the place of each row's last token)."""
-        segments: list[Sequence[int]] = []
-        before: list[int] = []
-        ends: dict[int, int] = {}
-        tokens = 0
-        for prompt, members in places_of(self._prompts_N[row] for row in rows).items():
-            shared, start = self._shared[prompt], -1
-            if shared:
-                start = len(segments)
-                segments.append(self._ids_N[rows[members[0]]][:shared])
-                before.append(-1)
-                tokens += shared
-            for member in members:
-                segments.append(self._ids_N[rows[member]][shared:])
-                before.append(start)
-                tokens += len(segments[-1])
-                ends[member] = tokens - 1
-        return pack_inputs(segments, before), torch.tensor([ends[member] for member in range(len(rows))])
-
-
-def _shared(ids_N: Sequence[Sequence[int]]) -> int:
-    """How many first tokens all of these rows have in common and go on from; 0 of one row alone."""
-    if len(ids_N) == 1:
-        return 0
-    pairs = zip(min(map(list, ids_N)), max(map(list, ids_N)), strict=False)  # what these share, all between them share
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return min(common, min(map(len, ids_N)) - 1)
+        found = [
+            Family(self._shared[prompt], tuple(members))
+            for prompt, members in places_of(self._prompts_N[row] for row in rows).items()
+        ]
+        inputs, places_B = pack_families([self._ids_N[row] for row in rows], found)
+        return inputs, torch.tensor([places[-1] for places in places_B])
 
 
 def pad_batch(ids_B: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 import torch
 
 from dpa.models.attention import pack_lengths
-from dpa.models.shared_prefixes import families
+from dpa.models.shared_prefixes import group_families
 from dpa.training.contrastive import contrast_slots
 from dpa.training.label_logprobs import IGNORED, label_places
 from dpa.training.ranks import ranks
 
 OPEN_ROWS = 32
 """Packed rows that may still take an example."""
+
+LEAST_SHARED = 64
+"""Fewer first tokens in common are no reason for examples to lie beside each other, out of the order that was drawn."""
 
 
 @dataclass(frozen=True)
@@ -188,5 +191,5 @@ def siblings(examples: Sequence[Example], capacity: int) -> list[Siblings]:
     """Examples that are read behind what they share, at most `capacity` tokens together, or alone."""
     prompts = [(example.ids[: example.prompt_tokens], *example.negatives) for example in examples]
     answers = [len(example.ids) - example.prompt_tokens for example in examples]
-    found = families(prompts, answers, capacity)
+    found = group_families(prompts, answers, capacity, LEAST_SHARED)
     return [Siblings([examples[place] for place in family.places], family.shared) for family in found]
