@@ -66,7 +66,8 @@ class ContinuousBatch:
 
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> None:
-        """Read the rows' prompts (equal ones once) and let the rows in. Raises EngineError when the output is NaN."""
+        """Read the rows' prompts (equal ones once, and on a processor what several begin with) and let the rows in.
+        Raises EngineError when the output is NaN."""
         texts = [(*row.prompt, *row.tokens) for row in rows]
         distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         read = self._decoder.read(list(distinct))

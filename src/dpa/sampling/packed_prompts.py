@@ -18,7 +18,8 @@ from dpa.sampling.strided_cache import StridedLayer, layers_of
 
 def can_be_packed(forward: Forward) -> bool:
     """Whether the model reads such rows here."""
-    return forward.takes_rows and best_way(forward.model) == SEGMENTS
+    on_processor = forward.model.device.type == "cpu"  # asked first: a card would try its kernels
+    return on_processor and forward.takes_rows and best_way(forward.model) == SEGMENTS
 
 
 def read_packed(forward: Forward, prompts: Sequence[Sequence[int]], found: Sequence[Family]) -> Read:
