@@ -47,7 +47,7 @@ def group_families(
     answers = answers_N or [0] * len(groups_N)
     items = [_Growing.of(place, *item, least) for place, item in enumerate(zip(groups_N, answers, strict=True))]
     found: list[_Growing] = []
-    for item in sorted(items, key=lambda item: item.first):
+    for item in sorted(items, key=lambda item: list(item.first)):
         joined = found[-1].joined(item) if found else None
         if joined is not None and joined.tokens <= found[-1].tokens + WORTH_SHARING * item.tokens:
             found[-1] = joined
