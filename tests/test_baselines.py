@@ -28,7 +28,6 @@ from dpa.recipes.baselines.asking import (
     NearestSampler,
     OncePerPromptSampler,
     TranslatingSampler,
-    with_system,
     without_direction,
 )
 from dpa.recipes.baselines.lab import Lab, Trained, spent, unstated
@@ -40,6 +39,7 @@ from dpa.recipes.baselines.labels import (
     labelled,
     target_rule,
     weight_range,
+    with_label,
 )
 from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.baselines.ric import near_front
@@ -139,10 +139,12 @@ def test_each_direction_chooses_among_the_same_answers() -> None:
     assert first.tokens == 4, "what it would cost a user"
 
 
-def test_a_label_leads_the_system_message_that_is_there() -> None:
+def test_a_label_leads_the_system_message_that_is_there_or_follows_the_question() -> None:
     messages = [{"role": "system", "content": "Be brief."}, *QUESTION.messages]
-    assert with_system(messages, "label")[0] == {"role": "system", "content": "label\n\nBe brief."}  # type: ignore[arg-type]
-    assert with_system(QUESTION.messages, "label")[0] == {"role": "system", "content": "label"}
+    assert with_label(messages, "label", "system")[0] == {"role": "system", "content": "label\n\nBe brief."}  # type: ignore[arg-type]
+    assert with_label(QUESTION.messages, "label", "system")[0] == {"role": "system", "content": "label"}
+    after = with_label(messages, "label", "after_question")  # type: ignore[arg-type]
+    assert after[0] == messages[0] and after[-1]["content"].endswith("\n\nlabel")
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
@@ -181,7 +183,9 @@ def test_labelled_rows_say_what_each_response_scored_and_rows_without_a_score_ar
             "complete": [False, True],
         }
     )
-    table = labelled(rows, np.array([[90.0, 10.0], [np.nan, 5.0]]), lambda scores_K: f"label {scores_K[0]:.0f}")
+    table = labelled(
+        rows, np.array([[90.0, 10.0], [np.nan, 5.0]]), lambda scores_K: f"label {scores_K[0]:.0f}", "system"
+    )
     assert table["candidate_id"].to_pylist() == ["a"] and table["complete"].to_pylist() == [False]
     assert table["direction"].to_pylist() == [None]
     assert json.loads(table["messages"][0].as_py())[0] == {"role": "system", "content": "label 90"}
@@ -209,7 +213,9 @@ def test_steerlm_labels_move_its_output(lab: Lab, tmp_path: Path) -> None:
             rows.append({**row, "messages": json.dumps(question.messages), "response": answer, "complete": True})
             scores.append([90.0, 19.0 * size - 14.0, 0.0])  # 5 for a short answer, 100 for a long one
     scores_RK, write = np.array(scores), partial(steerlm.write_label, lab.space)
-    policy = lab.finetune(0, lab.config.policy, labelled(pa.Table.from_pylist(rows), scores_RK, write), 40_000)
+    policy = lab.finetune(
+        0, lab.config.policy, labelled(pa.Table.from_pylist(rows), scores_RK, write, "system"), 40_000
+    )
     sampler = lab.sampler(policy, measuring=True, translate=asking(lab.space, scores_RK, write))
     half = 0.5**0.5
 

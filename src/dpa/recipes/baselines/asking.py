@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dpa.core.records import Messages, Sample, Sampler, SampleRequest, messages_text, stable_hash
+from dpa.core.records import Sample, Sampler, SampleRequest, messages_text, stable_hash
 
 
 class TranslatingSampler:
@@ -68,10 +68,3 @@ class NearestSampler:
 def without_direction(request: SampleRequest) -> SampleRequest:
     """For a policy that knows no directions."""
     return replace(request, direction=None)
-
-
-def with_system(messages: Messages, text: str) -> Messages:
-    """The messages with `text` leading the system message."""
-    if messages[0]["role"] == "system":
-        return [{"role": "system", "content": f"{text}\n\n{messages[0]['content']}"}, *messages[1:]]
-    return [{"role": "system", "content": text}, *messages]

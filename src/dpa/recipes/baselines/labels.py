@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from dpa.core.directions import DirectionSpace
-from dpa.core.records import SampleRequest, messages_text, places_of
-from dpa.recipes.baselines.asking import with_system
+from dpa.core.records import Messages, SampleRequest, messages_text, places_of
+from dpa.core.sentences import Placement
+from dpa.models.chat_template import with_sentence
 from dpa.recipes.baselines.lab import Lab
 from dpa.recipes.baselines.trying import TRIED, answers_to_try, best_tried
 from dpa.storage.schemas import ANSWERS, WINNERS
@@ -45,20 +46,25 @@ class Labelled(NamedTuple):
     scores_RK: np.ndarray
 
 
-def labelled(rows: pa.Table, scores_RK: np.ndarray, write: Write) -> pa.Table:
-    """Rows (columns of ANSWERS) that state what each response scored, and no direction.
+def labelled(rows: pa.Table, scores_RK: np.ndarray, write: Write, placement: Placement) -> pa.Table:
+    """Rows (columns of ANSWERS) that state what each response scored, where a direction would stand, and no direction.
 
     A row without a score is left out.
     """
     known = np.flatnonzero(np.isfinite(scores_RK).all(axis=1))
     kept = rows.select(ANSWERS.names).take(pa.array(known))
     messages = [
-        messages_text(with_system(json.loads(text), write(scores_K)))
+        messages_text(with_label(json.loads(text), write(scores_K), placement))
         for text, scores_K in zip(kept["messages"].to_pylist(), scores_RK[known], strict=True)
     ]
     place, field = ANSWERS.get_field_index("messages"), WINNERS.field("direction")
     kept = kept.set_column(place, ANSWERS.field(place), pa.array(messages, pa.string()))
     return kept.add_column(place + 1, field, pa.nulls(len(kept), field.type))
+
+
+def with_label(messages: Messages, label: str, placement: Placement) -> Messages:
+    """The messages with a label where a policy of this `placement` reads its direction."""
+    return with_sentence(messages, label, placement, system_role=True)
 
 
 def target_rule(scores_RK: np.ndarray, space: DirectionSpace) -> Callable[[Sequence[float]], np.ndarray]:
@@ -90,16 +96,16 @@ def weight_range(space: DirectionSpace) -> tuple[np.ndarray, np.ndarray]:
 
 def asking(space: DirectionSpace, scores_RK: np.ndarray, write: Write) -> Translate:
     """Translate a request's direction into a label that asks for its targets."""
-    return asking_for(target_rule(scores_RK, space), write)
+    return asking_for(target_rule(scores_RK, space), write, space.placement)
 
 
-def asking_for(targets: Callable[[Sequence[float]], np.ndarray], write: Write) -> Translate:
+def asking_for(targets: Callable[[Sequence[float]], np.ndarray], write: Write, placement: Placement) -> Translate:
     """Translate a request's direction into a label that asks for `targets` of it."""
 
     def translate(request: SampleRequest) -> SampleRequest:
         assert request.direction is not None
         text = write(targets(request.direction))
-        return replace(request, direction=None, messages=with_system(request.messages, text))
+        return replace(request, direction=None, messages=with_label(request.messages, text, placement))
 
     return translate
 
@@ -129,7 +135,9 @@ def asking_best(lab: Lab, t: int, labelled: Labelled) -> Translate:
     They are tried as iteration t of `lab` (`trying.best_tried`).
     """
     most = min(TRIED, answers_to_try(lab))
-    targets_LK = candidate_targets(labelled.scores_RK, lab.space, labelled.write, lab.config.seed, most)
-    ask = partial(lab.sampler, labelled.policy, measuring=True, translate=asking_for(np.asarray, labelled.write))
+    write, placement = labelled.write, lab.space.placement
+    targets_LK = candidate_targets(labelled.scores_RK, lab.space, write, lab.config.seed, most)
+    translate = asking_for(np.asarray, write, placement)
+    ask = partial(lab.sampler, labelled.policy, measuring=True, translate=translate)
     best = best_tried(lab, t, ask, targets_LK)  # in the column `direction` stand the scores that were asked for
-    return asking_for(lambda direction: np.array(best(direction)), labelled.write)
+    return asking_for(lambda direction: np.array(best(direction)), write, placement)

@@ -13,7 +13,8 @@ import numpy as np
 
 from dpa.core.errors import ConfigError
 from dpa.core.records import Message, Messages, SampleRequest
-from dpa.recipes.baselines.asking import TranslatingSampler, with_system
+from dpa.models.chat_template import with_sentence
+from dpa.recipes.baselines.asking import TranslatingSampler
 from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.labels import target_rule
 
@@ -47,7 +48,7 @@ def asked_for(messages: Messages, words: int) -> Messages:
     """The messages with the wish for a length, in the last turn as well as in the system message."""
     wish = f"Answer in about {words} word{'s' if words > 1 else ''}."
     last: Message = {"role": messages[-1]["role"], "content": f"{messages[-1]['content']}\n\n{wish}"}
-    return with_system([*messages[:-1], last], wish)
+    return with_sentence([*messages[:-1], last], wish, "system", system_role=True)
 
 
 METHOD = Method(

@@ -39,7 +39,9 @@ def labelled_policy(lab: Lab) -> Labelled:
     """The policy after the last of the ROUNDS."""
     rated, scores_RK = lab.rated, lab.rated_scores()
     write = partial(write_rewards, lab.space, np.nanmean(scores_RK, axis=0), standard_deviations(scores_RK))
-    policy = lab.finetune(0, lab.config.policy, labelled(rated, scores_RK, write), OFFLINE * lab.budget)
+    policy = lab.finetune(
+        0, lab.config.policy, labelled(rated, scores_RK, write, lab.space.placement), OFFLINE * lab.budget
+    )
     good = near_front(rated["prompt_id"].to_pylist(), scores_RK, lab.space)
     kept, kept_RK = rated.take(pa.array(good)), scores_RK[good]
     for t in range(1, ROUNDS + 1):
@@ -50,7 +52,9 @@ def labelled_policy(lab: Lab) -> Labelled:
         good = near_front(own["prompt_id"].to_pylist(), own_RK, lab.space)
         kept = pa.concat_tables([table.select(ANSWERS.names) for table in (kept, own.take(pa.array(good)))])
         kept_RK = np.concatenate([kept_RK, own_RK[good]])
-        policy = lab.finetune(t, policy, labelled(kept, kept_RK, write), lab.left - goal, online=True)
+        policy = lab.finetune(
+            t, policy, labelled(kept, kept_RK, write, lab.space.placement), lab.left - goal, online=True
+        )
     return Labelled(policy, write, kept_RK)
 
 

@@ -38,10 +38,12 @@ def labelled_policy(lab: Lab) -> Labelled:
     write = partial(write_label, lab.space)
     rated, scores_RK = lab.rated, lab.rated_scores()
     ask = asking(lab.space, scores_RK, write)
-    policy = lab.finetune(0, lab.config.policy, labelled(rated, scores_RK, write), OFFLINE * lab.budget)
+    policy = lab.finetune(
+        0, lab.config.policy, labelled(rated, scores_RK, write, lab.space.placement), OFFLINE * lab.budget
+    )
     lab.rollout(BOOTSTRAP, partial(lab.sampler, policy, translate=ask))
     own, own_RK = lab.candidates(BOOTSTRAP)
-    policy = lab.finetune(BOOTSTRAP, policy, labelled(own, own_RK, write), lab.left, online=True)
+    policy = lab.finetune(BOOTSTRAP, policy, labelled(own, own_RK, write, lab.space.placement), lab.left, online=True)
     return Labelled(policy, write, scores_RK)
 
 
