@@ -45,16 +45,20 @@ def group_families(
     items in the order given: what was drawn to stand side by side is no alphabet then.
     """
     answers = answers_N or [0] * len(groups_N)
-    items = [_Growing.of(place, *item, least) for place, item in enumerate(zip(groups_N, answers, strict=True))]
-    found: list[_Growing] = []
-    for item in sorted(items, key=lambda item: list(item.first)):
-        joined = found[-1].joined(item) if found else None
-        if joined is not None and joined.tokens <= found[-1].tokens + WORTH_SHARING * item.tokens:
-            found[-1] = joined
+    items = [_Growing.of(*item, least) for item in zip(groups_N, answers, strict=True)]
+    found: list[tuple[_Growing, list[int]]] = []
+    for place in sorted(range(len(items)), key=lambda place: list(items[place].first)):
+        item = items[place]
+        family, places = found[-1] if found else (item, [])
+        joined = family.joined(item)
+        if places and joined.tokens <= family.tokens + WORTH_SHARING * item.tokens:
+            places.append(place)
+            found[-1] = joined, places
         else:
-            found.append(item)
-    cut = found if capacity is None else [part for one in found for part in _cut(one, items, capacity)]
-    return sorted((Family(one.shared, tuple(sorted(one.places))) for one in cut), key=lambda family: family.places)
+            found.append((item, [place]))
+    whole = (Family(family.shared, tuple(sorted(places))) for family, places in found)
+    cut = whole if capacity is None else (part for one in whole for part in _cut(one.places, items, capacity))
+    return sorted(cut, key=lambda family: family.places)
 
 
 def tokens_read(ids_N: Sequence[Sequence[int]], found: Iterable[Family]) -> int:
@@ -99,7 +103,6 @@ def pack_families(ids_N: Sequence[Sequence[int]], found: Iterable[Family]) -> tu
 class _Growing(NamedTuple):
     """A family while it grows."""
 
-    places: list[int]
     first: Sequence[int]
     shortest: int
     common: int
@@ -109,16 +112,15 @@ class _Growing(NamedTuple):
     least: int
 
     @classmethod
-    def of(cls, place: int, sequences: Sequence[Sequence[int]], answer: int, least: int) -> "_Growing":
+    def of(cls, sequences: Sequence[Sequence[int]], answer: int, least: int) -> "_Growing":
         common = len(sequences[0])
         for other in sequences[1:]:
             common = _alike(sequences[0], other, common)
         alone = sum(len(ids) + answer for ids in sequences)
-        return cls([place], sequences[0], min(map(len, sequences)), common, len(sequences), alone, least)
+        return cls(sequences[0], min(map(len, sequences)), common, len(sequences), alone, least)
 
     def joined(self, item: "_Growing") -> "_Growing":
         return _Growing(
-            [*self.places, *item.places],
             self.first,
             min(self.shortest, item.shortest),
             _alike(self.first, item.first, min(self.common, item.common)),
@@ -140,17 +142,16 @@ class _Growing(NamedTuple):
         return self.alone - (self.sequences - 1) * self.shared
 
 
-def _cut(family: _Growing, items: Sequence[_Growing], capacity: int) -> Iterator[_Growing]:
-    """A family in parts of at most `capacity` tokens, or of one item."""
-    places = sorted(family.places)
-    part = items[places[0]]
-    for place in places[1:]:
+def _cut(places: Sequence[int], items: Sequence[_Growing], capacity: int) -> Iterator[Family]:
+    """The family of these items in parts of at most `capacity` tokens, or of one item."""
+    first, part = 0, items[places[0]]
+    for number, place in enumerate(places[1:], start=1):
         longer = part.joined(items[place])
         if longer.tokens > capacity:
-            yield part
-            longer = items[place]
+            yield Family(part.shared, tuple(places[first:number]))
+            first, longer = number, items[place]
         part = longer
-    yield part
+    yield Family(part.shared, tuple(places[first:]))
 
 
 def _alike(one: Sequence[int], other: Sequence[int], most: int | None = None) -> int:

@@ -49,7 +49,7 @@ class HttpEngineConfig(ServersConfig):
     steer: Literal["template", "system"] = Field(
         "template",
         description="template: the policy's chat template reads `preference`; system: the sentence is written into the "
-        "system message, for servers that hand the template no variables.",
+        "messages, where the template would, for servers that hand the template no variables.",
     )
     verify: bool = Field(
         True, description="Refuse a server whose prompts are not as long as the policy's own template makes them."
