@@ -14,8 +14,8 @@ import numpy as np
 from dpa.models.attention import pack_inputs
 
 WORTH_SHARING = 0.75
-"""Sequences are laid out so where that leaves at most this share of their tokens: each is an attention call of its
-own."""
+"""Sequences go on from what they share where that leaves at most this share of their tokens, on average: each is an
+attention call of its own."""
 
 
 class Family(NamedTuple):
@@ -133,7 +133,7 @@ class _Growing(NamedTuple):
     def shared(self) -> int:
         """All that is common, but for a last token, or nothing where that is not worth it."""
         shared = min(self.common, self.shortest - 1)
-        worth = self.alone - (self.sequences - 1) * shared <= WORTH_SHARING * self.alone
+        worth = self.sequences > 1 and shared >= (1 - WORTH_SHARING) * self.alone / self.sequences
         return shared if worth and shared >= self.least else 0
 
     @property
