@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from dpa.core.sections.training import AdapterConfig, FinetuneConfig
 from dpa.models import half_precision
 from dpa.models.attention import packed_attention
 from dpa.models.files import load_space
-from dpa.models.policy import load_policy, make_steerable
+from dpa.models.policy import count_tokens, load_policy, make_steerable
 from dpa.stages.finetune import finetune_policy
 from dpa.storage.run_folder import StageFolder
 from dpa.training.learner import RowEncoder, TrainingRecord
@@ -183,6 +184,23 @@ def test_packing_keeps_every_example_whole(lengths: list[int], capacity: int) ->
     assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
     assert all(0 < sum(lengths[place] for place in row) <= capacity for row in rows)
     assert all(row == sorted(row) for row in rows)
+
+
+def test_tokens_are_counted_before_as_they_are_read(base: Path, tmp_path: Path) -> None:
+    """Three answers to each question on one of two texts; the ledger says what was read, a budget what will be."""
+    texts = ["Once there was a fox. " * 5, "Two otters swam home. " * 6]
+    asked = [f"{texts[number % 2]}\n\nQuestion {number}: why?" for number in range(8)]
+    questions = [[{"role": "user", "content": question}] for question in asked for _ in range(3)]
+    rows, space = (
+        table_of(["So. " * (1 + i % 4) for i in range(24)], questions),
+        replace(SPACE, placement="after_question"),
+    )
+    config = CONFIG.model_copy(update={"max_length": 600, "packed_rows_per_step": 2})
+    learner = SFT(config, space, 0)
+    record = train_policy(learner, str(base), rows, tmp_path / "policy", tmp_path / "work")
+    assert record.tokens == count_tokens(str(base), rows, space, packed=600)
+    assert record.tokens < 0.6 * count_tokens(str(base), rows, space)
+    assert load_space(str(tmp_path / "policy")) == space
 
 
 def test_packed_rows_are_full_and_mixed() -> None:

@@ -37,6 +37,7 @@ from dpa.models.loading import (
     load_tokenizer,
 )
 from dpa.models.quiet import quiet_libraries
+from dpa.models.shared_prefixes import LEAST_SHARED, group_families, tokens_read
 from dpa.storage.schemas import held_values
 from dpa.storage.seals import check_in_run
 from dpa.storage.tables import save_folder_atomically, write_json
@@ -219,22 +220,25 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, **variab
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def count_tokens(policy: Model, rows: pa.Table, space: DirectionSpace) -> int:
+def count_tokens(policy: Model, rows: pa.Table, space: DirectionSpace, packed: int | None = None) -> int:
     """Tokens of rows in the columns of a select shard, as finetuning would read them: prompt, response, end token.
 
-    Only the tokenizer is loaded. A row that finetuning would reject counts too. Raises ModelFileError.
+    `packed`: what prompts share is counted once in a row of as many tokens (training/packing.py). Only the tokenizer is
+    loaded. A row that finetuning would reject counts too. Raises ModelFileError.
     """
     safe = resolve_model(policy)
     with quiet_libraries():
         tokenizer = load_tokenizer(safe)
     make_steerable(tokenizer, space)
     columns = (rows[column].to_pylist() for column in ("messages", "direction", "response"))
-    return sum(
-        len(encode_prompt(tokenizer, space, json.loads(messages), direction, held))
-        + len(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"])
-        + 1
-        for messages, direction, response, held in zip(*columns, held_values(rows), strict=True)
-    )
+    prompts, answers = [], []
+    for messages, direction, response, held in zip(*columns, held_values(rows), strict=True):
+        prompts.append(encode_prompt(tokenizer, space, json.loads(messages), direction, held))
+        answers.append(len(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]) + 1)
+    if packed is None:
+        return sum(map(len, prompts)) + sum(answers)
+    found = group_families([[ids] for ids in prompts], answers, packed, LEAST_SHARED)
+    return tokens_read(prompts, found) + sum(answers)
 
 
 def turn_end_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

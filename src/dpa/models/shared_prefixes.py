@@ -17,6 +17,10 @@ WORTH_SHARING = 0.75
 """Sequences go on from what they share where that leaves at most this share of their tokens, on average: each is an
 attention call of its own."""
 
+LEAST_SHARED = 64
+"""Fewer first tokens in common are no reason for examples of a training to lie beside each other, out of the order that
+was drawn."""
+
 
 class Family(NamedTuple):
     """Items, by their places in a list, of which the first `shared` tokens are read once; 0: an item alone."""

@@ -10,16 +10,13 @@ from typing import Any, NamedTuple
 import torch
 
 from dpa.models.attention import pack_lengths
-from dpa.models.shared_prefixes import group_families
+from dpa.models.shared_prefixes import LEAST_SHARED, group_families
 from dpa.training.contrastive import contrast_slots
 from dpa.training.label_logprobs import IGNORED, label_places
 from dpa.training.ranks import ranks
 
 OPEN_ROWS = 32
 """Packed rows that may still take an example."""
-
-LEAST_SHARED = 64
-"""Fewer first tokens in common are no reason for examples to lie beside each other, out of the order that was drawn."""
 
 
 @dataclass(frozen=True)

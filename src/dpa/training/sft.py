@@ -26,7 +26,7 @@ from dpa.storage.stage_records import Reject
 from dpa.training.contrastive import AccumulatesContrast, AddsContrast
 from dpa.training.label_logprobs import has_plain_head, label_logprobs
 from dpa.training.learner import Learner, RowEncoder
-from dpa.training.packing import Example, Row, contrast_inputs, packed_rows, pass_inputs, step_counts
+from dpa.training.packing import Example, Row, contrast_inputs, packed_rows, pass_inputs, siblings, step_counts
 from dpa.training.passes import (
     OverPackedRows,
     StepInPasses,
@@ -188,7 +188,7 @@ def encode_examples(
                 if isinstance(elsewhere, str):
                     break
                 contrasted = Example(example.ids, len(prompt), (*example.negatives, elsewhere[0]))
-                if contrasted.tokens > room:
+                if sum(one.tokens for one in siblings([contrasted], room)) > room:
                     break
                 example = contrasted
             examples.append(example)

@@ -244,11 +244,12 @@ class Lab(Run):
                 f"iter_{t}: nothing of the budget of {self.budget:,} tokens is left to train on; raise `budget`, or "
                 "lower this method's prompts or samples in `changes`."
             )
-        epochs = tokens / sum(count_tokens(self.config.reference(policy), one, self.space) for one in read)
+        config = getattr(self.config, learn.section)
+        packed = config.max_length if learn.reads == "winners" else None
+        start = self.config.reference(policy)
+        epochs = tokens / sum(count_tokens(start, one, self.space, packed) for one in read)
         # Several methods state no direction, or not as ours.
-        config = getattr(self.config, learn.section).model_copy(
-            update={"epochs": epochs, "listening_rows": 0, **changes}
-        )
+        config = config.model_copy(update={"epochs": epochs, "listening_rows": 0, **changes})
         return self._learn(t, policy, kept, learn(config, self.space, self.config.seed + t))
 
     def _kept(self, t: int, rows: pa.Table) -> StageFolder:
