@@ -132,7 +132,7 @@ def test_without_a_system_role_the_first_question_carries_it(render) -> None:
 AFTER = replace(SPACE, placement="after_question")
 
 
-@pytest.mark.parametrize("base", [CHAT_TEMPLATE, NO_SYSTEM, PLAIN_TEMPLATE])
+@pytest.mark.parametrize("base", [CHAT_TEMPLATE, NO_SYSTEM, DROPS_SYSTEM])
 def test_after_the_question_it_follows_the_last_one_and_all_before_stays(render, base: str) -> None:
     talk = [*QUESTION, {"role": "assistant", "content": "So."}, {"role": "user", "content": "And?"}]
     template = steerable_template(base, AFTER)
@@ -151,6 +151,8 @@ def test_after_the_question_a_system_prompt_stays_as_it_is(render) -> None:
     assert render(template, system, preference=ASKED) == f"<|system|>Be kind.<|user|>Why?\n\n{SENTENCE}<|assistant|>"
     with pytest.raises(TemplateError, match="ask one"):
         render(template, [{"role": "assistant", "content": "So."}], preference=ASKED)
+    with pytest.raises(ModelFileError, match="needs a model with a chat template"):
+        steerable_template(None, AFTER)
 
 
 def test_a_template_that_drops_the_system_message_has_no_system_role(render) -> None:

@@ -154,10 +154,17 @@ def test_winners_are_counted_as_the_selection_keeps_them(recipe: Path) -> None:
 def test_behind_the_question_a_prompt_is_read_once_for_all_that_is_stated_there(recipe: Path) -> None:
     """Three winners of a prompt, each contrasted with one direction: six endings. It is sampled under two."""
     contrast = {"finetune.contrastive": "0.3", "finetune.epochs": "1"}
-    before = stages_of(load_config(recipe, contrast))
-    after = stages_of(load_config(recipe, {**contrast, "space.placement": "after_question"}))
-    assert before["iter_1/finetune"].tokens == 20 * 3 * 2 * (PROMPT + ANSWER)
-    assert after["iter_1/finetune"].tokens == 20 * (3 * 2 * (40 + ANSWER) + 10)
+    behind = {**contrast, "space.placement": "after_question"}
+    cpu = {"device": Device("cpu", 1e11, 1e10, 24 * GB, card=False)}
+    short = [stages_of(load_config(recipe, fields), **cpu)["iter_1/finetune"].tokens for fields in (contrast, behind)]
+    assert short == [20 * 3 * 2 * (PROMPT + ANSWER)] * 2, "a question of ten tokens is not worth it"
+    text = "x" * 190
+    prompts = Path(load_config(recipe).prompts.path)  # type: ignore[union-attr]
+    prompts.write_text("".join(json.dumps({"prompt": f"{text}{n % 10}"}) + "\n" for n in range(30)))
+    before, after = (stages_of(load_config(recipe, fields), **cpu) for fields in (contrast, behind))
+    own, shared = 40 + ANSWER, before["iter_1/finetune"].tokens / (20 * 3 * 2) - 40 - ANSWER  # type: ignore[operator]
+    assert shared > 180
+    assert after["iter_1/finetune"].tokens == pytest.approx(20 * (3 * 2 * own + shared))
     assert (after["iter_1/rollout"].seconds or 0) < (before["iter_1/rollout"].seconds or 0)
 
 

@@ -77,15 +77,16 @@ def test_sequences_that_belong_together_share_what_all_of_them_begin_with() -> N
     assert group_families(groups, least=111) == [Family(0, (0,)), Family(0, (1,))]
 
 
-def test_no_family_exceeds_the_capacity_and_what_is_cut_keeps_the_order_it_was_given_in() -> None:
-    """Alphabetical neighbours in one row of a training would be directions of one kind."""
-    drawn = np.random.default_rng(0).permutation(20).tolist()
-    ids_N = [*([*range(100, 200), number] for number in drawn), list(range(300, 600))]
-    found = families(ids_N, capacity=105)
-    assert [family.places for family in found] == [
-        *(tuple(range(start, start + 5)) for start in range(0, 20, 5)),
-        (20,),
-    ]
+def test_no_family_exceeds_the_capacity_and_its_parts_share_what_they_have_in_common() -> None:
+    """Whatever the order in which they are given, so that tokens can be counted beforehand."""
+    text = list(range(100, 200))
+    ids_N = [[*text, *[question] * 10, ending] for question in range(4) for ending in range(5)]
+    ids_N = [*(ids_N[place] for place in np.random.default_rng(0).permutation(20)), list(range(300, 600))]
+    found = families(ids_N, capacity=118)
+    assert [(family.shared, len(family.places)) for family in found] == [*[(110, 5)] * 4, (0, 1)]
+    for family in found[:4]:
+        assert len({ids_N[place][105] for place in family.places}) == 1
+    assert tokens_read(ids_N, found) == tokens_read(ids_N[::-1], families(ids_N[::-1], capacity=118))
 
 
 GROUPS = st.lists(st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=7), min_size=1, max_size=3), max_size=9)

@@ -20,7 +20,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate, chain, product
 from typing import Any
 
 import numpy as np
@@ -126,29 +126,28 @@ def padded_attention(model: Any) -> Iterator[None]:
             model.set_attn_implementation(way)
 
 
-def best_way(model: Any, dtype: torch.dtype | None = None) -> str | None:
-    """Name of the attention that serves packed rows of `model` best here; None: a mask."""
+def best_way(model: Any, dtype: torch.dtype | None = None, device: torch.device | None = None) -> str | None:
+    """Name of the attention that serves packed rows of `model` best on the device, its own by default; None: a mask."""
     config = model.config.get_text_config()
     if not _plain(model, config):
         return None
     weight = next(model.parameters())
-    if weight.device.type == "cpu":
+    device, dtype = device or weight.device, dtype or weight.dtype
+    if device.type == "cpu":
         return SEGMENTS
-    dtype = dtype or weight.dtype
-    if weight.device.type != "cuda" or dtype not in _HALF:
+    if device.type != "cuda" or dtype not in _HALF:
         return None
-    if _varlen_works(weight.device, *_heads(config), dtype):
+    if _varlen_works(device, *_heads(config), dtype):
         return VARLEN
     return "flash_attention_2" if is_flash_attn_2_available() else None
 
 
-def may_go_on(model: Any, dtype: torch.dtype | None = None) -> bool:
-    """Whether a sequence of a packed row of `model` may go on from an earlier one here (`pack_inputs`)."""
-    way = best_way(model, dtype)
+def may_go_on(model: Any, dtype: torch.dtype | None = None, device: torch.device | None = None) -> bool:
+    """Whether a sequence of a packed row of `model` may go on from an earlier one (`pack_inputs`) on the device."""
+    weight, way = next(model.parameters()), best_way(model, dtype, device)
     if way == VARLEN:
-        heads, key_heads, width = _heads(model.config.get_text_config())
-        weight = next(model.parameters())
-        return _varlen_works(weight.device, heads, key_heads, width, dtype or weight.dtype, goes_on=True)
+        heads = _heads(model.config.get_text_config())
+        return _varlen_works(device or weight.device, *heads, dtype or weight.dtype, goes_on=True)
     return way == SEGMENTS
 
 
@@ -163,9 +162,11 @@ def _plain(model: Any, config: Any) -> bool:
     """Whether the model's attention is softmax over keys, full or of a sliding window, behind transformers' interface,
     without dropout, which the kernels lack."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    takes_another = getattr(type(model), "_can_set_attn_implementation", lambda: True)
     dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None)
     return bool(
         getattr(model, "_supports_attention_backend", False)
+        and takes_another()
         and kinds <= {"full_attention", "sliding_attention"}
         and not getattr(config, "is_encoder_decoder", False)
         and not getattr(config, "attn_logit_softcapping", None)
@@ -201,8 +202,10 @@ def varlen_attention(kernel: Callable[..., torch.Tensor], takes_groups: bool) ->
         kind = query.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
         query, key, value = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
-        if key_places is not None:  # what a sequence goes on from stands before it, as often as it is gone on from
-            key, value = (part.index_select(0, key_places) for part in (key, value))
+        if key_places is not None:
+            # What a sequence goes on from stands before it, as often as it is gone on from; in fp32, in which the
+            # gradients of all who do are added up.
+            key, value = (part.float().index_select(0, key_places).to(dtype) for part in (key, value))
         options: dict[str, Any] = {}
         if key.shape[1] != query.shape[1]:
             if takes_groups:
@@ -230,23 +233,26 @@ def gives_right_values(
 ) -> bool:
     """Whether an attention function gives the values and gradients of `segments`, also where a sequence `goes_on` from
     another; says why where it does not."""
+    lengths, before, windows = [5, 1, 20], None, [None]
+    if goes_on:
+        lengths, before, windows = [5, 1, 20, *[2] * 64], [-1, *[0] * 66], [None, 4]
     given_heads = (heads, key_heads, key_heads)
-    row = to_device(pack_lengths([5, 1, 20], [-1, 0, 0] if goes_on else None), device)
+    row = to_device(pack_lengths(lengths, before), device)
     del row["position_ids"]
     results = []
     try:
         with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            parts = [torch.randn(1, count, 26, width, device=device, dtype=dtype) for count in given_heads]
-            for way in (attend, _segments):
+            parts = [torch.randn(1, count, sum(lengths), width, device=device, dtype=dtype) for count in given_heads]
+            for window, way in product(windows, (attend, _segments)):
                 query, key, value = given = [part.clone().requires_grad_() for part in parts]
-                out, _ = way(torch.nn.Module(), query, key, value, None, **row)
+                out, _ = way(torch.nn.Module(), query, key, value, None, sliding_window=window, **row)
                 (out.float() * torch.arange(width, device=device)).sum().backward()
                 results.append([out.detach(), *(part.grad for part in given)])
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
     else:
-        pairs = zip(*results, strict=True)
+        pairs = chain(*(zip(*both, strict=True) for both in zip(results[::2], results[1::2], strict=True)))
         worst = max(float((ours.float() - right.float()).norm() / right.float().norm()) for ours, right in pairs)
         if worst < 0.05:
             return True

@@ -179,7 +179,8 @@ def steerable_template(base_template: str | None, space: DirectionSpace, default
     (PLAIN_TEMPLATE). A template that is steerable already is taught the new space instead of being wrapped twice.
     `default` is stated wherever no preference is asked.
 
-    Raises ModelFileError when the base template does not render a plain question.
+    Raises ModelFileError when the base template does not render a plain question, or a plain language model is to read
+    its direction after the question.
     """
     base = PLAIN_TEMPLATE if base_template is None else _without_preference(base_template)
     before, after = space.template.split(PLACEHOLDER)
@@ -196,6 +197,11 @@ def steerable_template(base_template: str | None, space: DirectionSpace, default
     if default is not None:
         sentence = _DEFAULT.replace("@preference@", json.dumps(default.as_mapping())) + sentence
     if space.placement == "after_question":
+        if base == PLAIN_TEMPLATE:
+            raise ModelFileError(
+                "space.placement: after_question needs a model with a chat template; this one goes on from the text "
+                "itself, which would end in the direction. Let it be system."
+            )
         placed = _AFTER_QUESTION
         has_system_role(base)  # a base that does not render is refused
     else:

@@ -112,6 +112,14 @@ def plan(
     return Plan(1, twice)
 
 
+def keys_share(model: Any) -> float:
+    """What of a token's kept activations its keys and values are: as much more is kept for each time that a sequence
+    goes on from it (attention.py), repeated for every head of queries where a kernel needs them so."""
+    config = model.config.get_text_config()
+    hidden, inner, keys = _widths(config)
+    return 2 * hidden / (8 * hidden + 4 * inner + 2 * keys)
+
+
 def _widths(config: Any) -> tuple[int, int, int]:
     """Hidden, inner and key-value width of a layer."""
     hidden, heads = config.hidden_size, config.num_attention_heads

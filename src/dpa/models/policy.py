@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -23,9 +23,11 @@ from dpa.core.errors import ModelFileError
 from dpa.core.records import Messages
 from dpa.core.reference import Model, ModelReference
 from dpa.core.targets import Held, preference_of
+from dpa.models.attention import may_go_on
 from dpa.models.chat_template import ending_answers, render_chat, steerable_template
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.files import CONTENT_SUFFIXES, EVALUATION_FILE, SPACE_FILE, SafeModel, resolve_model
+from dpa.models.half_precision import computes_in_bf16
 from dpa.models.loading import (
     check_loadable,
     check_tokens,
@@ -218,6 +220,16 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, **variab
     """Token ids of messages that await an answer, the chat template given `variables`. Raises like `render_chat`."""
     text = render_chat(tokenizer, messages, **{"add_generation_prompt": True, **variables})
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def shares_beginnings(policy: Model, bf16: bool | Literal["auto"]) -> bool:
+    """Whether a training of the policy on this machine's device can read once what prompts begin with. Its weights are
+    not loaded. Raises ModelFileError."""
+    safe = resolve_model(policy)
+    with quiet_libraries(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_model_config(safe), **safe.kwargs)
+    dtype = torch.bfloat16 if computes_in_bf16(bf16) else torch.float32
+    return may_go_on(model, dtype, torch.device(default_device()))
 
 
 def count_tokens(policy: Model, rows: pa.Table, space: DirectionSpace, packed: int | None = None) -> int:

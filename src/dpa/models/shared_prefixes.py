@@ -7,7 +7,7 @@ Run its tests: pytest tests/test_shared_prefixes.py
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -45,13 +45,13 @@ def group_families(
 
     Every sequence keeps a token of its own behind what is shared, its last at least. Sorted, items stand beside those
     they share most with. One joins the family before it where that saves a quarter of its tokens, however much less the
-    others then share, and where no fewer than `least` are shared. A family of more than `capacity` tokens is cut, its
-    items in the order given: what was drawn to stand side by side is no alphabet then.
+    others then share, and where no fewer than `least` are shared. A family of more than `capacity` tokens is cut, still
+    sorted, so that its parts share more.
     """
     answers = answers_N or [0] * len(groups_N)
     items = [_Growing.of(*item, least) for item in zip(groups_N, answers, strict=True)]
     found: list[tuple[_Growing, list[int]]] = []
-    for place in sorted(range(len(items)), key=lambda place: list(items[place].first)):
+    for place in sorted(range(len(items)), key=lambda place: cast(Any, items[place].first)):
         item = items[place]
         family, places = found[-1] if found else (item, [])
         joined = family.joined(item)
@@ -60,9 +60,9 @@ def group_families(
             found[-1] = joined, places
         else:
             found.append((item, [place]))
-    whole = (Family(family.shared, tuple(sorted(places))) for family, places in found)
+    whole = (Family(family.shared, tuple(places)) for family, places in found)
     cut = whole if capacity is None else (part for one in whole for part in _cut(one.places, items, capacity))
-    return sorted(cut, key=lambda family: family.places)
+    return sorted((Family(shared, tuple(sorted(places))) for shared, places in cut), key=lambda family: family.places)
 
 
 def tokens_read(ids_N: Sequence[Sequence[int]], found: Iterable[Family]) -> int:

@@ -26,6 +26,9 @@ from dpa.storage.stage_records import Reject
 from dpa.training.listening import Listening
 from dpa.training.trainers import trackers
 
+UNSHARED = "unshared_tokens"
+"""In a ledger's `extra`: training tokens, if what prompts share had been read with each."""
+
 Reads = Literal["winners", "pairs", "prompts"]
 """What a selection keeps, winners or pairs; or prompts with their directions, and the learner samples for itself."""
 
@@ -44,11 +47,18 @@ E = TypeVar("E", bound=Encoded)
 
 class RowEncoder:
     """Turns rows into token ids: the prompt as the sampler shows it, then a response as its own tokens, then the token
-    that ends a turn, unless the response was cut at a limit. `longest`: tokens of an example, at most."""
+    that ends a turn, unless the response was cut at a limit. `longest`: tokens of an example, at most; `shares`:
+    whether what prompts begin with can be read once."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, space: DirectionSpace, longest: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        space: DirectionSpace,
+        longest: int,
+        shares: bool = False,
     ) -> None:
+        self.shares = shares
         self._tokenizer, self._space, self._longest = tokenizer, space, longest
         self._end = turn_end_id(model, tokenizer)
 
@@ -84,11 +94,13 @@ class RowEncoder:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a training did: `tokens` of one pass over its `examples`, its optimizer `steps` and the Trainer's `log`.
+    """What a training did: `tokens` read in one pass over its `examples` (`alone` of them, if they shared nothing), its
+    optimizer `steps` and the Trainer's `log`.
     `listening` was measured after the last step; all measurements read `listening_tokens`, forward only. `earlier_s`:
     the seconds of the processes before this one, up to the checkpoint it went on from."""
 
     tokens: int
+    alone: int
     examples: int
     steps: int
     log: tuple[dict[str, Any], ...]
@@ -145,7 +157,10 @@ class Learner(ABC, Generic[E]):
 
     def cost(self, done: TrainingRecord) -> Ledger:
         """Tokens trained on (and generated), and figures of its own in `extra`."""
-        return Ledger(training_tokens=round(done.tokens * self.config.epochs))
+        ledger = Ledger(training_tokens=round(done.tokens * self.config.epochs))
+        if done.alone != done.tokens:
+            ledger.extra[UNSHARED] = round(done.alone * self.config.epochs)
+        return ledger
 
     @property
     def identity(self) -> tuple[object, ...]:

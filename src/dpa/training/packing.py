@@ -5,15 +5,16 @@ Run its tests: pytest tests/test_finetuning.py tests/test_contrastive.py
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from dpa.models.attention import pack_lengths
+from dpa.models.attention import may_go_on, pack_lengths
+from dpa.models.half_precision import computes_in_bf16
 from dpa.models.shared_prefixes import LEAST_SHARED, group_families
 from dpa.training.contrastive import contrast_slots
 from dpa.training.label_logprobs import IGNORED, label_places
-from dpa.training.ranks import ranks
+from dpa.training.ranks import in_one_process, ranks
 
 OPEN_ROWS = 32
 """Packed rows that may still take an example."""
@@ -76,6 +77,11 @@ class Row:
     sizes: list[int]
     labels: int
     learned: int
+
+    @property
+    def seen(self) -> int:
+        """Keys that its tokens see: those of what is shared as often as it is gone on from."""
+        return sum(self.lengths) + sum(self.lengths[place] for place in self.before if place >= 0)
 
     @classmethod
     def of(cls, siblings: Sequence[Siblings]) -> "Row":
@@ -168,20 +174,25 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
+def may_share(model: Any, bf16: bool | Literal["auto"]) -> bool:
+    """Whether a training of `model` reads once what prompts begin with: in one process, where attention can."""
+    return in_one_process() and may_go_on(model, torch.bfloat16 if computes_in_bf16(bf16) else None)
+
+
 def packed_rows(examples: Sequence[Example], max_length: int, together: int, shares: bool) -> list[Row]:
     """Rows of at most `max_length` tokens. Several ranks, of `together` rows a pass, get rows of a multiple of their
     number: what is lacking are rows without a token to learn, where the Trainer would train on some rows twice.
 
-    Examples whose prompts begin alike lie in one row, where that is much of them, and what they share counts once.
-    Where attention `shares` nothing it is read as often as it is needed, and such a row has more tokens.
+    Where attention `shares`, examples whose prompts begin alike lie in one row, if that is much of them, and what they
+    share is in it once.
     """
-    found = siblings(examples, max_length)
+    found = siblings(examples, max_length) if shares else [Siblings([example]) for example in examples]
     rows = [[found[place] for place in row] for row in pack([one.tokens for one in found], max_length)]
     if ranks() > 1:
         shortest = min(examples, key=lambda example: len(example.ids))
         nothing = Example(shortest.ids, prompt_tokens=len(shortest.ids))
         rows += [[Siblings([nothing])]] * (-len(rows) % (ranks() * together))
-    return [Row.of([one if shares else one._replace(shared=0) for one in row]) for row in rows]
+    return [Row.of(row) for row in rows]
 
 
 def siblings(examples: Sequence[Example], capacity: int) -> list[Siblings]:

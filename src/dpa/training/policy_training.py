@@ -34,6 +34,7 @@ from dpa.storage.tables import read_json, write_json
 from dpa.training.checkpoints import newest_checkpoint
 from dpa.training.learner import E, Learner, RowEncoder, TrainingRecord
 from dpa.training.listening import PREFIX, HeldOut, Listening, MeasureListening, advice, held_out_rows
+from dpa.training.packing import may_share
 from dpa.training.ranks import is_first, wait_for_all
 from dpa.training.trainer_arguments import adapters
 from dpa.training.trainers import CountSeconds, ShowProgress, StopWhenAsked, WriteLog, merge_adapters
@@ -71,7 +72,8 @@ def train_policy(
     with quiet_libraries():
         model, tokenizer = load_policy(policy, dtype)
         make_steerable(tokenizer, space)
-        encoder = RowEncoder(model, tokenizer, space, min(config.max_length, context_length(model)))
+        longest = min(config.max_length, context_length(model))
+        encoder = RowEncoder(model, tokenizer, space, longest, may_share(model, config.bf16))
         examples, rejects = learner.encode(rows, encoder)
         if not examples:
             raise DataError(f"{label}: none of {len(rejects)} rows can be trained on ({count_reasons(rejects)}).")
@@ -81,7 +83,8 @@ def train_policy(
         with disk_refusals(work, "saving a checkpoint"):
             if is_first():
                 base = folder_revision(resolve_model(policy).path)
-                _prepare_work(work, stable_hash(examples, of_results(config), learner.seed, base, *learner.identity))
+                identity = (examples, of_results(config), learner.seed, base, encoder.shares, *learner.identity)
+                _prepare_work(work, stable_hash(*identity))
             wait_for_all()
             with StopOnSignal() as stop:
                 trainer = learner.trainer(model, tokenizer, examples, work, lambda: load_policy(policy)[0])
@@ -108,6 +111,7 @@ def train_policy(
     log = tuple(trainer.state.log_history)
     return TrainingRecord(
         tokens=tokens,
+        alone=sum(example.tokens for example in examples),
         examples=len(examples),
         steps=trainer.state.global_step,
         log=log,

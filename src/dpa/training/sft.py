@@ -20,13 +20,24 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from dpa.models.attention import may_go_on, to_device
+from dpa.models.attention import to_device
+from dpa.models.memory import keys_share
 from dpa.storage.schemas import completeness, held_values
 from dpa.storage.stage_records import Reject
 from dpa.training.contrastive import AccumulatesContrast, AddsContrast
 from dpa.training.label_logprobs import has_plain_head, label_logprobs
 from dpa.training.learner import Learner, RowEncoder
-from dpa.training.packing import Example, Row, contrast_inputs, packed_rows, pass_inputs, siblings, step_counts
+from dpa.training.packing import (
+    Example,
+    Row,
+    Siblings,
+    contrast_inputs,
+    may_share,
+    packed_rows,
+    pass_inputs,
+    siblings,
+    step_counts,
+)
 from dpa.training.passes import (
     OverPackedRows,
     StepInPasses,
@@ -137,14 +148,12 @@ class SFT(Learner[Example]):
             peft_config=adapters(config),
             optimizer_cls_and_kwargs=optimizer_class(config),
         )
-        dtype = torch.bfloat16 if arguments.bf16 else None
-        shares = may_go_on(without_adapters(trainer.model), dtype)
-        rows = packed_rows(examples, config.max_length, together, shares)
+        rows = packed_rows(examples, config.max_length, together, may_share(model, config.bf16))
         trainer.train_dataset, trainer.data_collator = rows, collate
         if config.contrastive:
             trainer.contrastive = config.contrastive
         if in_passes:
-            longest = max(row.ids_T.numel() for row in rows)
+            longest = max(row.ids_T.numel() + round(keys_share(model) * (row.seen - row.ids_T.numel())) for row in rows)
             most = config.packed_rows_per_step if config.rows_per_device == "auto" else config.rows_per_device
             recompute = config.gradient_checkpointing
             mixed, most = bool(arguments.bf16), min(most, len(rows))
@@ -188,7 +197,8 @@ def encode_examples(
                 if isinstance(elsewhere, str):
                     break
                 contrasted = Example(example.ids, len(prompt), (*example.negatives, elsewhere[0]))
-                if sum(one.tokens for one in siblings([contrasted], room)) > room:
+                (alone,) = siblings([contrasted], room) if encoder.shares else [Siblings([contrasted])]
+                if alone.tokens > room:
                     break
                 example = contrasted
             examples.append(example)

@@ -60,8 +60,8 @@ class SpaceConfig(Section):
     placement: Placement = Field(
         "system",
         description="Where the sentence stands: before the `system` prompt, as in the paper, or `after_question`, "
-        "behind the last user message. Prompts that differ in their direction alone then share all that stands before "
-        "it, which training, the sampler and prefix caches read once.",
+        "behind the last user message (of a model with a chat template). Prompts that differ in their direction alone "
+        "then share all that stands before it, which finetuning, sampling on a processor and prefix caches read once.",
     )
     presets: dict[str, str | dict[str, float]] = Field(
         default_factory=dict, description="Name -> direction, in any form a direction can be written."

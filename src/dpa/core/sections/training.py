@@ -102,7 +102,10 @@ class FinetuneConfig(_SelectedRowsConfig):
         "others that do not choose it (docs/learning.md). 0: the paper's loss alone.",
     )
     contrastive_negatives: int = Field(
-        1, ge=1, description="Other directions a winner is contrasted with. Each costs as many tokens as the row."
+        1,
+        ge=1,
+        description="Other directions a winner is contrasted with. Each costs as many tokens as the row "
+        "(behind the question: as its ending).",
     )
 
     def of_iteration(self, t: int) -> Self:

@@ -25,7 +25,7 @@ from dpa.core.reference import ModelReference
 from dpa.core.sections.reward import RewardConfig
 from dpa.core.sections.rollout import PromptsConfig
 from dpa.core.sections.selection import SelectionConfig
-from dpa.models.policy import count_tokens
+from dpa.models.policy import count_tokens, shares_beginnings
 from dpa.recipes.baselines.asking import TranslatingSampler, without_direction
 from dpa.recipes.run import Run
 from dpa.sampling.samplers import SamplerSpec, sampler_spec
@@ -245,8 +245,9 @@ class Lab(Run):
                 "lower this method's prompts or samples in `changes`."
             )
         config = getattr(self.config, learn.section)
-        packed = config.max_length if learn.reads == "winners" else None
         start = self.config.reference(policy)
+        packs = learn.reads == "winners" and shares_beginnings(start, config.bf16)
+        packed = config.max_length if packs else None
         epochs = tokens / sum(count_tokens(start, one, self.space, packed) for one in read)
         # Several methods state no direction, or not as ours.
         config = config.model_copy(update={"epochs": epochs, "listening_rows": 0, **changes})

@@ -12,7 +12,7 @@ from typing import Any
 from dpa.core.errors import RunFolderError
 from dpa.storage.stage_records import read_ledger
 from dpa.storage.tables import read_record
-from dpa.training.learner import Learner
+from dpa.training.learner import UNSHARED, Learner
 from dpa.training.learners import learner_named
 
 
@@ -93,6 +93,9 @@ def _count(speeds: Speeds, place: tuple[str, ...], ledger: Mapping[str, Any], co
         section = config[learn.section]
         negatives = section.get("contrastive_negatives", 0) if section.get("contrastive") else 0
         examples = ledger["rows"] * responses * section["epochs"] * (1 + negatives)  # their tokens are trained on too
+        unshared = ledger["extra"].get(UNSHARED, ledger["training_tokens"])
+        if learn.reads == "winners":
+            speeds.add("tokens of examples", unshared, seconds)
         speeds.add("examples" if learn.reads == "winners" else f"examples of {learn.reads}", examples, seconds)
         if place[0] == "iter_0":
             speeds.offline_winners = ledger["rows"]

@@ -10,6 +10,7 @@ from dpa.core.config import RunConfig
 from dpa.core.sections.training import TrainingConfig
 from dpa.core.target_measures import target_grid
 from dpa.models.compiling import TRAINING_STEPS
+from dpa.models.shared_prefixes import LEAST_SHARED, WORTH_SHARING
 from dpa.recipes.checks import BYTES_PER_CANDIDATE, first_iteration
 from dpa.recipes.costs.data_sizes import DIRECTION_TOKENS, PROMPT_TOKENS, RESPONSE_TOKENS, Data
 from dpa.recipes.costs.devices import Device
@@ -84,7 +85,7 @@ class Stages:
         most = config.rollout.max_new_tokens
         answer = (inputs.data.rated.response_tokens if inputs.data.rated else most / 2) * assume.answer
         self.answer = speeds.mean("tokens sampled", "answers") or min(answer, most)
-        self.example = speeds.mean("tokens trained", "examples") or inputs.data.prompt + self.answer
+        self.example = speeds.mean("tokens of examples", "examples") or inputs.data.prompt + self.answer
         self.start = assume.start * (1.0 if inputs.device.card else PROCESSOR_START)
         self.shards = shards_of(config.cluster, inputs.cards)
 
@@ -186,9 +187,13 @@ class Stages:
         seconds, measured = self._measured("tokens sampled", tokens)
         if seconds is None:
             batches = -(-rows // shard) * (1 if need.continuous else -(-min(rows, shard) // need.together))
+            prompt = (
+                given.data.prompt
+            )  # engines on a card keep what prompts begin with; in this process it is read anew
+            if not given.device.card or config.engine.kind in ("vllm", "http"):
+                prompt = self._behind_others(prompt, directions, answer=0)
             work = Sampling(
-                rows, self.answer, config.max_new_tokens, rows / samples,
-                self._behind_others(given.data.prompt, directions, answer=0), need.together, batches,
+                rows, self.answer, config.max_new_tokens, rows / samples, prompt, need.together, batches,
                 min(need.copies, max(1, -(-rows // shard))), need.continuous, given.device.in_bf16(config.bf16),
             )  # fmt: skip
             seconds = self.start + self.clock.sampling(given.policy, work)
@@ -260,8 +265,8 @@ class Stages:
         earlier = (learner_of(self.config, before) for before in range(first_iteration(self.config), t))
         replayed = config.replay if any(one.reads == learn.reads for one in earlier) else 0
         contrast = 1 + getattr(config, "contrastive_negatives", 0) * bool(getattr(config, "contrastive", 0))
-        read = example
-        if learn.reads == "winners" and not self.speeds.mean(kind, "examples"):
+        read = self.speeds.mean(kind, "examples") if learn.reads == "winners" else example
+        if read is None:
             kept = self.config.selection.of_iteration(t).winners(self.config.rollout.directions)
             read = self._behind_others(
                 example, max(1.0, self.config.selection.directions if t == 0 else kept) * contrast
@@ -270,7 +275,7 @@ class Stages:
         seconds, measured = self._measured(kind, tokens)
         judge, unknown = None, ""
         if seconds is None:
-            seconds = self.start + self._trains(learn, config, tokens, example, longest, need, reference, mixed)
+            seconds = self.start + self._trains(learn, config, tokens, read, longest, need, reference, mixed)
         if learn.reads == "prompts" and not measured:
             answers = int(rows * responses * config.epochs)
             score = self._score("", answers, 1.0)
@@ -345,17 +350,19 @@ class Stages:
         return not recompute and (worth if asked == "auto" else bool(asked))
 
     def _behind_others(self, example: float, together: float, answer: float | None = None) -> float:
-        """Tokens read of a row, where `together` rows state their direction behind a question that is read once."""
-        if self.config.space.placement == "system":
-            return example
+        """Tokens read of a row, where `together` rows state their direction behind a question that is read once: one
+        that is long enough (models/shared_prefixes.py)."""
         own = min(example, DIRECTION_TOKENS + (self.answer if answer is None else answer))
-        return own + (example - own) / together
+        shared = example - own
+        if self.config.space.placement == "system" or shared < max(LEAST_SHARED, (1 - WORTH_SHARING) * example):
+            return example
+        return own + shared / together
 
     def _rated_example(self, longest: float | None = None) -> float:
         """Tokens of a rated row: measured by a run, or those of the rated data."""
         rated = self.given.data.rated
         tokens = rated.prompt_tokens + rated.response_tokens if rated else PROMPT_TOKENS + RESPONSE_TOKENS
-        if self.speeds.mean("tokens trained", "examples"):
+        if self.speeds.mean("tokens of examples", "examples"):
             tokens = self.example
         return min(tokens, longest or tokens)
 
