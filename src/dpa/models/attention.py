@@ -233,7 +233,8 @@ def gives_right_values(
 ) -> bool:
     """Whether an attention function gives the values and gradients of `segments`, also where a sequence `goes_on` from
     another; says why where it does not."""
-    lengths, before, windows = [5, 1, 20], None, [None]
+    lengths, before = [5, 1, 20], None
+    windows: list[int | None] = [None]
     if goes_on:
         lengths, before, windows = [5, 1, 20, *[2] * 64], [-1, *[0] * 66], [None, 4]
     given_heads = (heads, key_heads, key_heads)

@@ -219,11 +219,11 @@ def ending_answers(template: str) -> str:
 
 
 def with_sentence(
-    messages: Sequence[Mapping[str, str]], sentence: str, placement: Placement, system_role: bool
-) -> list[dict[str, str]]:
+    messages: Sequence[Mapping[str, Any]], sentence: str, placement: Placement, system_role: bool
+) -> list[Any]:
     """Messages with the direction's sentence where a steerable template writes it: before the system prompt, or without
     a `system_role` before the first question (`has_system_role`); or after the last question. There is one."""
-    chat = [{"role": message["role"], "content": message["content"]} for message in messages]
+    chat: list[Any] = [{"role": message["role"], "content": message["content"]} for message in messages]
     if placement == "after_question":
         asked = max(place for place, message in enumerate(chat) if message["role"] == "user")
         chat[asked]["content"] += f"\n\n{sentence}"

@@ -48,7 +48,8 @@ def asked_for(messages: Messages, words: int) -> Messages:
     """The messages with the wish for a length, in the last turn as well as in the system message."""
     wish = f"Answer in about {words} word{'s' if words > 1 else ''}."
     last: Message = {"role": messages[-1]["role"], "content": f"{messages[-1]['content']}\n\n{wish}"}
-    return with_sentence([*messages[:-1], last], wish, "system", system_role=True)
+    told: Messages = [*messages[:-1], last]
+    return with_sentence(told, wish, "system", system_role=True)
 
 
 METHOD = Method(
