@@ -156,7 +156,6 @@ _AFTER_QUESTION = """
 {%- endif -%}
 """
 
-
 _DEFAULT = """
 {%- if preference is not defined or preference is none -%}{%- set preference = @preference@ -%}{%- endif -%}
 """
@@ -196,16 +195,13 @@ def steerable_template(base_template: str | None, space: DirectionSpace, default
     base = re.sub(r"^[ \t]+(?=\{[%#])", "", base)
     if default is not None:
         sentence = _DEFAULT.replace("@preference@", json.dumps(default.as_mapping())) + sentence
+    placed = _INTO_SYSTEM if has_system_role(base) else _INTO_USER
     if space.placement == "after_question":
         if base == PLAIN_TEMPLATE:
             raise ModelFileError(
-                "space.placement: after_question needs a model with a chat template; this one goes on from the text "
-                "itself, which would end in the direction. Let it be system."
+                "space.placement: after_question needs a model with a chat template; let it be system."
             )
         placed = _AFTER_QUESTION
-        has_system_role(base)  # a base that does not render is refused
-    else:
-        placed = _INTO_SYSTEM if has_system_role(base) else _INTO_USER
     return _BEGIN + sentence + placed + _END + base
 
 

@@ -227,7 +227,7 @@ def shares_beginnings(policy: Model, bf16: bool | Literal["auto"]) -> bool:
     not loaded. Raises ModelFileError."""
     safe = resolve_model(policy)
     with quiet_libraries(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_model_config(safe), **safe.kwargs)
+        model = AutoModelForCausalLM.from_config(load_model_config(safe), **safe.tokenizer_kwargs)
     dtype = torch.bfloat16 if computes_in_bf16(bf16) else torch.float32
     return may_go_on(model, dtype, torch.device(default_device()))
 
