@@ -117,7 +117,10 @@ class Row:
 def pass_inputs(rows: Sequence[Row]) -> dict[str, Any]:
     """What one pass over packed rows is given: all of them behind each other, as one row."""
     labels_T = torch.cat([row.labels_T for row in rows])
-    before = _before(rows)
+    starts = accumulate((len(row.lengths) for row in rows), initial=0)
+    before = [
+        place if place < 0 else start + place for start, row in zip(starts, rows, strict=False) for place in row.before
+    ]
     return {
         "input_ids": torch.cat([row.ids_T for row in rows])[None],
         "labels": labels_T[None],
@@ -128,7 +131,8 @@ def pass_inputs(rows: Sequence[Row]) -> dict[str, Any]:
 
 def contrast_inputs(rows: Sequence[Row]) -> dict[str, Any]:
     """The same, and which segment of which example each label belongs to."""
-    inputs, shared = pass_inputs(rows), set(_before(rows))
+    inputs = pass_inputs(rows)
+    shared = set(inputs["goes_on_from"].tolist()) if "goes_on_from" in inputs else set()
     lengths, carried = [], 0
     for place, length in enumerate(length for row in rows for length in row.lengths):
         carried += length
@@ -136,14 +140,6 @@ def contrast_inputs(rows: Sequence[Row]) -> dict[str, Any]:
             lengths.append(carried)
             carried = 0
     return inputs | contrast_slots(inputs["label_places"], lengths, [size for row in rows for size in row.sizes])
-
-
-def _before(rows: Sequence[Row]) -> list[int]:
-    """Of each segment of a pass, the place of the one it goes on from, or -1."""
-    starts = accumulate((len(row.lengths) for row in rows), initial=0)
-    return [
-        place if place < 0 else start + place for start, row in zip(starts, rows, strict=False) for place in row.before
-    ]
 
 
 def step_counts(rows: Sequence[Row]) -> dict[str, int]:

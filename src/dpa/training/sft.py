@@ -153,7 +153,8 @@ class SFT(Learner[Example]):
         if config.contrastive:
             trainer.contrastive = config.contrastive
         if in_passes:
-            longest = max(row.ids_T.numel() + round(keys_share(model) * (row.seen - row.ids_T.numel())) for row in rows)
+            share = keys_share(model)
+            longest = max(row.ids_T.numel() + round(share * (row.seen - row.ids_T.numel())) for row in rows)
             most = config.packed_rows_per_step if config.rows_per_device == "auto" else config.rows_per_device
             recompute = config.gradient_checkpointing
             mixed, most = bool(arguments.bf16), min(most, len(rows))
