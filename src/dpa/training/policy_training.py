@@ -73,7 +73,9 @@ def train_policy(
         model, tokenizer = load_policy(policy, dtype)
         make_steerable(tokenizer, space)
         longest = min(config.max_length, context_length(model))
-        encoder = RowEncoder(model, tokenizer, space, longest, may_share(model, config.bf16))
+        # Pairs and prompts are not laid behind what they share, so no kernel of a card is tried for them.
+        shares = learner.reads == "winners" and may_share(model, config.bf16)
+        encoder = RowEncoder(model, tokenizer, space, longest, shares)
         examples, rejects = learner.encode(rows, encoder)
         if not examples:
             raise DataError(f"{label}: none of {len(rejects)} rows can be trained on ({count_reasons(rejects)}).")
