@@ -78,30 +78,39 @@ def common_prefix(ids_N: Sequence[Sequence[int]]) -> int:
     return min(alike, min(map(len, ids_N)) - 1)
 
 
-def pack_families(ids_N: Sequence[Sequence[int]], found: Iterable[Family]) -> tuple[dict[str, Any], list[np.ndarray]]:
+def lay_out(groups: Iterable[tuple[int, Iterable[Sequence[int]]]]) -> tuple[list[Sequence[int]], list[int]]:
+    """(segments that make a row, for each the place of the one it goes on from, or -1): of each group the `shared`
+    first tokens once, then what follows them in each of its sequences."""
+    segments: list[Sequence[int]] = []
+    before: list[int] = []
+    for shared, sequences in groups:
+        start = -1
+        for ids in sequences:
+            if shared and start < 0:
+                start = len(segments)
+                segments.append(ids[:shared])
+                before.append(-1)
+            segments.append(ids[shared:])
+            before.append(start)
+    return segments, before
+
+
+def pack_families(ids_N: Sequence[Sequence[int]], found: Sequence[Family]) -> tuple[dict[str, Any], list[np.ndarray]]:
     """(what a model is given in a block of `packed_attention`, for each sequence where its tokens stand in the row).
 
     Only where attention `may_go_on` a row is read in which something is shared. A sequence that is in no family has no
     places.
     """
-    segments: list[Sequence[int]] = []
-    before: list[int] = []
+    inputs = pack_inputs(*lay_out((shared, [ids_N[place] for place in places]) for shared, places in found))
     places_N = [np.empty(0, np.int64)] * len(ids_N)
     tokens = 0
     for shared, places in found:
-        start, start_token = -1, tokens
-        if shared:
-            start = len(segments)
-            segments.append(ids_N[places[0]][:shared])
-            before.append(-1)
-            tokens += shared
+        shared_places = np.arange(tokens, tokens + shared)
+        tokens += shared
         for place in places:
-            segments.append(ids_N[place][shared:])
-            before.append(start)
-            end = tokens + len(segments[-1])
-            places_N[place] = np.r_[start_token : start_token + shared, tokens:end]
-            tokens = end
-    return pack_inputs(segments, before), places_N
+            start, tokens = tokens, tokens + len(ids_N[place]) - shared
+            places_N[place] = np.r_[shared_places, start:tokens]
+    return inputs, places_N
 
 
 class _Growing(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 
 from dpa.models.attention import may_go_on, pack_lengths
 from dpa.models.half_precision import computes_in_bf16
-from dpa.models.shared_prefixes import LEAST_SHARED, group_families
+from dpa.models.shared_prefixes import LEAST_SHARED, group_families, lay_out
 from dpa.training.contrastive import contrast_slots
 from dpa.training.label_logprobs import IGNORED, label_places
 from dpa.training.ranks import in_one_process, ranks
@@ -86,26 +86,17 @@ class Row:
     @classmethod
     def of(cls, siblings: Sequence[Siblings]) -> "Row":
         """The examples behind each other, each followed by its negatives; before siblings what they share."""
-        ids: list[list[int]] = []
-        labels: list[list[int]] = []
-        before: list[int] = []
-        for examples, shared in siblings:
-            start = -1
-            if shared:
-                start = len(ids)
-                ids.append(examples[0].ids[:shared])
-                labels.append([IGNORED] * shared)
-                before.append(-1)
-            for segment in (segment for example in examples for segment in example.segments):
-                ids.append(segment.ids[shared:])
-                # A first token has a label where an example is all response, but nothing before it to predict it from.
-                labels.append([IGNORED, *segment.labels[shared + 1 :]])
-                before.append(start)
+        families = [
+            (shared, [segment for example in examples for segment in example.segments]) for examples, shared in siblings
+        ]
+        ids, before = lay_out((shared, [segment.ids for segment in segments]) for shared, segments in families)
+        labels, _ = lay_out((shared, [segment.labels for segment in segments]) for shared, segments in families)
         examples = [example for family in siblings for example in family.examples]
         counts = [len(example.ids) - max(1, example.prompt_tokens) for example in examples]
         return cls(
             torch.tensor([token for segment in ids for token in segment]),
-            torch.tensor([label for segment in labels for label in segment]),
+            # A first token has a label where an example is all response, but nothing before it to predict it from.
+            torch.tensor([label for first, *others in labels for label in (IGNORED, *others)]),
             [len(segment) for segment in ids],
             before,
             [1 + len(example.negatives) for example in examples],
