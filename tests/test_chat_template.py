@@ -24,14 +24,12 @@ from dpa.core.objective import Objective
 from dpa.core.targets import read_wish, sentence
 from dpa.models.chat_template import (
     PLAIN_TEMPLATE,
-    TOGETHER,
     has_system_role,
-    render_chat,
-    render_chats,
     steerable_template,
     with_sentence,
 )
-from dpa.models.chat_template import render as render_bounded
+from dpa.models.template_rendering import TOGETHER, render_chat, render_chats
+from dpa.models.template_rendering import render as render_bounded
 
 NO_SYSTEM = (
     "{%- for m in messages -%}"
@@ -341,7 +339,7 @@ def test_the_worker_ends_with_its_process_and_a_fork_gets_its_own() -> None:
     assert render_bounded("{{ a }}", {"a": 1}) == "1"
     code = (
         "import os\n"
-        "from dpa.models.chat_template import _RENDERER, render\n"
+        "from dpa.models.template_rendering import _RENDERER, render\n"
         "assert render('{{ a }}', {'a': 1}) == '1'\n"
         "mine = _RENDERER._process.pid\n"
         "if os.fork() == 0:\n"

@@ -24,7 +24,7 @@ from dpa.core.records import Messages
 from dpa.core.reference import Model, ModelReference
 from dpa.core.targets import Held, preference_of
 from dpa.models.attention import may_go_on
-from dpa.models.chat_template import ending_answers, render_chat, steerable_template
+from dpa.models.chat_template import ending_answers, steerable_template
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.files import CONTENT_SUFFIXES, EVALUATION_FILE, SPACE_FILE, SafeModel, resolve_model
 from dpa.models.half_precision import computes_in_bf16
@@ -40,6 +40,7 @@ from dpa.models.loading import (
 )
 from dpa.models.quiet import quiet_libraries
 from dpa.models.shared_prefixes import LEAST_SHARED, group_families, tokens_read
+from dpa.models.template_rendering import render_chat
 from dpa.storage.schemas import held_values
 from dpa.storage.seals import check_in_run
 from dpa.storage.tables import save_folder_atomically, write_json

@@ -1,5 +1,5 @@
 """Renders chat templates of strangers, in a process that may work for a second and take half a gigabyte.
-Run by: dpa.models.chat_template. Run its tests: pytest tests/test_chat_template.py
+Run by: dpa.models.template_rendering. Run its tests: pytest tests/test_chat_template.py
 
 One JSON line in: {"template", "variables"}, one out: {"text"}, or {"error", "kind"}. Or several conversations in:
 {"template", "variables", "chats"}, and {"texts"} out, within the limits of one. It ends when its input does. It

@@ -19,12 +19,12 @@ from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages
 from dpa.core.reference import Model
 from dpa.models.attention import SEGMENTS, best_way, packed_attention, to_device
-from dpa.models.chat_template import render_chats
 from dpa.models.files import resolve_model
 from dpa.models.loading import load_model, load_tokenizer
 from dpa.models.memory import scoring_tokens
 from dpa.models.policy import is_out_of_memory
 from dpa.models.quiet import quiet_libraries
+from dpa.models.template_rendering import render_chats
 from dpa.scoring.row_layouts import RowsAlone, SharedPrompts
 from dpa.storage.tables import write_json
 
