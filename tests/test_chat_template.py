@@ -3,6 +3,7 @@ pytest tests/test_chat_template.py
 """
 
 import math
+import re
 import resource
 import time
 from dataclasses import replace
@@ -68,13 +69,13 @@ weights = st.one_of(
 
 
 @settings(max_examples=120)
-@given(st.lists(weights, min_size=2, max_size=4), st.data())
-@example([3, 4], None)
-@example([1.0, -0.001], None)
-@example([0.995, -0.0998749217771909], None)
-def test_sentence_is_the_spaces_own_byte_for_byte(values: list[float], data) -> None:
+@given(st.lists(weights, min_size=2, max_size=4), st.data(), st.booleans())
+@example([3, 4], None, False)
+@example([1.0, -0.001], None, True)
+@example([0.995, -0.0998749217771909], None, True)
+def test_sentence_is_the_spaces_own_byte_for_byte(values: list[float], data, zero_padded: bool) -> None:
     names = ["helpfulness", "verbosity", "warmth", "wit.2-b"][: len(values)]
-    space = DirectionSpace(tuple(Objective(name, {name: 1.0}) for name in names))
+    space = DirectionSpace(tuple(Objective(name, {name: 1.0}) for name in names), zero_padded=zero_padded)
     assume(sum(value * value for value in values) > 1e-200)
     preference = dict(zip(names, values, strict=True))
     if data is not None:  # any order, and objectives left out where they weigh nothing
@@ -151,6 +152,15 @@ def test_after_the_question_a_system_prompt_stays_as_it_is(render) -> None:
         render(template, [{"role": "assistant", "content": "So."}], preference=ASKED)
     with pytest.raises(ModelFileError, match="needs a model with a chat template"):
         steerable_template(None, AFTER)
+
+
+def test_no_more_of_jinja_is_asked_for_than_engines_in_other_languages_know() -> None:
+    """llama.cpp's refuses a whole template over a power, `round` or an exponent (bench/llama_templates.py asks it)."""
+    space = replace(SPACE, target_template="{weighted_rating} with {values}", zero_padded=True)
+    baked = steerable_template(CHAT_TEMPLATE, space, space.direction([1.0, 6e-17]))
+    ours = baked.removesuffix(CHAT_TEMPLATE)
+    for unknown in (r"\*\*", r"\|\s*round", r"(?<![\w\"])\d[\d.]*[eE][-+]?\d", r"\.values\b"):
+        assert not re.search(unknown, ours), unknown
 
 
 def test_a_template_that_drops_the_system_message_has_no_system_role(render) -> None:
@@ -361,8 +371,10 @@ def test_the_worker_ends_with_its_process_and_a_fork_gets_its_own() -> None:
 # --- targets --------------------------------------------------------------------------------------------------------
 
 
-def test_a_policy_that_knows_targets_is_told_them_byte_for_byte(render) -> None:
-    space = replace(SPACE, target_template="Be kind, reach {weighted_rating} {and} {values}, @step@.")
+@pytest.mark.parametrize("zero_padded", [False, True])
+def test_a_policy_that_knows_targets_is_told_them_byte_for_byte(render, zero_padded: bool) -> None:
+    told_as = "Be kind, reach {weighted_rating} {and} {values}, @step@."
+    space = replace(SPACE, target_template=told_as, zero_padded=zero_padded)
     template = steerable_template(None, space)
     for wish in ("helpfulness; verbosity=40", "helpfulness*0.8 - verbosity*0.6", "helpfulness; verbosity=0.5"):
         preference = read_wish(space, wish).as_mapping()

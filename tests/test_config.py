@@ -304,6 +304,11 @@ def test_what_would_be_left_unread_is_refused(ratings: str, said: str, tmp_path:
     assert load_config(yaml_of(tmp_path), {"ratings": swapped})
 
 
+def test_a_space_reads_as_its_section_says(tmp_path: Path) -> None:
+    config = load_config(yaml_of(tmp_path), {"space.zero_padded": True, "space.placement": "after_question"})
+    assert config.direction_space().to_dict().items() >= {"zero_padded": True, "placement": "after_question"}.items()
+
+
 def yaml_of(folder: Path) -> Path:
     file = folder / "my.yaml"
     file.write_text(

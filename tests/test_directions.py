@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpa.core.directions import PUBLISHED_TEMPLATE, Direction, DirectionSpace
+from dpa.core.direction import Direction
+from dpa.core.directions import PUBLISHED_TEMPLATE, DirectionSpace
 from dpa.core.errors import DirectionError, ModelFileError
 from dpa.core.objective import Objective
 
@@ -191,6 +192,24 @@ def test_normalising_repeats_in_plain_arithmetic_bit_for_bit(case):
     for weight in weights:
         squares += weight * weight
     assert space.direction(weights).weights == tuple(weight / squares**0.5 for weight in weights)
+
+
+def test_zero_padded_weights_stand_digit_under_digit_and_say_the_same() -> None:
+    plain = DirectionSpace((Objective("helpfulness"), Objective("verbosity")), template="{weighted_rating}")
+    padded = replace(plain, zero_padded=True)
+    shown = [padded.prompt(padded.parse(f"{degrees}deg", "clamp")) for degrees in (0, 5, -5, 45)]
+    assert shown == [
+        "helpfulness*+100 + verbosity*+000",
+        "helpfulness*+100 + verbosity*+009",
+        "helpfulness*+100 + verbosity*-009",
+        "helpfulness*+071 + verbosity*+071",
+    ]
+    for text in shown:
+        assert padded.prompt(padded.read_prompt(text)) == text and padded.parse(text) == plain.parse(text)
+    assert DirectionSpace.from_dict(padded.to_dict()) == padded != plain == DirectionSpace.from_dict(plain.to_dict())
+    assert "zero_padded" not in plain.to_dict(), "what a published policy carries stays as it is"
+    with pytest.raises(DirectionError, match="zero_padded: 'yes' is neither true nor false"):
+        DirectionSpace.from_dict(plain.to_dict() | {"zero_padded": "yes"})
 
 
 @given(spaces_and_weights())

@@ -172,7 +172,7 @@ def test_an_expression_is_refused_in_the_servers_words_and_the_nearest_trained_o
     ids=["two", "three", "diagonal", "four", "backwards"],
 )
 def test_the_pages_arithmetic_is_that_of_the_package(visit, space):
-    """What the page prints is what the policy is told, and the server accepts whatever the controls can reach."""
+    """What the page prints is what the server prints, and the server accepts whatever the controls can reach."""
     opened = visit(at="/space.js")
     weights_DK = space.sample(60, np.random.default_rng(0))
     script = """async ([data, weights]) => {

@@ -3,6 +3,7 @@ pytest tests/test_policy.py
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_models import CHAT_TEMPLATE, SPACE, save_tiny_model, tiny_model, tiny_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpa.core.errors import DirectionError, ModelFileError, RunFolderError, StorageError
+from dpa.core.presets import SPACES
 from dpa.models.chat_template import steerable_template
 from dpa.models.files import SPACE_FILE, load_space
 from dpa.models.policy import (
@@ -18,9 +20,11 @@ from dpa.models.policy import (
     end_token_ids,
     ensure_pad_token,
     load_policy,
+    make_steerable,
     save_policy,
     turn_end_id,
 )
+from dpa.world.start_model import build_tokenizer
 
 QUESTION = [{"role": "user", "content": "Why?"}]
 ASKED = {"helpfulness": 0.8, "verbosity": -0.6}
@@ -31,6 +35,13 @@ def saved(tmp_path: Path) -> Path:
     folder = tmp_path / "a policy"
     save_policy(tiny_model(), tiny_tokenizer(), folder, SPACE, {"iteration": 1})
     return folder
+
+
+def test_a_tokenizer_of_whole_words_is_told_no_zero_padded_weights() -> None:
+    tokenizer, space = build_tokenizer(), SPACES["dpa-v1"]
+    make_steerable(tokenizer, space)
+    with pytest.raises(ModelFileError, match=r"zero_padded: .* no tokens for `helpfulness\*\+100 .* let it be false"):
+        make_steerable(tokenizer, replace(space, zero_padded=True))
 
 
 def test_a_saved_policy_is_a_plain_model_folder(saved: Path) -> None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_tokenizer
 
-from dpa.core.directions import Direction, DirectionSpace
+from dpa.core.direction import Direction
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DirectionError
 from dpa.core.objective import Objective
 from dpa.core.sentences import target_template_of

@@ -11,7 +11,8 @@ from fakes import space_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpa.core.directions import Direction, DirectionSpace
+from dpa.core.direction import Direction
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DirectionError, OutsideConeError
 from dpa.core.sections.space import SpaceConfig
 from dpa.core.sentences import target_template_of

@@ -13,7 +13,7 @@ _HOME = {
     "DpaError": "dpa.core.errors",
     "UserError": "dpa.core.errors",
     "Objective": "dpa.core.objective",
-    "Direction": "dpa.core.directions",
+    "Direction": "dpa.core.direction",
     "DirectionSpace": "dpa.core.directions",
     "select": "dpa.core.selection",
     "pareto_front": "dpa.core.measures",

@@ -13,7 +13,8 @@ from dpa.core.errors import ConfigError, DirectionError
 from dpa.core.targets import read_wish
 
 if TYPE_CHECKING:
-    from dpa.core.directions import Direction, DirectionSpace
+    from dpa.core.direction import Direction
+    from dpa.core.directions import DirectionSpace
     from dpa.core.records import Sampler
 
 app = Commands(rich_markup_mode=None)

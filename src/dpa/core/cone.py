@@ -107,10 +107,10 @@ class Cone:
 
 
 def unit(weights: Sequence[float], where: str) -> tuple[float, ...]:
-    """Normalise: w / (sum of w*w)**0.5.
+    """Normalise: w / sqrt(sum of w*w).
 
-    Added up by hand in the objectives' order: a chat template repeats these float operations bit for bit, while
-    Python's own `sum` is compensated from 3.12 on.
+    Added up by hand in the objectives' order: a chat template comes to the same floats bit for bit, while Python's own
+    `sum` is compensated from 3.12 on, and its power of 0.5 is not always the root that is rounded right.
     """
     squares = 0.0
     for weight in weights:
@@ -119,7 +119,7 @@ def unit(weights: Sequence[float], where: str) -> tuple[float, ...]:
         raise DirectionError(f"{where}: all weights are zero; give at least one objective a weight.")
     if not 1e-200 < squares < 1e200:  # beyond this, squares lose digits, vanish or overflow
         raise DirectionError(f"{where}: the weights are too large or too small; scale them to about 1.")
-    norm = squares**0.5
+    norm = math.sqrt(squares)
     return tuple(weight / norm for weight in weights)
 
 

@@ -1,4 +1,4 @@
-"""Directions and the space they live in: what a user may ask for, how it is written, drawn and printed.
+"""The space directions live in: what a user may ask for, how it is written, drawn and printed.
 Run its tests: pytest tests/test_directions.py
 """
 
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dpa.core.cone import Cone, unit
+from dpa.core.direction import Direction
 from dpa.core.direction_text import (
     index_of,
     is_name,
@@ -31,38 +32,16 @@ from dpa.core.sentences import (
     checked_target_step,
     checked_target_template,
     checked_template,
+    checked_zero_padded,
+    weighted_rating,
 )
 
 _KIND: dict[str, Any] = {"objectives": list, "center": dict, "max_angle": int | float, "template": str, "presets": dict}
 """Of a space's fields as they travel with a model."""
-_OPTIONAL = ("training_angle", "training_ends", "training_arcs", "target_template", "target_step", "placement")
+_UNLESS = {"placement": "system", "zero_padded": False}
+"""Those that are absent where they are as published."""
+_OPTIONAL = ("training_angle", "training_ends", "training_arcs", "target_template", "target_step", *_UNLESS)
 """Those that may be absent."""
-
-
-@dataclass(frozen=True)
-class Direction:
-    """A unit vector over the objectives of a space; `str()` prints it as the policy is told."""
-
-    space_names: tuple[str, ...]
-    weights: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.space_names) != len(self.weights):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.space_names)} objectives")
-        if abs(math.hypot(*self.weights) - 1) > 1e-6:
-            raise ValueError(f"not a unit vector: {self.weights}")
-
-    @property
-    def integers(self) -> tuple[int, ...]:
-        """round(100 * weight): the numbers the policy reads."""
-        return tuple(round(100 * weight) for weight in self.weights)
-
-    def as_mapping(self) -> dict[str, float]:
-        """Objective -> weight."""
-        return dict(zip(self.space_names, self.weights, strict=True))
-
-    def __str__(self) -> str:
-        return " + ".join(f"{name}*{n}" for name, n in zip(self.space_names, self.integers, strict=True))
 
 
 @dataclass(frozen=True)
@@ -77,7 +56,8 @@ class DirectionSpace:
     `training_arcs` (K > 2) the share that is moved onto an arc, where all but one of the other objectives weigh 0.
     `presets` name directions written in any other form. `target_template` is the sentence that states a target
     (core/targets.py), None where the policy knows none; the values it has read are multiples of `target_step`.
-    `placement` is where a sentence stands: in the `system` message, as published, or `after_question`.
+    `placement` is where a sentence stands: in the `system` message, as published, or `after_question`. `zero_padded`
+    weights are stated with a sign and three digits, +097 for 97.
 
     Raises DirectionError when a field cannot be used.
     """
@@ -93,6 +73,7 @@ class DirectionSpace:
     target_template: str | None = None
     target_step: int = 1
     placement: Placement = "system"
+    zero_padded: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objectives", tuple(self.objectives))
@@ -121,6 +102,7 @@ class DirectionSpace:
         checked_target_template(self.target_template)
         object.__setattr__(self, "target_step", checked_target_step(self.target_step))
         checked_placement(self.placement)
+        checked_zero_padded(self.zero_padded)
         center = read_weights({names[0]: 1.0} if self.center is None else self.center, names, "center")
         unit(center, "center")
         object.__setattr__(self, "center", center)
@@ -186,12 +168,12 @@ class DirectionSpace:
         return Direction(self.names, unit(read_weights(weights, self.names, "direction"), "direction"))
 
     def prompt(self, direction: Direction) -> str:
-        """The sentence that states this direction, as published: `... = helpfulness*97 + verbosity*-26`."""
+        """The sentence that states this direction: `... = helpfulness*97 + verbosity*-26`."""
         if direction.space_names != self.names:
             raise DirectionError(
                 f"direction: {direction} is over other objectives than {', '.join(self.names)}; parse it in this space."
             )
-        return self.template.replace(PLACEHOLDER, str(direction))
+        return self.template.replace(PLACEHOLDER, weighted_rating(self.names, direction.integers, self.zero_padded))
 
     def read_prompt(self, text: str) -> Direction:
         """Invert `prompt`, up to the rounding to hundredths. The cone is not asked: this reads what was shown."""
@@ -310,7 +292,7 @@ class DirectionSpace:
                 if self.target_template is None
                 else {"target_template": self.target_template, "target_step": self.target_step}
             ),
-            **({} if self.placement == "system" else {"placement": self.placement}),
+            **{name: getattr(self, name) for name, usual in _UNLESS.items() if getattr(self, name) != usual},
         }
 
     @classmethod

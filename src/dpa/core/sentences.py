@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_directions.py tests/test_targets.py
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 from dpa.core.direction_text import shown
@@ -61,6 +62,19 @@ def checked_placement(placement: Any) -> Placement:
         places = ", ".join(PLACEMENTS)
         raise DirectionError(f"placement: {shown(placement)} is no place of a sentence; take one of {places}.")
     return placement
+
+
+def weighted_rating(names: Iterable[str], integers: Iterable[int], zero_padded: bool = False) -> str:
+    """What stands for PLACEHOLDER: `helpfulness*97 + verbosity*-26`, or `helpfulness*+097 + verbosity*-026`."""
+    number = "+04d" if zero_padded else "d"
+    return " + ".join(f"{name}*{integer:{number}}" for name, integer in zip(names, integers, strict=True))
+
+
+def checked_zero_padded(value: Any) -> bool:
+    """Raises DirectionError."""
+    if not isinstance(value, bool):
+        raise DirectionError(f"zero_padded: {shown(value)} is neither true nor false; give one of them.")
+    return value
 
 
 def target_parts(template: str) -> list[str]:

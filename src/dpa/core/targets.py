@@ -14,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from dpa.core.cone import Cone, unit
+from dpa.core.direction import Direction
 from dpa.core.direction_text import MAX_TEXT, NUMBER, index_of, read_expression, read_number, shown
-from dpa.core.directions import Direction, DirectionSpace
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DirectionError, OutsideConeError
 from dpa.core.records import SCALE
-from dpa.core.sentences import PLACEHOLDER, VALUES, target_parts
+from dpa.core.sentences import PLACEHOLDER, VALUES, target_parts, weighted_rating
 
 Held = Sequence[int | None]
 """K values; None where an objective is free."""
@@ -58,17 +59,18 @@ class Target:
         return {name: value for name, value in zip(self.space_names, self.held, strict=True) if value is not None}
 
     @property
-    def free_text(self) -> str:
-        """The direction of what is free, as the policy is told: `helpfulness*100 + warmth*0`."""
+    def free(self) -> dict[str, int]:
+        """Free objective -> its integer."""
         terms = zip(self.space_names, self.integers, strict=True)
-        return " + ".join(f"{name}*{n}" for name, n in terms if name not in self.values)
+        return {name: integer for name, integer in terms if name not in self.values}
 
     def as_mapping(self) -> dict[str, float | str]:
         """Free objective -> weight, held objective -> `=40`: what a chat template's `preference` takes."""
         return preference_of(self.space_names, self.weights, self.held)
 
     def __str__(self) -> str:
-        return f"{self.free_text}; {', '.join(f'{name}={value}' for name, value in self.values.items())}"
+        free = weighted_rating(self.free, self.free.values())
+        return f"{free}; {', '.join(f'{name}={value}' for name, value in self.values.items())}"
 
 
 Wish = Direction | Target
@@ -247,7 +249,7 @@ def sentence(space: DirectionSpace, wish: Wish) -> str:
     if wish.space_names != space.names or space.target_template is None:
         raise DirectionError(f"target: {wish} is not of a space of {', '.join(space.names)} that knows targets.")
     values = ", ".join(f"{name} = {value}" for name, value in wish.values.items())
-    filled = {PLACEHOLDER: wish.free_text, VALUES: values}
+    filled = {PLACEHOLDER: weighted_rating(wish.free, wish.free.values(), space.zero_padded), VALUES: values}
     return "".join(filled.get(part, part) for part in target_parts(space.target_template))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError
 
 from dpa.core.directions import DirectionSpace
@@ -31,8 +32,11 @@ PLAIN_TEMPLATE = (
 _BEGIN = "{#- dpa: preference -#}"
 _END = '{#- dpa: end of preference -#}{{- "" }}'
 
-# Plain Jinja with every blank trimmed, so that it reads the same with and without trim_blocks. The arithmetic is
-# that of core.directions in the same order; Jinja's `round` is Python's (half to even), `int` makes -0.0 a 0.
+# Plain Jinja with every blank trimmed, so that it reads the same with and without trim_blocks, and no more of it than
+# llama.cpp's own engine knows: no power, no `round`, no exponent in a number. The sum is that of core.cone.unit in the
+# same order. Its root: Newton's steps from above, at most 340 of which bring anything, then the remainder, which
+# Dekker's product (1971) has whole; so it is rounded right, as math.sqrt is. Numbers are rounded half to even, as
+# Python's `round` does it, and no zero has a sign.
 _SENTENCE = """
 {%- if preference is defined and preference is not none -%}
   {%- set dpa_names = @names@ -%}
@@ -46,21 +50,39 @@ _SENTENCE = """
       {{- raise_exception("preference: the weight of `" ~ name ~ "` is not a number; give a finite one.") -}}
     {%- endif -%}
   {%- endfor -%}
-  {%- set dpa = namespace(squares=0.0, terms=[]) -%}
+  {%- set dpa = namespace(weights=[], squares=0.0, root=0.0, terms=[]) -%}
   {%- for name in dpa_names -%}
-    {%- set weight = preference.get(name, 0)|float -%}
+    {%- set weight = preference.get(name, 0) -%}
+    {%- set weight = 0.0 if weight is string else weight|float -%}
+    {%- set dpa.weights = dpa.weights + [weight] -%}
     {%- set dpa.squares = dpa.squares + weight * weight -%}
   {%- endfor -%}
-  {%- if not (1e-200 < dpa.squares and dpa.squares < 1e200) -%}
+  {%- if not ("1e-200"|float < dpa.squares and dpa.squares < "1e200"|float) -%}
     {{- raise_exception("preference: the weights are all zero, or too large or small; scale them to about 1.") -}}
   {%- endif -%}
+  {%- set dpa.root = 0.5 * (dpa.squares + 1) -%}
+  {%- for step in range(340) -%}
+    {%- set nearer = 0.5 * (dpa.root + dpa.squares / dpa.root) -%}
+    {%- if nearer < dpa.root -%}{%- set dpa.root = nearer -%}{%- endif -%}
+  {%- endfor -%}
+  {%- set high = 134217729 * dpa.root - (134217729 * dpa.root - dpa.root) -%}
+  {%- set low = dpa.root - high -%}
+  {%- set square = dpa.root * dpa.root -%}
+  {%- set rest = dpa.squares - square - (high * high - square + 2 * high * low + low * low) -%}
+  {%- set dpa.root = dpa.root + rest / (2 * dpa.root) -%}
   {%- for name in dpa_names -%}
-    {%- set weight = preference.get(name, 0)|float -%}
-    {%- set percent = (100 * (weight / dpa.squares ** 0.5))|round|int -%}
-    {%- set dpa.terms = dpa.terms + [name ~ "*" ~ percent] -%}
+    {%- set percent = 100 * (dpa.weights[loop.index0] / dpa.root) -%}
+    {%- set size = percent if percent > 0 else 0 - percent -%}
+    {%- set whole = size|int -%}
+    {%- set over = size - whole - 0.5 -%}
+    {%- set whole = whole + 1 if over > 0 or (over == 0 and whole % 2 == 1) else whole -%}
+    {%- set sign = "-" if percent < 0 and whole > 0 else @plus@ -%}
+    {%- set dpa.terms = dpa.terms + [name ~ "*" ~ sign ~ @zeros@ ~ whole] -%}
   {%- endfor -%}
   {%- set dpa_text = @before@ ~ dpa.terms|join(" + ") ~ @after@ -%}
 @held_is_stated@"""
+
+_ZEROS = '("00" if whole < 10 else "0" if whole < 100 else "")'
 
 # Where the policy knows targets (core/targets.py), `"verbosity": "=40"` holds an objective at a value.
 _HELD_IS_CHECKED = """\
@@ -71,16 +93,19 @@ _HELD_IS_CHECKED = """\
       {%- endif -%}
 """
 _HELD_IS_STATED = """\
-  {%- set dpa_held = namespace(free=[], values=[]) -%}
+  {%- set dpa_held = namespace(free=[], stated=[]) -%}
   {%- for name in dpa_names -%}
     {%- if preference.get(name, 0) is string -%}
-      {%- set dpa_value = preference[name][1:]|float -%}
-      {%- set dpa_held.values = dpa_held.values + [name ~ " = " ~ ((dpa_value / @step@)|round|int * @step@)] -%}
+      {%- set steps = preference[name][1:]|float / @step@ -%}
+      {%- set whole = steps|int -%}
+      {%- set over = steps - whole - 0.5 -%}
+      {%- set whole = whole + 1 if over > 0 or (over == 0 and whole % 2 == 1) else whole -%}
+      {%- set dpa_held.stated = dpa_held.stated + [name ~ " = " ~ (whole * @step@)] -%}
     {%- else -%}
       {%- set dpa_held.free = dpa_held.free + [dpa.terms[loop.index0]] -%}
     {%- endif -%}
   {%- endfor -%}
-  {%- if dpa_held.values -%}
+  {%- if dpa_held.stated -%}
     {%- set dpa_text = @target@ -%}
   {%- endif -%}
 """
@@ -171,16 +196,17 @@ def steerable_template(base_template: str | None, space: DirectionSpace, default
     before, after = space.template.split(PLACEHOLDER)
     literals = {"@names@": _literal(list(space.names)), "@before@": _literal(before), "@after@": _literal(after)}
     literals |= {"@held_is_checked@": "", "@held_is_stated@": ""}
+    literals |= {"@plus@": '"+"', "@zeros@": _ZEROS} if space.zero_padded else {"@plus@": '""', "@zeros@": '""'}
     if space.target_template is not None:
         stated = _HELD_IS_STATED.replace("@step@", str(space.target_step))
         stated = stated.replace("@target@", _target_text(space.target_template))
         literals |= {"@held_is_checked@": _HELD_IS_CHECKED, "@held_is_stated@": stated}
-    filled = "@(?:names|before|after|held_is_checked|held_is_stated)@"
+    filled = "@(?:names|before|after|plus|zeros|held_is_checked|held_is_stated)@"
     sentence = re.sub(filled, lambda match: literals[match.group()], _SENTENCE)
     # A block that opens the base loses the blanks before it (lstrip_blocks), which it would not do in mid-line.
     base = re.sub(r"^[ \t]+(?=\{[%#])", "", base)
     if default is not None:
-        sentence = _DEFAULT.replace("@preference@", json.dumps(default.as_mapping())) + sentence
+        sentence = _DEFAULT.replace("@preference@", _mapping(default.as_mapping())) + sentence
     placed = _INTO_SYSTEM if has_system_role(base) else _INTO_USER
     if space.placement == "after_question":
         if base == PLAIN_TEMPLATE:
@@ -233,7 +259,7 @@ def has_system_role(template: str) -> bool:
 
 def _target_text(template: str) -> str:
     """The Jinja expression that a target's sentence is."""
-    filled = {PLACEHOLDER: 'dpa_held.free|join(" + ")', VALUES: 'dpa_held.values|join(", ")'}
+    filled = {PLACEHOLDER: 'dpa_held.free|join(" + ")', VALUES: 'dpa_held.stated|join(", ")'}
     return " ~ ".join(filled.get(part) or _literal(part) for part in target_parts(template) if part)
 
 
@@ -242,6 +268,15 @@ def _without_preference(template: str) -> str:
     if template.startswith(_BEGIN) and _END in template:
         return template.partition(_END)[2]
     return template
+
+
+def _mapping(preference: Mapping[str, float | str]) -> str:
+    """A Jinja literal, without exponents."""
+    values = (
+        _literal(value) if isinstance(value, str) else np.format_float_positional(value, trim="0")
+        for value in preference.values()
+    )
+    return "{" + ", ".join(f"{_literal(name)}: {value}" for name, value in zip(preference, values, strict=True)) + "}"
 
 
 def _literal(value: str | list[str]) -> str:

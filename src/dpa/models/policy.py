@@ -22,6 +22,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.records import Messages
 from dpa.core.reference import Model, ModelReference
+from dpa.core.sentences import weighted_rating
 from dpa.core.targets import Held, preference_of
 from dpa.models.attention import may_go_on
 from dpa.models.chat_template import ending_answers, steerable_template
@@ -142,7 +143,13 @@ def copy_policy(
 
 
 def make_steerable(tokenizer: PreTrainedTokenizerBase, space: DirectionSpace) -> None:
-    """Teach the tokenizer's chat template the space's `preference` (models/chat_template.py)."""
+    """Teach the tokenizer's chat template the space's `preference` (models/chat_template.py).
+
+    Raises ModelFileError where it has no tokens for zero-padded weights.
+    """
+    stated = weighted_rating(space.names, space.direction(space.center).integers, zero_padded=True)
+    if space.zero_padded and tokenizer.unk_token_id in tokenizer(stated, add_special_tokens=False)["input_ids"]:
+        raise ModelFileError(f"space.zero_padded: the model's tokenizer has no tokens for `{stated}`; let it be false.")
     base = tokenizer.get_chat_template() if tokenizer.chat_template else None
     tokenizer.chat_template = steerable_template(base, space)
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpa.core.directions import Direction, DirectionSpace
+from dpa.core.direction import Direction
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError
 from dpa.core.objective import Objective
 from dpa.core.targets import Wish

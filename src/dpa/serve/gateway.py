@@ -129,6 +129,8 @@ class Gateway:
                 "center": dict(zip(space.names, map(float, space.center_K), strict=True)),
                 "max_angle": space.max_angle,
                 "template": space.template,
+                "placement": space.placement,
+                "zero_padded": space.zero_padded,
                 "targets": space.target_template is not None,
                 "target_step": space.target_step,
                 "presets": presets,

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dpa.core.directions import Direction, DirectionSpace
+from dpa.core.direction import Direction
+from dpa.core.directions import DirectionSpace
 from dpa.core.target_selection import select_targets
 from dpa.core.targets import Target, Wish
 from dpa.serve.bodies import TOGETHER

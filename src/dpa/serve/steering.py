@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dpa.core.direction import Direction
 from dpa.core.direction_text import read_expression, shown
-from dpa.core.directions import Direction, DirectionSpace
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DirectionError, OutsideConeError, UserError
 from dpa.core.targets import Wish, read_wish
 
@@ -39,7 +40,7 @@ class UnknownModelError(UserError):
 
 @dataclass(frozen=True)
 class Ignored:
-    """A statement that lost: where it stood, and what it said (as the policy would be told, if it can be read)."""
+    """A statement that lost: where it stood, and what it said (in whole hundredths, if it can be read)."""
 
     source: str
     direction: str | None

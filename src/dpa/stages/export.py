@@ -23,7 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpa.core.directions import Direction, DirectionSpace
+from dpa.core.direction import Direction
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError, EngineError
 from dpa.core.measures import bootstrap_means, interval
 from dpa.core.records import Messages, Sampler, SampleRequest, seed_of, stable_hash

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dpa.core.directions import Direction, DirectionSpace
+from dpa.core.direction import Direction
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DataError
 from dpa.core.measures import Interval, interval
 from dpa.pages.rendering import render

@@ -63,6 +63,11 @@ class SpaceConfig(Section):
         "behind the last user message (of a model with a chat template). Prompts that differ in their direction alone "
         "then share all that stands before it, which finetuning, sampling on a processor and prefix caches read once.",
     )
+    zero_padded: bool = Field(
+        False,
+        description="State weights with a sign and three digits, `helpfulness*+097 + verbosity*-026`: where a "
+        "tokenizer cuts numbers into digits, each then stands at its own place, and -8 does not begin like -80.",
+    )
     presets: dict[str, str | dict[str, float]] = Field(
         default_factory=dict, description="Name -> direction, in any form a direction can be written."
     )
@@ -81,6 +86,7 @@ class SpaceConfig(Section):
             "max_angle": space.max_angle,
             "template": space.template,
             "placement": space.placement,
+            "zero_padded": space.zero_padded,
             "presets": dict(space.presets),
         }
 
@@ -94,6 +100,7 @@ class SpaceConfig(Section):
             max_angle=self.max_angle,
             template=self.template,
             placement=self.placement,
+            zero_padded=self.zero_padded,
             presets=self.presets,
             training_angle=self.training_angle,
             training_ends=self.training_ends,

@@ -53,7 +53,7 @@ export class Space {
     return Object.fromEntries(this.names.map((name, k) => [name, weights[k]]).filter(([, weight]) => weight !== 0));
   }
 
-  // As the policy is told: helpfulness*97 + verbosity*-26.
+  // As published, and as the server prints it: helpfulness*97 + verbosity*-26.
   text(weights) {
     const whole = unit(weights).map((value) => halfToEven(100 * value) + 0);
     return this.names.map((name, k) => `${name}*${whole[k]}`).join(" + ");
