@@ -305,7 +305,7 @@ def test_what_would_be_left_unread_is_refused(ratings: str, said: str, tmp_path:
 
 
 def test_a_space_reads_as_its_section_says(tmp_path: Path) -> None:
-    config = load_config(yaml_of(tmp_path), {"space.zero_padded": True, "space.placement": "after_question"})
+    config = load_config(yaml_of(tmp_path), {"space.zero_padded": "true", "space.placement": "after_question"})
     assert config.direction_space().to_dict().items() >= {"zero_padded": True, "placement": "after_question"}.items()
 
 

@@ -107,10 +107,10 @@ class Cone:
 
 
 def unit(weights: Sequence[float], where: str) -> tuple[float, ...]:
-    """Normalise: w / sqrt(sum of w*w).
+    """Normalise: w / root(sum of w*w).
 
-    Added up by hand in the objectives' order: a chat template comes to the same floats bit for bit, while Python's own
-    `sum` is compensated from 3.12 on, and its power of 0.5 is not always the root that is rounded right.
+    Added up by hand in the objectives' order: a chat template repeats these float operations bit for bit, while
+    Python's own `sum` is compensated from 3.12 on.
     """
     squares = 0.0
     for weight in weights:
@@ -119,8 +119,17 @@ def unit(weights: Sequence[float], where: str) -> tuple[float, ...]:
         raise DirectionError(f"{where}: all weights are zero; give at least one objective a weight.")
     if not 1e-200 < squares < 1e200:  # beyond this, squares lose digits, vanish or overflow
         raise DirectionError(f"{where}: the weights are too large or too small; scale them to about 1.")
-    norm = math.sqrt(squares)
+    norm = root(squares)
     return tuple(weight / norm for weight in weights)
+
+
+def root(square: float) -> float:
+    """The square root, to its last bit or the one beside it, by Newton's steps from above: a chat template takes the
+    same ones, since not every engine of templates knows a power (models/chat_template.py)."""
+    nearest, nearer = math.inf, 0.5 * (square + 1)
+    while nearer < nearest:
+        nearest, nearer = nearer, 0.5 * (nearer + square / nearer)
+    return nearest
 
 
 def _towards_ends(degrees_D: np.ndarray, angle: float, share: float, rng: np.random.Generator) -> np.ndarray:
