@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import minijinja
 import pytest
 from forks import python
 from hypothesis import assume, example, given, settings
@@ -58,7 +59,18 @@ def in_bare_jinja(template: str, messages: list, **variables) -> str:
     return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **variables)
 
 
-@pytest.fixture(params=[in_transformers, in_bare_jinja])
+def in_minijinja(template: str, messages: list, **variables) -> str:
+    """The engine of servers written in Rust."""
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = minijinja.Environment()
+    environment.add_function("raise_exception", raise_exception)
+    return environment.render_str(template, messages=messages, add_generation_prompt=True, **variables)
+
+
+@pytest.fixture(params=[in_transformers, in_bare_jinja, in_minijinja])
 def render(request):
     return request.param
 
@@ -85,6 +97,7 @@ def test_sentence_is_the_spaces_own_byte_for_byte(values: list[float], data, zer
     template = steerable_template(CHAT_TEMPLATE, space)
     assert in_transformers(template, QUESTION, preference=preference) == expected
     assert in_bare_jinja(template, QUESTION, preference=preference) == expected
+    assert in_minijinja(template, QUESTION, preference=preference) == expected
 
 
 @pytest.mark.parametrize("percent", [0.5, 1.5, 2.5, 12.5, 49.5])

@@ -107,7 +107,7 @@ class Cone:
 
 
 def unit(weights: Sequence[float], where: str) -> tuple[float, ...]:
-    """Normalise: w / root(sum of w*w).
+    """Normalise: w / (sum of w*w)**0.5.
 
     Added up by hand in the objectives' order: a chat template repeats these float operations bit for bit, while
     Python's own `sum` is compensated from 3.12 on.
@@ -119,17 +119,8 @@ def unit(weights: Sequence[float], where: str) -> tuple[float, ...]:
         raise DirectionError(f"{where}: all weights are zero; give at least one objective a weight.")
     if not 1e-200 < squares < 1e200:  # beyond this, squares lose digits, vanish or overflow
         raise DirectionError(f"{where}: the weights are too large or too small; scale them to about 1.")
-    norm = root(squares)
+    norm = squares**0.5
     return tuple(weight / norm for weight in weights)
-
-
-def root(square: float) -> float:
-    """The square root, to its last bit or the one beside it, by Newton's steps from above: a chat template takes the
-    same ones, since not every engine of templates knows a power (models/chat_template.py)."""
-    nearest, nearer = math.inf, 0.5 * (square + 1)
-    while nearer < nearest:
-        nearest, nearer = nearer, 0.5 * (nearer + square / nearer)
-    return nearest
 
 
 def _towards_ends(degrees_D: np.ndarray, angle: float, share: float, rng: np.random.Generator) -> np.ndarray:
