@@ -34,9 +34,21 @@ _END = '{#- dpa: end of preference -#}{{- "" }}'
 
 # Plain Jinja with every blank trimmed, so that it reads the same with and without trim_blocks, and no more of it than
 # llama.cpp's own engine knows: no power, no `round`, no exponent in a number. The sum is that of core.cone.unit in the
-# same order. Its root: Newton's steps from above (336 arrive from every sum within bounds), then the remainder, which
-# Dekker's product (1971) has whole: it differs from a power of 0.5 in the last bit for one vector in a thousand, which
-# shows only where a weight lies within that bit of a half. Half to even, as Python's `round`; no zero has a sign.
+# same order. Its root: Newton's steps from above, then the remainder, which Dekker's product (1971) has whole. So it
+# differs from a power of 0.5 in the last bit for one vector in a thousand, which shows only where a weight lies within
+# that bit of a half. No zero has a sign.
+
+# Of Newton's steps at most 5, 14 and 336 bring anything. Such a prompt is rendered in 0.4, 0.7 and 9 ms.
+_STEPS = (
+    "8 if 0.25 < dpa.squares and dpa.squares < 4 else 20 if 0.000001 < dpa.squares and dpa.squares < 1000000 else 350"
+)
+
+# `whole` is `size`, not negative, rounded half to even, as Python's `round` does it.
+_ROUNDED = """\
+    {%- set whole = size|int -%}
+    {%- set over = size - whole - 0.5 -%}
+    {%- set whole = whole + 1 if over > 0 or (over == 0 and whole % 2 == 1) else whole -%}
+"""
 _SENTENCE = """
 {%- if preference is defined and preference is not none -%}
   {%- set dpa_names = @names@ -%}
@@ -61,7 +73,7 @@ _SENTENCE = """
     {{- raise_exception("preference: the weights are all zero, or too large or small; scale them to about 1.") -}}
   {%- endif -%}
   {%- set dpa.root = 0.5 * (dpa.squares + 1) -%}
-  {%- for step in range(350) -%}
+  {%- for step in range(@steps@) -%}
     {%- set nearer = 0.5 * (dpa.root + dpa.squares / dpa.root) -%}
     {%- if nearer < dpa.root -%}{%- set dpa.root = nearer -%}{%- endif -%}
   {%- endfor -%}
@@ -73,14 +85,11 @@ _SENTENCE = """
   {%- for name in dpa_names -%}
     {%- set percent = 100 * (dpa.weights[loop.index0] / dpa.root) -%}
     {%- set size = percent if percent > 0 else 0 - percent -%}
-    {%- set whole = size|int -%}
-    {%- set over = size - whole - 0.5 -%}
-    {%- set whole = whole + 1 if over > 0 or (over == 0 and whole % 2 == 1) else whole -%}
-    {%- set sign = "-" if percent < 0 and whole > 0 else @plus@ -%}
+@rounded@    {%- set sign = "-" if percent < 0 and whole > 0 else @plus@ -%}
     {%- set dpa.terms = dpa.terms + [name ~ "*" ~ sign ~ @zeros@ ~ whole] -%}
   {%- endfor -%}
   {%- set dpa_text = @before@ ~ dpa.terms|join(" + ") ~ @after@ -%}
-@held_is_stated@"""
+@held_is_stated@""".replace("@rounded@", _ROUNDED).replace("@steps@", _STEPS)
 
 _ZEROS = '("00" if whole < 10 else "0" if whole < 100 else "")'
 
@@ -96,11 +105,8 @@ _HELD_IS_STATED = """\
   {%- set dpa_held = namespace(free=[], stated=[]) -%}
   {%- for name in dpa_names -%}
     {%- if preference.get(name, 0) is string -%}
-      {%- set steps = preference[name][1:]|float / @step@ -%}
-      {%- set whole = steps|int -%}
-      {%- set over = steps - whole - 0.5 -%}
-      {%- set whole = whole + 1 if over > 0 or (over == 0 and whole % 2 == 1) else whole -%}
-      {%- set dpa_held.stated = dpa_held.stated + [name ~ " = " ~ (whole * @step@)] -%}
+      {%- set size = preference[name][1:]|float / @step@ -%}
+@rounded@      {%- set dpa_held.stated = dpa_held.stated + [name ~ " = " ~ (whole * @step@)] -%}
     {%- else -%}
       {%- set dpa_held.free = dpa_held.free + [dpa.terms[loop.index0]] -%}
     {%- endif -%}
@@ -108,7 +114,7 @@ _HELD_IS_STATED = """\
   {%- if dpa_held.stated -%}
     {%- set dpa_text = @target@ -%}
   {%- endif -%}
-"""
+""".replace("@rounded@", _ROUNDED)
 
 _INTO_SYSTEM = """
   {%- if messages and messages[0]["role"] == "system" -%}
