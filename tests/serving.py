@@ -44,7 +44,7 @@ class FakeUpstream:
 
     An answer says which direction it was asked with, and has seed modulo 7 more words. `mode`: "answer", "slow" (until
     `release` is set), "stall" (a stream goes silent), "mute" (it never speaks), "die" (it breaks off),
-    "garbage" (no JSON), "second speaks" (of two choices of a stream), a number (a status).
+    "garbage" (no JSON), "flat" (400, SGLang's way), "second speaks" (of two choices of a stream), a number (a status).
     It scores too, unless "scores nothing": "good" is 50, "long" the number of the response's words.
     """
 
@@ -77,6 +77,8 @@ class FakeUpstream:
         self.asked.append(body)
         if isinstance(self.mode, int):
             return JSONResponse({"error": {"message": "no luck", "type": "x"}}, self.mode, {"Retry-After": "7"})
+        if self.mode == "flat":
+            return JSONResponse({"object": "error", "message": "no luck", "code": 400}, 400)
         if "stream_options" in body and not body.get("stream"):  # OpenAI and vLLM do so
             return JSONResponse({"error": {"message": "stream_options: only with stream", "type": "x"}}, 400)
         if self.mode == "garbage":

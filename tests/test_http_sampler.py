@@ -158,7 +158,7 @@ def test_without_a_direction_no_preference_is_sent(policy: Path, serve: Callable
     ("kind", "pages", "extra"),
     [
         ("sglang", {}, {"top_k", "min_p", "repetition_penalty"}),
-        ("llamacpp", {}, {"top_k", "min_p", "repetition_penalty"}),
+        ("llamacpp", {}, {"top_k", "min_p", "repeat_penalty", "reasoning_format"}),
         ("somebody", {}, set()),
         ("somebody", {"/openapi.json": {"paths": {"/load_model": {}}}}, {"generation_config"}),
         ("dpa", {"/openapi.json": {"paths": {"/v1/dpa/space": {}}}}, set()),
@@ -179,9 +179,16 @@ def test_each_kind_of_server_gets_the_fields_it_knows(
         assert (how["do_sample"], how["top_k"], how["temperature"], how["eos_token_id"]) == (True, 0, 0.9, [1])
 
 
-def test_the_context_bounds_a_response_and_a_prompt_that_fills_it_gets_nothing(policy: Path, serve: Callable) -> None:
+@pytest.mark.parametrize(
+    "started_with",
+    [{"owned_by": "vllm", "max_model_len": 200}, {"owned_by": "llamacpp", "meta": {"n_ctx": 200}}],
+    ids=["vllm", "llama.cpp"],
+)
+def test_the_context_bounds_a_response_and_a_prompt_that_fills_it_gets_nothing(
+    policy: Path, serve: Callable, started_with: dict
+) -> None:
     """The server was started with 200 tokens; the policy has 256. One token is one byte."""
-    server = serve()
+    server = serve(listed={"id": str(policy), **started_with})
     long, too_long = "x" * 180, "x" * 199
     with build_samplers(policy, config_of(server)) as samplers:
         requests = [

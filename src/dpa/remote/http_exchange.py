@@ -107,4 +107,9 @@ def brief(content: bytes) -> str:
         text = str(said.get("message", said) if isinstance(said, dict) else said)
     except (ValueError, RecursionError):
         pass
-    return " ".join(text.split())[:200]
+    return " ".join(own_words(text).split())[:200]
+
+
+def own_words(message: str) -> str:
+    """What a chat template said, without the source and the traces that llama.cpp puts before it."""
+    return message.rpartition("Jinja Exception: ")[2]

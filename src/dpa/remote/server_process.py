@@ -20,6 +20,8 @@ _LOOK_S = 0.1
 _LAST_BYTES = 1000
 _PORTS = 3
 """So many are tried where another process takes the port that was free before the server does."""
+_PORT_TAKEN = ("address already in use", "couldn't bind http server socket")
+"""What uvicorn and llama.cpp say of that."""
 
 
 class ServerProcess:
@@ -27,7 +29,8 @@ class ServerProcess:
 
     It listens on `host`. It is healthy when GET /health, or /v1/models where there is no /health, answers 200.
     `start_s` seconds are its time to become so, `health_s` those a busy one has to say it is well, `stop_s` those it
-    has to end before it is killed. It ends with this process, kill -9 included (remote/guard.py).
+    has to end before it is killed. It ends with this process, kill -9 included (remote/guard.py). What it says is kept
+    in `log`, where that is given.
     Raises ConfigError when the template cannot be filled in.
     """
 
@@ -40,10 +43,12 @@ class ServerProcess:
         health_s: float = 15.0,
         stop_s: float = 10.0,
         host: str = "127.0.0.1",
+        log: Path | None = None,
     ) -> None:
         self._command, self._policy, self._index = command, policy, index
         self._start_s, self._health_s, self._stop_s, self._host = start_s, health_s, stop_s, host
-        self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115  appending: reading must not move the writer
+        # Appending: reading must not move the writer.
+        self._log = tempfile.TemporaryFile("a+b") if log is None else log.open("a+b")  # noqa: SIM115
         self._guard: subprocess.Popen | None = None
         self._port = 0
         self._lock = threading.Lock()
@@ -85,7 +90,7 @@ class ServerProcess:
         while not self.healthy(seconds=2.0):
             if not self.running:
                 said = self.last_words()
-                if ports == _PORTS or "address already in use" not in said.lower():
+                if ports == _PORTS or not any(words in said.lower() for words in _PORT_TAKEN):
                     raise EngineError(f"the server ended while it started; {said}")
                 ports += 1
                 self.start()

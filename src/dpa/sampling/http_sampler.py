@@ -148,9 +148,12 @@ class HttpSampler:
         if prompt.preference is not None:
             body["chat_template_kwargs"] = {"preference": prompt.preference}
         match self._kind:
-            case "vllm" | "sglang" | "llama.cpp":
-                # Else a generation_config.json or the server's own defaults would narrow the distribution.
+            # Else a generation_config.json or the server's own defaults would narrow the distribution.
+            case "vllm" | "sglang":
                 body |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+            case "llama.cpp":
+                # Its name for the penalty is another one; told no format it may cut an answer's reasoning out.
+                body |= {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "reasoning_format": "none"}
             case "transformers":
                 # It knows no other way to be told to sample, and not from the 50 likeliest tokens only.
                 config = {
@@ -254,7 +257,8 @@ class HttpSampler:
                 continue
             places = [Path(text).resolve() for text in (name, root) if isinstance(text, str) and text]
             if name == self._config.model or (self._config.model is None and folder in places):
-                length = model.get("max_model_len")
+                more = model.get("meta")  # where llama.cpp says it
+                length = model.get("max_model_len") or (more.get("n_ctx") if isinstance(more, dict) else None)
                 return name, length if isinstance(length, int) and length > 0 else None
         if self._config.model is not None:
             return self._config.model, None  # a server need not list every name it answers to

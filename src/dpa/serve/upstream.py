@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 from pydantic_core import from_json
 
+from dpa.remote.http_exchange import own_words
 from dpa.serve.bodies import RefusedError, to_json
 from dpa.serve.steering import Steering
 
@@ -164,9 +165,10 @@ def _failure(status: int, data: bytes, headers: Mapping[str, str]) -> RefusedErr
         said = from_json(data)
     except ValueError:
         said = None
-    detail = said.get("error", said.get("detail")) if isinstance(said, dict) else None
+    # {"error": {...}} as OpenAI has it, {"detail": ...} as FastAPI, {"message": ...} as SGLang
+    detail = said.get("error", said.get("detail", said)) if isinstance(said, dict) else None
     fields = detail if isinstance(detail, dict) else {"message": detail}
-    message = str(fields.get("message") or f"it answered {status}")[:1000]
+    message = own_words(str(fields.get("message") or f"it answered {status}"))[:1000]
     if status == 429 or status == 503:
         after = headers.get("retry-after", "")
         wait_s = int(after) if after.isdecimal() else RETRY_AFTER_S
