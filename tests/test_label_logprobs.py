@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_model
 
 from dpa.models.attention import pack_inputs, packed_attention
-from dpa.training.label_logprobs import IGNORED, has_plain_head, label_logprobs
+from dpa.training.label_logprobs import IGNORED, has_plain_head, label_logprobs, label_places
 
 
 @pytest.mark.parametrize(("architecture", "changes"), [("llama", {}), ("qwen2", {"tie_word_embeddings": True})])
@@ -22,9 +22,9 @@ def test_they_are_those_of_the_whole_logits(architecture: str, changes: dict) ->
     right = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
     with packed_attention(model):
-        ours_L, places_L = label_logprobs(model, {**pack_inputs(ids_N), "labels": labels_T[None]})
+        ours_L = label_logprobs(model, {**pack_inputs(ids_N), "labels": labels_T[None]})
     (ours_L * weights_L).sum().backward()
-    assert places_L.tolist() == [2, 3, 4, 7]
+    assert label_places(labels_T).tolist() == [2, 3, 4, 7]
     torch.testing.assert_close(ours_L, right_L, rtol=1e-5, atol=1e-5)
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight.grad, right[name], rtol=1e-3, atol=1e-5)
@@ -32,7 +32,7 @@ def test_they_are_those_of_the_whole_logits(architecture: str, changes: dict) ->
 
 def test_a_row_without_a_label_gives_none_and_its_loss_has_a_gradient() -> None:
     model = tiny_model()
-    logprobs_L, _ = label_logprobs(model, {**pack_inputs([[5, 6]]), "labels": torch.full((1, 2), IGNORED)})
+    logprobs_L = label_logprobs(model, {**pack_inputs([[5, 6]]), "labels": torch.full((1, 2), IGNORED)})
     logprobs_L.sum().backward()
     assert len(logprobs_L) == 0 and not model.base_model.norm.weight.grad.any()
 

@@ -12,6 +12,7 @@ from tiny_models import SPACE, tiny_model, tiny_tokenizer
 from dpa.core.errors import TrainingError
 from dpa.core.sections.training import FinetuneConfig
 from dpa.models.attention import packed_attention
+from dpa.models.memory import Plan
 from dpa.training.packing import Example
 from dpa.training.passes import StepInPasses
 from dpa.training.sft import SFT
@@ -74,6 +75,15 @@ def test_fault_52_a_row_that_does_not_fit_is_recomputed(tmp_path: Path) -> None:
     whole, _ = train(tmp_path, None)
     recomputed, trainer = train(tmp_path, 40)
     assert trainer.model.model.gradient_checkpointing and recomputed == pytest.approx(whole, rel=1e-5)
+
+
+def test_fault_52_where_no_row_fits_otherwise_recomputing_begins_with_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = train(tmp_path, None)
+    monkeypatch.setattr("dpa.training.sft.first_plan", lambda *_, **__: Plan(4, True))
+    recomputed, trainer = train(tmp_path, 40 * 4)
+    assert trainer.pass_size == 4 and recomputed == pytest.approx(whole, rel=1e-5)
 
 
 def test_fault_52_what_cannot_fit_names_the_field(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from dpa.training import reward_training
 from dpa.training.checkpoints import newest_checkpoint
 from dpa.training.reward_head import Head, Unit
 from dpa.training.reward_rows import RatedExample, split_by_prompt
-from dpa.training.reward_trainer import UNMARKED, masked_mse
+from dpa.training.reward_trainer import UNMARKED, build_trainer, masked_mse
 from dpa.training.reward_training import train_reward_model
 from dpa.training.ridge import fit_ridge
 from dpa.training.trainers import CountSeconds
@@ -78,6 +78,21 @@ def saved_scores(folder: Path, rows: list[RatedExample]) -> np.ndarray:
         with torch.inference_mode():
             scores.append(model(**inputs).logits[0].tolist())
     return np.array(scores)
+
+
+def test_activations_are_computed_twice_where_that_is_asked(tmp_path: Path) -> None:
+    backbone = save_tiny_model(tmp_path / "backbone")
+    data = [{"input_ids": list(range(5, 25)), "labels": np.zeros(2, np.float32)}] * 4
+    counts = []
+    for asked in (False, True):
+        model = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=2)
+        settings = config(backbone, batch_size=4, epochs=1, gradient_checkpointing=asked)
+        trainer = build_trainer(model, data, settings, 0, tmp_path / str(asked), 0)
+        calls: list[int] = []
+        model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        trainer.train()
+        counts.append(len(calls))
+    assert counts == [1, 2]
 
 
 # The loss

@@ -2,7 +2,7 @@
 Run its tests: pytest tests/test_label_logprobs.py
 
     inputs = {**pack_inputs(ids_N), "labels": labels}         # labels (1, T): a token's own id, IGNORED elsewhere
-    logprobs_L, places_L = label_logprobs(model, inputs)      # log p(token at places_L[l] | what stands before it)
+    logprobs_L = label_logprobs(model, inputs)                # log p(token | what stands before it)
 
 The logits of SmolLM2 over 8,192 tokens are 1.6 GB in fp32, and training holds several copies of them. Here the last
 hidden states are taken where a label follows, and the vocabulary goes by in tiles that the backward pass makes again.
@@ -32,8 +32,8 @@ def has_plain_head(model: Any) -> bool:
     )
 
 
-def label_logprobs(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """logprobs_L (fp32, with a gradient) and places_L, where in the row of T tokens each label stands.
+def label_logprobs(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """logprobs_L (fp32, with a gradient) of the labels of a row of T tokens, in their order (`label_places`).
 
     `inputs`: `labels` (1, T) and what else the model takes; `label_places`, where they are known already (to find them
     on a card is to wait for it). `model`: a transformers model, adapters within it and all, without the wrapper of PEFT
@@ -56,7 +56,7 @@ def label_logprobs(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, to
         1.0 if scale is None else scale,
         (),
     )
-    return logprobs_L, places_L
+    return logprobs_L
 
 
 def label_places(labels_T: torch.Tensor) -> torch.Tensor:

@@ -103,6 +103,13 @@ class StepInPasses:
         """Passes of `size` at first. Activations that are not `recomputed` may be later, unless it was `asked` for not
         to."""
         self.pass_size, self.may_recompute = size, asked is None and not recomputed
+        if recomputed:
+            self._recompute()
+
+    def _recompute(self) -> None:
+        # The model's own switch: transformers 5.24 reads its argument under another name, and only when it is made.
+        trainer: Any = self
+        without_adapters(trainer.model).gradient_checkpointing_enable({"use_reentrant": False})
 
     def cut(self, rows: Sequence[Any], size: int) -> list[Any]:
         """The passes of a step's rows, each of at most `size`, or of the least there can be."""
@@ -155,7 +162,7 @@ class StepInPasses:
                 _log.warning("training: memory ran out; goes on with %s %s a pass.", f"{self.pass_size:,}", self.unit)
             elif self.may_recompute:
                 self.may_recompute = False
-                without_adapters(model).gradient_checkpointing_enable({"use_reentrant": False})
+                self._recompute()
                 _log.warning("training: memory ran out; activations are computed twice from here on.")
             else:
                 raise TrainingError(

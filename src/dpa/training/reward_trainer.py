@@ -56,14 +56,10 @@ class _Trainer(StopsAtBadStep, OverPackedRows, StepInPasses, Trainer):
         """Squared errors of the pass's marks, over the number of the step's."""
         ids_B, device = [row["input_ids"] for row in part], self.args.device
         labels_BM = torch.from_numpy(np.stack([row["labels"] for row in part])).float()
-        if self.packed:
-            inputs = to_device({**pack_inputs(ids_B), "labels": labels_BM}, device)
-            labels_BM = inputs.pop("labels")
-            logits_BM = last_token_logits(without_adapters(model), inputs)
-        else:
-            inputs = to_device({**pad_batch(ids_B, self.pad), "labels": labels_BM}, device)
-            labels_BM = inputs.pop("labels")
-            logits_BM = model(**inputs).logits
+        rows = pack_inputs(ids_B) if self.packed else pad_batch(ids_B, self.pad)
+        inputs = to_device({**rows, "labels": labels_BM}, device)
+        labels_BM = inputs.pop("labels")
+        logits_BM = last_token_logits(without_adapters(model), inputs) if self.packed else model(**inputs).logits
         return masked_mse(logits_BM, labels_BM, step["count"])
 
 
@@ -106,8 +102,6 @@ def build_trainer(
     trainer.compile = config.compile
     trainer.pad = pad
     trainer.begin_with(first.units * longest, first.recompute, config.gradient_checkpointing)
-    arguments.gradient_checkpointing = first.recompute
-    arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}  # else, frozen inputs would stop gradients
     trainer.remove_callback(PrinterCallback)
     return trainer
 

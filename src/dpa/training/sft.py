@@ -63,7 +63,7 @@ class _Trainer(StopsAtBadStep, StepInPasses, OverPackedRows, SFTTrainer):
     def pass_loss(self, model: Any, part: Any, step: Mapping[str, Any]) -> torch.Tensor:
         """Nats of the pass's labels, over those of the step."""
         inputs = to_device(pass_inputs(part), self.args.device)
-        logprobs_L, _ = label_logprobs(without_adapters(model), inputs)
+        logprobs_L = label_logprobs(without_adapters(model), inputs)
         return -logprobs_L.sum() / step["count"]
 
 
@@ -74,7 +74,7 @@ class _ContrastiveTrainer(AddsContrast, _Trainer):
         """Nats of the pass's own labels, over those of the step, and the weighed term."""
         inputs = to_device(contrast_inputs(part), self.args.device)
         slot_L, present_RJ = inputs.pop("slot_L"), inputs.pop("present_RJ")
-        logprobs_L, _ = label_logprobs(without_adapters(model), inputs)
+        logprobs_L = label_logprobs(without_adapters(model), inputs)
         return self.contrast_loss(logprobs_L, slot_L, present_RJ, step["count"], step["examples"])
 
 
@@ -163,7 +163,6 @@ class SFT(Learner[Example]):
             first = first_plan(trainer.model, recompute, longest, most, self.section, mixed)
             trainer.compile = config.compile
             trainer.begin_with(first.units, first.recompute, recompute)
-            arguments.gradient_checkpointing = first.recompute
         return trainer
 
     def tokens(self, examples: Sequence[Example], trainer: Any) -> int:
