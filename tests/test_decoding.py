@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpa.sampling.decoding import Decoder, Decoding, decode
-from dpa.sampling.fixed_cache import FixedCache, rung
+from dpa.sampling.fixed_cache import FixedCache, can_be_recorded, rung
 from dpa.sampling.forward import Forward
 from dpa.sampling.grouped_attention import grouped_attention
 from dpa.sampling.strided_cache import StridedCache, fill_holes
@@ -28,6 +28,14 @@ def rows_of(prompts: int, samples: int) -> tuple[list[list[int]], list[int], lis
     texts = [rng.integers(81, 250, rng.integers(5, 31)).tolist() for _ in range(prompts)]
     places = [place for place in range(prompts) for _ in range(samples)]
     return texts, places, list(range(100, 100 + len(places))), rng.integers(3, 41, len(places)).tolist()
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "longrope"])
+def test_steps_that_wait_for_the_card_are_not_recorded(kind: str) -> None:
+    more = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4, "original_max_position_embeddings": 64}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **(more if kind == "longrope" else {})}
+    assert can_be_recorded(tiny_model(rope_parameters=rope)) == (kind in ("default", "linear"))
+    assert can_be_recorded(tiny_model("gpt2"))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])

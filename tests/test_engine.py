@@ -515,6 +515,27 @@ class Turns:
             self.loop._once()
 
 
+def test_52_memory_that_runs_out_as_an_answer_joins_ends_no_answer() -> None:
+    """A card's cache takes its memory when rows enter; those that were in are let go with it."""
+    roomy, full = Turns(max_rows=4), Turns(max_rows=4)
+    batch = full.loop._batch
+    enter = batch._decoder.enter
+
+    def refuse(read: Any, places: list[int]) -> Any:
+        if len(batch.rows) + len(places) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return enter(read, places)
+
+    batch._decoder.enter = refuse  # type: ignore[method-assign]
+    for turns in (roomy, full):
+        turns.ask("first", 2, 12)
+        for _ in range(3):
+            turns.loop._once()
+        turns.ask("second", 1, 6)
+        turns.run()
+    assert full.answers == roomy.answers and full.loop._room < 4
+
+
 def test_49_a_neighbours_short_answer_does_not_wait_for_a_large_request() -> None:
     turns = Turns(max_rows=4)
     turns.ask("large", 24, 30)

@@ -4,7 +4,9 @@ pytest tests/test_listening.py
 
 import json
 import logging
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +27,7 @@ from dpa.stages.finetune import finetune_policy, listening_curve
 from dpa.storage.run_folder import StageFolder
 from dpa.training.dpo import DPO
 from dpa.training.learner import RowEncoder
-from dpa.training.listening import Listening, held_out_rows, hold_out, listening
+from dpa.training.listening import Listening, MeasureListening, held_out_rows, hold_out, listening
 from dpa.training.sft import SFT
 
 ROWS = rows_of([[(UP, "So it is. " * (1 + i % 3)), (DOWN, "No." + "!" * (i % 3))] for i in range(12)])
@@ -218,6 +220,16 @@ def test_pairs_are_measured_by_their_chosen_response(base: Path, tmp_path: Path)
     config = PreferenceConfig(max_length=160, pairs_per_step=4, listening_rows=8, listening_steps=99)
     _, ledger = finetuned(base, tmp_path, config, pairs)
     assert ledger.extra["listening_rows"] == 8
+
+
+def test_a_step_that_fails_is_not_measured_under_the_number_of_the_one_before() -> None:
+    measured: list[int] = []
+    held_out = SimpleNamespace(measure=lambda model: measured.append(model) or SimpleNamespace(to_log=dict))
+    callback = MeasureListening(held_out, 2, SimpleNamespace(log=lambda entry: None))  # type: ignore[arg-type]
+    for step, loss in ((0, math.nan), (1, 1.0), (2, 1.0), (2, math.nan), (3, 1.0), (4, 1.0)):
+        state = SimpleNamespace(global_step=step, max_steps=10)
+        callback.on_log(None, state, None, logs={"loss": loss}, model=step)  # type: ignore[arg-type]
+    assert measured == [2, 4]
 
 
 def test_nothing_is_measured_where_nothing_is_held_out(base: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ Run its tests: pytest tests/test_attention.py
 A mask over the whole row costs its length squared: 8,192 tokens in 40 sequences cost forty times what the sequences do.
 The ways that do not, best first:
 
-    varlen             torch.nn.attention.varlen (torch >= 2.10) on CUDA, in half precision
+    varlen             torch.nn.attention.varlen (torch >= 2.11) on CUDA, in half precision
     flash_attention_*  of transformers, where the package is installed
     segments           one call of scaled_dot_product_attention a sequence: the CPU's, and the one others are tested by
 
@@ -35,7 +35,7 @@ try:
 except ImportError:  # torch 2.9
     varlen_attn = None
 
-VARLEN, SEGMENTS = "dpa_varlen", "dpa_segments"
+VARLEN, SEGMENTS, FLASH = "dpa_varlen", "dpa_segments", "flash_attention_2"
 
 _HALF = (torch.bfloat16, torch.float16)
 _log = logging.getLogger(__name__)
@@ -117,12 +117,13 @@ def packed_attention(model: Any, dtype: torch.dtype | None = None) -> Iterator[b
 def padded_attention(model: Any) -> Iterator[None]:
     """Within a block of `packed_attention`: while this one runs, the model takes padded batches."""
     way = model.config._attn_implementation
-    if way in (VARLEN, SEGMENTS):
+    packed = way in (VARLEN, SEGMENTS, FLASH)
+    if packed:
         model.set_attn_implementation("sdpa")
     try:
         yield
     finally:
-        if way in (VARLEN, SEGMENTS):
+        if packed:
             model.set_attn_implementation(way)
 
 
@@ -139,7 +140,7 @@ def best_way(model: Any, dtype: torch.dtype | None = None, device: torch.device 
         return None
     if _varlen_works(device, *_heads(config), dtype):
         return VARLEN
-    return "flash_attention_2" if is_flash_attn_2_available() else None
+    return FLASH if is_flash_attn_2_available() else None
 
 
 def may_go_on(model: Any, dtype: torch.dtype | None = None, device: torch.device | None = None) -> bool:
@@ -269,7 +270,7 @@ def _varlen_works(
 ) -> bool:
     """Whether torch's own works for these heads on this device; tried once."""
     if varlen_attn is None:
-        _log.warning("training: torch %s has no attention of varying length; 2.10 has it.", torch.__version__)
+        _log.warning("training: torch %s has no attention of varying length; 2.11 has it.", torch.__version__)
         return False
     attend = varlen_attention(varlen_attn, _TAKES_GROUPS)
     return gives_right_values(attend, device, heads, key_heads, width, dtype, goes_on)

@@ -21,7 +21,7 @@ from dpa.core.errors import EngineError
 from dpa.core.records import places_of
 from dpa.models.shared_prefixes import WORTH_SHARING, Family, families, tokens_read
 from dpa.sampling.drawing import draw, uniforms
-from dpa.sampling.fixed_cache import FixedCache
+from dpa.sampling.fixed_cache import FixedCache, can_be_recorded
 from dpa.sampling.forward import Forward, Read, check_decodable
 from dpa.sampling.grouped_attention import NotFixedError
 from dpa.sampling.packed_prompts import can_be_packed, read_packed
@@ -57,7 +57,9 @@ class Decoder:
         fixed = on_card and FixedCache.fits(model) if cache is None else cache == "fixed"
         self.model, self._forward = model, Forward(model)
         self._packs = can_be_packed(self._forward)
-        self._cache: StridedCache | FixedCache = FixedCache(graphs=on_card) if fixed else StridedCache()
+        self._cache: StridedCache | FixedCache = (
+            FixedCache(graphs=on_card and can_be_recorded(model)) if fixed else StridedCache()
+        )
         self.begin()
 
     @property

@@ -8,6 +8,7 @@ that joins moves nobody. Buffers and graphs outlive the rows.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,14 @@ def rung(count: int) -> int:
     """`count` rounded up to 2**k or 3 * 2**k."""
     power = 1 << max(count - 1, 0).bit_length()
     return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
+
+
+def can_be_recorded(model: PreTrainedModel) -> bool:
+    """Whether its steps may be CUDA graphs: rotary embeddings that look how long the sequences are wait for the card,
+    and a recording that fails leaves torch's allocator unable to empty its cache."""
+    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [found, *(kind for kind in found.values() if isinstance(kind, Mapping))]  # by kind of layer, for some
+    return all(kind.get("rope_type") not in ("dynamic", "longrope") for kind in kinds)
 
 
 class FixedLayer(DynamicLayer):

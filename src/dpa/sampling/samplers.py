@@ -168,6 +168,8 @@ class SamplerSpec:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = self.device or default_device()
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one
         dtype = torch.bfloat16 if computes_in_bf16(self.bf16, device) else torch.float32
         return load_policy(self.policy, dtype=dtype, device=device)
 

@@ -124,7 +124,9 @@ class VllmEngine(SamplingEngine):
         prompting = Prompting.of(safe, space)
         arguments = _arguments(safe, prompting.context, config)
         self._take(safe, arguments)
-        longest = arguments["max_model_len"] or prompting.context
+        # The engine may have found it out (-1), or know a limit that the policy does not declare.
+        started_with = getattr(getattr(self._llm, "model_config", None), "max_model_len", None)
+        longest = started_with or arguments["max_model_len"] or prompting.context
         prompting = replace(prompting, context=min(prompting.context, longest))
         try:
             yield [VllmSampler(self._vllm, self._llm, prompting, config, folder_revision(safe.path))]

@@ -322,7 +322,7 @@ class Logits:
 
     def collect(self) -> np.ndarray:
         """The logits of all rows in the order they came, float64 (N, outputs)."""
-        logits_NM = torch.cat(self._logits).double().cpu().numpy()
+        logits_NM = torch.cat(self._logits).cpu().double().numpy()
         in_order_NM = np.empty_like(logits_NM)
         in_order_NM[self._order] = logits_NM
         return in_order_NM

@@ -206,6 +206,7 @@ class EngineLoop:
         """Let answers in; where that fails for several each is tried alone."""
         if not answers:
             return
+        before = len(self._batch.rows)  # a batch that failed may have let them go
         try:
             self._batch.join([answer.row for answer in answers])
         except Exception as error:
@@ -213,8 +214,8 @@ class EngineLoop:
             if len(answers) > 1:
                 for answer in answers:
                     self._enter([answer])
-            elif is_out_of_memory(error) and self._batch.rows:
-                self._make_room(len(self._batch.rows))
+            elif is_out_of_memory(error) and before:
+                self._make_room(before)
                 with self._wake:
                     self._waiting.setdefault(answers[0].request, deque()).appendleft(answers[0])
             else:

@@ -181,11 +181,15 @@ class MeasureListening(TrainerCallback):
 
     def __init__(self, held_out: HeldOut, every: int, trainer: Any) -> None:
         self._held_out, self._every, self._trainer = held_out, every, trainer
+        self._measured = 0
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure where it is time."""
-        due = state.global_step % self._every == 0 or state.global_step >= state.max_steps
-        if due and "loss" in kwargs["logs"]:
+        step = state.global_step
+        due = step % self._every == 0 or step >= state.max_steps
+        # A step that fails logs its loss under the number of the one before.
+        if due and step > self._measured and "loss" in kwargs["logs"]:
+            self._measured = step
             self._trainer.log(self._held_out.measure(kwargs["model"]).to_log())
 
     def last(self) -> Listening | None:

@@ -16,6 +16,7 @@ from accelerate import DistributedType
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer
+from transformers.integrations import unset_hf_deepspeed_config
 
 from dpa.core.config_identity import of_results
 from dpa.core.errors import DamageError, DataError, TrainingError
@@ -147,7 +148,8 @@ def _whole_model(
     accelerator = trainer.accelerator
     trained: Any = accelerator.unwrap_model(trainer.model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        weights = accelerator.get_state_dict(trainer.model)
+        weights = accelerator.get_state_dict(trainer.model_wrapped)  # the engine, which knows its parts
+        unset_hf_deepspeed_config()  # else the first rank would wait below for the others to take theirs
     elif any(isinstance(parameter, DTensor) for parameter in trained.parameters()):  # FSDP2
         weights = {}
         for name, part in trained.state_dict().items():  # one at a time: every rank gives its part, the first keeps all
