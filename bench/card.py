@@ -42,7 +42,7 @@ PHASES = {
     "vllm": ("decoding", 300),
     "serve": ("serving", 240),
     "gateway": ("serving", 240),
-    "classify": ("serving", 240),
+    "classify": ("serving", 300),
     "seven_b": ("seven_b", 360),
     "loop": ("loop", 480),
 }
@@ -63,6 +63,8 @@ def main() -> None:
     # For what phases start themselves: `dpa serve`, `vllm serve`.
     source, paths = str(Path(__file__).resolve().parents[1] / "src"), os.environ.get("PYTHONPATH")
     os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, (source, paths))), "PYTHONUNBUFFERED": "1"}
+    # Without it no engine of vLLM starts where flashinfer is not installed; with top_p 1 nothing is sampled by it.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false" if args.tiny else "true"}
     if args.tiny:
         multiprocessing.set_forkserver_preload(PRELOADED)

@@ -116,7 +116,7 @@ def beside_bare(
     card: Card, sampler: Sampler, module: Any, engine: Any, requests: list[SampleRequest], longest: int
 ) -> None:
     """Tokens/s of the sampler and of the bare engine, in turn, twice; the better of each counts. The engine is asked
-    without seeds and with those the sampler sends: vLLM draws seeded requests one by one."""
+    without seeds and with those the sampler sends: vLLM's older model runner draws seeded requests one by one."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(card.steerable())

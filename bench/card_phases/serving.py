@@ -51,13 +51,13 @@ def has(name: str) -> bool:
 
 
 @contextmanager
-def vllm_server(model: Path, *more: str) -> Iterator[str]:
-    """Address of a stock `vllm serve`."""
+def vllm_server(card: Card, model: Path, *more: str) -> Iterator[str]:
+    """Address of a stock `vllm serve`, whose log stays beside the result: an engine's cause of death stands there."""
     from dpa.remote.server_process import ServerProcess
 
     need_vllm()
     words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "{policy}", "--port", "{port}", *more]
-    server = ServerProcess(" ".join(words), str(model), start_s=240)
+    server = ServerProcess(" ".join(words), str(model), start_s=150, log=card.out / f"{card.phase}.vllm.log")
     try:
         server.start()
         yield server.wait_until_healthy()
@@ -103,7 +103,7 @@ async def ask_all(address: str, bodies: list[dict[str, Any]], clients: int) -> t
 
 def serve(card: Card) -> None:
     """Tokens/s of `vllm serve` at 64 clients, and whether the direction in a request reaches the prompt."""
-    with vllm_server(card.steerable(), *MEMORY) as address:
+    with vllm_server(card, card.steerable(), *MEMORY) as address:
         model, count, longest = first_model(address), (8 if card.tiny else 512), (6 if card.tiny else 256)
         bodies = [body_of(card, place, longest, model) for place in range(count)]
         asyncio.run(ask_all(address, bodies[:64], 64))
@@ -126,7 +126,7 @@ def gateway(card: Card) -> None:
         if not has(name):
             raise Absent(f"{name} is not installed (extra serve)")
     policy, count, longest = card.steerable(), (16 if card.tiny else 512), 32
-    with contextlib.suppress(Absent), vllm_server(policy, *MEMORY) as address:
+    with contextlib.suppress(Absent), vllm_server(card, policy, *MEMORY) as address:
         measure_gateway(card, policy, address, count, longest, "vllm serve")
     # A server that answers at once: what is added there is the gateway's own work and nothing else.
     from dpa.remote.server_process import ServerProcess
@@ -200,7 +200,7 @@ def classify(card: Card) -> None:
 
     plain = in_process()
     free_memory()  # the server wants the card
-    with vllm_server(folder, "--runner", "pooling", *MEMORY) as address:
+    with vllm_server(card, folder, "--runner", "pooling", *MEMORY) as address:
         config = HttpRewardConfig(servers=[address], folder=str(folder), api="classify")
         over_http = http_scorer(config)
         over_http.score(prompts[:64], responses[:64])
