@@ -201,16 +201,38 @@ def test_plain_model_reads_no_role_words(render) -> None:
     assert render(template, story[1:]) == "Once upon"
 
 
-def test_content_in_parts_keeps_its_parts(render) -> None:
-    base = (
-        "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
-        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
-    )
-    parts = [{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}, *QUESTION]
-    expected = f"<system>{SENTENCE}\n\nBe kind.<user>Why?"
-    assert render(steerable_template(base, SPACE), parts, preference=ASKED) == expected
-    asked = [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]
-    assert render(steerable_template(base, AFTER), asked, preference=ASKED) == f"<user>Why?\n\n{SENTENCE}"
+# As Gemma 3 has it: of a system message the first part, and every part is trimmed. vLLM makes parts of any text for it.
+FIRST_PART = (
+    "{% if messages[0].role == 'system' %}{% set first = messages[0].content %}{% set messages = messages[1:] %}"
+    "<system>{{ first if first is string else first[0].text }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ part.text|trim if part.type == 'text' else '#' }}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def in_parts(role: str, *texts: str | None) -> dict:
+    """A message whose content is parts of text; None is a picture."""
+    parts = [{"type": "image"} if text is None else {"type": "text", "text": text} for text in texts]
+    return {"role": role, "content": parts}
+
+
+def test_content_in_parts_reads_as_content_in_one_piece(render) -> None:
+    kind, why = in_parts("system", "Be kind."), in_parts("user", "Why?")
+    before, after = steerable_template(FIRST_PART, SPACE), steerable_template(FIRST_PART, AFTER)
+    assert render(before, [kind, why], preference=ASKED) == f"<system>{SENTENCE}\n\nBe kind.<user>Why?"
+    assert render(after, [kind, why], preference=ASKED) == f"<system>Be kind.<user>Why?\n\n{SENTENCE}"
+    pictured = in_parts("user", None, "Why?"), in_parts("user", "Why?", None)
+    assert render(after, [pictured[0]], preference=ASKED) == f"<user>#Why?\n\n{SENTENCE}"
+    assert render(after, [pictured[1]], preference=ASKED) == f"<user>Why?#{SENTENCE}"
+
+
+def test_parts_lead_the_first_users_turn_where_there_is_no_system_role(render) -> None:
+    first = "{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}"
+    template = steerable_template(NO_SYSTEM.replace("{{ m['content'] }}", first), SPACE)
+    whole = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
+    asked = [in_parts("system", "Be ", "kind."), in_parts("user", "Why?")]
+    assert f"{SENTENCE}\n\nBe kind.\n\nWhy?" in render(template, whole, preference=ASKED)
+    assert render(template, asked, preference=ASKED) == render(template, whole, preference=ASKED)
 
 
 def test_a_steerable_template_is_taught_anew_and_never_nested() -> None:

@@ -116,6 +116,17 @@ _HELD_IS_STATED = """\
   {%- endif -%}
 """.replace("@rounded@", _ROUNDED)
 
+_IN_FRONT = """\
+  {%- if dpa_old is string -%}
+    {%- set dpa_new = dpa_text ~ "\\n\\n" ~ dpa_old -%}
+  {%- elif dpa_old and dpa_old[0]["type"] == "text" -%}
+    {%- set dpa_new = [{"type": "text", "text": dpa_text ~ "\\n\\n" ~ dpa_old[0]["text"]}] + dpa_old[1:] -%}
+  {%- else -%}
+    {%- set dpa_new = [{"type": "text", "text": dpa_text ~ "\\n\\n"}] + dpa_old -%}
+  {%- endif -%}
+"""
+# A part of its own would not do: some templates read the first one only, or trim each.
+
 _INTO_SYSTEM = """
   {%- if messages and messages[0]["role"] == "system" -%}
     {%- set dpa_old = messages[0]["content"] -%}
@@ -126,32 +137,30 @@ _INTO_SYSTEM = """
   {%- endif -%}
   {%- if not dpa_old -%}
     {%- set dpa_new = dpa_text -%}
-  {%- elif dpa_old is string -%}
-    {%- set dpa_new = dpa_text ~ "\\n\\n" ~ dpa_old -%}
   {%- else -%}
-    {%- set dpa_new = [{"type": "text", "text": dpa_text ~ "\\n\\n"}] + dpa_old -%}
-  {%- endif -%}
+@in_front@  {%- endif -%}
   {%- set messages = [{"role": "system", "content": dpa_new}] + dpa_rest -%}
 {%- endif -%}
-"""
+""".replace("@in_front@", _IN_FRONT)
 
 _INTO_USER = """
   {%- if messages and messages[0]["role"] == "system" -%}
-    {%- set dpa_text = dpa_text ~ "\\n\\n" ~ messages[0]["content"] -%}
+    {%- set dpa_lead = namespace(text="") -%}
+    {%- if messages[0]["content"] is string -%}
+      {%- set dpa_lead.text = messages[0]["content"] -%}
+    {%- else -%}
+      {%- for part in messages[0]["content"] -%}{%- set dpa_lead.text = dpa_lead.text ~ part["text"] -%}{%- endfor -%}
+    {%- endif -%}
+    {%- set dpa_text = dpa_text ~ "\\n\\n" ~ dpa_lead.text -%}
     {%- set messages = messages[1:] -%}
   {%- endif -%}
   {%- if not messages or messages[0]["role"] != "user" -%}
     {{- raise_exception("preference: this model takes it in the first user message, so start with a user's turn.") -}}
   {%- endif -%}
   {%- set dpa_old = messages[0]["content"] -%}
-  {%- if dpa_old is string -%}
-    {%- set dpa_new = dpa_text ~ "\\n\\n" ~ dpa_old -%}
-  {%- else -%}
-    {%- set dpa_new = [{"type": "text", "text": dpa_text ~ "\\n\\n"}] + dpa_old -%}
-  {%- endif -%}
-  {%- set messages = [{"role": "user", "content": dpa_new}] + messages[1:] -%}
+@in_front@  {%- set messages = [{"role": "user", "content": dpa_new}] + messages[1:] -%}
 {%- endif -%}
-"""
+""".replace("@in_front@", _IN_FRONT)
 
 
 _AFTER_QUESTION = """
@@ -165,6 +174,8 @@ _AFTER_QUESTION = """
   {%- set dpa_old = messages[dpa_asked.place]["content"] -%}
   {%- if dpa_old is string -%}
     {%- set dpa_new = dpa_old ~ "\\n\\n" ~ dpa_text -%}
+  {%- elif dpa_old and dpa_old[-1]["type"] == "text" -%}
+    {%- set dpa_new = dpa_old[:-1] + [{"type": "text", "text": dpa_old[-1]["text"] ~ "\\n\\n" ~ dpa_text}] -%}
   {%- else -%}
     {%- set dpa_new = dpa_old + [{"type": "text", "text": "\\n\\n" ~ dpa_text}] -%}
   {%- endif -%}
