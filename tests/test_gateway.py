@@ -190,6 +190,12 @@ def test_robust_selection_samples_neighbours_and_lets_the_asked_direction_choose
     assert dpa["direction"] == TERSE
 
 
+def test_a_seed_leaves_room_for_the_number_of_a_choice(fake: FakeUpstream, client: httpx.Client) -> None:
+    for seed in (2**63 - 1, 2**62 - 1, -1):
+        assert client.post(CHAT, json=chat(seed=seed, n=2)).status_code == 200
+    assert [sent["seed"] for sent in fake.asked] == [2**62 - 1, 2**62 - 1, -1]
+
+
 def test_the_base_answer_has_the_same_seed_and_no_direction(fake: FakeUpstream, client: httpx.Client) -> None:
     answer = client.post(CHAT, json=chat(dpa="terse", dpa_options={"base": True})).json()
     steered, plain = sorted(fake.asked, key=lambda sent: "chat_template_kwargs" not in sent)
@@ -566,7 +572,8 @@ def test_39_the_time_limit_ends_a_request(fake: FakeUpstream, client: httpx.Clie
 
 
 @pytest.mark.parametrize(
-    ("mode", "status"), [(500, 502), (429, 429), (503, 503), (401, 502), (400, 400), ("garbage", 502), (302, 502)]
+    ("mode", "status"),
+    [(500, 502), (429, 429), (503, 503), (401, 502), (400, 400), ("flat", 400), ("garbage", 502), (302, 502)],
 )
 def test_an_upstream_error_is_passed_on_or_a_bad_gateway(
     fake: FakeUpstream, client: httpx.Client, mode: str | int, status: int
@@ -574,7 +581,8 @@ def test_an_upstream_error_is_passed_on_or_a_bad_gateway(
     fake.mode = mode
     for stream in (False, True):  # before the first token a stream is refused like any other request
         answer = client.post(CHAT, json=chat(stream=stream))
-        refused(answer, status)
+        said = refused(answer, status)
+        assert "no luck" in said or status not in (400, 429, 503)
         if status in (429, 503):
             assert answer.headers["retry-after"] == "7"
 

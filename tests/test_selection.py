@@ -17,7 +17,6 @@ from dpa.core.selection import (
     select,
     select_best_mean,
     select_pairs,
-    select_per_direction,
     select_random,
 )
 from dpa.core.utility import BEHIND, NAMED, Utility
@@ -149,7 +148,7 @@ def test_the_winner_under_its_own_direction():
     rng = np.random.default_rng(2)
     scores, directions = rng.uniform(0, 100, (5, 4, 6, 3)), rng.standard_normal((5, 4, 3))
     valid = rng.random((5, 4, 6)) < 0.5
-    winners = select_per_direction(scores, directions, valid)
+    winners = select(scores.reshape(20, 6, 3), directions.reshape(20, 1, 3), valid.reshape(20, 6)).reshape(5, 4)
     for p, d in np.ndindex(5, 4):
         assert winners[p, d] == brute_force(scores[p, d], directions[p, d], valid[p, d])
 

@@ -110,6 +110,8 @@ def test_a_policy_that_knows_no_targets_refuses_them() -> None:
     for value in ("helpfulness; verbosity=40", {"helpfulness": 1, "verbosity": "=40"}):
         with pytest.raises(DirectionError, match=r"trained on directions and knows no targets; ask a direction"):
             read_wish(space_of(), value)
+    with pytest.raises(DirectionError, match="'direction' is unknown; known"):
+        read_wish(space_of(), {"direction": "helpfulness*0.8 - verbosity*0.6"})
 
 
 def test_the_free_direction_must_lie_in_what_is_free_of_the_cone() -> None:

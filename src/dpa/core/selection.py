@@ -54,26 +54,6 @@ def select(
     return winners_PD
 
 
-def select_per_direction(
-    scores_PDNK: np.ndarray,
-    directions_PDK: np.ndarray,
-    valid_PDN: np.ndarray | None = None,
-    utility: Utility = LINEAR,
-) -> np.ndarray:
-    """winners_PD: the best of the N samples made UNDER each direction, the literal reading of the paper's step 3.
-
-    Same rules as `select`, with a pool for each (prompt, direction).
-    """
-    P, D, N, K = scores_PDNK.shape
-    winners = select(
-        scores_PDNK.reshape(P * D, N, K),
-        directions_PDK.reshape(P * D, 1, K),
-        None if valid_PDN is None else valid_PDN.reshape(P * D, N),
-        utility,
-    )
-    return winners.reshape(P, D)
-
-
 def select_best_mean(
     scores_PDNK: np.ndarray, directions_PEK: np.ndarray, valid_PDN: np.ndarray, utility: Utility = LINEAR
 ) -> tuple[np.ndarray, np.ndarray]:

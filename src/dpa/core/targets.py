@@ -102,6 +102,8 @@ def read_target(space: DirectionSpace, value: Any, outside: Literal["error", "cl
     """
     where, names = f"target {shown(value)}", space.names
     example = f"write e.g. `{names[0]}; {names[1]}=40`."
+    for name in value if isinstance(value, Mapping) else ():
+        index_of(name, names, where)
     if space.target_template is None:
         raise DirectionError(
             f"{where}: this policy was trained on directions and knows no targets; ask a direction, such as "
@@ -131,8 +133,6 @@ def _parts(value: Any, names: Sequence[str], where: str, example: str) -> tuple[
     if isinstance(value, Mapping):
         texts = {name: text.strip() for name, text in value.items() if isinstance(text, str)}
         weighed = {name: weight for name, weight in value.items() if name not in texts}
-        for name in value:
-            index_of(name, names, where)
         for name, text in texts.items():
             if not text.startswith("="):
                 raise DirectionError(f'{where}: `{name}` is neither a weight nor a value; write e.g. 0.8, or "=40".')

@@ -10,6 +10,7 @@ from typing import Any
 
 from dpa.core.targets import Target
 from dpa.serve.bodies import ChatBody, CompletionBody, DpaOptions, RefusedError, Sampling, check_body
+from dpa.serve.seeds import sendable
 from dpa.serve.settings import Limits, Served
 from dpa.serve.steering import Steering, steer
 from dpa.serve.upstream import Engines
@@ -54,6 +55,8 @@ def understand(raw: dict[str, Any], headers: Sequence[str], chat: bool, served: 
         sent["max_tokens"] = served.limits.max_tokens
     if body.seed is None and options.base:
         sent["seed"] = secrets.randbits(48)
+    elif body.seed is not None:
+        sent["seed"] = sendable(body.seed)
     for name in _NULL_IS_NOTHING:
         if sent.get(name, 0) is None:
             del sent[name]

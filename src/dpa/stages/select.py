@@ -19,7 +19,6 @@ from dpa.core.selection import (
     select,
     select_best_mean,
     select_pairs,
-    select_per_direction,
     select_random,
     standard_deviations,
 )
@@ -313,23 +312,21 @@ def _per_direction(
     directions_PDK = _asked(pools, candidates)
     P, D, K = directions_PDK.shape
     N = pools.row_PN.shape[1] // max(D, 1)
-    weighed_PDNK, valid_PDN = pools.weighed_PNK.reshape(P, D, N, K), pools.valid_PN.reshape(P, D, N)
+    of_each = (
+        pools.weighed_PNK.reshape(P * D, N, K),
+        directions_PDK.reshape(P * D, 1, K),
+        pools.valid_PN.reshape(P * D, N),
+    )
 
-    def in_pool(places_PD: np.ndarray) -> np.ndarray:
+    def in_pool(places: np.ndarray) -> np.ndarray:
+        places_PD = places.reshape(P, D)
         return np.where(places_PD >= 0, places_PD + N * np.arange(D), -1)
 
     if not how.pairs:
-        winners = select_per_direction(weighed_PDNK, directions_PDK, valid_PDN, how.utility)
-        return directions_PDK, in_pool(winners), None
-    winners, losers = select_pairs(
-        weighed_PDNK.reshape(P * D, N, K),
-        directions_PDK.reshape(P * D, 1, K),
-        valid_PDN.reshape(P * D, N),
-        how.config.rejected,
-        [rng for rng in rngs for _ in range(D)],
-        how.utility,
-    )
-    return directions_PDK, in_pool(winners.reshape(P, D)), in_pool(losers.reshape(P, D))
+        return directions_PDK, in_pool(select(*of_each, how.utility)), None
+    of_each_rng = [rng for rng in rngs for _ in range(D)]
+    winners, losers = select_pairs(*of_each, how.config.rejected, of_each_rng, how.utility)
+    return directions_PDK, in_pool(winners), in_pool(losers)
 
 
 def _winner_rows(
