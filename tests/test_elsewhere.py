@@ -30,7 +30,7 @@ from dpa.core.records import Ledger, SampleRequest, messages_text
 from dpa.models.chat_template import PLAIN_TEMPLATE, steerable_template
 from dpa.models.policy import load_policy, make_steerable
 from dpa.recipes.dpa import Loop
-from dpa.recipes.elsewhere import hand_over, newest_selection, take_in
+from dpa.recipes.elsewhere import from_data, hand_over, newest_selection, take_in
 from dpa.sampling.samplers import SamplerSpec
 from dpa.stages.adopt import adopt
 from dpa.stages.data import DataSettings
@@ -413,6 +413,12 @@ def test_the_commands_say_what_they_did_and_what_comes_next(tmp_path: Path) -> N
         "iteration": 1,
         "files": json.loads((tmp_path / "run-t1-data" / "dpa_data.json").read_text())["files"],
     }
+
+
+@pytest.mark.parametrize("record", ['{"run": "x"}', "[]", '{"run": "x", "iteration": "1", "files": {}}'])
+def test_a_record_that_dpa_data_did_not_write_is_none(tmp_path: Path, record: str) -> None:
+    (tmp_path / "dpa_data.json").write_text(record)
+    assert from_data(tmp_path / "policy") == {}
 
 
 def test_rows_are_drawn_over_all_shards_alike(tmp_path: Path) -> None:

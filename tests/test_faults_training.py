@@ -7,6 +7,7 @@ The numbers in the names are those of the project's list of faults; 23, 24 and 2
 import json
 import logging
 import resource
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from dpa.core.errors import StorageError
 from dpa.models.disk_refusals import disk_refusals
 from dpa.models.files import load_space
 from dpa.models.policy import load_policy, save_policy
+from dpa.storage.tables import read_json
 from dpa.training.checkpoints import newest_checkpoint
 
 
@@ -55,6 +57,27 @@ def test_fault_22_a_read_that_fails_for_a_moment_costs_no_checkpoint(tmp_path: P
     assert newest_checkpoint(work) == work / "checkpoint-4"
     with failing_reads(work / "checkpoint-4" / "trainer_state.json"), pytest.raises(StorageError, match="check the d"):
         newest_checkpoint(work)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "dpa_seal.json"])
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str
+) -> None:
+    """A power cut leaves a truncated file in a checkpoint that looks whole; training goes on from the one before."""
+    base = save_tiny_model(tmp_path / "base")
+    run(base, tmp_path / "whole", CONFIG)
+    folder = tmp_path / "run"
+    run(base, folder, CONFIG)
+    shutil.rmtree(folder / "policy")
+    before, newest = sorted((folder / "work").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= set(read_json(newest / "dpa_seal.json"))
+    data = (newest / file).read_bytes()
+    (newest / file).write_bytes(data[: len(data) // 2])
+    with caplog.at_level(logging.WARNING):
+        assert newest_checkpoint(folder / "work") == before
+    assert f"{newest / file} is damaged" in caplog.text
+    run(base, folder, CONFIG)
+    assert logged(folder) == logged(tmp_path / "whole")
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from dpa.stages.data import SPLITS, DataSettings, Written, write_data
 from dpa.storage.memory import peak_memory
 from dpa.storage.seals import check_in_run
 from dpa.storage.tables import read_json, save_folder_atomically, write_bytes, write_json
-from dpa.training.policy_training import remove_checkpoints
+from dpa.training.checkpoints import remove_checkpoints
 
 RECORD = "dpa_data.json"
 """In the data set's folder: where it comes from, its space, and the SHA-256 of every file of rows."""
@@ -129,5 +129,7 @@ def from_data(trained: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     facts = read_json(file)
-    known = ("run", "iteration", "files") if isinstance(facts, dict) else ()
-    return {name: facts[name] for name in known if name in facts}
+    known = {"run": str, "iteration": int, "files": dict}
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in known.items()):
+        return {}  # a file of that name that `dpa data` did not write
+    return {name: facts[name] for name in known}

@@ -20,9 +20,10 @@ from dpa.models.files import SPACE_FILE
 from dpa.models.memory import free_memory
 from dpa.storage.memory import peak_memory
 from dpa.storage.run_folder import StageFolder
+from dpa.training.checkpoints import remove_checkpoints
 from dpa.training.learner import Learner
 from dpa.training.listening import PREFIX, advice, hold_out
-from dpa.training.policy_training import remove_checkpoints, train_policy
+from dpa.training.policy_training import train_policy
 from dpa.training.ranks import is_first
 
 _log = logging.getLogger(__name__)

@@ -1,30 +1,60 @@
-"""Checkpoints of a Trainer: the newest that was written to its end.
-Run its tests: pytest tests/test_reward_training.py
+"""Checkpoints of a Trainer: sealed once they are whole, and the newest that is as it was sealed.
+Run its tests: pytest tests/test_faults_training.py
 """
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from dpa.core.errors import DamageError
-from dpa.storage.tables import read_json
+from dpa.storage.seals import broken, seal
+from dpa.storage.tables import read_json, write_json
+from dpa.training.ranks import is_first, wait_for_all
+
+_SEAL_FILE = "dpa_seal.json"
 
 _log = logging.getLogger(__name__)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete `checkpoint-STEP` of the highest step, or None.
+class SealCheckpoints(TrainerCallback):
+    """Seals every checkpoint once all ranks have saved their part of it."""
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write what every file of it is."""
+        wait_for_all()
+        if is_first():
+            checkpoint = self._work / f"checkpoint-{state.global_step}"
+            write_json(checkpoint / _SEAL_FILE, seal(checkpoint))
+
+
+def newest_checkpoint(work: Path) -> Path | None:
+    """The `checkpoint-STEP` of the highest step that is complete and undamaged, or None.
 
     The Trainer writes trainer_state.json last: a checkpoint without a readable one was cut off while it was saved. It
-    is skipped with a warning, and the Trainer writes over it when it comes to that step again. Raises StorageError
-    where it cannot be read.
+    is skipped with a warning, as is one with a file that is not as it was sealed, and the Trainer writes over it when
+    it comes to that step again. Raises StorageError where it cannot be read.
     """
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    found = [path for path in work.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
-        if _step(path / "trainer_state.json") == int(path.name.removeprefix("checkpoint-")):
+        if _step(path / "trainer_state.json") != int(path.name.removeprefix("checkpoint-")):
+            _log.warning("%s is incomplete (interrupted while it was saved); skipped.", path)
+        elif (trouble := _trouble(path)) is not None:
+            _log.warning("%s; %s is skipped.", trouble, path.name)
+        else:
             return path
-        _log.warning("%s is incomplete (interrupted while it was saved); skipped.", path)
     return None
+
+
+def remove_checkpoints(work: Path) -> None:
+    """Free what only an interrupted training needs: three times the model's size, or more."""
+    for checkpoint in work.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
 def _step(state: Path) -> Any:
@@ -34,3 +64,14 @@ def _step(state: Path) -> Any:
     except DamageError:
         return None
     return found.get("global_step") if isinstance(found, dict) else None
+
+
+def _trouble(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files; nothing is known of one that was interrupted before it was sealed."""
+    file = checkpoint / _SEAL_FILE
+    if not file.exists():
+        return None
+    try:
+        return broken(checkpoint, read_json(file))
+    except (DamageError, AttributeError, KeyError, TypeError):
+        return f"{file} is damaged"

@@ -3,7 +3,6 @@ Run its tests: pytest tests/test_finetuning.py tests/test_preference_training.py
 """
 
 import logging
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -32,7 +31,7 @@ from dpa.storage.schemas import HELD
 from dpa.storage.stage_records import Reject, count_reasons
 from dpa.storage.stopping import StopOnSignal
 from dpa.storage.tables import read_json, write_json
-from dpa.training.checkpoints import newest_checkpoint
+from dpa.training.checkpoints import SealCheckpoints, newest_checkpoint, remove_checkpoints
 from dpa.training.learner import E, Learner, RowEncoder, TrainingRecord
 from dpa.training.listening import PREFIX, HeldOut, Listening, MeasureListening, advice, held_out_rows
 from dpa.training.packing import may_share
@@ -135,12 +134,6 @@ def _left_out(label: str, rejects: Sequence[Reject], total: int, section: str, m
     )
 
 
-def remove_checkpoints(work: Path) -> None:
-    """Free what only an interrupted training needs: three times the model's size, or more."""
-    for checkpoint in work.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-
-
 def _whole_model(
     trainer: Trainer, policy: Model, config: TrainingConfig, dtype: torch.dtype, section: str
 ) -> PreTrainedModel | None:
@@ -187,6 +180,7 @@ def _train(
             trainer.add_callback(callback)
     if measuring is not None:
         trainer.add_callback(measuring)  # on every rank: sharded weights answer together
+    trainer.add_callback(SealCheckpoints(work))
     newest = newest_checkpoint(work)
     try:
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
