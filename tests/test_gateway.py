@@ -4,6 +4,7 @@ pytest tests/test_gateway.py
 
 import base64
 import contextlib
+import copy
 import inspect
 import io
 import json
@@ -12,7 +13,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -293,7 +294,9 @@ def test_front_comes_from_the_record_beside_the_model(tmp_path: Path) -> None:
     assert unscored["objectives"] == {"helpfulness": dict.fromkeys(unknown), "verbosity": value}
     with gateway_before("http://127.0.0.1:9", settings_with(front=[found, unscored])) as url:
         assert httpx.get(url + "/v1/dpa/space").json()["front"] == [found, unscored]
-    for damaged in ("{", "[]", '{"directions": [{"weights": [1], "objectives": {}}]}', '{"directions": 3}'):
+    huge = {"gold": {**measured, "verbosity": {**value, "value": "HUGE"}}}
+    beyond = json.dumps({"directions": [{**point, "objectives": huge}]}).replace('"HUGE"', "1" + "0" * 400)
+    for damaged in ("{", "[]", '{"directions": [{"weights": [1], "objectives": {}}]}', '{"directions": 3}', beyond):
         (tmp_path / EVALUATION_FILE).write_text(damaged)
         assert load_front(tmp_path, SPACE) == Front()
 
@@ -769,6 +772,60 @@ def test_47_messages_where_a_prompt_belongs_are_refused(fake: FakeUpstream, clie
     assert fake.asked == []
     asked = {"model": "demo", "prompt": "Once", "messages": None}
     assert client.post("/v1/completions", json=asked).status_code == 200 and "messages" not in fake.asked[0]
+
+
+class Foreign(Upstream):
+    """Answers as some other server might."""
+
+    def __init__(self, url: str, choices: Any) -> None:
+        super().__init__(url)
+        self._answer = {"object": "chat.completion", "choices": choices}
+
+    async def post(self, *arguments: Any) -> Any:
+        return copy.deepcopy(self._answer)
+
+    async def stream(self, *arguments: Any) -> AsyncGenerator[dict[str, Any], None]:
+        yield copy.deepcopy(self._answer)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        3,
+        "none",
+        [3],
+        [None],
+        [{"index": "first"}],
+        [{"text": 5}],
+        [{"message": "hi", "delta": "hi"}],
+        [{"message": {"content": 7}, "delta": {"content": 7}}],
+        [{"message": {"content": {"text": "hi"}}, "delta": {"content": {"text": "hi"}}}],
+    ],
+    ids=str,
+)
+def test_an_upstream_that_is_no_openai_server_is_502(
+    engine: tuple[FakeUpstream, str], choices: Any, stream: bool
+) -> None:
+    with in_thread(Gateway(settings_with(), Engines(policy=Foreign(engine[1], choices))).gate) as url:
+        answer = httpx.post(url + CHAT, json=chat(stream=stream))
+    assert "is it an OpenAI-compatible server" in refused(answer, 502)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_in_parts_is_their_text(engine: tuple[FakeUpstream, str], stream: bool) -> None:
+    parts = [
+        {"type": "thinking", "thinking": [{"text": "hm"}]},
+        {"type": "text", "text": "Two "},
+        {"text": "words."},
+        3,
+    ]
+    choices = [{"finish_reason": "stop", "delta" if stream else "message": {"content": parts}}]
+    with in_thread(Gateway(settings_with(), Engines(policy=Foreign(engine[1], choices))).gate) as url:
+        answer = httpx.post(url + CHAT, json=chat(stream=stream))
+        last = events_of(answer)[-2] if stream else answer.json()
+    assert last["choices"][0]["delta" if stream else "message"] == {"content": "Two words."}
+    assert last["dpa"]["words"] == 2
 
 
 class Broken(Upstream):

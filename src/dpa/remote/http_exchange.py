@@ -103,11 +103,17 @@ def brief(content: bytes) -> str:
     text = content[:2000].decode("utf-8", "replace")
     try:
         said = json.loads(text)
-        said = said.get("error", said.get("detail", said)) if isinstance(said, dict) else said
-        text = str(said.get("message", said) if isinstance(said, dict) else said)
     except (ValueError, RecursionError):
-        pass
-    return " ".join(own_words(text).split())[:200]
+        said = text
+    fields = error_fields(said)
+    return " ".join(own_words(str(fields.get("message") or fields)).split())[:200]
+
+
+def error_fields(body: Any) -> dict[str, Any]:
+    """What an error says: {"error": {...}} as OpenAI has it, {"detail": ...} as FastAPI, {"message": ...} as
+    SGLang; anything else is the `message` itself."""
+    detail = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
+    return detail if isinstance(detail, dict) else {"message": detail}
 
 
 def own_words(message: str) -> str:

@@ -23,6 +23,8 @@ from dpa.serve.shapes import (
     in_clients_words,
     is_silent,
     named,
+    plain_text,
+    readable,
     said_in,
     texts_of,
     told,
@@ -62,6 +64,7 @@ class Answering:
         engine = self._engines.asked_by(asked.steering)
         async with aclosing(engine.stream(asked.to, {**asked.steering.body, "stream": True})) as chunks:
             async for chunk in chunks:
+                readable(chunk)
                 for index, text in said_in(chunk):
                     said.setdefault(index, []).append(text)
                 choices = chunk.get("choices")
@@ -120,7 +123,7 @@ class Answering:
         if asked.options.base:
             work.append(self._base_answer(bodies[0]))
         if len(work) == 1:
-            return [await work[0]]
+            return [readable(await work[0])]
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(_or_refusal(one)) for one in work]
         answers = []
@@ -128,7 +131,7 @@ class Answering:
             answer = task.result()
             if isinstance(answer, RefusedError):
                 raise answer
-            answers.append(answer)
+            answers.append(readable(answer))
         return answers
 
     async def _base_answer(self, sent: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +164,7 @@ class Answering:
         """scores_NK of the objectives; NaN where the scorer could not score. Raises RefusedError that names it."""
         assert self._engines.scorer is not None
         messages = [
-            {"role": message["role"], "content": _plain_text(message.get("content"))}
+            {"role": message["role"], "content": plain_text(message.get("content"))}
             for message in asked.steering.body["messages"]
             if message.get("role") in ("system", "developer", "user", "assistant")
         ]
@@ -170,13 +173,10 @@ class Answering:
         except RefusedError as error:
             message = f"scorer: {str(error).removeprefix('upstream: ')}"
             raise RefusedError(message, error.status, retry_after_s=error.retry_after_s) from None
-        return self._served.space.combine(np.array(said["scores"], dtype=np.float64), said["attributes"])
-
-
-def _plain_text(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    return content or ""
+        try:
+            return self._served.space.combine(np.array(said["scores"], dtype=np.float64), said["attributes"])
+        except (LookupError, TypeError, ValueError):
+            raise RefusedError("scorer: its answer has no scores of these attributes; is it a scorer?", 502) from None
 
 
 async def _or_refusal(work: Awaitable[dict[str, Any]]) -> dict[str, Any] | RefusedError:

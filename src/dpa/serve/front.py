@@ -41,7 +41,16 @@ def load_front(folder: Path, space: DirectionSpace) -> Front:
         return Front(points, reward, tuple(map(str, record.get("examples", ()))), follows)
     except FileNotFoundError:
         return Front()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, DirectionError) as error:
+    except (
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+        DirectionError,
+    ) as error:
         _log.warning("%s is not used: %s", file, " ".join(f"{type(error).__name__}: {error}".split())[:200])
         return Front()
 

@@ -28,7 +28,7 @@ def _option(default: Any, description: str, flag: str | None = None, **bounds: A
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Limits(_Settings):

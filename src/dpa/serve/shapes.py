@@ -50,10 +50,44 @@ def named(names: tuple[str, ...], row_K: np.ndarray) -> Scores:
     return dict(zip(names, map(float, row_K), strict=True)) if np.isfinite(row_K).all() else None
 
 
+def readable(answer: dict[str, Any]) -> dict[str, Any]:
+    """An engine's answer or chunk, contents that come in parts as one text. Raises UpstreamError where it is not shaped
+    as OpenAI's: an engine at a URL is anybody's."""
+    choices, usage = answer.get("choices"), answer.get("usage")
+    well = isinstance(choices, list | None) and all(map(_is_choice, choices or ())) and isinstance(usage, dict | None)
+    if not well:
+        raise UpstreamError("upstream: its answer has choices of another kind; is it an OpenAI-compatible server?", 502)
+    for choice in choices or ():
+        for part in filter(None, (choice.get("message"), choice.get("delta"))):
+            if isinstance(part.get("content"), list):
+                part["content"] = plain_text(part["content"])
+    return answer
+
+
+def _is_choice(choice: Any) -> bool:
+    if not isinstance(choice, dict) or not isinstance(choice.get("index", 0), int):
+        return False
+    parts = [choice.get("message"), choice.get("delta")]
+    contents = [part.get("content") for part in parts if isinstance(part, dict)]
+    return (
+        isinstance(choice.get("text"), str | None)
+        and all(isinstance(part, dict | None) for part in parts)
+        and all(isinstance(content, str | list | None) for content in contents)
+    )
+
+
+def plain_text(content: Any) -> str:
+    """A message's content as text: that of its parts, where it has any."""
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content or ""
+
+
 def texts_of(answer: dict[str, Any]) -> list[str]:
     """What the choices say, in order. Raises UpstreamError."""
     choices = answer.get("choices")
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+    if choices is None:
         raise UpstreamError("upstream: its answer has no choices; is it an OpenAI-compatible server?", 502)
     return [choice.get("text") or (choice.get("message") or {}).get("content") or "" for choice in choices]
 
@@ -110,7 +144,9 @@ def said_in(chunk: dict[str, Any]) -> Iterator[tuple[int, str]]:
 
 def is_silent(chunk: dict[str, Any]) -> bool:
     """Whether a chunk of completions says nothing."""
-    return chunk["object"] == "text_completion" and all(not choice.get("text") for choice in chunk.get("choices") or ())
+    return chunk.get("object") == "text_completion" and all(
+        not choice.get("text") for choice in chunk.get("choices") or ()
+    )
 
 
 def _as_completion(answer: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 from pydantic_core import from_json
 
-from dpa.remote.http_exchange import own_words
+from dpa.remote.http_exchange import error_fields, own_words
 from dpa.serve.bodies import RefusedError, to_json
 from dpa.serve.steering import Steering
 
@@ -165,9 +165,7 @@ def _failure(status: int, data: bytes, headers: Mapping[str, str]) -> RefusedErr
         said = from_json(data)
     except ValueError:
         said = None
-    # {"error": {...}} as OpenAI has it, {"detail": ...} as FastAPI, {"message": ...} as SGLang
-    detail = said.get("error", said.get("detail", said)) if isinstance(said, dict) else None
-    fields = detail if isinstance(detail, dict) else {"message": detail}
+    fields = error_fields(said)
     message = own_words(str(fields.get("message") or f"it answered {status}"))[:1000]
     if status == 429 or status == 503:
         after = headers.get("retry-after", "")
