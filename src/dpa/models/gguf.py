@@ -7,13 +7,18 @@ numbers) is mended from the file's own metadata, and what it cannot express is r
 
 import importlib.util
 import math
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from dpa.core.errors import ConfigError, ModelFileError
 from dpa.models.disk_refusals import disk_refusals
@@ -32,18 +37,16 @@ def dequantise(file: Path, folder: Path) -> str:
     Matrices that were stored in 16 or 32 bits are kept in fp32, quantised ones become bf16. Raises ConfigError without
     the package `gguf`, ModelFileError for a file that transformers cannot read whole.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"policy: {file} is a GGUF file, which takes the package `gguf`; pip install 'dpa[gguf]'.")
-    if not file.is_file():
-        raise ModelFileError(f"policy: no file at {file}; give a GGUF file or a Hugging Face model folder.")
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise ModelFileError(f"policy: {file} is no GGUF file, whatever its name says; download it again.")
-    source = SafeModel(str(file), {"use_safetensors": True, "trust_remote_code": False})
-    with quiet_libraries(), refusing(source, "policy"):
+    # Alone in a folder: of what lies beside a file transformers would take adapters, templates and code.
+    with TemporaryDirectory() as alone, _reading(file):
         metadata, kinds = _read(file)
         _check_rope(metadata)
-        where = {"pretrained_model_name_or_path": str(file.parent.absolute()), "gguf_file": file.name}
+        Path(alone, file.name).symlink_to(file.resolve())
+        where: dict[str, Any] = {
+            "pretrained_model_name_or_path": alone,
+            "gguf_file": file.name,
+            "trust_remote_code": False,
+        }
         loaded: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
         model, found = loaded
         if found["missing_keys"]:
@@ -67,6 +70,76 @@ def dequantise(file: Path, folder: Path) -> str:
         check_loadable(unfinished, AutoModelForCausalLM, f"policy {file}")
     name = "bf16" if quantised else "fp32"
     return f"policy: {file} ({', '.join(quantised) or 'not quantised'}) dequantised to {name}, once, at {folder}"
+
+
+def configuration(file: Path) -> dict[str, Any]:
+    """What a config.json would say of the model's shape. Raises as `dequantise` does."""
+    with _reading(file):
+        config: dict[str, Any] = load_gguf_checkpoint(str(file))["config"]
+    return config
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """What is wrong with a GGUF file ends in one sentence."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"policy: {file} is a GGUF file, which takes the package `gguf`; pip install 'dpa[gguf]'.")
+    if not file.is_file():
+        raise ModelFileError(f"policy: no file at {file}; give a GGUF file or a Hugging Face model folder.")
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ModelFileError(f"policy: {file} is no GGUF file, whatever its name says; download it again.")
+    source = SafeModel(str(file), {"use_safetensors": True, "trust_remote_code": False})
+    with quiet_libraries(), refusing(source, "policy"):
+        check_lengths(file)
+        yield
+
+
+_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Size of a value by its type's number in the file; texts and arrays aside."""
+_TEXT, _ARRAY = 8, 9
+
+
+def check_lengths(file: Path) -> None:
+    """Raises ValueError for a length that the file has no room for: its reader would go on beyond the end for ever."""
+    total = file.stat().st_size
+    with file.open("rb") as stream:
+        stream.seek(4)
+        order = "<" if struct.unpack("<I", stream.read(4))[0] % 65_536 else ">"
+
+        def count(form: str, bytes_each: int) -> int:
+            (number,) = struct.unpack(order + form, stream.read(struct.calcsize(form)))
+            if number * bytes_each > total - stream.tell():
+                raise ValueError("a length in it is beyond its end; it is damaged")
+            return number
+
+        try:
+            count("Q", 24)  # tensors: a name's length, a number of dimensions, a type, a place
+            for _ in range(count("Q", 13)):
+                stream.seek(count("Q", 1), 1)
+                _skip(stream, count, count("I", 0))
+        except struct.error:
+            raise ValueError("it ends in the middle of its metadata") from None
+
+
+def _skip(stream: BinaryIO, count: Callable[[str, int], int], kind: int) -> None:
+    if kind == _TEXT:
+        stream.seek(count("Q", 1), 1)
+    elif kind == _ARRAY:
+        of = count("I", 0)
+        if of == _TEXT:
+            for _ in range(count("Q", 8)):
+                stream.seek(count("Q", 1), 1)
+        else:
+            stream.seek(_size(of) * count("Q", _size(of)), 1)
+    else:
+        stream.seek(_size(kind), 1)
+
+
+def _size(kind: int) -> int:
+    if kind not in _BYTES:
+        raise ValueError(f"a value in it is of type {kind}, which is none, or a list of lists")
+    return _BYTES[kind]
 
 
 def _read(file: Path) -> tuple[dict[str, Any], set[str]]:

@@ -42,7 +42,9 @@ class LoopRun(Run):
         folder.open(config, inputs_of(config), share, join)
         super().__init__(config, folder)
         self._rated = RatedRows(config, folder, self.console)
-        if share is not None:  # before others come in: what all of them read
+        if share is not None or ranks() > 1:  # before others come in: what all of them read
+            _ = self.start_policy
+        if share is not None:
             if config.ratings:
                 self.read_ratings()
             assert self.training_prompts is not None

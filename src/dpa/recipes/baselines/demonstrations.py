@@ -20,7 +20,7 @@ def train(lab: Lab) -> list[Trained]:
     rows = rows.filter(pc.equal(rows["source"], SOURCE))
     if not len(rows):
         raise DataError(f"demonstrations: no rated row has the source `{SOURCE}`; leave this method out.")
-    return [lab.as_point("SFT on demonstrations", lab.finetune(0, lab.config.policy, unstated(rows), lab.budget))]
+    return [lab.as_point("SFT on demonstrations", lab.finetune(0, lab.start_policy, unstated(rows), lab.budget))]
 
 
 METHOD = Method(

@@ -20,7 +20,7 @@ SFT_SHARE = 0.5
 def train(lab: Lab) -> list[Trained]:
     """The policy after DPO, one point."""
     best = unstated(lab.best_rated(lab.space.center_K))
-    start = lab.finetune(0, lab.config.policy, best, SFT_SHARE * lab.budget)
+    start = lab.finetune(0, lab.start_policy, best, SFT_SHARE * lab.budget)
     pairs = rated_pairs(lab, best)
     return [lab.as_point("DPO", lab.prefer(1, start, pairs, lab.left))]
 

@@ -25,6 +25,7 @@ from dpa.core.reference import ModelReference
 from dpa.core.sections.reward import RewardConfig
 from dpa.core.sections.rollout import PromptsConfig
 from dpa.core.sections.selection import SelectionConfig
+from dpa.models.files import GGUF_SUFFIX
 from dpa.models.policy import count_tokens, shares_beginnings
 from dpa.recipes.baselines.asking import TranslatingSampler, without_direction
 from dpa.recipes.run import Run
@@ -85,6 +86,14 @@ class Lab(Run):
     # --- what the methods of a seed share ----------------------------------------------------------------------------
 
     @cached_property
+    def start_policy(self) -> str:
+        """The configured policy; of a GGUF file, the folder that was made of it."""
+        if Path(self.config.policy).suffix != GGUF_SUFFIX:
+            return self.config.policy
+        self._check_shared(None, "start_policy")
+        return str(self.shared_stage(None, "start_policy").path / "policy")
+
+    @cached_property
     def reward(self) -> RewardConfig:
         """The configuration of scores, the trained reward model being a folder by now."""
         own = self.config.reward.within(self.shared)
@@ -113,7 +122,7 @@ class Lab(Run):
     def row_tokens(self) -> float:
         """Tokens of a rated row on average, its prompt included and no direction stated."""
         rows = unstated(self.rated)
-        return count_tokens(self.config.reference(self.config.policy), rows, self.space) / len(rows)
+        return count_tokens(self.config.reference(self.start_policy), rows, self.space) / len(rows)
 
     def rated_scores(self) -> np.ndarray:
         """scores_RK of the rated responses by the reward model, in the ratings' order; NaN where there is none."""
@@ -142,7 +151,7 @@ class Lab(Run):
 
     def start_sampler(self) -> Sampler:
         """The start policy as it came, to be measured; it knows no direction, so requests must carry none."""
-        return self.sampler(self.config.policy, measuring=True)
+        return self.sampler(self.start_policy, measuring=True)
 
     def spec(self, policy: str | Path, measuring: bool = False) -> SamplerSpec:
         """How a policy is sampled: as rollout says, or as evaluation does."""

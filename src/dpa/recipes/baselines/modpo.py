@@ -30,7 +30,7 @@ POINTS = 10.0
 
 def train(lab: Lab) -> list[Trained]:
     """A policy for each wish, each direction asked of the nearest."""
-    start = lab.finetune(0, lab.config.policy, unstated(lab.best_rated(lab.space.center_K)), SFT_SHARE * lab.budget)
+    start = lab.finetune(0, lab.start_policy, unstated(lab.best_rated(lab.space.center_K)), SFT_SHARE * lab.budget)
     wishes_IK = wishes(lab.space)
     part = (1 - SFT_SHARE) * lab.budget / len(wishes_IK)
     rated, scores_RK = lab.rated, lab.rated_scores()

@@ -40,7 +40,7 @@ def labelled_policy(lab: Lab) -> Labelled:
     rated, scores_RK = lab.rated, lab.rated_scores()
     write = partial(write_rewards, lab.space, np.nanmean(scores_RK, axis=0), standard_deviations(scores_RK))
     policy = lab.finetune(
-        0, lab.config.policy, labelled(rated, scores_RK, write, lab.space.placement), OFFLINE * lab.budget
+        0, lab.start_policy, labelled(rated, scores_RK, write, lab.space.placement), OFFLINE * lab.budget
     )
     good = near_front(rated["prompt_id"].to_pylist(), scores_RK, lab.space)
     kept, kept_RK = rated.take(pa.array(good)), scores_RK[good]

@@ -19,7 +19,7 @@ OFFLINE = 0.3
 def train(lab: Lab) -> list[Trained]:
     """The last policy, one point."""
     center_K, T = lab.space.center_K, lab.config.iterations
-    policy = lab.finetune(0, lab.config.policy, unstated(lab.best_rated(center_K)), OFFLINE * lab.budget)
+    policy = lab.finetune(0, lab.start_policy, unstated(lab.best_rated(center_K)), OFFLINE * lab.budget)
     for t in range(1, T + 1):
         goal = (1 - OFFLINE) * lab.budget * (T - t) / T  # what must be left after this iteration
         lab.rollout(t, partial(lab.sampler, policy, translate=without_direction), center_K[None])

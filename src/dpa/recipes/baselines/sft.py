@@ -13,7 +13,7 @@ from dpa.recipes.baselines.lab import Lab, Method, Trained, unstated
 def train(lab: Lab) -> list[Trained]:
     """One policy, one point."""
     rows = unstated(lab.best_rated(lab.space.center_K))
-    return [lab.as_point("SFT", lab.finetune(0, lab.config.policy, rows, lab.budget))]
+    return [lab.as_point("SFT", lab.finetune(0, lab.start_policy, rows, lab.budget))]
 
 
 METHOD = Method(

@@ -33,7 +33,7 @@ def train(lab: Lab) -> list[Trained]:
 
 def specialists(lab: Lab) -> list[str]:
     """The folders of the policies trained for each of the `wishes`, in their order."""
-    start = lab.finetune(0, lab.config.policy, unstated(lab.best_rated(lab.space.center_K)), SFT_SHARE * lab.budget)
+    start = lab.finetune(0, lab.start_policy, unstated(lab.best_rated(lab.space.center_K)), SFT_SHARE * lab.budget)
     wishes_IK = wishes(lab.space)
     part = (1 - SFT_SHARE) * lab.budget / len(wishes_IK)
     folders = []

@@ -39,7 +39,7 @@ def labelled_policy(lab: Lab) -> Labelled:
     rated, scores_RK = lab.rated, lab.rated_scores()
     ask = asking(lab.space, scores_RK, write)
     policy = lab.finetune(
-        0, lab.config.policy, labelled(rated, scores_RK, write, lab.space.placement), OFFLINE * lab.budget
+        0, lab.start_policy, labelled(rated, scores_RK, write, lab.space.placement), OFFLINE * lab.budget
     )
     lab.rollout(BOOTSTRAP, partial(lab.sampler, policy, translate=ask))
     own, own_RK = lab.candidates(BOOTSTRAP)

@@ -1,4 +1,4 @@
-"""How large a model is: read from its folder, or known by its name.
+"""How large a model is: read from its files, or known by its name.
 Run its tests: pytest tests/test_estimate.py
 
 Shapes of the table are those of the models' config.json on the Hub; their parameters follow from them (`counted`).
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpa.core.errors import ConfigError
-from dpa.models.files import check_safetensors
+from dpa.models.files import GGUF_SUFFIX, check_safetensors
 
 MOST_OF_A_WIDTH = 10**9
 """A larger one in a config.json is not believed."""
@@ -110,13 +110,19 @@ def size_of(model: str, parameters: float | None, where: str, fix: str) -> Size:
     """The size of a model folder, or of a model known by its name. Raises ModelFileError, and ConfigError, which says
     `where` and the `fix`.
 
-    Read from config.json and the headers of the weights; of a folder without weights the parameters are counted from
-    its shape. `parameters`, where given, are believed; the widths are then those of the nearest model that is known.
+    Read from config.json and the headers of the weights; of a folder without weights, and of a GGUF file, the
+    parameters are counted from its shape. `parameters`, where given, are believed; the widths are then those of the
+    nearest model that is known.
     """
     folder = Path(model)
     about = folder / "config.json"
     named = [size for name, size in KNOWN.items() if name in folder.name.lower()]
-    size = _read(_config(about, where)) if about.is_file() else None
+    if folder.suffix == GGUF_SUFFIX and folder.is_file():
+        from dpa.models.gguf import configuration  # transformers, which nothing else here takes
+
+        size = _read(configuration(folder))
+    else:
+        size = _read(_config(about, where)) if about.is_file() else None
     if size is not None:
         size = replace(size, parameters=_weights(folder) or size.parameters)
     elif named:
@@ -157,7 +163,7 @@ def _read(config: Mapping[str, Any]) -> Size | None:
     shape = (layers, hidden, width("intermediate_size", 4 * hidden), heads, width("num_key_value_heads", heads))
     tied = bool(config.get("tie_word_embeddings", str(config.get("model_type", "")).startswith("gemma")))
     ends = (width("head_dim", max(1, hidden // heads)), width("vocab_size", 32_000), tied)
-    return counted(Size(0, *shape, *ends, source="read from its folder"))
+    return counted(Size(0, *shape, *ends, source="read from its files"))
 
 
 def _weights(folder: Path) -> float:
