@@ -62,12 +62,23 @@ def test_lm_eval_gets_a_configuration_per_direction(policy: Path, tmp_path: Path
     assert config["model_args"]["chat_template_args"] == {"preference": {"helpfulness": 0.8, "verbosity": -0.6}}
 
 
-def test_bake_writes_a_folder_and_overwrites_nothing_of_others(policy: Path, tmp_path: Path) -> None:
+def test_bake_writes_a_folder(policy: Path, tmp_path: Path) -> None:
     dpa("export", policy, "--bake", "-30deg", "--out", tmp_path / "terse")
     assert load_space(tmp_path / "terse") == SPACE
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(ConfigError, match="choose a new folder"):
-        dpa("export", policy, "--bake", "-30deg", "--out", tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("export", "POLICY", "--bake", "-30deg"), ("fold", "POLICY", "-d", "x"), ("adopt", "POLICY", "POLICY")],
+    ids=lambda command: command[0],
+)
+def test_what_lies_there_is_never_replaced(command: tuple[str, ...], policy: Path, tmp_path: Path) -> None:
+    """Not even a policy of dpa's: its owner may have put something of his own into it."""
+    mine = shutil.copytree(policy, tmp_path / "mine") / "notes.txt"
+    mine.write_text("mine")
+    with pytest.raises(ConfigError, match="mine exists, and it would be replaced as a whole; choose a new folder"):
+        dpa(*(part.replace("POLICY", str(policy)) for part in command), "--out", mine.parent)
+    assert mine.read_text() == "mine"
 
 
 def test_a_published_policy_without_dpa_config_is_steered_by_its_spaces_name(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpa.cli.home import Commands
+from dpa.cli.options import check_new_folder
 from dpa.core.errors import ConfigError, DirectionError
 from dpa.core.targets import read_wish
 
@@ -69,8 +70,7 @@ def export(
     if bake is not None:
         from dpa.scoring.folding import bake_direction
 
-        if out.exists() and not (out / "dpa_config.json").is_file():
-            raise ConfigError(f"--out: {out} exists and is no model that dpa wrote; choose a new folder.")
+        check_new_folder(out)
         wish = read_wish(where, bake)
         bake_direction(path, where, wish, out)
         typer.echo(f"{out}: a plain Hugging Face folder that answers under {wish} by default")
@@ -107,6 +107,7 @@ def fold(
 
     if preset not in (None, "dpa-v1"):
         raise ConfigError(f"--preset: {preset!r} is unknown; known: dpa-v1.")
+    check_new_folder(out)
     released = preset is not None
     spec = reward_spec(model, released)
     where = read_space(space) if space else space_of_run(Path(model), spec.attributes) or attribute_space(spec)

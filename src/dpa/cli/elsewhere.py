@@ -9,7 +9,7 @@ import typer
 
 from dpa.cli.ecosystem import read_space
 from dpa.cli.home import Commands
-from dpa.cli.options import as_yaml
+from dpa.cli.options import as_yaml, check_new_folder
 from dpa.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -104,12 +104,10 @@ def adopt(
 
 
 def _by_itself(trained: Path, run: str, iteration: int | None, out: Path) -> list[str]:
-    from dpa.models.files import SPACE_FILE
     from dpa.recipes.elsewhere import from_data
     from dpa.stages.adopt import adopt as take
 
-    if out.exists() and not (out / SPACE_FILE).is_file():
-        raise ConfigError(f"--out: {out} exists and is no policy that dpa wrote; choose a new folder.")
+    check_new_folder(out)
     if iteration is None:
         return take(trained, None, read_space(run), out, from_data(trained))
     with _open(run) as loop:

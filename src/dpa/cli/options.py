@@ -40,6 +40,12 @@ def as_yaml(value: int | Path) -> str:
     return json.dumps(str(value), ensure_ascii=False) if isinstance(value, Path) else str(value)
 
 
+def check_new_folder(out: Path) -> None:
+    """What a command writes as a whole folder would replace what lies there. Raises ConfigError."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--out: {out} exists, and it would be replaced as a whole; choose a new folder.")
+
+
 def takes_fields(
     kind: type[Settings], argument: str, short: dict[str, str]
 ) -> Callable[[Callable[[Settings], None]], Callable[..., None]]:
