@@ -324,6 +324,8 @@ def test_50_a_template_that_swells_only_for_some_is_stopped_and_the_next_is_serv
     )
     talk = [*QUESTION, {"role": "assistant", "content": "So."}]
     assert render_chat(tokenizer, QUESTION) == "Why?"
+    with pytest.raises(TemplateError, match="writes 8,000,008 characters, more than"):
+        render_bounded("{{ 'x' * n }}", {"n": 8_000_008})
     with pytest.raises(SecurityError, match="longer than 1 s"):
         render_chat(tokenizer, talk)
     assert render_chat(tokenizer, QUESTION) == "Why?"

@@ -20,7 +20,7 @@ from dpa.core.compare_config import load_comparison
 from dpa.core.errors import ConfigError
 from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.compare import Comparison
-from dpa.recipes.job_processes import do_jobs
+from dpa.recipes.job_processes import _Worker, do_jobs
 from dpa.world.comparison import QUICK, RECIPE, write_recipe
 
 SMALLER = {
@@ -73,6 +73,21 @@ class EndlessJob(ThreadsJob):
     def run(self) -> None:
         (self.folder / "pid").write_text(str(os.getpid()))
         time.sleep(100)
+
+
+def test_a_worker_that_died_idle_is_replaced(tmp_path: Path) -> None:
+    worker = _Worker(1)
+    try:
+        worker._process.kill()
+        worker._process.join()
+        worker.give(ThreadsJob(tmp_path / "job"))
+        _, _, trouble = worker.take()
+        assert trouble == "" and (tmp_path / "job" / "threads").read_text() == "1"
+        worker._process.kill()
+        worker._process.join()
+        worker.stop()  # it is not there to be asked
+    finally:
+        worker.close()
 
 
 def test_kill_9_ends_a_worker_in_the_middle_of_its_job(tmp_path: Path) -> None:

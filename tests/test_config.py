@@ -279,6 +279,13 @@ def test_numbers_to_another_base_are_refused_by_name(text: str, said: str) -> No
     assert parse_yaml("{a: '010', b: 0, c: 0.10, d: -5, e: 10:x}", "here")["a"] == "010"
 
 
+def test_half_a_character_is_refused_where_it_stands() -> None:
+    """Nothing could write it down again: no run folder would ever open."""
+    with pytest.raises(ConfigError, match=r"here: `a\.b` in line 2 holds half a character, 'x\\ud800'; write the"):
+        parse_yaml('a:\n  b: "x\\ud800"', "here")
+    assert parse_yaml('a: "\\U0001F600"', "here") == {"a": "\U0001f600"}
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("iterations", "yes"), ("rollout.temperature", "true"), ("space.objectives.a", "{a: on}")]
 )

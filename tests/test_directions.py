@@ -440,6 +440,7 @@ def test_what_is_no_space_is_a_model_file_error(data):
     ("names", "options", "said"),
     [
         (("a",), {}, "at least two"),
+        (tuple(f"a{n}" for n in range(65)), {}, "at most 64"),
         (("a", "a"), {}, "named twice"),
         (("a", "b c"), {}, "objective name"),
         (("a", "x" * 65), {}, "objective name"),

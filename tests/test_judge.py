@@ -2,6 +2,7 @@
 pytest tests/test_judge.py
 """
 
+import csv
 import fcntl
 import json
 import re
@@ -286,6 +287,14 @@ def test_the_page_shows_answers_side_by_side_and_runs_nothing(server: Server, tm
     assert "yes yes" in page
     assert (tmp_path / "out" / "judge.csv").read_text().count("helpfulness*80") == len(pairs)
     assert json.loads((tmp_path / "out" / "judge.json").read_text())[0]["win_rate"] == found["win_rate"]
+
+
+def test_a_spreadsheet_takes_no_answer_for_a_formula(server: Server, tmp_path: Path) -> None:
+    found = judge(asker(server, tmp_path), [Pair('=HYPERLINK("http://x")', "-1", "@SUM(A1)")], SPACE, TERSE, ("x", "y"))
+    write_verdicts(tmp_path / "out", [found])
+    with (tmp_path / "out" / "judge.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert [row[name] for name in ("request", "first", "second")] == ['\'=HYPERLINK("http://x")', "'-1", "'@SUM(A1)"]
 
 
 def test_answer_files_of_both_forms_are_read(tmp_path: Path) -> None:

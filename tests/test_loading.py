@@ -202,6 +202,13 @@ def test_50_a_chat_template_that_is_no_text_is_one_sentence(folder: Path, templa
     refused(folder, "chat_template is (int|bool), not text")
 
 
+def test_50_chat_templates_without_a_default_are_one_sentence(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    named = [{"name": "tool_use", "template": "{{ messages }}"}]
+    configure(folder, "tokenizer_config.json", chat_template=named)
+    refused(folder, r"of its chat templates \(tool_use\) none is called default")
+
+
 @pytest.mark.parametrize("template", ["{% if %}", "{{ messages[9].content }}", "hello", "{{ raise_exception('no') }}"])
 def test_50_a_template_that_does_not_work_is_found_before_any_stage(folder: Path, template: str) -> None:
     check_policy(folder, space=SPACE)

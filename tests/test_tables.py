@@ -2,6 +2,7 @@
 Run: pytest tests/test_tables.py
 """
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from dpa.core.errors import RunFolderError, StorageError
 from dpa.storage.tables import (
+    CHECKSUM,
     FileRecord,
+    is_whole,
     read_json,
     read_table,
     save_folder_atomically,
@@ -138,3 +141,14 @@ def test_what_crashes_left_beside_a_folder_is_cleared_and_the_old_one_survives(t
         raise KeyError
     assert (target / "w").read_text() == "old"
     assert names(tmp_path) == ["policy"]
+
+
+@pytest.mark.parametrize("place", [".", "/", "a/.."])
+def test_a_folder_that_cannot_be_renamed_is_one_sentence(place: str) -> None:
+    with pytest.raises(RunFolderError, match="cannot be written as a whole"), save_folder_atomically(Path(place)):
+        pass
+
+
+@pytest.mark.parametrize("number", ["1e999", "NaN"])
+def test_a_record_with_a_number_that_nobody_writes_is_damaged(number: str) -> None:
+    assert not is_whole(json.loads(f'{{"wall_s": {number}, "{CHECKSUM}": "0"}}'))

@@ -38,6 +38,8 @@ from dpa.core.sentences import (
 
 _KIND: dict[str, Any] = {"objectives": list, "center": dict, "max_angle": int | float, "template": str, "presets": dict}
 """Of a space's fields as they travel with a model."""
+MAX_OBJECTIVES = 64
+"""More are a damaged or hostile file: what a cone needs grows with their square."""
 _UNLESS = {"placement": "system", "zero_padded": False}
 """Those that are absent where they are as published."""
 _OPTIONAL = ("training_angle", "training_ends", "training_arcs", "target_template", "target_step", *_UNLESS)
@@ -80,6 +82,8 @@ class DirectionSpace:
         names = self.names
         if len(names) < 2:
             raise DirectionError(f"objectives: {len(names)} given; a direction needs at least two.")
+        if len(names) > MAX_OBJECTIVES:
+            raise DirectionError(f"objectives: {len(names):,} given; a direction has at most {MAX_OBJECTIVES}.")
         for name in names:
             if names.count(name) > 1:
                 raise DirectionError(f"objectives: `{name}` is named twice; give each its own name.")

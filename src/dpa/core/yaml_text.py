@@ -75,6 +75,11 @@ def _check(node: yaml.Node, name: str, field: str, known: dict[int, _Extent], ab
             f"{name}: `{field}`: {node.value} in line {node.start_mark.line + 1} is a number to base 8 or 60 in YAML; "
             "write it to base 10 without a leading zero, or in quotes."
         )
+    if isinstance(node, yaml.ScalarNode) and any("\ud800" <= letter <= "\udfff" for letter in node.value):
+        raise ConfigError(
+            f"{name}: `{field}` in line {node.start_mark.line + 1} holds half a character, {node.value!a:.60}; "
+            "write the character itself."
+        )
     if isinstance(node, yaml.MappingNode):
         seen: dict[tuple[str, str], int] = {}
         for key, value in node.value:

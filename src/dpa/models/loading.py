@@ -70,6 +70,8 @@ def load_tokenizer(safe: SafeModel, what: str = "model") -> PreTrainedTokenizerB
         templates = template.values() if isinstance(template, dict) else [template or ""]
         if not all(isinstance(text, str) for text in templates):
             raise ValueError(f"chat_template is {type(template).__name__}, not text")
+        if isinstance(template, dict) and "default" not in template:
+            raise ValueError(f"of its chat templates ({', '.join(sorted(template))}) none is called default")
     return tokenizer
 
 

@@ -23,6 +23,8 @@ CPU_S = 1.0
 """Seconds of CPU time for one rendering: a busy machine refuses no template. One of today's takes under 1 ms."""
 MEMORY = 512_000_000
 """Bytes beyond those the process starts with."""
+TEXT = 8_000_000
+"""Characters of a rendering: who asked has to cut them into tokens."""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -87,13 +89,19 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+def _short(text: str) -> str:
+    if len(text) > TEXT:
+        raise ValueError(f"the chat template writes {len(text):,} characters, more than {TEXT:,}")
+    return text
+
+
 def _answer(line: bytes) -> dict[str, Any]:
     asked = json.loads(line.decode("utf-8", "surrogatepass"))
     try:
         template, variables = _compiled(asked["template"]), asked["variables"]
         if "chats" in asked:
-            return {"texts": [template.render(**variables, messages=messages) for messages in asked["chats"]]}
-        return {"text": template.render(**variables)}
+            return {"texts": [_short(template.render(**variables, messages=messages)) for messages in asked["chats"]]}
+        return {"text": _short(template.render(**variables))}
     except MemoryError:
         return {"error": f"the chat template takes more than {MEMORY // 1_000_000} MB", "kind": "memory"}
     except Exception as error:  # whatever a template does wrong is the reason why it does not render

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Protocol
@@ -108,7 +108,12 @@ class _Worker:
     def give(self, job: Job) -> None:
         """Begin a job."""
         self.job, self._begun, self._asked_to_stop = job, time.monotonic(), False
-        self.connection.send(job)
+        try:
+            self.connection.send(job)
+        except OSError:  # it died while it had nothing to do
+            self._process.join()
+            self._start()
+            self.connection.send(job)
 
     def take(self) -> tuple[Job, float, str]:
         """The job that has ended, its seconds, and what went wrong, or nothing."""
@@ -125,7 +130,8 @@ class _Worker:
     def stop(self) -> None:
         """Ask the job in hand to stop at the next safe point."""
         if not self._asked_to_stop and self._process.pid:
-            os.kill(self._process.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it has just died
+                os.kill(self._process.pid, signal.SIGTERM)
             self._asked_to_stop = True
 
     def close(self) -> None:

@@ -247,7 +247,8 @@ def write_verdicts(out: Path, results: Sequence[Mapping[str, Any]]) -> Path:
     lines.writerow(["preference", "request", "first", "second", "verdict", "verdict_swapped"])
     for found in results:
         for pair in found["pairs"]:
-            lines.writerow([found["preference"], pair["request"], pair["first"], pair["second"], *pair["verdicts"]])
+            texts = (found["preference"], pair["request"], pair["first"], pair["second"])
+            lines.writerow([*map(_as_text, texts), *pair["verdicts"]])
     write_bytes(out / "judge.csv", text.getvalue().encode("utf-8", "backslashreplace"))
     names, sentences = results[0]["names"], [sentence(found) for found in results]
     page = render("judge.html", results=results, names=names, sentences=sentences, shown=SHOWN, colors=())
@@ -263,6 +264,11 @@ def _request_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
         answer = row["messages"][-1]["content"]
         return str(row["messages"][0]["content"]), str(answer["answer"] if isinstance(answer, dict) else answer)
     return str(row["instruction"]), str(row["output"])
+
+
+def _as_text(cell: str) -> str:
+    """A cell that no spreadsheet takes for a formula: models' words are in it."""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def _biased(first: Interval) -> bool:

@@ -132,7 +132,10 @@ def read_record(path: Path, fields: Collection[str], optional: Collection[str] |
 def is_whole(record: Mapping[str, Any]) -> bool:
     """Whether a record is what its checksum says, where it has one."""
     rest = {name: value for name, value in record.items() if name != CHECKSUM}
-    return CHECKSUM not in record or record[CHECKSUM] == _record_digest(rest)
+    try:
+        return CHECKSUM not in record or record[CHECKSUM] == _record_digest(rest)
+    except (ValueError, RecursionError):  # no number that we write: Infinity, NaN; or nested too deep
+        return False
 
 
 def write_table(path: Path, table: pa.Table) -> FileRecord:
@@ -195,6 +198,8 @@ def save_folder_atomically(path: Path) -> Iterator[Path]:
     Raises StorageError or RunFolderError as `write_bytes` does, also for an OSError of the block.
     """
     path = Path(path)
+    if not path.name or path.name == "..":  # `.` and `/` cannot be replaced
+        raise RunFolderError(f"{path}: this folder cannot be written as a whole; name a new one in it.")
     temporary, old = (path.with_name(f".{path.name}{suffix}") for suffix in (TEMPORARY, ".old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -259,7 +259,8 @@ def _golden(model: Any, rows: EncodedRows, pad: int, least: int) -> tuple[Golden
 def _check_set_up(model: Any, tokenizer: Any, spec: RewardSpec, name: str) -> None:
     """The self-test of a scorer, on the model in memory and on a tokenizer that was saved. Raises ModelFileError."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        with disk_refusals(Path(folder), "saving the tokenizer"):
+            tokenizer.save_pretrained(folder)
         self_test(model, AutoTokenizer.from_pretrained(folder), spec, name)
 
 
