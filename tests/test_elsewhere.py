@@ -300,7 +300,7 @@ def test_what_was_trained_in_the_folder_is_not_replaced_with_it(tmp_path: Path) 
 def test_lora_adapters_are_merged_into_the_policy_they_were_trained_on(tmp_path: Path) -> None:
     with open_run(tmp_path) as loop:
         base, tokenizer = load_policy(loop.policy(0), device="cpu")
-        adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        adapted = get_peft_model(base, LoraConfig(r=4, target_modules=r".*\.(q_proj|v_proj)", init_lora_weights=False))
         adapted.save_pretrained(tmp_path / "adapters")
         ids = torch.tensor([tokenizer("Why was it?")["input_ids"]])
         with torch.no_grad():
@@ -352,7 +352,13 @@ def broken(folder: Path, how: str) -> Path:
         start = "pissa" if how == "adapters over changed weights" else True
         said = {"peft_type": kind, "init_lora_weights": start, "r": 4, "target_modules": ["q_proj"]}
         said |= {"adapters by another library": {"megatron_config": {"a": 1}}}.get(how, {})
-        said |= {"adapters of no pattern": {"target_modules": "["}}.get(how, {})
+        said |= {
+            "adapters with parts missing": {"target_modules": r"(\w+\.?)+!"},  # never tried: it would take for ever
+            "adapters by pattern": {"rank_pattern": {r"(\w+\.?)+!": 4}},
+            "adapters of a great rank": {"r": 10**9},
+            "adapters of no rank": {"r": "4"},
+            "adapters over layers again": {"layer_replication": [[0, 2]] * 9},
+        }.get(how, {})
         (folder / "adapter_config.json").write_text(json.dumps(said))
         tensor = torch.ones(4, 7 if how == "adapters of another model" else 32)
         name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -374,7 +380,10 @@ def broken(folder: Path, how: str) -> Path:
         ("adapters of another model", "do not fit"),
         ("adapters with parts missing", "do not fit"),
         ("adapters by another library", "do not fit .*megatron"),
-        ("adapters of no pattern", "do not fit .*unterminated"),
+        ("adapters by pattern", "whose rank_pattern is by pattern"),
+        ("adapters of a great rank", r"has the rank 1000000000 \(r\), but the largest of its weights has 4"),
+        ("adapters of no rank", "has the rank '4'"),
+        ("adapters over layers again", "several times"),
     ],
 )
 def test_what_cannot_be_a_policy_is_refused_in_one_sentence(tmp_path: Path, how: str, said: str) -> None:

@@ -270,10 +270,10 @@ def serve(settings: ServeSettings) -> None:
     run_server(settings)
 
 
-def _load(path: Path, overrides: list[str] | None, flags: dict[str, str] | None = None) -> "RunConfig":
+def _load(path: Path, overrides: list[str] | None) -> "RunConfig":
     from dpa.core.config import load_config
 
-    return load_config(path, {**overridden(overrides), **(flags or {})})
+    return load_config(path, overridden(overrides))
 
 
 def _any_run(path: Path, overrides: list[str] | None, flags: dict[str, str] | None = None) -> "Loop | RewardRun":

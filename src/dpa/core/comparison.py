@@ -97,7 +97,7 @@ def heights(x_ND: np.ndarray, y_ND: np.ndarray, at_NX: np.ndarray) -> np.ndarray
     return np.where(np.isfinite(best), best, np.nan)
 
 
-def lead(ours: Front, theirs: Front, seed: int = 0) -> Lead:
+def lead(ours: Front, theirs: Front) -> Lead:
     """How far `ours` is above `theirs` at equal x.
 
     Fronts are compared at PLACES evenly spaced places of the range that both cover in every seed. A front of one point
@@ -117,22 +117,22 @@ def lead(ours: Front, theirs: Front, seed: int = 0) -> Lead:
         )
     if not len(at_X) or np.isnan(lead_SX).any():
         return Lead(np.empty(0), [], None, None, None)
-    lead_X = [over_seeds(lead_SX[:, x], draws_SRX[:, :, x], seed) for x in range(len(at_X))]
+    lead_X = [over_seeds(lead_SX[:, x], draws_SRX[:, :, x]) for x in range(len(at_X))]
     least = int(lead_SX.mean(axis=0).argmin())
     with np.errstate(invalid="ignore"):
         known_SR = np.isfinite(draws_SRX).sum(axis=2)
         mean_SR = np.where(known_SR > 0, np.nansum(draws_SRX, axis=2) / np.maximum(known_SR, 1), np.nan)
-    mean = over_seeds(lead_SX.mean(axis=1), mean_SR, seed)
+    mean = over_seeds(lead_SX.mean(axis=1), mean_SR)
     return Lead(at_X, lead_X, lead_X[least], float(at_X[least]), mean)
 
 
-def height_at(front: Front, x: float, seed: int = 0) -> Interval | None:
+def height_at(front: Front, x: float) -> Interval | None:
     """The front's y at one x, averaged over seeds; None where it does not reach that x in every seed."""
     at = np.array([x])
     value_S = heights(front.x_SD, front.y_SD, at[None])[:, 0]
     if np.isnan(value_S).any():
         return None
-    return over_seeds(value_S, heights(front.x_SRD, front.y_SRD, at[None, None])[:, :, 0], seed)
+    return over_seeds(value_S, heights(front.x_SRD, front.y_SRD, at[None, None])[:, :, 0])
 
 
 def over_seeds(

@@ -113,9 +113,9 @@ def ramp(count: int) -> list[Color]:
     return [(color(light, index), color(dark, index)) for index in range(count)]
 
 
-def nice_ticks(low: float, high: float, about: int = 7) -> list[float]:
-    """Round values 1, 2 or 5 times a power of ten apart, inside [low, high]."""
-    raw = (high - low) / about
+def nice_ticks(low: float, high: float) -> list[float]:
+    """About seven round values 1, 2 or 5 times a power of ten apart, inside [low, high]."""
+    raw = (high - low) / 7
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

@@ -32,9 +32,9 @@ def value_and_range(interval: Mapping[str, Any] | None, digits: int = 1) -> tupl
     return number(value, digits), f"[{number(interval['low'], digits)}, {number(interval['high'], digits)}]"
 
 
-def spread(interval: Mapping[str, Any], digits: int = 1) -> str:
+def spread(interval: Mapping[str, Any]) -> str:
     """`51.2 [50.1, 52.3]`."""
-    return " ".join(value_and_range(interval, digits)).strip()
+    return " ".join(value_and_range(interval)).strip()
 
 
 def percent(interval: Mapping[str, Any]) -> str:

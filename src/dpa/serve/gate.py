@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import Any
 from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -218,9 +218,9 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
-def log_json(stream: TextIO | None = None) -> None:
-    """Send the gateway's log, and uvicorn's, to `stream` (standard error) as JSON lines."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+def log_json() -> None:
+    """Send the gateway's log, and uvicorn's, to standard error as JSON lines."""
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -92,13 +92,18 @@ def _merged(trained: Path, base: Model | None) -> PreTrainedModel:
             f"model: {trained} holds adapters begun with init_lora_weights={start!r}, which changed the weights below "
             "them; merge them where they were trained."
         )
+    weights = load_file(file)
+    _check_adapters(said, weights, trained)
     model = _weights(base)
     dtype = model.dtype
     try:
         config: Any = LoraConfig.from_pretrained(str(trained))
         config.init_lora_weights, config.inference_mode = True, True
+        # What the weights belong to, they say themselves: a pattern of a stranger's may take years to match.
+        of_lora = (name.removeprefix("base_model.model.").split(".lora_") for name in weights)
+        config.target_modules = {module for module, *rest in of_lora if rest}
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         adapted = get_peft_model(model, config)
-        weights = load_file(file)
         found: Any = set_peft_model_state_dict(adapted, weights)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError, re.error) as error:
         reason = " ".join(str(error).split())[:300]
@@ -114,6 +119,31 @@ def _merged(trained: Path, base: Model | None) -> PreTrainedModel:
             "and the iteration they were trained for."
         )
     return merge_adapters(adapted, dtype)
+
+
+def _check_adapters(said: dict[str, Any], weights: dict[str, torch.Tensor], trained: Path) -> None:
+    """No part of an adapter_config.json is larger than its weights, or a pattern. Raises ModelFileError."""
+    ranks = {"r": said.get("r")}
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = said.get(field) or {}
+        if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", name) for name in patterns):
+            raise ModelFileError(
+                f"model: {trained} holds adapters whose {field} is by pattern ({patterns!a:.100}); merge them where "
+                "they were trained."
+            )
+        ranks |= patterns if field == "rank_pattern" else {}
+    if said.get("layer_replication"):
+        raise ModelFileError(
+            f"model: {trained} holds adapters over layers that are there several times (layer_replication); merge them "
+            "where they were trained."
+        )
+    most = max((weight.shape[0] for name, weight in weights.items() if weight.ndim and "_A" in name), default=0)
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or not 0 < rank <= most:
+            raise ModelFileError(
+                f"model: {trained / ADAPTER_CONFIG} has the rank {rank!a:.40} ({name}), but the largest of its weights "
+                f"has {most}; save the adapters again."
+            )
 
 
 def _check_finite(model: PreTrainedModel, trained: Path) -> None:

@@ -187,17 +187,17 @@ class Lab(Run):
         table = table.append_column("messages", messages).append_column("complete", pa.array(completeness(table)))
         return table, self.objectives(self.stage(t, "score"))
 
-    def best_rated(self, direction_K: np.ndarray, t: int = 0, place: str = "select") -> pa.Table:
+    def best_rated(self, direction_K: np.ndarray, t: int = 0) -> pa.Table:
         """For each rated prompt its best response under one direction, in the columns of a select shard."""
-        stage, one = self.stage(t, place), SelectionConfig(directions=1)  # type: ignore[call-arg]
+        stage, one = self.stage(t, "select"), SelectionConfig(directions=1)  # type: ignore[call-arg]
         scores, space = self.shared_stage(0, "score"), self.only(direction_K)
         select_rated(stage, self.ratings, scores, space, one, self.config.seed)
         return stage.whole_table()
 
-    def best_sampled(self, direction_K: np.ndarray, t: int, count: int = 1) -> pa.Table:
+    def best_sampled(self, direction_K: np.ndarray, t: int) -> pa.Table:
         """For each prompt of iteration t its best candidate under one direction, in the columns of a select shard."""
         stage = self.stage(t, "select")
-        how = SelectionConfig(directions=count)  # type: ignore[call-arg]
+        how = SelectionConfig(directions=1)  # type: ignore[call-arg]
         folders = self.stage(t, "rollout"), self.stage(t, "score")
         select_winners(stage, *folders, self.prompts(t), self.only(direction_K), how, self.config.seed)
         return stage.whole_table()
