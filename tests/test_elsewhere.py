@@ -355,6 +355,7 @@ def broken(folder: Path, how: str) -> Path:
         said |= {
             "adapters with parts missing": {"target_modules": r"(\w+\.?)+!"},  # never tried: it would take for ever
             "adapters by pattern": {"rank_pattern": {r"(\w+\.?)+!": 4}},
+            "adapters and modules by pattern": {"modules_to_save": [r"(\w+\.?)+!"]},
             "adapters of a great rank": {"r": 10**9},
             "adapters of no rank": {"r": "4"},
             "adapters over layers again": {"layer_replication": [[0, 2]] * 9},
@@ -381,6 +382,7 @@ def broken(folder: Path, how: str) -> Path:
         ("adapters with parts missing", "do not fit"),
         ("adapters by another library", "do not fit .*megatron"),
         ("adapters by pattern", "whose rank_pattern is by pattern"),
+        ("adapters and modules by pattern", "modules_to_save: .*merge them"),
         ("adapters of a great rank", r"has the rank 1000000000 \(r\), but the largest of its weights has 4"),
         ("adapters of no rank", "has the rank '4'"),
         ("adapters over layers again", "several times"),

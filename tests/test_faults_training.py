@@ -78,6 +78,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_it(
     assert f"{newest / file} is damaged" in caplog.text
     run(base, folder, CONFIG)
     assert logged(folder) == logged(tmp_path / "whole")
+    assert newest_checkpoint(folder / "work") == newest, "written over, it is whole again"
 
 
 @pytest.fixture

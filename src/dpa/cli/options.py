@@ -42,7 +42,13 @@ def as_yaml(value: int | Path) -> str:
 
 def check_new_folder(out: Path) -> None:
     """What a command writes as a whole folder would replace what lies there. Raises ConfigError."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    try:
+        taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        from dpa.storage.tables import disk_error
+
+        raise disk_error(error, out, "looking at it") from None
+    if taken:
         raise ConfigError(f"--out: {out} exists, and it would be replaced as a whole; choose a new folder.")
 
 

@@ -106,7 +106,8 @@ def brief(content: bytes) -> str:
     except (ValueError, RecursionError):
         said = text
     fields = error_fields(said)
-    return " ".join(own_words(str(fields.get("message") or fields)).split())[:200]
+    message = fields.get("message", fields)
+    return " ".join(own_words("" if message is None else str(message)).split())[:200]
 
 
 def error_fields(body: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dpa.core.errors import DirectionError
 from dpa.serve.bodies import RefusedError
 from dpa.serve.selection import best_of, candidates, chosen_of, listing
 from dpa.serve.settings import Served
@@ -20,6 +21,7 @@ from dpa.serve.shapes import (
     Scores,
     as_chunks,
     echo,
+    first_text,
     in_clients_words,
     is_silent,
     named,
@@ -95,7 +97,7 @@ class Answering:
         wanted = candidates(asked, self._served.space, self._engines.ours)
         answers = await self._asked(asked, [one.body for one in wanted])
         answers, base = answers[: len(wanted)], answers[len(wanted) :]
-        scores_NK = await self._scores(asked, [texts_of(answer)[0] for answer in answers])
+        scores_NK = await self._scores(asked, [first_text(answer) for answer in answers])
         best, utility_N = best_of(direction, scores_NK)
         answer = await self._told(asked, chosen_of(answers, best), base, [named(names, scores_NK[best])])
         answer["dpa"]["candidates"] = listing(wanted, names, scores_NK, utility_N, best)
@@ -175,7 +177,7 @@ class Answering:
             raise RefusedError(message, error.status, retry_after_s=error.retry_after_s) from None
         try:
             return self._served.space.combine(np.array(said["scores"], dtype=np.float64), said["attributes"])
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, OverflowError, DirectionError):
             raise RefusedError("scorer: its answer has no scores of these attributes; is it a scorer?", 502) from None
 
 

@@ -65,7 +65,7 @@ def readable(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_choice(choice: Any) -> bool:
-    if not isinstance(choice, dict) or not isinstance(choice.get("index", 0), int):
+    if not isinstance(choice, dict) or not isinstance(choice.get("index"), int | None):
         return False
     parts = [choice.get("message"), choice.get("delta")]
     contents = [part.get("content") for part in parts if isinstance(part, dict)]
@@ -90,6 +90,13 @@ def texts_of(answer: dict[str, Any]) -> list[str]:
     if choices is None:
         raise UpstreamError("upstream: its answer has no choices; is it an OpenAI-compatible server?", 502)
     return [choice.get("text") or (choice.get("message") or {}).get("content") or "" for choice in choices]
+
+
+def first_text(answer: dict[str, Any]) -> str:
+    """What its first choice says. Raises UpstreamError where it has none."""
+    for text in texts_of(answer):
+        return text
+    raise UpstreamError("upstream: its answer has no choices; is it an OpenAI-compatible server?", 502)
 
 
 def told(steering: Steering, texts: list[str], rows: list[Scores]) -> dict[str, Any]:
@@ -139,7 +146,7 @@ def as_chunks(asked: Asked, answer: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def said_in(chunk: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """What a chunk adds to each choice it names, by the choice's number."""
     for choice in chunk.get("choices") or ():
-        yield choice.get("index", 0), choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+        yield choice.get("index") or 0, choice.get("text") or (choice.get("delta") or {}).get("content") or ""
 
 
 def is_silent(chunk: dict[str, Any]) -> bool:

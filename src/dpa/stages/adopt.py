@@ -132,6 +132,14 @@ def _check_adapters(said: dict[str, Any], weights: dict[str, torch.Tensor], trai
                 "they were trained."
             )
         ranks |= patterns if field == "rank_pattern" else {}
+    whole = said.get("modules_to_save") or []
+    if not isinstance(whole, list) or not all(
+        isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in whole
+    ):
+        raise ModelFileError(
+            f"model: {trained} holds whole modules by pattern (modules_to_save: {whole!a:.100}); merge them where they "
+            "were trained."
+        )
     if said.get("layer_replication"):
         raise ModelFileError(
             f"model: {trained} holds adapters over layers that are there several times (layer_replication); merge them "

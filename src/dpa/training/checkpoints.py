@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dpa.core.errors import DamageError
-from dpa.storage.tables import read_json, write_json
+from dpa.storage.tables import TEMPORARY, read_json, write_json
 from dpa.training.ranks import is_first, wait_for_all
 
 _SEAL_FILE = "dpa_seal.json"
@@ -30,7 +30,8 @@ class SealCheckpoints(TrainerCallback):
         wait_for_all()
         if is_first():
             checkpoint = self._work / f"checkpoint-{state.global_step}"
-            files = (file for file in sorted(checkpoint.rglob("*")) if file.is_file())
+            (checkpoint / _SEAL_FILE).unlink(missing_ok=True)  # of what is written over
+            files = (file for file in sorted(checkpoint.rglob("*")) if file.is_file() and TEMPORARY not in file.name)
             sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}
             write_json(checkpoint / _SEAL_FILE, sizes)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpa.core.errors import ConfigError
+from dpa.core.errors import ConfigError, ModelFileError
 from dpa.models.files import GGUF_SUFFIX, check_safetensors
 
 MOST_OF_A_WIDTH = 10**9
@@ -120,7 +120,12 @@ def size_of(model: str, parameters: float | None, where: str, fix: str) -> Size:
     if folder.suffix == GGUF_SUFFIX and folder.is_file():
         from dpa.models.gguf import configuration  # transformers, which nothing else here takes
 
-        size = _read(configuration(folder))
+        try:
+            size = _read(configuration(folder))
+        except (ConfigError, ModelFileError):
+            if parameters is None and not named:
+                raise
+            size = None
     else:
         size = _read(_config(about, where)) if about.is_file() else None
     if size is not None:
