@@ -8,17 +8,16 @@ numbers) is mended from the file's own metadata, and what it cannot express is r
 import importlib.util
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from dpa.core.errors import ConfigError, ModelFileError
 from dpa.models.disk_refusals import disk_refusals
@@ -72,16 +71,32 @@ def dequantise(file: Path, folder: Path) -> str:
     return f"policy: {file} ({', '.join(quantised) or 'not quantised'}) dequantised to {name}, once, at {folder}"
 
 
-def configuration(file: Path) -> dict[str, Any]:
-    """What a config.json would say of the model's shape. Raises as `dequantise` does."""
-    with _reading(file):
-        config: dict[str, Any] = load_gguf_checkpoint(str(file))["config"]
-    return config
+_SHAPE = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "vocab_size": "vocab_size",
+}
+"""Field of a config.json -> key of a GGUF's metadata, behind its architecture's name (ggml's docs/gguf.md)."""
+
+
+def shape_of(file: Path) -> tuple[dict[str, Any], int]:
+    """What a config.json would say of the model's shape, and how many numbers its tensors hold: from the header alone,
+    since gguf's own reader takes seconds for a vocabulary. Raises as `dequantise` does."""
+    with _reading(file) as (metadata, tensors):
+        of = metadata["general.architecture"]
+        known = {field: metadata[key] for field, name in _SHAPE.items() if (key := f"{of}.{name}") in metadata}
+        tied = "output.weight" not in tensors
+        vocabulary = metadata.get("tokenizer.ggml.tokens")
+    return {"vocab_size": vocabulary, "tie_word_embeddings": tied, **known}, sum(tensors.values())
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """What is wrong with a GGUF file ends in one sentence."""
+def _reading(file: Path) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
+    """Its header; what is wrong with the file, here or in the block, ends in one sentence."""
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError(f"policy: {file} is a GGUF file, which takes the package `gguf`; pip install 'dpa[gguf]'.")
     if not file.is_file():
@@ -91,55 +106,70 @@ def _reading(file: Path) -> Iterator[None]:
             raise ModelFileError(f"policy: {file} is no GGUF file, whatever its name says; download it again.")
     source = SafeModel(str(file), {"use_safetensors": True, "trust_remote_code": False})
     with quiet_libraries(), refusing(source, "policy"):
-        check_lengths(file)
-        yield
+        yield read_header(file)
 
 
-_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Size of a value by its type's number in the file; texts and arrays aside."""
+_FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""How `struct` reads a value, by its type's number in the file; texts and arrays aside."""
 _TEXT, _ARRAY = 8, 9
 
 
-def check_lengths(file: Path) -> None:
-    """Raises ValueError for a length that the file has no room for: its reader would go on beyond the end for ever."""
+def read_header(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The metadata by key, of an array how long it is, and by name how many numbers each tensor holds.
+
+    Raises ValueError for a length that the file has no room for: gguf's own reader would go on beyond the end for ever.
+    """
     total = file.stat().st_size
     with file.open("rb") as stream:
         stream.seek(4)
         order = "<" if struct.unpack("<I", stream.read(4))[0] % 65_536 else ">"
 
-        def count(form: str, bytes_each: int) -> int:
-            (number,) = struct.unpack(order + form, stream.read(struct.calcsize(form)))
-            if number * bytes_each > total - stream.tell():
+        def number(form: str) -> Any:
+            (value,) = struct.unpack(order + form, stream.read(struct.calcsize(form)))
+            return value
+
+        def count(bytes_each: int, form: str = "Q") -> int:
+            found = int(number(form))
+            if found * bytes_each > total - stream.tell():
                 raise ValueError("a length in it is beyond its end; it is damaged")
-            return number
+            return found
+
+        def text() -> str:
+            return stream.read(count(1)).decode("utf-8", "replace")
+
+        def value(kind: int) -> Any:
+            if kind == _TEXT:
+                return text()
+            if kind != _ARRAY:
+                return number(_form(kind))
+            of = number("I")
+            if of == _TEXT:
+                length = count(8)
+                for _ in range(length):
+                    stream.seek(count(1), 1)
+            else:
+                each = struct.calcsize(_form(of))
+                length = count(each)
+                stream.seek(length * each, 1)
+            return length
 
         try:
-            count("Q", 24)  # tensors: a name's length, a number of dimensions, a type, a place
-            for _ in range(count("Q", 13)):
-                stream.seek(count("Q", 1), 1)
-                _skip(stream, count, count("I", 0))
+            tensors = count(24)  # a name's length, a number of dimensions, a type, a place
+            metadata = {text(): value(number("I")) for _ in range(count(13))}
+            sizes: dict[str, int] = {}
+            for _ in range(tensors):
+                name = text()
+                sizes[name] = math.prod(number("Q") for _ in range(count(8, "I")))
+                stream.seek(12, 1)  # its type and place
         except struct.error:
             raise ValueError("it ends in the middle of its metadata") from None
+    return metadata, sizes
 
 
-def _skip(stream: BinaryIO, count: Callable[[str, int], int], kind: int) -> None:
-    if kind == _TEXT:
-        stream.seek(count("Q", 1), 1)
-    elif kind == _ARRAY:
-        of = count("I", 0)
-        if of == _TEXT:
-            for _ in range(count("Q", 8)):
-                stream.seek(count("Q", 1), 1)
-        else:
-            stream.seek(_size(of) * count("Q", _size(of)), 1)
-    else:
-        stream.seek(_size(kind), 1)
-
-
-def _size(kind: int) -> int:
-    if kind not in _BYTES:
+def _form(kind: int) -> str:
+    if kind not in _FORMS:
         raise ValueError(f"a value in it is of type {kind}, which is none, or a list of lists")
-    return _BYTES[kind]
+    return _FORMS[kind]
 
 
 def _read(file: Path) -> tuple[dict[str, Any], set[str]]:

@@ -4,12 +4,11 @@ Run its tests: pytest tests/test_compare.py
 
 import gc
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Protocol
@@ -130,8 +129,7 @@ class _Worker:
     def stop(self) -> None:
         """Ask the job in hand to stop at the next safe point."""
         if not self._asked_to_stop and self._process.pid:
-            with suppress(ProcessLookupError):  # it has just died
-                os.kill(self._process.pid, signal.SIGTERM)
+            self._process.terminate()
             self._asked_to_stop = True
 
     def close(self) -> None:

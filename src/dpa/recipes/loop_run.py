@@ -4,8 +4,6 @@ Run its tests: pytest tests/test_loop.py
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
@@ -14,8 +12,6 @@ from dpa.core.config import RunConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import RunFolderError
 from dpa.core.reference import ModelReference
-from dpa.models.files import GGUF_SUFFIX
-from dpa.models.gguf import dequantise
 from dpa.models.policy import check_policy
 from dpa.recipes.checks import check_run, first_iteration, inputs_of
 from dpa.recipes.rated_rows import RatedRows
@@ -71,19 +67,6 @@ class LoopRun(Run):
         train = self.config.reward.train
         shared = train is not None and train.backbone == self.config.policy  # perhaps a file to be dequantised
         return self._rated.train(self.held_out, show, self.start_policy if shared else None)
-
-    @cached_property
-    def start_policy(self) -> str:
-        """The configured policy; a GGUF file is dequantised into the run folder first, once."""
-        file = Path(self.config.policy)
-        if file.suffix != GGUF_SUFFIX:
-            return self.config.policy
-        stage = self.stage(None, "start_policy")
-        folder = stage.path / "policy"
-        if not stage.done:
-            self.console.print(dequantise(file, folder), markup=False)
-            stage.finish(sealed=[folder])
-        return str(folder)
 
     # --- an iteration ------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ from dpa.core.sections.reward import RewardConfig
 from dpa.core.sections.rollout import PromptsConfig, RolloutConfig
 from dpa.core.target_measures import target_grid
 from dpa.core.targets import Held
+from dpa.models.files import GGUF_SUFFIX
+from dpa.models.gguf import dequantise
 from dpa.models.memory import free_memory
 from dpa.recipes.checks import check_attributes, needed_attributes
 from dpa.sampling.engines import build_samplers, engine_of
@@ -90,6 +92,23 @@ class Run:
     def reward_folder(self) -> Path:
         """Where the trained reward model is saved."""
         return self._made.path / "reward_model"
+
+    @cached_property
+    def start_policy(self) -> str:
+        """The configured policy; of a GGUF file, the folder that was made of it, once."""
+        file = Path(self.config.policy)
+        if file.suffix != GGUF_SUFFIX:
+            return self.config.policy
+        stage = self._made.stage(None, "start_policy")
+        folder = stage.path / "policy"
+        if not stage.done:
+            self._make_start_policy(file, folder, stage)
+        return str(folder)
+
+    def _make_start_policy(self, file: Path, folder: Path, stage: StageFolder) -> None:
+        """Dequantise the GGUF file."""
+        self.console.print(dequantise(file, folder), markup=False)
+        stage.finish(sealed=[folder])
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 

@@ -88,15 +88,20 @@ def texts_of(answer: dict[str, Any]) -> list[str]:
     """What the choices say, in order. Raises UpstreamError."""
     choices = answer.get("choices")
     if choices is None:
-        raise UpstreamError("upstream: its answer has no choices; is it an OpenAI-compatible server?", 502)
+        raise _no_choices()
     return [choice.get("text") or (choice.get("message") or {}).get("content") or "" for choice in choices]
 
 
 def first_text(answer: dict[str, Any]) -> str:
     """What its first choice says. Raises UpstreamError where it has none."""
-    for text in texts_of(answer):
-        return text
-    raise UpstreamError("upstream: its answer has no choices; is it an OpenAI-compatible server?", 502)
+    texts = texts_of(answer)
+    if not texts:
+        raise _no_choices()
+    return texts[0]
+
+
+def _no_choices() -> UpstreamError:
+    return UpstreamError("upstream: its answer has no choices; is it an OpenAI-compatible server?", 502)
 
 
 def told(steering: Steering, texts: list[str], rows: list[Scores]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from dpa.core.errors import DamageError
 from dpa.storage.tables import TEMPORARY, read_json, write_json
@@ -18,18 +18,22 @@ _SEAL_FILE = "dpa_seal.json"
 _log = logging.getLogger(__name__)
 
 
-class SealCheckpoints(TrainerCallback):
+def train_on(trainer: Trainer) -> None:
+    """Train from the newest checkpoint of the Trainer's output folder, where there is one; what it saves is sealed."""
+    trainer.add_callback(_SealCheckpoints())
+    newest = newest_checkpoint(Path(str(trainer.args.output_dir)))
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+
+
+class _SealCheckpoints(TrainerCallback):
     """Notes how large every file of a checkpoint is, once all ranks have saved their part of it: a power cut leaves
     files that are too short. Checksums of weights and optimizer would take as long as writing them."""
-
-    def __init__(self, work: Path) -> None:
-        self._work = work
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write it beside them."""
         wait_for_all()
         if is_first():
-            checkpoint = self._work / f"checkpoint-{state.global_step}"
+            checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
             (checkpoint / _SEAL_FILE).unlink(missing_ok=True)  # of what is written over
             files = (file for file in sorted(checkpoint.rglob("*")) if file.is_file() and TEMPORARY not in file.name)
             sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}

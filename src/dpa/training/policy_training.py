@@ -31,7 +31,7 @@ from dpa.storage.schemas import HELD
 from dpa.storage.stage_records import Reject, count_reasons
 from dpa.storage.stopping import StopOnSignal
 from dpa.storage.tables import read_json, write_json
-from dpa.training.checkpoints import SealCheckpoints, newest_checkpoint, remove_checkpoints
+from dpa.training.checkpoints import newest_checkpoint, remove_checkpoints, train_on
 from dpa.training.learner import E, Learner, RowEncoder, TrainingRecord
 from dpa.training.listening import PREFIX, HeldOut, Listening, MeasureListening, advice, held_out_rows
 from dpa.training.packing import may_share
@@ -180,10 +180,8 @@ def _train(
             trainer.add_callback(callback)
     if measuring is not None:
         trainer.add_callback(measuring)  # on every rank: sharded weights answer together
-    trainer.add_callback(SealCheckpoints(work))
-    newest = newest_checkpoint(work)
     try:
-        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        train_on(trainer)
         if measuring is None or trainer.state.global_step < trainer.state.max_steps:
             return None
         return measuring.last()

@@ -17,7 +17,7 @@ from dpa.models.half_precision import computes_in_bf16
 from dpa.scoring.reward_model import last_token_logits, pools_last_token
 from dpa.scoring.row_layouts import batches, pad_batch
 from dpa.storage.stopping import StopOnSignal
-from dpa.training.checkpoints import SealCheckpoints, newest_checkpoint
+from dpa.training.checkpoints import train_on
 from dpa.training.passes import PASS_TOKENS, OverPackedRows, StepInPasses, Uncut, first_plan, one_card, without_adapters
 from dpa.training.trainers import CountSeconds, ShowProgress, StopsAtBadStep, StopWhenAsked, trackers
 
@@ -140,11 +140,9 @@ def run_trainer(
         trainer.add_callback(progress)
         trainer.add_callback(seconds)
         trainer.add_callback(_AfterTheFirstStep(check))
-        trainer.add_callback(SealCheckpoints(checkpoints))
-        newest = newest_checkpoint(checkpoints)
         try:
             with disk_refusals(checkpoints, "saving a checkpoint"):
-                trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+                train_on(trainer)
         finally:
             progress.close()
         # Mixed precision wraps `forward` for good; scores are measured as a scorer will compute them.

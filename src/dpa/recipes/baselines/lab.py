@@ -25,7 +25,6 @@ from dpa.core.reference import ModelReference
 from dpa.core.sections.reward import RewardConfig
 from dpa.core.sections.rollout import PromptsConfig
 from dpa.core.sections.selection import SelectionConfig
-from dpa.models.files import GGUF_SUFFIX
 from dpa.models.policy import count_tokens, shares_beginnings
 from dpa.recipes.baselines.asking import TranslatingSampler, without_direction
 from dpa.recipes.run import Run
@@ -85,13 +84,8 @@ class Lab(Run):
 
     # --- what the methods of a seed share ----------------------------------------------------------------------------
 
-    @cached_property
-    def start_policy(self) -> str:
-        """The configured policy; of a GGUF file, the folder that was made of it."""
-        if Path(self.config.policy).suffix != GGUF_SUFFIX:
-            return self.config.policy
-        self._check_shared(None, "start_policy")
-        return str(self.shared_stage(None, "start_policy").path / "policy")
+    def _make_start_policy(self, file: Path, folder: Path, stage: StageFolder) -> None:
+        self._check_shared(None, "start_policy")  # the shared job's to make
 
     @cached_property
     def reward(self) -> RewardConfig:

@@ -110,26 +110,29 @@ def size_of(model: str, parameters: float | None, where: str, fix: str) -> Size:
     """The size of a model folder, or of a model known by its name. Raises ModelFileError, and ConfigError, which says
     `where` and the `fix`.
 
-    Read from config.json and the headers of the weights; of a folder without weights, and of a GGUF file, the
+    Read from config.json and the headers of the weights, or the header of a GGUF file; of a folder without weights the
     parameters are counted from its shape. `parameters`, where given, are believed; the widths are then those of the
     nearest model that is known.
     """
     folder = Path(model)
     about = folder / "config.json"
     named = [size for name, size in KNOWN.items() if name in folder.name.lower()]
+    weights = 0.0
     if folder.suffix == GGUF_SUFFIX and folder.is_file():
-        from dpa.models.gguf import configuration  # transformers, which nothing else here takes
+        from dpa.models.gguf import shape_of  # transformers, which nothing else here takes
 
         try:
-            size = _read(configuration(folder))
+            shape, weights = shape_of(folder)
+            size = _read(shape)
         except (ConfigError, ModelFileError):
             if parameters is None and not named:
                 raise
             size = None
     else:
         size = _read(_config(about, where)) if about.is_file() else None
+        weights = 0.0 if size is None else _weights(folder)
     if size is not None:
-        size = replace(size, parameters=_weights(folder) or size.parameters)
+        size = replace(size, parameters=weights or size.parameters)
     elif named:
         size = named[-1]
     elif parameters is not None:
