@@ -4,6 +4,8 @@ pytest tests/test_engine.py
 
 import inspect
 import json
+import logging
+import math
 import random
 import socket
 import threading
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from forks import within
@@ -28,8 +31,9 @@ from dpa.models.policy import make_steerable
 from dpa.sampling.batching import ContinuousBatch, Row
 from dpa.sampling.decoding import Decoder, Decoding, decode
 from dpa.sampling.samplers import TransformersSampler
-from dpa.serve.engine import Engine
+from dpa.serve.engine import Engine, main
 from dpa.serve.engine_loop import TURN, Answer, EngineLoop
+from dpa.serve.logs import JsonLines
 from dpa.serve.text_stream import TextStream
 
 QUESTION: Any = [{"role": "user", "content": "Why?"}]
@@ -572,6 +576,45 @@ def test_49_long_answers_of_many_requests_give_way_in_turn() -> None:
 def test_more_answers_than_one_request_may_have_are_refused(client: httpx.Client) -> None:
     assert ask(client, n=10**6).status_code == 400
     assert client.post("/v1/completions", json={"prompt": ["a"] * 600, "n": 2}).status_code == 400
+
+
+class Scoring:
+    """A scorer that gives what it is told to, or raises it."""
+
+    attributes, revision = ("good",), "r"
+
+    def __init__(self, score: float | Exception) -> None:
+        self._score = score
+
+    def score(self, prompts: Any, responses: Any) -> np.ndarray:
+        if isinstance(self._score, Exception):
+            raise self._score
+        return np.full((len(responses), 1), self._score)
+
+
+@pytest.mark.parametrize(
+    ("score", "status"),
+    [(1.5, 200), (math.inf, 200), (math.nan, 200), (EngineError("my words"), 502), (ValueError("my words"), 500)],
+    ids=str,
+)
+def test_a_scorer_that_fails_is_said_without_a_word_of_what_it_read(
+    score: Any, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with in_thread(Engine("m", None, None, "rev", Scoring(score), 1).app()) as url:
+        answer = httpx.post(url + "/dpa/score", json={"messages": QUESTION, "responses": ["my words"]})
+    assert answer.status_code == status and "my words" not in answer.text
+    assert status != 200 or answer.json()["scores"] == [[score if math.isfinite(score) else None]]
+    log = "".join(map(JsonLines().format, caplog.records))
+    assert "my words" not in log and (status == 200) != (type(score).__name__ in log)
+
+
+def test_the_engines_log_is_the_gateways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    with pytest.raises(SystemExit):
+        main(["--model", str(tmp_path / "nowhere")])
+    (handler,) = root.handlers
+    assert isinstance(handler.formatter, JsonLines)
 
 
 def test_the_engine_answers_in_openai_shape_where_there_is_nothing(client: httpx.Client) -> None:

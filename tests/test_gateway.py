@@ -44,8 +44,9 @@ from dpa.core.targets import read_wish
 from dpa.models.files import EVALUATION_FILE
 from dpa.serve.command import _default_wish, _first_model, _hosts, _say_ready
 from dpa.serve.front import Front, load_front
-from dpa.serve.gate import Gate, JsonLines
+from dpa.serve.gate import Gate
 from dpa.serve.gateway import Gateway
+from dpa.serve.logs import JsonLines
 from dpa.serve.settings import Limits, ServeSettings
 from dpa.serve.upstream import Engines, Upstream
 
@@ -826,6 +827,140 @@ def test_an_answer_in_parts_is_their_text(engine: tuple[FakeUpstream, str], stre
         last = events_of(answer)[-2] if stream else answer.json()
     assert last["choices"][0]["delta" if stream else "message"] == {"content": "Two words."}
     assert last["dpa"]["words"] == 2
+
+
+class Accounting(Foreign):
+    """Counts tokens as nobody should."""
+
+    def __init__(self, url: str, usage: dict[str, Any], stream: bool) -> None:
+        said = {"content": "Two words."}
+        super().__init__(url, [{"index": 0, "finish_reason": "stop", "delta" if stream else "message": said}])
+        self._answer["usage"] = usage
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("best_of", [1, 2])
+@pytest.mark.parametrize("count", ["12", -3, 1.5, True, None, [4], 10**400], ids=lambda count: str(count)[:9])
+def test_no_answer_is_lost_by_how_an_upstream_counts_its_tokens(
+    engine: tuple[FakeUpstream, str], count: Any, best_of: int, stream: bool
+) -> None:
+    upstream = Accounting(engine[1], {"prompt_tokens": 5, "completion_tokens": count}, stream and best_of == 1)
+    body = chat(dpa="terse", dpa_options={"best_of": best_of}, stream=stream, stream_options={"include_usage": True})
+    with in_thread(Gateway(settings_with(), Engines(policy=upstream, scorer=Upstream(engine[1]))).gate) as url:
+        answer = httpx.post(url + CHAT, json=body)
+    assert answer.status_code == 200, answer.text
+    last = events_of(answer)[-2] if stream else answer.json()
+    assert last["usage"]["prompt_tokens"] == 5 * best_of and not last["usage"].get("completion_tokens")
+
+
+@pytest.mark.parametrize(("wanted", "ours"), [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("best_of", [1, 2])
+def test_tokens_of_streams_are_counted_once_and_told_to_whom_asks(
+    engine: tuple[FakeUpstream, str], wanted: bool, ours: bool, best_of: int
+) -> None:
+    """Some servers count in every chunk; our own engine is asked to count whether the client asks or not."""
+    upstream = Counting(engine[1])
+    fields = {"stream_options": {"include_usage": True}} if wanted else {}
+    engines = Engines(policy=upstream, ours=ours, scorer=Upstream(engine[1]))
+    with in_thread(Gateway(settings_with(), engines).gate) as url:
+        answer = httpx.post(url + CHAT, json=chat(dpa="terse", dpa_options={"best_of": best_of}, stream=True, **fields))
+        text = httpx.get(url + "/metrics").text
+    *chunks, last, done = events_of(answer)
+    assert done == "[DONE]" and last["dpa"]["words"] == 2
+    assert ("usage" in last) == wanted and (wanted or not any("usage" in chunk for chunk in chunks))
+    assert wanted or last["choices"][0]["finish_reason"] == "stop", "a client reads the first choice of every chunk"
+    assert f'dpa_tokens_total{{kind="prompt"}} {10.0 * best_of}' in text
+    assert f'dpa_tokens_total{{kind="completion"}} {2.0 * best_of}' in text
+
+
+class Counting(Upstream):
+    """Says two words, and in every chunk how many tokens there are so far."""
+
+    async def post(self, path: str, body: Any) -> Any:
+        if path == CHAT:
+            choice = {"index": 0, "message": {"content": "Two words."}, "finish_reason": "stop"}
+            return {"choices": [choice], "usage": {"prompt_tokens": 10, "completion_tokens": 2}}
+        return await super().post(path, body)
+
+    async def stream(self, path: str, body: Any) -> AsyncGenerator[dict[str, Any], None]:
+        assert body["stream_options"]["include_usage"]
+        for n, word in enumerate(["Two ", "words."], start=1):
+            usage = {"prompt_tokens": 10, "completion_tokens": n}
+            reason = "stop" if n == 2 else None
+            yield {"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": reason}], "usage": usage}
+        yield {"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 2}}
+
+
+class Miscounting(Upstream):
+    """A scorer that scores another number of answers, or attributes, than there are."""
+
+    def __init__(self, url: str, scores: Any) -> None:
+        super().__init__(url)
+        self._scores = scores
+
+    async def post(self, *arguments: Any) -> Any:
+        return {"scores": self._scores, "attributes": ["good", "long"]}
+
+
+@pytest.mark.parametrize("scores", [[], [[50, 10]], [[50, 10]] * 3, [[50], [50]], [50, 10], [[50, 10, 1]] * 2], ids=str)
+def test_a_scorer_that_scores_another_number_of_answers_is_502(engine: tuple[FakeUpstream, str], scores: Any) -> None:
+    engines = Engines(policy=Upstream(engine[1]), scorer=Miscounting(engine[1], scores))
+    with in_thread(Gateway(settings_with(), engines).gate) as url:
+        answer = httpx.post(url + CHAT, json=chat(dpa="terse", dpa_options={"best_of": 2}))
+    assert "is it a scorer" in refused(answer, 502)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_numbers_that_json_does_not_have_are_null(tmp_path: Path, stream: bool) -> None:
+    """Python's json writes them, so some servers do."""
+    choice = '{"index": 0, "finish_reason": "stop", "%s": {"content": "Two words."}, "logprobs": {"content": [%s]}}'
+    odd = '{"token": "a", "logprob": -Infinity, "top": [NaN, 1e400, 1]}'
+    text = '{"choices": [%s]}' % (choice % ("delta" if stream else "message", odd))
+
+    async def say(request: Request) -> Response:
+        await request.body()
+        return Response(f"data: {text}\n\ndata: [DONE]\n\n" if stream else text)
+
+    with in_thread(Starlette(routes=[Route(CHAT, say, methods=["POST"])])) as upstream, gateway_before(upstream) as url:
+        answer = httpx.post(url + CHAT, json=chat(stream=stream))
+    assert answer.status_code == 200
+    (first,) = (events_of(answer)[-2] if stream else answer.json())["choices"]
+    assert first["logprobs"]["content"] == [{"token": "a", "logprob": None, "top": [None, None, 1]}]
+
+
+def test_a_mistake_of_ours_in_a_stream_ends_it_as_all_streams_end(
+    engine: tuple[FakeUpstream, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    class BreaksOff(Upstream):
+        async def stream(self, *arguments: Any) -> AsyncGenerator[dict[str, Any], None]:
+            for _ in range(3):
+                yield {"choices": [{"index": 0, "delta": {"content": "word "}}]}
+            raise ZeroDivisionError("a user's words")
+
+    with in_thread(Gateway(settings_with(), Engines(policy=BreaksOff(engine[1]))).gate) as url:
+        *_, error, done = events_of(httpx.post(url + CHAT, json=chat(stream=True)))
+    assert done == "[DONE]" and error["error"]["message"].startswith("server: it failed")
+    (line,) = [JsonLines().format(record) for record in caplog.records if record.levelno == logging.ERROR]
+    assert "ZeroDivisionError: " in json.loads(line)["failure"] and "words" not in line
+
+
+@pytest.mark.parametrize("route", [CHAT, "/v1/completions"])
+@pytest.mark.parametrize("count", [0, -5, "9", 0.5, False, 101], ids=str)
+def test_the_other_name_of_max_tokens_is_bounded_too(client: httpx.Client, route: str, count: Any) -> None:
+    asked = {"model": "demo", "max_completion_tokens": count}
+    asked |= {"messages": QUESTION} if route == CHAT else {"prompt": "Once"}
+    assert "max_completion_tokens" in refused(client.post(route, json=asked), 400)
+
+
+def test_a_long_wait_that_an_upstream_asks_for_is_no_mistake_of_ours() -> None:
+    async def busy(request: Request) -> Response:
+        return JSONResponse({}, 429, {"Retry-After": "9" * 5000})
+
+    with (
+        in_thread(Starlette(routes=[Route(CHAT, busy, methods=["POST"])])) as upstream,
+        gateway_before(upstream) as url,
+    ):
+        assert refused(httpx.post(url + CHAT, json=chat()), 429)
 
 
 class Broken(Upstream):

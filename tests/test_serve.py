@@ -282,7 +282,7 @@ def test_36_a_users_mistake_is_one_sentence_and_exit_code_2(policy: Path, argume
 
 
 def test_a_policy_of_the_hub_is_served_under_its_ids_name(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpa.serve.gate.log_json", lambda: None)
+    monkeypatch.setattr("dpa.serve.logs.log_json", lambda: None)
     engine: Any = SimpleNamespace(socket="nowhere", ready=threading.Event())
     served, _ = _server(ServeSettings(model="me/pol-7b"), (), str(policy), SPACE, None, {"policy": engine})
     assert served.name == "pol-7b"

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -57,7 +58,10 @@ class FunctionScorer:
         except Exception as error:  # the user's code: whatever it raises is a row that cannot be scored
             if name not in self._complained:
                 self._complained.add(name)
-                _log.warning("scorer: %s failed on a response (%r); such rows are not scored.", name, error)
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                # Not its words: they may hold the response, and a server's log holds no text of users.
+                said = (name, type(error).__name__, place.lineno, place.filename)
+                _log.warning("scorer: %s failed on a response (%s, line %d of %s); such rows are not scored.", *said)
             return float("nan")
 
 

@@ -52,7 +52,7 @@ class Answering:
         return await self._told(asked, answer, base, [])
 
     async def stream(self, asked: Asked) -> AsyncGenerator[dict[str, Any], None]:
-        """Chunks as they come. The first says what was done, the last how it came out.
+        """Chunks as they come. The first says what was done, the last how it came out, and with how many tokens.
 
         A selection knows its answer only when all are in: it comes as a stream of few chunks.
         """
@@ -63,10 +63,16 @@ class Answering:
         said: dict[int, list[str]] = {}
         first = True
         held: dict[str, Any] | None = None
+        usage: dict[str, Any] | None = None
         engine = self._engines.asked_by(asked.steering)
-        async with aclosing(engine.stream(asked.to, {**asked.steering.body, "stream": True})) as chunks:
+        body = {**asked.steering.body, "stream": True}
+        if self._engines.ours:  # another's may not know the field
+            body["stream_options"] = {**(asked.body.stream_options or {}), "include_usage": True}
+        async with aclosing(engine.stream(asked.to, body)) as chunks:
             async for chunk in chunks:
-                readable(chunk)
+                usage = readable(chunk).get("usage") or usage
+                if chunk.get("usage") and not chunk.get("choices") and not asked.wants_usage:
+                    continue
                 for index, text in said_in(chunk):
                     said.setdefault(index, []).append(text)
                 choices = chunk.get("choices")
@@ -88,7 +94,8 @@ class Answering:
         rows: list[Scores] = [None] * len(texts)
         if texts and self._wants_scores(asked):
             rows = await self._named_scores(asked, texts)
-        yield {**held, "dpa": told(asked.steering, texts, rows)}
+        counted = {"usage": usage} if usage else {}
+        yield {**held, **counted, "dpa": told(asked.steering, texts, rows)}
 
     async def _selected(self, asked: Asked) -> dict[str, Any]:
         """The answer the asked direction values most, of several under it or (robust) under its neighbours too."""
@@ -176,7 +183,10 @@ class Answering:
             message = f"scorer: {str(error).removeprefix('upstream: ')}"
             raise RefusedError(message, error.status, retry_after_s=error.retry_after_s) from None
         try:
-            return self._served.space.combine(np.array(said["scores"], dtype=np.float64), said["attributes"])
+            scores_NA = np.array(said["scores"], dtype=np.float64)
+            if scores_NA.shape != (len(texts), len(said["attributes"])):
+                raise ValueError("a row for each answer, with a number for each attribute")
+            return self._served.space.combine(scores_NA, said["attributes"])
         except (LookupError, TypeError, ValueError, OverflowError, DirectionError):
             raise RefusedError("scorer: its answer has no scores of these attributes; is it a scorer?", 502) from None
 

@@ -174,6 +174,7 @@ class Sampling(Open):
         None
     )
     max_tokens: Annotated[Annotated[Count, Field(ge=1)] | None, Field(description=_COUNT)] = None
+    max_completion_tokens: Annotated[Annotated[Count, Field(ge=1)] | None, Field(description=_COUNT)] = None
     stop: Annotated[
         Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None,
         Field(description=f"text of 1 to {MAX_STOP} characters, or a list of up to {MAX_STOPS} such texts"),
@@ -191,7 +192,6 @@ class ChatBody(Sampling):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    max_completion_tokens: Annotated[Annotated[Count, Field(ge=1)] | None, Field(description=_COUNT)] = None
 
 
 class CompletionBody(Sampling):

@@ -147,9 +147,9 @@ def _server(
 
         from dpa.serve.connections import bounded
         from dpa.serve.front import Front, load_front
-        from dpa.serve.gate import log_json
         from dpa.serve.gateway import Gateway
         from dpa.serve.http import Server
+        from dpa.serve.logs import log_json
         from dpa.serve.upstream import Engines, Upstream
     except ModuleNotFoundError as error:
         raise ConfigError(f'serve: {error.name} is not installed; run pip install "dpa[serve]".') from None

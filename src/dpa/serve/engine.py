@@ -9,6 +9,7 @@ chat template does. It trusts whoever can reach it: the gateway listens to stran
 import asyncio
 import json
 import logging
+import math
 import secrets
 import sys
 import time
@@ -60,12 +61,14 @@ from dpa.serve.http import (
     or_gone,
     refused,
 )
+from dpa.serve.logs import log_json, places
 from dpa.serve.prompts import PromptReader, plain_messages
 from dpa.serve.seeds import nth_seed
 from dpa.serve.settings import EngineSettings
 
 MAX_BODY = 64_000_000  # bytes; the gateway's own limit is far below
 MAX_ANSWERS = 1024  # to one request
+_log = logging.getLogger("dpa.serve")
 _KEEP_ALIVE_S = 60  # the gateway lets its idle connections go long before
 _SIGN_OF_LIFE_S = 1.0
 """A stream that waits its turn says so this often while others are served: a long silence is taken for a hang."""
@@ -167,8 +170,12 @@ class Engine:
         work = asyncio.get_running_loop().run_in_executor(
             self._scoring, self._scorer.score, conversations, body.responses
         )
-        scores_NM = await or_gone(request.receive, work)
-        rows = [[None if value != value else value for value in row] for row in scores_NM.tolist()]
+        try:
+            scores_NM = await or_gone(request.receive, work)
+        except DpaError as error:  # a server that it asks, for one; its words may hold a user's
+            _log.error("the scorer failed: %s", places(error))
+            raise RefusedError(f"scores: the scorer failed ({type(error).__name__}).", 502) from None
+        rows = [[value if math.isfinite(value) else None for value in row] for row in scores_NM.tolist()]
         return Json({"attributes": list(self._scorer.attributes), "scores": rows})
 
     async def _answer(self, request: Request) -> Response:
@@ -257,7 +264,7 @@ class Engine:
             raise RefusedError(
                 f"n: {count} answers to one request are more than {MAX_ANSWERS}; ask for less.", param="n"
             )
-        asked = getattr(body, "max_completion_tokens", None) or body.max_tokens
+        asked = body.max_completion_tokens or body.max_tokens
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         seed = secrets.randbits(63) if body.seed is None else body.seed
         pieces: Pieces = asyncio.Queue()
@@ -285,7 +292,7 @@ class Engine:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load, listen, and say `{"ready": ...}` on standard output; a user's mistake is `{"error": ...}` there."""
     settings = EngineSettings.of(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    log_json()
     sys.setswitchinterval(0.001)  # the model's thread must not keep the event loop waiting
     if settings.threads:
         torch.set_num_threads(settings.threads)

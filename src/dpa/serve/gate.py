@@ -7,12 +7,9 @@ import base64
 import binascii
 import hashlib
 import hmac
-import json
 import logging
 import secrets
-import sys
 import time
-import traceback
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dpa.serve.bodies import RefusedError
 from dpa.serve.http import ClientGoneError, refusal
+from dpa.serve.logs import places
 from dpa.serve.settings import Served
 
 OPEN_PATH = "/health"
@@ -122,7 +120,7 @@ class Gate:
         except (ClientGoneError, ClientDisconnect):
             facts["gone"], status = True, status if status == 200 else 499
         except Exception as error:  # a mistake of ours: the client gets its shape, the log the place
-            facts["failure"] = _places(error)
+            facts["failure"] = places(error)
             if not status:  # the application has not answered it itself
                 await refusal(RefusedError("server: it failed; its log has the request's id.", 500))(
                     scope, receive, answer
@@ -202,32 +200,6 @@ class Gate:
             raise RefusedError("origin: another site's page may not use this gateway.", 403)
 
 
-class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, event, and the record's `facts`. No text of users is ever in them."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-            **getattr(record, "facts", {}),
-        }
-        if record.exc_info and record.exc_info[1] is not None:
-            line["failure"] = _places(record.exc_info[1])
-        return json.dumps(line)
-
-
-def log_json() -> None:
-    """Send the gateway's log, and uvicorn's, to standard error as JSON lines."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
-    logging.getLogger("dpa").setLevel(logging.INFO)
-
-
 def _host_name(url: str) -> str:
     """Empty where the address cannot be read."""
     try:
@@ -250,9 +222,3 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
 def _long_body(headers: dict[bytes, bytes]) -> bool:
     """Whether more of the request may follow than came with its head."""
     return b"transfer-encoding" in headers or len(headers.get(b"content-length", b"")) > 4
-
-
-def _places(error: BaseException) -> str:
-    """Kind and place of a failure: its words might hold a user's."""
-    frames = traceback.extract_tb(error.__traceback__)[-6:]
-    return f"{type(error).__name__}: " + " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))

@@ -21,10 +21,11 @@ from dpa.serve.answering import Answering
 from dpa.serve.bodies import ChatBody, CompletionBody, DirectionBody, RefusedError, check_body, error_body, read_body
 from dpa.serve.gate import Gate, Metrics
 from dpa.serve.http import DONE, EventStream, Json, event, or_gone
+from dpa.serve.logs import places
 from dpa.serve.settings import Served
 from dpa.serve.shapes import ERRORS, HANDLERS, direction_json, request_schema, said_in, texts_of, too_slow
 from dpa.serve.steering import HEADER, read_direction, read_model
-from dpa.serve.understanding import CHAT, COMPLETIONS, understand
+from dpa.serve.understanding import CHAT, COMPLETIONS, Asked, understand
 from dpa.serve.upstream import Engines
 
 _MODEL_PARAMETER = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
@@ -180,7 +181,7 @@ class Gateway:
             request.scope["dpa"]["asked"] = body["messages"] if "messages" in body else body["prompt"]
         headers = {"X-DPA-Direction": str(steering.direction or "none"), "X-DPA-Source": steering.source}
         if asked.body.stream:
-            events = self._events(self._answering.stream(asked), request)
+            events = self._events(asked, request)
             # A refusal before the first chunk has its own status, as without a stream: clients ask again by it.
             return EventStream(events, headers, await or_gone(request.receive, anext(events)))
         limit = self._served.limits.seconds
@@ -198,9 +199,7 @@ class Gateway:
 
     # --- streams -----------------------------------------------------------------------------------------------
 
-    async def _events(
-        self, chunks: AsyncGenerator[dict[str, Any], None], request: Request
-    ) -> AsyncGenerator[bytes, None]:
+    async def _events(self, asked: Asked, request: Request) -> AsyncGenerator[bytes, None]:
         """Server-sent events. Whatever goes wrong after the first is an error event, and `[DONE]` ends them; before it
         RefusedError is raised.
         """
@@ -208,8 +207,9 @@ class Gateway:
         begun, first = time.monotonic(), True
         facts = request.scope["dpa"]
         said: dict[int, list[str]] = {}
+        usage: dict[str, Any] = {}
         try:
-            async with aclosing(chunks):
+            async with aclosing(self._answering.stream(asked)) as chunks:
                 # Around each chunk: a limit around the yields would end the client's part of the work, not ours.
                 while (chunk := await _next_before(begun + limit, chunks)) is not None:
                     if first:
@@ -217,9 +217,9 @@ class Gateway:
                         first = False
                     for index, text in said_in(chunk) if self._served.log_text else ():
                         said.setdefault(index, []).append(text)
-                    if chunk.get("usage"):
-                        self._count(chunk["usage"])
-                        facts["tokens"] = chunk["usage"].get("completion_tokens")
+                    usage = chunk.get("usage") or usage  # some servers count in every chunk
+                    if not asked.wants_usage:
+                        chunk.pop("usage", None)
                     yield event(chunk)
         except (TimeoutError, RefusedError) as failure:
             error = failure if isinstance(failure, RefusedError) else too_slow(limit)
@@ -227,7 +227,15 @@ class Gateway:
                 raise error from None
             facts["broken"] = error.status
             yield event(error_body(str(error), error.status, error.param, error.code))
+        except Exception as failure:  # a mistake of ours: as in the gate, but the answer has begun
+            if first:
+                raise
+            facts["failure"] = places(failure)
+            yield event(error_body("server: it failed; its log has the request's id.", 500))
         finally:
+            if usage:
+                self._count(usage)
+                facts["tokens"] = usage.get("completion_tokens")
             if said:
                 facts["said"] = ["".join(said[index]) for index in sorted(said)]
         yield DONE

@@ -14,7 +14,7 @@ from dpa.core.target_selection import select_targets
 from dpa.core.targets import Target, Wish
 from dpa.serve.bodies import TOGETHER
 from dpa.serve.seeds import nth_seed
-from dpa.serve.shapes import named
+from dpa.serve.shapes import TOKEN_COUNTS, named
 from dpa.serve.understanding import Asked
 from dpa.serve.upstream import UpstreamError
 
@@ -63,14 +63,13 @@ def best_of(direction: Wish, scores_NK: np.ndarray) -> tuple[int, np.ndarray]:
     if isinstance(direction, Target):
         held_K = np.array(direction.held, dtype=np.float64)
         return int(select_targets(scores_NK[None], weights_K[None, None], held_K[None, None])[0, 0]), utility_N
-    return int(np.nanargmax(utility_N)), utility_N
+    return int(np.where(np.isfinite(utility_N), utility_N, -np.inf).argmax()), utility_N
 
 
 def chosen_of(answers: list[dict[str, Any]], best: int) -> dict[str, Any]:
     """The best answer, which counts the tokens of all of them."""
     usage = [answer.get("usage") or {} for answer in answers]
-    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
-    total = {name: sum(one.get(name) or 0 for one in usage) for name in counts}
+    total = {name: sum(one.get(name) or 0 for one in usage) for name in TOKEN_COUNTS}
     return {**answers[best], "usage": {**usage[best], **total}}
 
 

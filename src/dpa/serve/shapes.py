@@ -23,6 +23,10 @@ from dpa.serve.upstream import UpstreamError
 Handler = Callable[[Request, Exception], Awaitable[Response]]
 Scores = dict[str, float] | None
 """An answer's objectives by name; None: it was not scored, or could not be."""
+TOKEN_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+"""What OpenAI's `usage` counts."""
+MAX_COUNT = 2**53
+"""Whole numbers up to this are exact as floats, which counters are."""
 
 # --- answers -----------------------------------------------------------------------------------------------------
 
@@ -51,8 +55,8 @@ def named(names: tuple[str, ...], row_K: np.ndarray) -> Scores:
 
 
 def readable(answer: dict[str, Any]) -> dict[str, Any]:
-    """An engine's answer or chunk, contents that come in parts as one text. Raises UpstreamError where it is not shaped
-    as OpenAI's: an engine at a URL is anybody's."""
+    """An engine's answer or chunk, contents that come in parts as one text, counts that are none left out. Raises
+    UpstreamError where it is not shaped as OpenAI's: an engine at a URL is anybody's."""
     choices, usage = answer.get("choices"), answer.get("usage")
     well = isinstance(choices, list | None) and all(map(_is_choice, choices or ())) and isinstance(usage, dict | None)
     if not well:
@@ -61,7 +65,15 @@ def readable(answer: dict[str, Any]) -> dict[str, Any]:
         for part in filter(None, (choice.get("message"), choice.get("delta"))):
             if isinstance(part.get("content"), list):
                 part["content"] = plain_text(part["content"])
+    for name in TOKEN_COUNTS:  # no answer is lost because its tokens are not to be counted
+        if usage and not is_count(usage.get(name)):
+            usage.pop(name, None)
     return answer
+
+
+def is_count(value: Any) -> bool:
+    """Whether a number of tokens is one."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
 
 
 def _is_choice(choice: Any) -> bool:
@@ -141,11 +153,12 @@ def as_chunks(asked: Asked, answer: dict[str, Any]) -> Iterator[dict[str, Any]]:
         ends.append({"index": choice.get("index", 0), **nothing, "finish_reason": reason})
     head = {**answer, "object": "chat.completion.chunk" if asked.chat else "text_completion"}
     yield {**head, "choices": choices, "dpa": echo(asked.steering)}
-    if usage and (asked.body.stream_options or {}).get("include_usage"):
+    counted = {"usage": usage} if usage else {}
+    if counted and asked.wants_usage:
         yield {**head, "choices": ends}
-        yield {**head, "choices": [], "usage": usage, "dpa": dpa}
+        yield {**head, "choices": [], **counted, "dpa": dpa}
     else:
-        yield {**head, "choices": ends, "dpa": dpa}
+        yield {**head, "choices": ends, **counted, "dpa": dpa}
 
 
 def said_in(chunk: dict[str, Any]) -> Iterator[tuple[int, str]]:

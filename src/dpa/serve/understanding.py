@@ -32,6 +32,11 @@ class Asked:
     """The engine's route: a steered completion is asked as a chat, whose template states the direction."""
     begun: float = field(default_factory=time.monotonic)
 
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with its number of tokens."""
+        return bool((self.body.stream_options or {}).get("include_usage"))
+
 
 def understand(raw: dict[str, Any], headers: Sequence[str], chat: bool, served: Served, engines: Engines) -> Asked:
     """Check every field, find the direction, and bound what is asked. `headers`: the values of X-DPA-Direction.
@@ -51,7 +56,7 @@ def understand(raw: dict[str, Any], headers: Sequence[str], chat: bool, served: 
     if not chat and (steering.direction is not None or selects or options.base):
         sent["messages"] = [{"role": "user", "content": _one_text(sent.pop("prompt"))}]
     sent["model"] = engines.base_model if engines.asked_by(steering) is engines.base else served.upstream_model
-    if getattr(body, "max_completion_tokens", None) is None and body.max_tokens is None:
+    if body.max_completion_tokens is None and body.max_tokens is None:
         sent["max_tokens"] = served.limits.max_tokens
     if body.seed is None and options.base:
         sent["seed"] = secrets.randbits(48)

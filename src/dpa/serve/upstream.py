@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_gateway.py
 """
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -156,7 +157,16 @@ def _object(data: bytes) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         raise UpstreamError("upstream: its answer is not a JSON object; is it an OpenAI-compatible server?", 502)
-    return value
+    return _finite(value)
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities, which JSON does not have and some servers write, as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list) else value
 
 
 def _failure(status: int, data: bytes, headers: Mapping[str, str]) -> RefusedError:
@@ -169,7 +179,7 @@ def _failure(status: int, data: bytes, headers: Mapping[str, str]) -> RefusedErr
     message = own_words(str(fields.get("message") or f"it answered {status}"))[:1000]
     if status == 429 or status == 503:
         after = headers.get("retry-after", "")
-        wait_s = int(after) if after.isdecimal() else RETRY_AFTER_S
+        wait_s = int(after[:9]) if after.isdecimal() else RETRY_AFTER_S
         return UpstreamError(f"upstream: {message}", status, retry_after_s=wait_s)
     if status in (401, 403):  # ours to mend, not the client's: its key was accepted here
         return UpstreamError("upstream: it does not accept this gateway's key; set DPA_UPSTREAM_KEY.", 502)
