@@ -18,7 +18,7 @@ from damage import damage
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import CHAT_TEMPLATE, save_tiny_model, tiny_model, tiny_tokenizer
+from tiny_models import CHAT_TEMPLATE, SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 from toy_run import toy_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -28,7 +28,7 @@ from dpa.core.config import RunConfig
 from dpa.core.errors import ConfigError, DataError, ModelFileError, RunFolderError, UserError
 from dpa.core.records import Ledger, SampleRequest, messages_text
 from dpa.models.chat_template import PLAIN_TEMPLATE, steerable_template
-from dpa.models.policy import load_policy, make_steerable
+from dpa.models.policy import load_policy, make_steerable, save_policy
 from dpa.recipes.dpa import Loop
 from dpa.recipes.elsewhere import from_data, hand_over, newest_selection, take_in
 from dpa.sampling.samplers import SamplerSpec
@@ -313,6 +313,32 @@ def test_lora_adapters_are_merged_into_the_policy_they_were_trained_on(tmp_path:
         assert not isinstance(merged, PeftModel)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj"]},
+        {"target_modules": "all-linear"},
+        {"r": 64, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2, "v_proj": 3}},
+    ],
+    ids=["experts", "one of their parameters", "all", "a rank that no weight has"],
+)
+def test_adapters_of_experts_and_of_ranks_by_name_are_merged_as_peft_merges_them(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    base = tiny_model("mixtral", num_local_experts=2)
+    save_policy(base, tiny_tokenizer(CHAT_TEMPLATE), tmp_path / "base", SPACE, {})
+    adapted: Any = get_peft_model(base, LoraConfig(**{"r": 4, "init_lora_weights": False, **given}))
+    adapted.save_pretrained(tmp_path / "adapters")
+    ids = torch.arange(8)[None] + 20
+    with torch.no_grad():
+        expected = adapted.eval()(ids).logits
+    adopt(tmp_path / "adapters", str(tmp_path / "base"), SPACE, tmp_path / "out", {})
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_template_or_tokenizer_that_got_lost_on_the_way_is_mended_and_said(tmp_path: Path) -> None:
     with open_run(tmp_path) as loop:
         trained = tmp_path / "trained"
@@ -350,7 +376,7 @@ def broken(folder: Path, how: str) -> Path:
         (folder / "config.json").unlink()
         kind = "IA3" if how == "adapters of another kind" else "LORA"
         start = "pissa" if how == "adapters over changed weights" else True
-        said = {"peft_type": kind, "init_lora_weights": start, "r": 4, "target_modules": ["q_proj"]}
+        said = {"peft_type": kind, "init_lora_weights": start, "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
         said |= {"adapters by another library": {"megatron_config": {"a": 1}}}.get(how, {})
         said |= {
             "adapters with parts missing": {"target_modules": r"(\w+\.?)+!"},  # never tried: it would take for ever
@@ -358,6 +384,8 @@ def broken(folder: Path, how: str) -> Path:
             "adapters and modules by pattern": {"modules_to_save": [r"(\w+\.?)+!"]},
             "adapters of a great rank": {"r": 10**9},
             "adapters of no rank": {"r": "4"},
+            "adapters of no weight": {"lora_alpha": None},
+            "adapters of experts by pattern": {"target_parameters": [r"(\w+\.?)+!"]},
             "adapters over layers again": {"layer_replication": [[0, 2]] * 9},
         }.get(how, {})
         (folder / "adapter_config.json").write_text(json.dumps(said))
@@ -382,9 +410,11 @@ def broken(folder: Path, how: str) -> Path:
         ("adapters with parts missing", "do not fit"),
         ("adapters by another library", "do not fit .*megatron"),
         ("adapters by pattern", "whose rank_pattern is by pattern"),
-        ("adapters and modules by pattern", "modules_to_save: .*merge them"),
+        ("adapters and modules by pattern", "modules_to_save is by pattern .*merge them"),
         ("adapters of a great rank", r"has the rank 1000000000 \(r\), but the largest of its weights has 4"),
         ("adapters of no rank", "has the rank '4'"),
+        ("adapters of no weight", "lora_alpha None, which says how much they weigh"),
+        ("adapters of experts by pattern", "target_parameters is by pattern"),
         ("adapters over layers again", "several times"),
     ],
 )

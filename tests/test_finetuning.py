@@ -394,7 +394,29 @@ def test_adapters_are_merged_into_a_plain_policy(base: Path, tmp_path: Path) -> 
     assert not (tmp_path / "policy" / "adapter_config.json").exists()
 
 
-@pytest.mark.parametrize(("architecture", "dtype"), [("llama", "bfloat16"), ("gpt2", "bfloat16"), ("llama", "float32")])
+def test_adapters_of_a_mixtures_experts_are_merged_in_bf16_and_refuse_a_dropout(tmp_path: Path) -> None:
+    """The weights are half precision on every newer card; what is kept of the update is then measured at the end."""
+    base = tiny_model("mixtral", num_local_experts=2)
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    config = CONFIG.model_copy(update={"lora": AdapterConfig(rank=4, alpha=8), "bf16": True})
+    run(tmp_path / "base", tmp_path, config, ROWS.slice(0, 16))
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").state_dict()
+    changed = {
+        name for name, old in base.state_dict().items() if not torch.equal(old.to(after[name].dtype), after[name])
+    }
+    assert after["lm_head.weight"].dtype == torch.bfloat16 and any("q_proj" in name for name in changed)
+    if not any("experts.0." in name for name in after):  # one parameter for all of them (transformers >= 5)
+        assert any("experts" in name for name in changed)
+        dropping = config.model_copy(update={"lora": AdapterConfig(rank=4, alpha=8, dropout=0.1)})
+        with pytest.raises(ConfigError, match=r"finetune\.lora\.dropout: .* set it to 0"):
+            run(tmp_path / "base", tmp_path / "dropping", dropping, ROWS.slice(0, 16))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("llama", "bfloat16"), ("gpt2", "bfloat16"), ("mixtral", "bfloat16"), ("llama", "float32")],
+)
 def test_an_update_that_is_rounded_away_is_said_with_the_rate(
     architecture: str, dtype: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 Run its tests: pytest tests/test_elsewhere.py
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ ADAPTERS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
 """Ways to begin a LoRA that leave the weights below it as they are; pissa, olora and corda change them."""
+
+_PLAIN_NAME = re.compile(r"(\.\*\\\.)?[\w.]+")
+"""A name of modules, or of those that end with it, which PEFT writes for a mixture's experts: no pattern to try for
+ever."""
 
 
 def adopt(trained: Path, base: Model | None, space: DirectionSpace, out: Path, source: dict[str, Any]) -> list[str]:
@@ -93,7 +98,7 @@ def _merged(trained: Path, base: Model | None) -> PreTrainedModel:
             "them; merge them where they were trained."
         )
     weights = load_file(file)
-    _check_adapters(said, weights, trained)
+    largest = _check_adapters(said, weights, trained)
     model = _weights(base)
     dtype = model.dtype
     try:
@@ -101,7 +106,11 @@ def _merged(trained: Path, base: Model | None) -> PreTrainedModel:
         config.init_lora_weights, config.inference_mode = True, True
         # What the weights belong to, they say themselves: a pattern of a stranger's may take years to match.
         of_lora = (name.removeprefix("base_model.model.").split(".lora_") for name in weights)
-        config.target_modules = {module for module, *rest in of_lora if rest}
+        modules = {module for module, *rest in of_lora if rest}
+        if config.target_parameters:  # a mixture's experts, say, which are parameters of a module without a weight
+            modules = {name for name in modules if hasattr(model.get_submodule(name.split(".base_layer")[0]), "weight")}
+        config.target_modules = modules
+        config.r = min(config.r, largest)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         adapted = get_peft_model(model, config)
         found: Any = set_peft_model_state_dict(adapted, weights)
@@ -118,27 +127,41 @@ def _merged(trained: Path, base: Model | None) -> PreTrainedModel:
             f"model: the adapters of {trained} do not fit {base} ({len(odd)} tensors, {odd[0]} first); give the run "
             "and the iteration they were trained for."
         )
-    return merge_adapters(adapted, dtype)
+    try:
+        return merge_adapters(adapted, dtype)
+    except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelFileError(
+            f"model: the adapters of {trained} cannot be merged here ({reason}); merge them where they were trained."
+        ) from None
 
 
-def _check_adapters(said: dict[str, Any], weights: dict[str, torch.Tensor], trained: Path) -> None:
-    """No part of an adapter_config.json is larger than its weights, or a pattern. Raises ModelFileError."""
+def _check_adapters(said: dict[str, Any], weights: dict[str, torch.Tensor], trained: Path) -> int:
+    """The largest rank of the weights: no part of an adapter_config.json is larger, or a pattern. Raises
+    ModelFileError."""
     ranks = {"r": said.get("r")}
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = said.get(field) or {}
-        if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", name) for name in patterns):
+        if not isinstance(patterns, dict) or not all(map(_PLAIN_NAME.fullmatch, patterns)):
             raise ModelFileError(
                 f"model: {trained} holds adapters whose {field} is by pattern ({patterns!a:.100}); merge them where "
                 "they were trained."
             )
         ranks |= patterns if field == "rank_pattern" else {}
-    whole = said.get("modules_to_save") or []
-    if not isinstance(whole, list) or not all(
-        isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in whole
-    ):
+    for field in ("modules_to_save", "target_parameters"):
+        names = said.get(field) or []
+        if not isinstance(names, list) or not all(
+            isinstance(name, str) and _PLAIN_NAME.fullmatch(name) for name in names
+        ):
+            raise ModelFileError(
+                f"model: {trained} holds adapters whose {field} is by pattern ({names!a:.100}); merge them where they "
+                "were trained."
+            )
+    alpha = said.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ModelFileError(
-            f"model: {trained} holds whole modules by pattern (modules_to_save: {whole!a:.100}); merge them where they "
-            "were trained."
+            f"model: {trained / ADAPTER_CONFIG} has the lora_alpha {alpha!a:.40}, which says how much they weigh; save "
+            "the adapters again."
         )
     if said.get("layer_replication"):
         raise ModelFileError(
@@ -147,11 +170,13 @@ def _check_adapters(said: dict[str, Any], weights: dict[str, torch.Tensor], trai
         )
     most = max((weight.shape[0] for name, weight in weights.items() if weight.ndim and "_A" in name), default=0)
     for name, rank in ranks.items():
-        if not isinstance(rank, int) or not 0 < rank <= most:
+        bound = math.inf if name == "r" and said.get("rank_pattern") else most  # which may leave nothing to it
+        if not isinstance(rank, int) or not 0 < rank <= bound:
             raise ModelFileError(
                 f"model: {trained / ADAPTER_CONFIG} has the rank {rank!a:.40} ({name}), but the largest of its weights "
                 f"has {most}; save the adapters again."
             )
+    return most
 
 
 def _check_finite(model: PreTrainedModel, trained: Path) -> None:

@@ -37,7 +37,7 @@ from dpa.training.listening import PREFIX, HeldOut, Listening, MeasureListening,
 from dpa.training.packing import may_share
 from dpa.training.ranks import is_first, wait_for_all
 from dpa.training.trainer_arguments import adapters
-from dpa.training.trainers import CountSeconds, ShowProgress, StopWhenAsked, WriteLog, merge_adapters
+from dpa.training.trainers import CountSeconds, ShowProgress, StopWhenAsked, WriteLog, dropout_refusals, merge_adapters
 
 _INPUTS_FILE = "inputs.json"
 
@@ -89,7 +89,8 @@ def train_policy(
                 _prepare_work(work, stable_hash(*identity))
             wait_for_all()
             with StopOnSignal() as stop:
-                trainer = learner.trainer(model, tokenizer, examples, work, lambda: load_policy(policy)[0])
+                with dropout_refusals(f"{section}.lora.dropout"):
+                    trainer = learner.trainer(model, tokenizer, examples, work, lambda: load_policy(policy)[0])
                 trainer.add_callback(seconds)
                 tokens = learner.tokens(examples, trainer)
                 found = _train(trainer, work, label, tokens, stop, measured, config)

@@ -49,7 +49,7 @@ from dpa.training.reward_head import Head, Unit
 from dpa.training.reward_rows import EncodedRows, RatedExample, encode_rated
 from dpa.training.reward_trainer import UNMARKED, run_trainer
 from dpa.training.ridge import CONSTANT_PENALTIES, choose_constant, choose_penalties, fit_ridge
-from dpa.training.trainers import CountSeconds, lora_adapters, merge_adapters
+from dpa.training.trainers import CountSeconds, dropout_refusals, lora_adapters, merge_adapters
 
 PROBE_ROWS = 2048
 """Rows whose features start the head of `full` and `lora`."""
@@ -219,7 +219,8 @@ def _finetune(
     trained: Any = model
     if config.method == "lora":
         adapters = lora_adapters(config.lora, "SEQ_CLS", modules_to_save=[head.name])
-        trained = get_peft_model(model, adapters)
+        with dropout_refusals("reward.train.lora.dropout"):
+            trained = get_peft_model(model, adapters)
         for parameter in trained.parameters():
             if parameter.requires_grad:  # steps in bf16 would be rounded away
                 parameter.data = parameter.data.float()

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,20 @@ def lora_adapters(config: AdapterConfig, task: str, **more: Any) -> LoraConfig:
     )
 
 
+@contextmanager
+def dropout_refusals(field: str) -> Iterator[None]:
+    """While adapters are put into a model: where they cannot have a dropout, ConfigError for `field` says so."""
+    try:
+        yield
+    except ValueError as error:
+        if "lora_dropout" not in str(error):
+            raise
+        raise ConfigError(
+            f"{field}: this model has parameters that are no layers, such as a mixture's experts, and their adapters "
+            "take no dropout; set it to 0."
+        ) from None
+
+
 def bad_step(what: str, value: float, state: TrainerState, args: TrainingArguments) -> TrainingError:
     """The error of a step that must not be taken."""
     return TrainingError(
@@ -223,7 +238,8 @@ def kept_share(model: Any, dtype: torch.dtype) -> float:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             layer: Any = module
-            weight = layer.get_base_layer().weight.float()
+            # Of a mixture's experts a whole parameter is adapted, which is not called weight.
+            weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight")).float()
             update = sum(layer.get_delta_weight(name) for name in layer.active_adapters).float()
             rounded = (weight + update).to(dtype).float() - weight
             kept += float((rounded * update).sum())
