@@ -3,6 +3,8 @@
 pytest tests/test_cli.py
 """
 
+import contextlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +17,10 @@ from pydantic import BaseModel, Field
 from dpa.__main__ import main
 from dpa.cli.options import as_yaml, takes_fields
 from dpa.core.compare_config import load_comparison
-from dpa.core.config import load_config, set_dotted
+from dpa.core.config import load_config, parse_config, set_dotted
 from dpa.core.errors import ConfigError, UserError
 from dpa.core.sections.reward import RewardTrainConfig
+from dpa.core.yaml_text import parse_yaml
 from dpa.serve.settings import EngineSettings
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +35,33 @@ def dpa(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_recipe_loads(path: Path) -> None:
     load = load_comparison if path.stem.endswith("-compare") else load_config
     assert load(path).name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["serve", "policy", "--timeout", "inf"], "--timeout inf: .*finite number"),
+        (["serve", "policy", "--drain", "inf"], "--drain inf: .*finite number"),
+        (["generate", "policy", "Why?", "--temperature", "inf"], "temperature"),
+        (["data", "x" * 300], "xxx.*: opening it failed .*shorter path"),
+        (["adopt", "x" * 300, "run", "-t", "1"], "xxx.*: opening it failed .*shorter path"),
+        (
+            ["judge", "deep.json", "deep.json", "-p", "helpfulness", "--judge", "m", "--space", "dpa-v1"],
+            "judge: deep.json",
+        ),
+        (
+            ["judge", "deep.jsonl", "deep.jsonl", "-p", "helpfulness", "--judge", "m", "--space", "dpa-v1"],
+            "judge: deep.js",
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:24] if isinstance(value, list) else None,
+)
+def test_odd_values_and_paths_are_one_sentence(tmp_path: Path, arguments: list[str], said: str) -> None:
+    for name in ("deep.json", "deep.jsonl"):
+        (tmp_path / name).write_text("[" * 200_000)
+    result = python("-m", "dpa", *arguments, cwd=tmp_path)
+    assert result.returncode == 2 and re.search(said, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_help_names_every_command() -> None:
@@ -82,6 +112,15 @@ def test_a_missing_file_and_a_bad_override_exit_2(tmp_path: Path) -> None:
     bad = dpa("run", str(RECIPES[0]), "--set", "rollout")
     assert bad.returncode == 2
     assert "FIELD=VALUE" in bad.stderr
+
+
+def test_the_smallest_configuration_is_one() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "configuration.md").read_text(), re.DOTALL)
+    fields = parse_yaml(text, "configuration.md")
+    assert parse_config(fields).space.objectives.keys() == {"helpfulness", "verbosity"}
+    for name in fields:
+        with pytest.raises(ConfigError) if name != "ratings" else contextlib.nullcontext():
+            parse_config({other: value for other, value in fields.items() if other != name})
 
 
 def test_the_configuration_page_is_generated_from_the_classes() -> None:

@@ -107,7 +107,7 @@ def test_an_interrupted_export_goes_on_and_equals_an_uninterrupted_one(tmp_path:
     questions = read_questions(file, "arena_hard")
     with pytest.raises(KeyboardInterrupt):
         export(Recorder(lives=2), questions, DIRECTIONS[:1], "arena_hard", tmp_path / "a", "pol", SETTINGS)
-    kept = tmp_path / "a" / "answers" / f"{NAME}.jsonl"
+    kept = tmp_path / "a" / "answers" / "arena_hard" / f"{NAME}.jsonl"
     with kept.open("ab") as lines:
         lines.write(b'{"id": "half a li')
     again = Recorder()
@@ -129,7 +129,7 @@ def test_an_interrupted_export_goes_on_and_equals_an_uninterrupted_one(tmp_path:
 def test_the_curve_has_length_against_the_angle(tmp_path: Path) -> None:
     questions = read_questions(questions_of("alpaca_eval", tmp_path), "alpaca_eval")
     files = export(FakeSampler(), questions, DIRECTIONS, "alpaca_eval", tmp_path, "pol", SETTINGS)
-    rows = list(csv.DictReader(write_curve(tmp_path, SPACE, DIRECTIONS, "pol").open()))
+    rows = list(csv.DictReader(write_curve(tmp_path, "alpaca_eval", SPACE, DIRECTIONS, "pol").open()))
     assert [float(row["angle"]) for row in rows] == [-45.0, 0.0, 45.0]
     outputs = [row["output"] for row in json.loads(files[1].read_text())]
     assert float(rows[1]["characters"]) == round(sum(map(len, outputs)) / 5, 1)

@@ -104,6 +104,19 @@ def test_a_conversation_goes_on_after_a_prompt_that_does_not_fit(
     assert "shorten it" in capsys.readouterr().out and typed.read() == "not read\n"
 
 
+def test_standard_input_that_is_no_utf8_is_refused(policy: Path) -> None:
+    result = CliRunner().invoke(app, ["generate", str(policy), "-"], input=b"Caf\xe9?")
+    assert isinstance(result.exception, DataError) and "not UTF-8 (byte 3)" in str(result.exception)
+
+
+def test_typed_bytes_that_are_no_text_are_asked_as_such(
+    policy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Caf\udce9?\n/quit\n"))  # as a terminal gives them on
+    converse(ModelReference(str(policy)), "terse", 1.0, 3, 0)
+    assert "TextEncodeInput" not in capsys.readouterr().out
+
+
 def test_a_terminal_obeys_nothing_that_a_model_writes(
     policy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -2,6 +2,11 @@
 
 import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dpa.core.errors import DpaError
 
 
 def main() -> None:
@@ -15,10 +20,13 @@ def main() -> None:
     try:
         app()
     except DpaError as error:
-        from dpa.core.direction_text import printable
+        code = _told(error)
+    except OSError as error:
+        if error.filename is None:
+            end_process_by_error()
+        from dpa.storage.tables import disk_error
 
-        print("dpa:", printable(str(error), kept="\n"), file=sys.stderr)
-        code = error.exit_code
+        code = _told(disk_error(error, Path(os.fsdecode(error.filename)), "opening it"))
     except KeyboardInterrupt:
         print("dpa: interrupted; a run is resumed by the same command.", file=sys.stderr)
         code = Interrupted.exit_code
@@ -27,6 +35,14 @@ def main() -> None:
     except BaseException:
         end_process_by_error()
     end_process(code)
+
+
+def _told(error: "DpaError") -> int:
+    """Say it; the exit code."""
+    from dpa.core.direction_text import printable
+
+    print("dpa:", printable(str(error), kept="\n"), file=sys.stderr)
+    return error.exit_code
 
 
 def _choose_how_threads_wait() -> None:

@@ -1,5 +1,6 @@
 """Every command, one function each; its docstring is its help."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +9,7 @@ import typer
 from dpa.cli import ecosystem, elsewhere, planning, starting
 from dpa.cli.home import Commands
 from dpa.cli.options import ConfigPath, Overrides, as_yaml, overridden, takes_fields
-from dpa.core.errors import ConfigError
+from dpa.core.errors import ConfigError, DataError
 from dpa.serve.settings import ServeSettings
 from dpa.version import __version__
 
@@ -46,7 +47,7 @@ DirectionText = Annotated[
         'on targets, "helpfulness; verbosity=40".',
     ),
 ]
-Temperature = Annotated[float, typer.Option(help="Softmax temperature.", min=0.01)]
+Temperature = Annotated[float, typer.Option(help="Softmax temperature.", min=0.01, max=100)]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of the samples.", min=0)]
 SpaceName = Annotated[
@@ -226,7 +227,7 @@ def generate(
     from dpa.cli.talk import answer, for_screen
     from dpa.core.reference import ModelReference
 
-    questions = [typer.get_text_stream("stdin").read() if text == "-" else text for text in prompt]
+    questions = [_standard_input() if text == "-" else text for text in prompt]
     for reply in answer(
         ModelReference(model, remote_code_revision),
         questions,
@@ -268,6 +269,14 @@ def serve(settings: ServeSettings) -> None:
     from dpa.serve.command import serve as run_server
 
     run_server(settings)
+
+
+def _standard_input() -> str:
+    """All of it. Raises DataError."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"prompt: standard input is not UTF-8 (byte {error.start}); convert it (iconv).") from None
 
 
 def _load(path: Path, overrides: list[str] | None) -> "RunConfig":

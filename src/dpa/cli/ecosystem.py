@@ -53,7 +53,7 @@ def export(
     bake: Annotated[
         str | None, typer.Option(help="Copy the model to --out, stating this direction or target by default.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Softmax temperature.")] = 0.7,
+    temperature: Annotated[float, typer.Option(min=0.01, max=100, help="Softmax temperature.")] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 2048,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
@@ -269,7 +269,7 @@ def _export(
     ).build()
     settings = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     files = export(sampler, asked, directions, kind, out, name, settings, seed)  # type: ignore[arg-type]
-    write_curve(out, space, directions, name)
+    write_curve(out, kind, space, directions, name)  # type: ignore[arg-type]
     return files
 
 

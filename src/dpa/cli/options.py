@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from dpa.core.errors import ConfigError
@@ -74,7 +74,13 @@ def takes_fields(
     def wrap(function: Callable[[Settings], None]) -> Callable[..., None]:
         @functools.wraps(function)
         def command(**given: Any) -> None:
-            function(kind(**given))
+            try:
+                settings = kind(**given)
+            except ValidationError as error:  # what typer lets pass, such as inf
+                flaws = ((str(flaw["loc"][0]), flaw["msg"], flaw["input"]) for flaw in error.errors())
+                said = (f"{flag_of(name, kind.model_fields[name])} {given!r}: {flaw}" for name, flaw, given in flaws)
+                raise ConfigError("; ".join(said) + ".") from None
+            function(settings)
 
         parameters = [parameter(name, field) for name, field in kind.model_fields.items()]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

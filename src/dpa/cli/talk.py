@@ -67,7 +67,7 @@ def converse(
     messages: Messages = []
     while True:
         try:
-            text = input("you> ").strip()
+            text = input("you> ").encode(errors="replace").decode().strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return

@@ -7,8 +7,8 @@ Run its tests: pytest tests/test_export.py
 | mt_bench | `question_id`, `turns` | mt_bench/model_answer/NAME.jsonl: FastChat's answers, one turn after the other |
 | arena_hard | `uid`, `prompt` | arena-hard-v2.0/model_answer/NAME.jsonl: uid, ans_id, model, messages, tstamp |
 
-NAME is `model@helpfulness+97_verbosity-26`. Answers are kept in `answers/NAME.jsonl` as they come, so that a run that
-was stopped goes on where it was; curve.csv and curve.svg show mean length against the direction.
+NAME is `model@helpfulness+97_verbosity-26`. Answers are kept in `answers/FORM/NAME.jsonl` as they come, so that a run
+that was stopped goes on where it was; curve.csv and curve.svg show mean length against the direction.
 """
 
 import csv
@@ -106,12 +106,14 @@ def export(
     files = []
     for direction in directions:
         name = entry_name(model, direction)
-        answers = _answer_all(sampler, questions, direction, out, name, settings, seed)
+        answers = _answer_all(sampler, questions, direction, _kept(out, form, name), name, settings, seed)
         files.append(_write(form, out, name, questions, answers))
     return files
 
 
-def write_curve(out: Path, space: DirectionSpace, directions: Sequence[Direction | None], model: str) -> Path:
+def write_curve(
+    out: Path, form: Form, space: DirectionSpace, directions: Sequence[Direction | None], model: str
+) -> Path:
     """Write curve.csv and, where the directions lie on one arc, curve.svg: mean length against the direction.
 
     From the finished `answers/`. Characters are what AlpacaEval calls length. Intervals are 95% over questions.
@@ -120,7 +122,7 @@ def write_curve(out: Path, space: DirectionSpace, directions: Sequence[Direction
     rows, points = [], []
     for direction in directions:
         name = entry_name(model, direction)
-        answers = _read_answers(out / "answers" / f"{name}.jsonl", None)[1]
+        answers = _read_answers(_kept(out, form, name), None)[1]
         lengths_N = np.array([sum(map(len, answer.turns)) for answer in answers], dtype=np.float64)
         draws_R = bootstrap_means(lengths_N[None, :, None], RESAMPLES, seed=0)[:, 0, 0]
         found = interval(float(lengths_N.mean()), draws_R)
@@ -168,17 +170,21 @@ def write_curve(out: Path, space: DirectionSpace, directions: Sequence[Direction
 # --- asking ----------------------------------------------------------------------------------------------------
 
 
+def _kept(out: Path, form: Form, name: str) -> Path:
+    """Where the answers of an entry are kept as they come."""
+    return out / "answers" / form / f"{name}.jsonl"
+
+
 def _answer_all(
     sampler: Sampler,
     questions: Sequence[BenchmarkQuestion],
     direction: Direction | None,
-    out: Path,
+    file: Path,
     name: str,
     settings: Mapping[str, Any],
     seed: int,
 ) -> list[BenchmarkAnswer]:
     """The answers of one entry, those of an earlier run first."""
-    file = out / "answers" / f"{name}.jsonl"
     weights = None if direction is None else direction.weights
     asked = [(question.id, question.turns) for question in questions]
     header = {
@@ -271,7 +277,7 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
         return [pair for file in find_files(path) for pair in read_rows(file)]
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"questions: {path} is not readable JSON ({error}); check it.") from None
     if not isinstance(rows, list):
         raise DataError(f"questions: {path} is not a list of rows; give the benchmark's question file.")

@@ -79,7 +79,7 @@ def read_answers(path: Path) -> tuple[str, dict[str, str]]:
         else:  # no splitlines: an answer may hold what that splits at
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         pairs = [_request_and_answer(row) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise DataError(
             f"judge: {path} is no list of AlpacaEval outputs and no Arena-Hard answers ({type(error).__name__}: "
             f"{error}); write one with `dpa export`."
