@@ -66,12 +66,12 @@ def readable(answer: dict[str, Any]) -> dict[str, Any]:
             if isinstance(part.get("content"), list):
                 part["content"] = plain_text(part["content"])
     for name in TOKEN_COUNTS:  # no answer is lost because its tokens are not to be counted
-        if usage and not is_count(usage.get(name)):
+        if usage and not _is_count(usage.get(name)):
             usage.pop(name, None)
     return answer
 
 
-def is_count(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     """Whether a number of tokens is one."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
 
