@@ -43,8 +43,8 @@ def test_every_recipe_loads(path: Path) -> None:
         (["serve", "policy", "--timeout", "inf"], "--timeout inf: .*finite number"),
         (["serve", "policy", "--drain", "inf"], "--drain inf: .*finite number"),
         (["generate", "policy", "Why?", "--temperature", "inf"], "temperature"),
-        (["data", "x" * 300], "xxx.*: opening it failed .*shorter path"),
-        (["adopt", "x" * 300, "run", "-t", "1"], "xxx.*: opening it failed .*shorter path"),
+        (["data", "x" * 300], "xxx.*: reading failed .*shorter path"),
+        (["adopt", "x" * 300, "run", "-t", "1"], "xxx.*: reading failed .*shorter path"),
         (
             ["judge", "deep.json", "deep.json", "-p", "helpfulness", "--judge", "m", "--space", "dpa-v1"],
             "judge: deep.json",

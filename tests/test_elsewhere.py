@@ -318,10 +318,11 @@ def test_lora_adapters_are_merged_into_the_policy_they_were_trained_on(tmp_path:
     [
         {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
         {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj"]},
+        {"target_modules": ["v_proj"], "target_parameters": ["self_attn.q_proj.weight"]},
         {"target_modules": "all-linear"},
         {"r": 64, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2, "v_proj": 3}},
     ],
-    ids=["experts", "one of their parameters", "all", "a rank that no weight has"],
+    ids=["experts", "one of their parameters", "a weight by its name", "all", "a rank that no weight has"],
 )
 def test_adapters_of_experts_and_of_ranks_by_name_are_merged_as_peft_merges_them(
     tmp_path: Path, given: dict[str, Any]
@@ -385,6 +386,7 @@ def broken(folder: Path, how: str) -> Path:
             "adapters of a great rank": {"r": 10**9},
             "adapters of no rank": {"r": "4"},
             "adapters of no weight": {"lora_alpha": None},
+            "adapters of too much weight": {"alpha_pattern": {"q_proj": 10**400}},
             "adapters of experts by pattern": {"target_parameters": [r"(\w+\.?)+!"]},
             "adapters over layers again": {"layer_replication": [[0, 2]] * 9},
         }.get(how, {})
@@ -413,7 +415,8 @@ def broken(folder: Path, how: str) -> Path:
         ("adapters and modules by pattern", "modules_to_save is by pattern .*merge them"),
         ("adapters of a great rank", r"has the rank 1000000000 \(r\), but the largest of its weights has 4"),
         ("adapters of no rank", "has the rank '4'"),
-        ("adapters of no weight", "lora_alpha None, which says how much they weigh"),
+        ("adapters of no weight", r"the alpha None \(lora_alpha\), which says how much"),
+        ("adapters of too much weight", r"the alpha 10+ \(q_proj\)"),
         ("adapters of experts by pattern", "target_parameters is by pattern"),
         ("adapters over layers again", "several times"),
     ],

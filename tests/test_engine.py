@@ -8,6 +8,7 @@ import logging
 import math
 import random
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -611,6 +612,11 @@ def test_a_scorer_that_fails_is_said_without_a_word_of_what_it_read(
 def test_the_engines_log_is_the_gateways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
+    monkeypatch.setattr(logging.getLogger("dpa"), "level", logging.INFO)
+    monkeypatch.setattr(logging, "captureWarnings", lambda capture: None)
+    for name in ("disable_default_handler", "enable_propagation"):
+        monkeypatch.setattr(f"transformers.utils.logging.{name}", lambda: None)
     with pytest.raises(SystemExit):
         main(["--model", str(tmp_path / "nowhere")])
     (handler,) = root.handlers

@@ -873,6 +873,24 @@ def test_tokens_of_streams_are_counted_once_and_told_to_whom_asks(
     assert f'dpa_tokens_total{{kind="completion"}} {2.0 * best_of}' in text
 
 
+def test_a_stream_that_ends_with_its_count_and_without_a_reason_is_whole(engine: tuple[FakeUpstream, str]) -> None:
+    class NoReason(Upstream):
+        async def stream(self, *arguments: Any) -> AsyncGenerator[dict[str, Any], None]:
+            yield {"choices": [{"index": 0, "delta": {"content": "Two words."}}]}
+            yield {"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 2}}
+
+    with in_thread(Gateway(settings_with(), Engines(policy=NoReason(engine[1]))).gate) as url:
+        *_, last, done = events_of(httpx.post(url + CHAT, json=chat(stream=True)))
+    assert done == "[DONE]" and last["dpa"]["words"] == 2 and "usage" not in last
+
+
+def test_the_base_behind_a_foreign_upstream_is_our_engine_and_counts(engine: tuple[FakeUpstream, str]) -> None:
+    engines = Engines(policy=Upstream(engine[1]), base=Counting(engine[1]), base_model="base")
+    with in_thread(Gateway(settings_with(), engines).gate) as url:
+        assert httpx.post(url + CHAT, json=chat(model="demo@base", stream=True)).status_code == 200
+        assert 'dpa_tokens_total{kind="completion"} 2.0' in httpx.get(url + "/metrics").text
+
+
 class Counting(Upstream):
     """Says two words, and in every chunk how many tokens there are so far."""
 

@@ -301,6 +301,26 @@ def test_a_function_that_fails_makes_its_row_nan(caplog: pytest.LogCaptureFixtur
     assert len(caplog.records) == 1, "said once"
 
 
+def test_a_function_that_fails_is_said_with_its_own_line_and_without_the_response(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def reads(messages: Messages, response: str) -> float:
+        return float(json.loads(response))
+
+    line = reads.__code__.co_firstlineno + 1
+    cases = {
+        f"JSONDecodeError at {__file__}:{line})": reads,
+        "(TypeError: it does not take (messages, response), or returned no number)": lambda messages: 1.0,
+        "(ValueError: it does not take (messages, response), or returned no number)": lambda messages, response: (
+            response
+        ),
+    }
+    for said, function in cases.items():
+        caplog.clear()
+        assert np.isnan(FunctionScorer({"f": function}).score([ASKED], ["my words"])).all()  # type: ignore[dict-item]
+        assert said in caplog.text and "my words" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

@@ -1,5 +1,6 @@
 """`dpa`, which is also `python -m dpa`. Nothing heavy is imported before a command needs it."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dpa.core.errors import DpaError
+
+_UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR)
+"""What is wrong with a path that the system does not even look at: that of a mistake of ours would be looked at."""
 
 
 def main() -> None:
@@ -22,11 +26,11 @@ def main() -> None:
     except DpaError as error:
         code = _told(error)
     except OSError as error:
-        if error.filename is None:
+        if error.errno not in _UNREACHABLE or not isinstance(error.filename, str | bytes):
             end_process_by_error()
         from dpa.storage.tables import disk_error
 
-        code = _told(disk_error(error, Path(os.fsdecode(error.filename)), "opening it"))
+        code = _told(disk_error(error, Path(os.fsdecode(error.filename)), "reading"))
     except KeyboardInterrupt:
         print("dpa: interrupted; a run is resumed by the same command.", file=sys.stderr)
         code = Interrupted.exit_code

@@ -1,5 +1,6 @@
 """Every command, one function each; its docstring is its help."""
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -274,7 +275,7 @@ def serve(settings: ServeSettings) -> None:
 def _standard_input() -> str:
     """All of it. Raises DataError."""
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return io.TextIOWrapper(io.BytesIO(sys.stdin.buffer.read()), "utf-8").read()
     except UnicodeDecodeError as error:
         raise DataError(f"prompt: standard input is not UTF-8 (byte {error.start}); convert it (iconv).") from None
 

@@ -58,11 +58,18 @@ class FunctionScorer:
         except Exception as error:  # the user's code: whatever it raises is a row that cannot be scored
             if name not in self._complained:
                 self._complained.add(name)
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                # Not its words: they may hold the response, and a server's log holds no text of users.
-                said = (name, type(error).__name__, place.lineno, place.filename)
-                _log.warning("scorer: %s failed on a response (%s, line %d of %s); such rows are not scored.", *said)
+                _log.warning("scorer: %s failed on a response (%s); such rows are not scored.", name, _where(error))
             return float("nan")
+
+
+def _where(error: Exception) -> str:
+    """The kind of an error and the line of the user's file. Not its words: they may hold the response, and a server's
+    log holds no text of users."""
+    _, *theirs = traceback.extract_tb(error.__traceback__)
+    if not theirs:
+        return f"{type(error).__name__}: it does not take (messages, response), or returned no number"
+    place = next(frame for frame in reversed(theirs) if frame.filename == theirs[0].filename)
+    return f"{type(error).__name__} at {place.filename}:{place.lineno}"
 
 
 class FunctionSource(ScorerSource):

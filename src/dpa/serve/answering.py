@@ -66,12 +66,13 @@ class Answering:
         usage: dict[str, Any] | None = None
         engine = self._engines.asked_by(asked.steering)
         body = {**asked.steering.body, "stream": True}
-        if self._engines.ours:  # another's may not know the field
+        if self._engines.ours or engine is self._engines.base:  # another's may not know the field
             body["stream_options"] = {**(asked.body.stream_options or {}), "include_usage": True}
         async with aclosing(engine.stream(asked.to, body)) as chunks:
             async for chunk in chunks:
                 usage = readable(chunk).get("usage") or usage
-                if chunk.get("usage") and not chunk.get("choices") and not asked.wants_usage:
+                counts_only = "usage" in chunk and not chunk.get("choices")
+                if counts_only and held is not None and not asked.wants_usage:
                     continue
                 for index, text in said_in(chunk):
                     said.setdefault(index, []).append(text)

@@ -27,9 +27,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from dpa.core.direction_text import shown
-from dpa.core.errors import DpaError
+from dpa.core.errors import ConfigError, DpaError
 from dpa.core.records import Scorer
 from dpa.core.reference import ModelReference
 from dpa.models.chat_template import has_system_role
@@ -172,8 +173,8 @@ class Engine:
         )
         try:
             scores_NM = await or_gone(request.receive, work)
-        except DpaError as error:  # a server that it asks, for one; its words may hold a user's
-            _log.error("the scorer failed: %s", places(error))
+        except DpaError as error:  # words about its configuration are ours; a server's answer may hold a user's
+            _log.error("the scorer failed: %s", error if isinstance(error, ConfigError) else places(error))
             raise RefusedError(f"scores: the scorer failed ({type(error).__name__}).", 502) from None
         rows = [[value if math.isfinite(value) else None for value in row] for row in scores_NM.tolist()]
         return Json({"attributes": list(self._scorer.attributes), "scores": rows})
@@ -293,6 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Load, listen, and say `{"ready": ...}` on standard output; a user's mistake is `{"error": ...}` there."""
     settings = EngineSettings.of(arguments)
     log_json()
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
     sys.setswitchinterval(0.001)  # the model's thread must not keep the event loop waiting
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -10,7 +10,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +18,7 @@ from dpa.core.errors import DpaError
 from dpa.models.policy import end_token_ids, is_out_of_memory
 from dpa.sampling.batching import ContinuousBatch, Row
 from dpa.sampling.decoding import Decoder
+from dpa.serve.logs import places
 from dpa.serve.text_stream import TextStream, decoded
 
 PREFILL_TOKENS = 8192
@@ -121,7 +121,7 @@ class EngineLoop:
             while True:
                 self._once()
         except BaseException as error:
-            _log.critical("engine: %s", _where(error))
+            _log.critical("engine: %s", places(error))
             os._exit(70)
 
     def _once(self) -> None:
@@ -296,8 +296,9 @@ class EngineLoop:
 
     def _failure(self, answer: Answer, error: Exception) -> Piece:
         """The end of one answer by an error of ours."""
-        _log.error("engine: one answer failed, the others go on: %s", _where(error))
-        reason = str(error) if isinstance(error, DpaError) else f"engine: it failed at this answer ({_where(error)})."
+        _log.error("engine: one answer failed, the others go on: %s", places(error))
+        ours = f"engine: it failed at this answer ({type(error).__name__}); its log says where."
+        reason = str(error) if isinstance(error, DpaError) else ours
         if is_out_of_memory(error):
             reason = f"engine: an answer to {answer.row.length} tokens does not fit the memory; shorten the prompt."
         return Piece("", "error", reason)
@@ -313,12 +314,3 @@ def _deliver(pieces: Sequence[tuple[Answer, Piece]]) -> None:
     for answer, piece in pieces:
         if not answer.cancelled:
             answer.deliver(piece)
-
-
-def _where(error: BaseException) -> str:
-    """The kind of an error and the place it was raised: its words might hold a user's."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    place = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
-    return f"{type(error).__name__}{place}"

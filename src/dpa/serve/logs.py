@@ -32,6 +32,7 @@ def log_json() -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    logging.captureWarnings(True)
     logging.getLogger("dpa").setLevel(logging.INFO)
 
 

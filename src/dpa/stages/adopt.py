@@ -107,14 +107,22 @@ def _merged(trained: Path, base: Model | None) -> PreTrainedModel:
         # What the weights belong to, they say themselves: a pattern of a stranger's may take years to match.
         of_lora = (name.removeprefix("base_model.model.").split(".lora_") for name in weights)
         modules = {module for module, *rest in of_lora if rest}
-        if config.target_parameters:  # a mixture's experts, say, which are parameters of a module without a weight
-            modules = {name for name in modules if hasattr(model.get_submodule(name.split(".base_layer")[0]), "weight")}
-        config.target_modules = modules
+        named = config.target_parameters or ()  # single parameters, such as those of a mixture's experts
+        config.target_modules = {module for module in modules if not any(_has(model, module, one) for one in named)}
         config.r = min(config.r, largest)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         adapted = get_peft_model(model, config)
         found: Any = set_peft_model_state_dict(adapted, weights)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError, re.error) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        OverflowError,
+        re.error,
+    ) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelFileError(
             f"model: the adapters of {trained} do not fit {base} ({reason}); give the run and the iteration they were "
@@ -129,11 +137,17 @@ def _merged(trained: Path, base: Model | None) -> PreTrainedModel:
         )
     try:
         return merge_adapters(adapted, dtype)
-    except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
+    except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelFileError(
             f"model: the adapters of {trained} cannot be merged here ({reason}); merge them where they were trained."
         ) from None
+
+
+def _has(model: PreTrainedModel, module: str, parameter: str) -> bool:
+    """Whether a module, as adapters lie around it, has the parameter of this name, or of a name that ends with it."""
+    module, last = module.split(".base_layer")[0], parameter.rpartition(".")[2]
+    return f".{module}.{last}".endswith(f".{parameter}") and hasattr(model.get_submodule(module), last)
 
 
 def _check_adapters(said: dict[str, Any], weights: dict[str, torch.Tensor], trained: Path) -> int:
@@ -157,12 +171,12 @@ def _check_adapters(said: dict[str, Any], weights: dict[str, torch.Tensor], trai
                 f"model: {trained} holds adapters whose {field} is by pattern ({names!a:.100}); merge them where they "
                 "were trained."
             )
-    alpha = said.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ModelFileError(
-            f"model: {trained / ADAPTER_CONFIG} has the lora_alpha {alpha!a:.40}, which says how much they weigh; save "
-            "the adapters again."
-        )
+    for name, alpha in {"lora_alpha": said.get("lora_alpha"), **(said.get("alpha_pattern") or {})}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1e9:
+            raise ModelFileError(
+                f"model: {trained / ADAPTER_CONFIG} has the alpha {alpha!a:.40} ({name}), which says how much adapters "
+                "weigh; save them again."
+            )
     if said.get("layer_replication"):
         raise ModelFileError(
             f"model: {trained} holds adapters over layers that are there several times (layer_replication); merge them "

@@ -35,6 +35,7 @@ _USER_FIXES = {
     errno.EEXIST: "a file stands at this path; remove it or choose another path",
     errno.EISDIR: "a folder stands at this path; remove it or choose another path",
     errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "its links lead round in a circle; choose another path",
 }
 _DISK_FIXES = {
     errno.ENOSPC: "free some space and run the same command again",
@@ -232,6 +233,8 @@ def disk_error(error: OSError, path: Path, doing: str) -> DpaError:
     code = error.errno or 0
     if code == errno.ENOENT and doing == "reading":
         return RunFolderError(f"{path}: there is no such file; check the path, or run what makes it again.")
+    if code in (errno.EACCES, errno.EPERM) and doing == "reading":
+        return RunFolderError(f"{path}: reading failed ({error.strerror}); make it readable for this user.")
     fix = _USER_FIXES.get(code) or _DISK_FIXES.get(code) or "check the disk and run the same command again"
     kind = RunFolderError if code in _USER_FIXES else StorageError
     return kind(f"{path}: {doing} failed ({error.strerror or error}); {fix}.")
