@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from fakes import FakeSampler, space_of
 
-from dpa.core.errors import DataError
+from dpa.core.errors import DataError, RunFolderError
 from dpa.core.records import Sample, SampleRequest
 from dpa.stages import export as module
-from dpa.stages.export import entry_name, export, read_questions, write_curve
+from dpa.stages.export import Form, entry_name, export, read_questions, write_curve
+from dpa.storage.locks import RunLock
 
 SPACE = space_of("helpfulness", "verbosity")
 DIRECTIONS = [SPACE.direction(weights) for weights in SPACE.arc("verbosity", 3)]
@@ -124,6 +125,20 @@ def test_an_interrupted_export_goes_on_and_equals_an_uninterrupted_one(tmp_path:
     assert third.requests == []
     export(third, questions, DIRECTIONS[:1], "arena_hard", tmp_path / "a", "pol", {"temperature": 1.0})
     assert len(third.requests) == len(rows)  # other settings: nothing of the old answers is used
+
+
+def test_two_processes_do_not_answer_into_one_folder_nor_one_form_over_another(tmp_path: Path) -> None:
+    forms: tuple[Form, ...] = ("alpaca_eval", "mt_bench")
+    asked = {form: read_questions(questions_of(form, tmp_path), form) for form in forms}
+    lock = RunLock(tmp_path / "lock")
+    with pytest.raises(RunFolderError, match="is in use by process"):
+        export(FakeSampler(), asked["mt_bench"], DIRECTIONS[:1], "mt_bench", tmp_path, "pol", SETTINGS)
+    lock.close()
+    for again in (False, True):  # whichever form was asked in between
+        for form in forms:
+            sampler = Recorder()
+            export(sampler, asked[form], DIRECTIONS[:1], form, tmp_path, "pol", SETTINGS)
+            assert again == (sampler.requests == [])
 
 
 def test_the_curve_has_length_against_the_angle(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from dpa.core.errors import DataError, EngineError
 from dpa.core.measures import bootstrap_means, interval
 from dpa.core.records import Messages, Sampler, SampleRequest, seed_of, stable_hash
 from dpa.pages.charts import Chart, Point, Series
+from dpa.storage.locks import RunLock
 from dpa.storage.progress import ProgressBar
 from dpa.storage.rows import BadRow, check_text, find_files, read_rows
 from dpa.storage.stopping import StopOnSignal
@@ -101,13 +102,22 @@ def export(
 
     `settings` says how the sampler draws (temperature, longest answer): answers made with others, by another policy or
     to other questions are made anew. A question longer than the context gets an empty answer.
-    Raises Interrupted on a signal, StorageError when the disk refuses.
+    Raises Interrupted on a signal, StorageError when the disk refuses, RunFolderError where another process answers
+    into `out`.
     """
     files = []
-    for direction in directions:
-        name = entry_name(model, direction)
-        answers = _answer_all(sampler, questions, direction, _kept(out, form, name), name, settings, seed)
-        files.append(_write(form, out, name, questions, answers))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(out / "lock")
+    except OSError as error:
+        raise disk_error(error, out, "writing answers") from None
+    try:
+        for direction in directions:
+            name = entry_name(model, direction)
+            answers = _answer_all(sampler, questions, direction, _kept(out, form, name), name, settings, seed)
+            files.append(_write(form, out, name, questions, answers))
+    finally:
+        lock.close()
     return files
 
 
