@@ -220,6 +220,13 @@ def test_a_wrong_field_is_named_before_any_work(tmp_path: Path, change: dict[str
         Comparison(load_comparison(write_recipe(tmp_path, tmp_path / "out"), change))
 
 
+def test_a_main_objective_that_is_wished_less_of_is_refused(tmp_path: Path) -> None:
+    center = {"run.space.center": "{helpfulness: -1.0, verbosity: 0.2}"}
+    recipe = write_recipe(tmp_path, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"less of helpfulness is asked for.*less_helpfulness: \{helpfulness: -1\}"):
+        Comparison(load_comparison(recipe, center))
+
+
 def test_a_comparison_of_ones_own_needs_a_configuration(tmp_path: Path) -> None:
     done = python("-m", "dpa", "compare", tmp_path / "none.yaml")
     assert done.returncode == 2

@@ -12,6 +12,7 @@ from fakes import space_of
 from dpa.core.compare_config import CompareConfig
 from dpa.core.comparison import Front, height_at, heights, lead, over_seeds
 from dpa.core.sections.evaluate import EvaluateConfig
+from dpa.pages.comparison import _chart
 from dpa.recipes.baselines.methods import METHODS
 from dpa.stages.compare import summarise
 
@@ -213,6 +214,26 @@ def test_a_lead_within_its_doubt_holds_but_is_not_sure() -> None:
     (found,) = compared(policies)["leads"]["verbosity"]
     assert found["holds"] and found["least"]["low"] < 0
     assert not found["sure"] and "the interval includes none" in found["sentence"]
+
+
+def test_a_lead_whose_interval_includes_less_than_its_bar_says_so() -> None:
+    for noise, doubt in ((6, True), (0.5, False)):
+        rng = np.random.default_rng(1)
+        policies = {"pooled": scores(rng, 84, noise=noise), "steerlm": scores(rng, 80, noise=noise)}
+        (found,) = compared(policies)["leads"]["verbosity"]
+        assert found["holds"] and found["sure"], found["sentence"]
+        assert ("but the interval includes less than 2" in found["sentence"]) == doubt, found["sentence"]
+
+
+def test_a_direction_without_a_score_in_one_seed_is_left_out_of_the_picture() -> None:
+    for broken in ("pooled", "sft"):
+        policies = {"pooled": scores(np.random.default_rng(0), 86), "sft": scores(np.random.default_rng(1), 80)}
+        for name in ("gold", "model"):
+            policies[broken][1][name][2] = np.nan
+        results = compared(policies) | {"space": space_of("helpfulness", "verbosity").to_dict()}
+        assert bool(results["equal"]["verbosity"]["at"]) == (broken == "sft")
+        shown = [(policy["title"], 0, policy) for policy in results["policies"]]
+        assert "<svg" in _chart(results, shown, "fronts", "verbosity").svg()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from decimal import Decimal
 from io import StringIO
@@ -27,6 +27,7 @@ from dpa.recipes.costs.devices import Device
 from dpa.recipes.dpa import Loop
 from dpa.recipes.rated_rows import RewardRun
 from dpa.recipes.starting.init import Wanted, init
+from dpa.recipes.starting.objectives import is_bad
 from dpa.scoring.wordiness import wordiness
 from dpa.stages.prompts import read_prompts
 from dpa.stages.ratings import prompt_id_of
@@ -296,6 +297,54 @@ def test_a_file_that_fits_no_form_is_refused_with_what_to_do(tmp_path: Path, tex
     (tmp_path / "odd.jsonl").write_text(text)
     with pytest.raises(DataError, match=said):
         recognise([str(tmp_path / "odd.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("mark", "bad"),
+    [
+        ("harm", True),
+        ("toxicity", True),
+        ("harm_avoidance", False),
+        ("bias mitigation", False),
+        ("errorHandling", False),
+    ],
+)
+def test_a_mark_of_how_well_harm_is_avoided_is_a_good_one(mark: str, bad: bool) -> None:
+    assert is_bad(mark) == bad
+
+
+def rated(file: Path, header: str, rows: Iterable[str]) -> str:
+    file.write_text(header + "\n" + "".join(f"{row}\n" for row in rows))
+    return str(file)
+
+
+def test_marks_of_one_name_on_scales_that_cannot_be_one_are_refused(tmp_path: Path) -> None:
+    def score(name: str, *values: float) -> str:
+        texts = (f"q{n // 2},a{n},{values[n % len(values)]}" for n in range(40))
+        return rated(tmp_path / f"{name}.csv", "prompt,response,score", texts)
+
+    five, four, ten, share = score("a", 1, 3, 5), score("b", 1, 3, 4), score("c", 1, 6, 10), score("d", 0.1, 0.55, 0.9)
+    scales = [one.config.scales["score"] for one in recognise([five, four])]
+    assert scales == [(1, 5), (1, 5)], "a 5 that nobody gave"
+    for other in (ten, share):
+        with pytest.raises(DataError, match=r"'score' is on 1 to 5 in .*a\.csv and on .* another name"):
+            recognise([five, other])
+
+
+def test_helpsteers_columns_on_another_scale_are_read_as_they_are(tmp_path: Path) -> None:
+    marks = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+    header = ",".join(("prompt", "response", *marks, "safety"))
+    for top, form in ((4, "helpsteer"), (5, "generic")):
+        rows = (f"q{n},a{n}," + ",".join([str(1 + (top - 1) * n // 299)] * 6) for n in range(300))  # the best come last
+        (found,) = recognise([rated(tmp_path / "sorted.csv", header, rows)])
+        assert found.config.format == form
+        assert ("safety" in found.unread) == (form == "helpsteer")
+
+
+def test_the_row_numbers_of_pandas_are_no_mark(tmp_path: Path) -> None:
+    rows = (f"{n % 40},q{n // 2},a{n},{n % 5}" for n in range(120))
+    (found,) = recognise([rated(tmp_path / "index.csv", ",prompt,response,score", rows)])
+    assert list(found.config.scales) == ["score"]
 
 
 def test_columns_that_are_told_are_believed(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ def listening_policy(space: DirectionSpace, directions_DK: np.ndarray, prompts: 
     return 50 + 30 * directions_DK[:, None, :] + spread
 
 
+def test_a_hypervolume_of_many_objectives_is_not_waited_for() -> None:
+    points = np.random.default_rng(0).uniform(0, 100, (225, 8))
+    assert np.isnan(hypervolume(points, 0.0)) and hypervolume(points[:9, :7], 0.0) > 0
+
+
 @given(LATTICE)
 def test_hypervolume_counts_the_unit_cells_that_are_dominated(points):
     """On a lattice the volume above the reference 0 is the number of unit cells below some point."""

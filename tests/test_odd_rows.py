@@ -18,7 +18,7 @@ from dpa.core.errors import DataError, RejectRateError
 from dpa.core.sections.ratings import RatingsConfig
 from dpa.stages.prompts import read_prompts
 from dpa.stages.ratings import Ratings, load_ratings, read_ratings, save_ratings
-from dpa.storage.rows import find_files
+from dpa.storage.rows import find_files, is_hub_id, read_rows
 
 CASES = Path(__file__).parents[1].parent / "shared" / "cases"
 needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="no ../shared/cases")
@@ -239,6 +239,20 @@ def test_a_folder_named_like_a_file_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS["generic"]) + "\n")
     assert [file.name for file in find_files(tmp_path)] == ["rows.jsonl"]
     assert len(read_prompts(tmp_path)[0]) == 1
+    (tmp_path / "more.JSONL").write_text((tmp_path / "rows.jsonl").read_text())
+    assert [file.name for file in find_files(tmp_path)] == ["more.JSONL", "rows.jsonl"]
+    assert len(list(read_rows(tmp_path / "more.JSONL"))) == len(list(read_rows(tmp_path / "rows.jsonl")))
+    (tmp_path / "rest.jsonl.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"has rest\.jsonl\.gz too, which is not read"):
+        find_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "hub"),
+    [("allenai/tulu-2.5-preference-data", True), ("Skywork/Preference-80K-v0.2", True), ("my/rows.jsonl.gz", False)],
+)
+def test_a_dot_in_the_name_of_a_hub_data_set_makes_it_no_file(name: str, hub: bool) -> None:
+    assert is_hub_id(name) == hub
 
 
 def test_messages_as_json_text_are_read_by_ratings_as_by_prompts(tmp_path: Path) -> None:

@@ -48,13 +48,14 @@ device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu"
 if backend == "nccl":
     torch.cuda.set_device(device)
 dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=world,
-                        timeout=datetime.timedelta(seconds=float(sys.argv[5])))
+                        timeout=datetime.timedelta(seconds=float(sys.argv[6])))
+group = dist.new_group(timeout=datetime.timedelta(seconds=float(sys.argv[5])))  # all are here: now it must be quick
 numbers = torch.full((4_000_000,), float(rank + 1), device=device)
-dist.all_reduce(numbers)
+dist.all_reduce(numbers, group=group)
 right = bool((numbers == world * (world + 1) / 2).all())
 begun, count = time.perf_counter(), 0
 while count < 5:
-    dist.all_reduce(numbers)
+    dist.all_reduce(numbers, group=group)
     count += 1
 if backend == "nccl":
     torch.cuda.synchronize()
@@ -191,7 +192,7 @@ def all_reduce(ranks: int | None = None, limit_s: float = 90.0) -> Check:
         command = [sys.executable, "-c", _REDUCE]
         children = [
             subprocess.Popen(
-                [*command, str(rank), str(world), f"{place}/meeting", backend, str(REDUCE_S)],
+                [*command, str(rank), str(world), f"{place}/meeting", backend, str(REDUCE_S), str(limit_s)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

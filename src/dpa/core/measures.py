@@ -15,6 +15,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.records import SCALE
 
 MOST_CONE_COORDINATES = 6
+MOST_COORDINATES = 7
 """Exact hypervolume in more coordinates takes minutes with resampling (`edge_directions` says how many there are)."""
 
 SURE = 0.975
@@ -49,7 +50,10 @@ def hypervolume(points_NK: np.ndarray, reference: float | np.ndarray) -> float:
     """Volume, in units of the scale to the power K, that the points dominate above the reference point.
 
     Exact (moocore; Fonseca et al. 2006). Points at or below the reference add nothing; rows not finite are left out.
+    NaN for more than MOST_COORDINATES, where one volume takes seconds and intervals take a thousand.
     """
+    if points_NK.shape[1] > MOST_COORDINATES:
+        return float("nan")
     points_NK = points_NK[np.isfinite(points_NK).all(axis=1)]
     if len(points_NK) == 0:
         return 0.0

@@ -102,7 +102,8 @@ def _chart(results: Record, shown: Sequence[tuple[str, int, Record]], title: str
             x, y = point["x"], point["y"]
             asked = "" if point["angle"] is None else f", asked {degrees(point['angle'])} ({point['direction']})"
             tooltip = f"{policy['title']}, {policy['name']}{asked}: {arc} {spread(x)}, {upward} {spread(y)}"
-            found.append(Point(x["value"], y["value"], range_of(x), range_of(y), tooltip))
+            if x["value"] is not None and y["value"] is not None:  # in one seed the direction has no score
+                found.append(Point(x["value"], y["value"], range_of(x), range_of(y), tooltip))
         return found
 
     return Chart(

@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from dpa.core.compare_config import CompareConfig
+from dpa.core.comparison import main_objective
 from dpa.core.config import RunConfig
 from dpa.core.config_identity import resolved
 from dpa.core.errors import ConfigError, DamageError, EngineError, StorageError
@@ -178,6 +179,13 @@ class Comparison:
                 check_run(job.settings)
             except ConfigError as error:
                 raise ConfigError(f"{job.place}: {error}") from None
+        space = self.jobs[0].settings.direction_space()
+        main = main_objective(space)
+        if space.center_K[space.names.index(main)] < 0:
+            raise ConfigError(
+                f"space.center: less of {main} is asked for, and fronts are drawn that rise; turn the objective "
+                f"round, as in space.objectives: {{less_{main}: {{{main}: -1}}}}."
+            )
 
     def run(self) -> Path:
         """Do every job that is not done, write the report, return its path. Raises DpaError, Interrupted."""
@@ -202,6 +210,10 @@ class Comparison:
         seeds = [seed for seed in self.config.seeds if any(job.seed == seed for job in done)]
         jobs = {name: [job for job in done if job.method == method] for name, method in self.methods.items()}
         jobs = {name: own for name, own in jobs.items() if seeds == [job.seed for job in own]}
+        if not jobs:
+            raise EngineError(
+                "no method is done in every seed, so there is nothing to report; look at log.txt of each."
+            )
         example = self.config.run_config(seeds[0], Path(self.config.out))
         found = {name: [self._found(job) for job in own] for name, own in jobs.items()}
         scores = {

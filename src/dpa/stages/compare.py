@@ -188,6 +188,8 @@ def _lead(subject: _Policy, other: _Policy, arc: str) -> dict[str, Any]:
     least_and_mean = _said(least) if point else f"{_said(least)} at least; {_said(mean)} on average"
     if above:
         doubt = "" if sure else ", but the interval includes none"
+        if sure and least["low"] is not None and least["low"] < wanted:
+            doubt = f", but the interval includes less than {wanted:g}"
         sentence = f"{us} IS above {title}{by} in {upward} {where}: by {least_and_mean}{doubt}."
     else:
         share = float(np.mean([each["value"] > 0 for each in found.lead_X if each["value"] is not None]))
@@ -211,6 +213,8 @@ def _lead(subject: _Policy, other: _Policy, arc: str) -> dict[str, Any]:
 def _equal(ours: Front, fronts: Mapping[str, Front]) -> dict[str, Any]:
     """Heights at round places between the least and the most that our front reaches in every seed."""
     low, high = ours.x_SD.min(axis=1).max(), ours.x_SD.max(axis=1).min()
+    if not np.isfinite(high - low):  # in one seed a direction has no score
+        return {"at": [], "rows": {title: [] for title in fronts}}
     step = 5 if high - low <= 60 else 10
     at = [float(x) for x in np.arange(np.ceil(low / step) * step, high + 1e-9, step)]
     return {"at": at, "rows": {title: [height_at(front, x) for x in at] for title, front in fronts.items()}}

@@ -67,12 +67,18 @@ def recognise(
     """How each file, folder or Hub data set is read. `named`: prompt, response -> column, and `marks`, where they are
     told. A mark of several files has one scale. Raises DataError where no form fits."""
     found = [_recognise(path, split, dict(named or {}), marks) for path in paths]
-    own = [one.config.scales for one in found if one.config.format == "generic"]
     shared: dict[str, Scale] = {}
-    for scales in own:
-        for name, (low, high) in scales.items():
-            before = shared.get(name, (low, high))
-            shared[name] = (min(low, before[0]), max(high, before[1]))
+    first: dict[str, tuple[str, Scale]] = {}
+    for path, one in zip(paths, found, strict=True):
+        for name, (low, high) in one.config.scales.items() if one.config.format == "generic" else ():
+            where, before = first.setdefault(name, (path, (low, high)))
+            if not _may_be_one((low, high), before):
+                raise DataError(
+                    f"data: {name!r} is on {before[0]:g} to {before[1]:g} in {where} and on {low:g} to {high:g} in "
+                    f"{path}; give it another name in one of them."
+                )
+            least, most = shared.get(name, before)
+            shared[name] = (min(low, least), max(high, most))
     return [
         Recognised(
             one.config.model_copy(update={"scales": {name: shared[name] for name in one.config.scales}}),
@@ -81,6 +87,12 @@ def recognise(
         )
         for one in found
     ]
+
+
+def _may_be_one(scale: Scale, other: Scale) -> bool:
+    """Whether two guesses may be of one scale, which one file does not use to its end."""
+    narrow, wide = sorted(high - low for low, high in (scale, other))
+    return scale == other or ((0, 1) not in (scale, other) and 2 * narrow >= wide)
 
 
 def _recognise(path: str, split: str, named: dict[str, str], marks: Sequence[str]) -> Recognised:
@@ -94,10 +106,11 @@ def _recognise(path: str, split: str, named: dict[str, str], marks: Sequence[str
         if {"instruction", "completions"} <= names:
             config = RatingsConfig(**where, format="ultrafeedback")
             return Recognised(config, "UltraFeedback: an instruction and its rated completions")
-        if _is_helpsteer(first, names):
+        if _is_helpsteer(_rows(path, split), names):
             second = re.search(r"(?i)helpsteer-?_?2", path) is not None
+            others = tuple(sorted(names - {"prompt", "response", "text", "label", "source", *HELPSTEER_MARKS}))
             config = RatingsConfig(**where, format="helpsteer2" if second else "helpsteer")
-            return Recognised(config, f"HelpSteer{'2' if second else ''}: prompt, response, five marks on 0..4")
+            return Recognised(config, f"HelpSteer{'2' if second else ''}: prompt, response, five marks on 0..4", others)
     columns: dict[str, Column] = {}
     for row in _rows(path, split):
         for name, value in row.items():
@@ -254,12 +267,12 @@ def _floor(value: float) -> int:
     return int(value // 1)
 
 
-def _is_helpsteer(first: Sequence[Mapping[str, Any]], names: set[str]) -> bool:
+def _is_helpsteer(rows: Iterable[Mapping[str, Any]], names: set[str]) -> bool:
     if {"text", "label"} <= names:
-        return any(isinstance(row.get("label"), list) for row in first)
+        return any(isinstance(row.get("label"), list) for row in rows)
     if not {"prompt", "response", *HELPSTEER_MARKS} <= names:
         return False
-    marks = [number for row in first for name in HELPSTEER_MARKS if (number := number_of(row.get(name))) is not None]
+    marks = {number for row in rows for name in HELPSTEER_MARKS if (number := number_of(row.get(name))) is not None}
     return bool(marks) and min(marks) >= 0 and max(marks) <= 4
 
 

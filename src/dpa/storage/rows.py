@@ -28,6 +28,10 @@ _NOT_READ = (ValueError, LookupError, TypeError, OverflowError, NotImplementedEr
 CSV_BLOCK = 16 << 20
 """Bytes read at once; a row must fit, and the longest text that is no broken row does."""
 
+_PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+_OTHERS = (".json", ".tsv", ".txt", ".xlsx", ".arrow", ".pkl", ".pickle", ".yaml", ".yml")
+"""Suffixes of files that may have been meant; any other one is part of a name, as in `allenai/tulu-2.5-data`."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -39,13 +43,17 @@ def find_files(path: Path, field: str = "data") -> list[Path]:
     """The row files at `path`: itself, or those of a folder in the order of their names. Raises DataError, which names
     the `field` that says so."""
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+        inside = sorted(file for file in path.iterdir() if file.is_file())
+        files = [file for file in inside if file.suffix.lower() in SUFFIXES]
+        packed = [file.name for file in inside if file.suffix.lower() in _PACKED]
+        if packed:
+            raise DataError(f"{field}: {path} has {packed[0]} too, which is not read; unpack it, or move it away.")
         if not files:
             raise DataError(f"{field}: {path} has no {', '.join(SUFFIXES)} file; give a file or a folder of them.")
         return files
     if not path.is_file():
         raise DataError(f"{field}: no file at {path}; give a {', '.join(SUFFIXES)} file or a folder of them.")
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise DataError(
             f"{field}: {path} is not read, because {path.suffix or 'a file without suffix'} is none of "
             f"{', '.join(SUFFIXES)} (a pickle is never opened); convert it."
@@ -60,7 +68,7 @@ def has_hub_form(name: str) -> bool:
 
 def is_hub_id(path: str) -> bool:
     """Whether this names a data set of the Hub rather than a file, which has a suffix."""
-    return has_hub_form(path) and not Path(path).suffix
+    return has_hub_form(path) and Path(path).suffix.lower() not in (*SUFFIXES, *_PACKED, *_OTHERS)
 
 
 def read_hub_rows(
@@ -96,7 +104,7 @@ def read_rows(
     are read as text even where a CSV's values look like numbers. Raises DataError, which names the `field`, when the
     file as a whole cannot be read.
     """
-    reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}[file.suffix]
+    reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}[file.suffix.lower()]
     try:
         for number, row in enumerate(reader(file, columns, text_columns), start=1):
             yield f"{file.name}:{number}", row
@@ -107,7 +115,7 @@ def read_rows(
 def column_names(file: Path) -> list[str]:
     """The columns a Parquet or CSV file has, read or not; of a .jsonl file every row says its own. Raises DataError."""
     try:
-        match file.suffix:
+        match file.suffix.lower():
             case ".parquet":
                 return pyarrow.parquet.read_schema(file).names
             case ".csv":

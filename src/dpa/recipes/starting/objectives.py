@@ -29,6 +29,10 @@ _BAD = re.compile(
     r"(?<!no_)(?<!non)(?<!non_)(?<!not_)(?<!un)(?<!in)"
     r"(?:toxic|harm(?!less|on)|bias|hallucinat|error|rude|repetit|offens|unsafe|risk|violat)(?!.*_free)"
 )
+_AVOIDED = (
+    *("avoidance", "avoided", "avoids", "prevention", "mitigation", "handling", "awareness", "correction"),
+    *("resistance", "reduction", "detection", "refusal", "low", "less", "free", "safe"),
+)
 
 _TAKEN = {"balanced", "terse", "full"} | {
     name for pairs in (False, True) for name in selection_schema(pairs, held=True).names
@@ -109,8 +113,8 @@ def choose(look: FirstLook) -> Objectives:
 
 
 def is_bad(name: str) -> bool:
-    """Whether more of this mark is worse, by its name."""
-    return _BAD.search(plain(name)) is not None
+    """Whether more of this mark is worse, by its name: of toxicity, not of how well it is avoided."""
+    return _BAD.search(plain(name)) is not None and not _has_word(plain(name), _AVOIDED)
 
 
 def _sense(mark: str) -> float:
