@@ -17,7 +17,7 @@ from forks import alive, python, start, within
 from rich.console import Console
 
 from dpa.core.compare_config import load_comparison
-from dpa.core.errors import ConfigError
+from dpa.core.errors import ConfigError, RunFolderError
 from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.compare import Comparison
 from dpa.recipes.job_processes import _Worker, do_jobs
@@ -183,6 +183,12 @@ def test_a_finished_comparison_does_no_work_and_one_with_other_settings_is_refus
     assert other.returncode == 2
     assert "run.rollout.samples: 1 -> 2" in other.stderr
     assert "Traceback" not in other.stderr
+    rated = Path(load_comparison(recipe, QUICK | SMALLER).run_config(0, finished).ratings[0].path)
+    content = rated.read_bytes()
+    rated.write_bytes(content + b"\n")
+    with pytest.raises(RunFolderError, match=r"seed_0\.ratings\.0\.path: the content of .* has changed"):
+        Comparison(load_comparison(recipe, QUICK | SMALLER)).run()
+    rated.write_bytes(content)
 
 
 def test_the_demos_comparison_loads_with_every_methods_settings(tmp_path: Path) -> None:

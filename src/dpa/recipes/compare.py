@@ -28,7 +28,7 @@ from dpa.core.errors import ConfigError, DamageError, EngineError, StorageError
 from dpa.pages.comparison import write_comparison
 from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.methods import METHODS, compared
-from dpa.recipes.checks import check_run
+from dpa.recipes.checks import check_run, inputs_of
 from dpa.recipes.dpa import Loop
 from dpa.recipes.job_processes import do_jobs
 from dpa.stages.compare import summarise
@@ -189,7 +189,11 @@ class Comparison:
 
     def run(self) -> Path:
         """Do every job that is not done, write the report, return its path. Raises DpaError, Interrupted."""
-        with RunFolder(self.config.out).open(self.config.identity()), end_on_signal("compare"):
+        # A finished job is not opened again, so that what all of them read is held fast here.
+        inputs = {
+            f"seed_{job.seed}.{field}": file for job in self.shared for field, file in inputs_of(job.settings).items()
+        }
+        with RunFolder(self.config.out).open(self.config.identity(), inputs), end_on_signal("compare"):
             failed = do_jobs([*self.shared, *self.jobs], self.config.workers, self.console)
             page = self.report()
             for claim in read_json(page.with_name("results.json"))["claims"]:
