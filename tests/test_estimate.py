@@ -212,6 +212,8 @@ def test_sizes_are_read_from_headers_from_config_json_or_known_by_name(recipe: P
     for file in ("few/a.csv", "few/below/b.csv"):
         (tmp_path / file).write_text("prompt,response,good\nQ?,A.,1\nonly one\nQ?,B.,2\n")
     assert count_rows(str(tmp_path / "few")) == 2, "rows and files that a run reads"
+    (tmp_path / "few" / "c.JSONL").write_text("{}\n")
+    assert count_rows(str(tmp_path / "few")) == 3, "a suffix is one however it is written"
     assert 1e8 < matrix_rate(0.02) < 1e16
     published = {  # parameters, as the Hub states them
         "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,

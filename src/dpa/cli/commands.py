@@ -9,7 +9,7 @@ import typer
 
 from dpa.cli import ecosystem, elsewhere, planning, starting
 from dpa.cli.home import Commands
-from dpa.cli.options import ConfigPath, Overrides, as_yaml, overridden, takes_fields
+from dpa.cli.options import ConfigPath, MaxNewTokens, Overrides, Temperature, as_yaml, overridden, takes_fields
 from dpa.core.errors import ConfigError, DataError
 from dpa.serve.settings import ServeSettings
 from dpa.version import __version__
@@ -48,8 +48,6 @@ DirectionText = Annotated[
         'on targets, "helpfulness; verbosity=40".',
     ),
 ]
-Temperature = Annotated[float, typer.Option(help="Softmax temperature.", min=0.01, max=100)]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of the samples.", min=0)]
 SpaceName = Annotated[
     str | None, typer.Option("--space", help="Of a model without dpa_config.json: dpa-v1, a policy or a YAML file.")

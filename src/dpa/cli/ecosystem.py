@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpa.cli.home import Commands
-from dpa.cli.options import check_new_folder
+from dpa.cli.options import MaxNewTokens, Temperature, check_new_folder
 from dpa.core.errors import ConfigError, DirectionError
 from dpa.core.targets import read_wish
 
@@ -53,8 +53,8 @@ def export(
     bake: Annotated[
         str | None, typer.Option(help="Copy the model to --out, stating this direction or target by default.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.01, max=100, help="Softmax temperature.")] = 0.7,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 2048,
+    temperature: Temperature = 0.7,
+    max_new_tokens: MaxNewTokens = 2048,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the answers.")] = 0,

@@ -22,6 +22,8 @@ ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration; docs/confi
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set rollout.samples=8")
 ]
+Temperature = Annotated[float, typer.Option(help="Softmax temperature.", min=0.01, max=100)]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 
 
 def overridden(overrides: list[str] | None) -> dict[str, str]:

@@ -14,9 +14,10 @@ import numpy as np
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import SCALE
 
-MOST_CONE_COORDINATES = 6
 MOST_COORDINATES = 7
-"""Exact hypervolume in more coordinates takes minutes with resampling (`edge_directions` says how many there are)."""
+"""Exact hypervolume in more coordinates takes seconds, and intervals take a thousand of them."""
+MOST_CONE_COORDINATES = 6
+"""The same in coordinates of the cone: minutes with resampling (`edge_directions` says how many there are)."""
 
 SURE = 0.975
 """Share of draws on one side of 0 from which on a difference is taken for more than chance."""
@@ -50,7 +51,7 @@ def hypervolume(points_NK: np.ndarray, reference: float | np.ndarray) -> float:
     """Volume, in units of the scale to the power K, that the points dominate above the reference point.
 
     Exact (moocore; Fonseca et al. 2006). Points at or below the reference add nothing; rows not finite are left out.
-    NaN for more than MOST_COORDINATES, where one volume takes seconds and intervals take a thousand.
+    NaN for more than MOST_COORDINATES.
     """
     if points_NK.shape[1] > MOST_COORDINATES:
         return float("nan")

@@ -69,7 +69,6 @@ from dpa.serve.settings import EngineSettings
 
 MAX_BODY = 64_000_000  # bytes; the gateway's own limit is far below
 MAX_ANSWERS = 1024  # to one request
-_log = logging.getLogger("dpa.serve")
 _KEEP_ALIVE_S = 60  # the gateway lets its idle connections go long before
 _SIGN_OF_LIFE_S = 1.0
 """A stream that waits its turn says so this often while others are served: a long silence is taken for a hang."""
@@ -88,6 +87,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 """Fields that would change the answer if they were honoured, and the values that mean nothing is asked."""
 _NO_TOOL_NEEDED = (None, "auto", "none")
 """Values of `tool_choice` that an answer in words satisfies: programs (Open WebUI, say) offer tools with every chat."""
+
+_log = logging.getLogger("dpa.serve")
 
 Pieces = asyncio.Queue[tuple[int, Piece]]
 """Of several answers, each with the number of its answer."""

@@ -27,7 +27,6 @@ ADAPTERS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
 """Ways to begin a LoRA that leave the weights below it as they are; pissa, olora and corda change them."""
-
 _PLAIN_NAME = re.compile(r"(\.\*\\\.)?[\w.]+")
 """A name of modules, or of those that end with it, which PEFT writes for a mixture's experts: no pattern to try for
 ever."""
@@ -153,18 +152,10 @@ def _has(model: PreTrainedModel, module: str, parameter: str) -> bool:
 def _check_adapters(said: dict[str, Any], weights: dict[str, torch.Tensor], trained: Path) -> int:
     """The largest rank of the weights: no part of an adapter_config.json is larger, or a pattern. Raises
     ModelFileError."""
-    ranks = {"r": said.get("r")}
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns = said.get(field) or {}
-        if not isinstance(patterns, dict) or not all(map(_PLAIN_NAME.fullmatch, patterns)):
-            raise ModelFileError(
-                f"model: {trained} holds adapters whose {field} is by pattern ({patterns!a:.100}); merge them where "
-                "they were trained."
-            )
-        ranks |= patterns if field == "rank_pattern" else {}
-    for field in ("modules_to_save", "target_parameters"):
-        names = said.get(field) or []
-        if not isinstance(names, list) or not all(
+    kinds = {"rank_pattern": dict, "alpha_pattern": dict, "modules_to_save": list, "target_parameters": list}
+    for field, kind in kinds.items():
+        names = said.get(field) or kind()
+        if not isinstance(names, kind) or not all(
             isinstance(name, str) and _PLAIN_NAME.fullmatch(name) for name in names
         ):
             raise ModelFileError(
@@ -183,7 +174,7 @@ def _check_adapters(said: dict[str, Any], weights: dict[str, torch.Tensor], trai
             "where they were trained."
         )
     most = max((weight.shape[0] for name, weight in weights.items() if weight.ndim and "_A" in name), default=0)
-    for name, rank in ranks.items():
+    for name, rank in {"r": said.get("r"), **(said.get("rank_pattern") or {})}.items():
         bound = math.inf if name == "r" and said.get("rank_pattern") else most  # which may leave nothing to it
         if not isinstance(rank, int) or not 0 < rank <= bound:
             raise ModelFileError(

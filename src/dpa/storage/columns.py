@@ -106,9 +106,8 @@ class Column:
         name = plain(self.name)
         names_rows = self.whole and self.present > MOST_STEPS and len(self.distinct) == self.present
         counts = _COUNTS.search(name) is not None and len(self.distinct) > MOST_GRADES
-        kept = (
-            len(self.distinct) > 1 and self.name != "" and _can_be_written(self.name)
-        )  # without a name: pandas' row numbers
+        # Without a name are row numbers, as pandas writes them.
+        kept = len(self.distinct) > 1 and self.name != "" and _can_be_written(self.name)
         return self.mostly(self.numbers) and kept and not (names_rows or counts or _NAMES_A_ROW.search(name))
 
 

@@ -90,7 +90,7 @@ def recognise(
 
 
 def _may_be_one(scale: Scale, other: Scale) -> bool:
-    """Whether two guesses may be of one scale, which one file does not use to its end."""
+    """Whether two guesses may be of one scale, which one of them does not use to its end."""
     narrow, wide = sorted(high - low for low, high in (scale, other))
     return scale == other or ((0, 1) not in (scale, other) and 2 * narrow >= wide)
 
@@ -106,7 +106,7 @@ def _recognise(path: str, split: str, named: dict[str, str], marks: Sequence[str
         if {"instruction", "completions"} <= names:
             config = RatingsConfig(**where, format="ultrafeedback")
             return Recognised(config, "UltraFeedback: an instruction and its rated completions")
-        if _is_helpsteer(_rows(path, split), names):
+        if _is_helpsteer(first, names) and _is_helpsteer(_rows(path, split), names):
             second = re.search(r"(?i)helpsteer-?_?2", path) is not None
             others = tuple(sorted(names - {"prompt", "response", "text", "label", "source", *HELPSTEER_MARKS}))
             config = RatingsConfig(**where, format="helpsteer2" if second else "helpsteer")
@@ -246,8 +246,7 @@ def _scales(marks: Iterable[Column]) -> dict[str, Scale]:
     low, high = min(end[0] for end in ends), max(end[1] for end in ends)
     shared = usual_scale(low, high, whole=True)
     for one in (one for one in graded if one.name not in said):
-        width = own[one.name][1] - own[one.name][0]
-        if shared in USUAL_SCALES and 2 * width >= shared[1] - shared[0]:
+        if shared in USUAL_SCALES and _may_be_one(own[one.name], shared):
             own[one.name] = shared
     return own
 

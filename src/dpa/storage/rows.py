@@ -39,13 +39,18 @@ class BadRow(Exception):
     """One row cannot be used; the message names the field and the value."""
 
 
+def form_of(path: str | Path) -> str:
+    """A file's suffix, however it is written: of SUFFIXES, where its rows are read."""
+    return Path(path).suffix.lower()
+
+
 def find_files(path: Path, field: str = "data") -> list[Path]:
     """The row files at `path`: itself, or those of a folder in the order of their names. Raises DataError, which names
     the `field` that says so."""
     if path.is_dir():
         inside = sorted(file for file in path.iterdir() if file.is_file())
-        files = [file for file in inside if file.suffix.lower() in SUFFIXES]
-        packed = [file.name for file in inside if file.suffix.lower() in _PACKED]
+        files = [file for file in inside if form_of(file) in SUFFIXES]
+        packed = [file.name for file in inside if form_of(file) in _PACKED]
         if packed:
             raise DataError(f"{field}: {path} has {packed[0]} too, which is not read; unpack it, or move it away.")
         if not files:
@@ -53,7 +58,7 @@ def find_files(path: Path, field: str = "data") -> list[Path]:
         return files
     if not path.is_file():
         raise DataError(f"{field}: no file at {path}; give a {', '.join(SUFFIXES)} file or a folder of them.")
-    if path.suffix.lower() not in SUFFIXES:
+    if form_of(path) not in SUFFIXES:
         raise DataError(
             f"{field}: {path} is not read, because {path.suffix or 'a file without suffix'} is none of "
             f"{', '.join(SUFFIXES)} (a pickle is never opened); convert it."
@@ -68,7 +73,7 @@ def has_hub_form(name: str) -> bool:
 
 def is_hub_id(path: str) -> bool:
     """Whether this names a data set of the Hub rather than a file, which has a suffix."""
-    return has_hub_form(path) and Path(path).suffix.lower() not in (*SUFFIXES, *_PACKED, *_OTHERS)
+    return has_hub_form(path) and form_of(path) not in (*SUFFIXES, *_PACKED, *_OTHERS)
 
 
 def read_hub_rows(
@@ -104,7 +109,7 @@ def read_rows(
     are read as text even where a CSV's values look like numbers. Raises DataError, which names the `field`, when the
     file as a whole cannot be read.
     """
-    reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}[file.suffix.lower()]
+    reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}[form_of(file)]
     try:
         for number, row in enumerate(reader(file, columns, text_columns), start=1):
             yield f"{file.name}:{number}", row
@@ -115,7 +120,7 @@ def read_rows(
 def column_names(file: Path) -> list[str]:
     """The columns a Parquet or CSV file has, read or not; of a .jsonl file every row says its own. Raises DataError."""
     try:
-        match file.suffix.lower():
+        match form_of(file):
             case ".parquet":
                 return pyarrow.parquet.read_schema(file).names
             case ".csv":

@@ -22,7 +22,7 @@ from dpa.core.sections.ratings import RatingsConfig
 from dpa.core.sections.rollout import PromptsConfig
 from dpa.stages.judge import CHARACTERS_PER_TOKEN
 from dpa.storage.rating_forms import RatedRow, declared_scales, named_columns, read_row
-from dpa.storage.rows import CSV_BLOCK, find_files, is_hub_id, read_rows
+from dpa.storage.rows import CSV_BLOCK, find_files, form_of, is_hub_id, read_rows
 
 _log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def count_rows(path: str) -> int | None:
     if not place.is_file():
         return None
     try:
-        match place.suffix:
+        match form_of(place):
             case ".parquet":
                 return pq.read_metadata(place).num_rows
             case ".csv":
