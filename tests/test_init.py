@@ -22,6 +22,7 @@ from tiny_models import save_tiny_model
 from dpa.core.config import RunConfig, load_config, load_run, parse_config
 from dpa.core.config_identity import resolved
 from dpa.core.errors import ConfigError, DataError, DpaError
+from dpa.core.records import messages_text
 from dpa.recipes.checks import check_run
 from dpa.recipes.costs.devices import Device
 from dpa.recipes.dpa import Loop
@@ -30,7 +31,7 @@ from dpa.recipes.starting.init import Wanted, init
 from dpa.recipes.starting.objectives import is_bad
 from dpa.scoring.wordiness import wordiness
 from dpa.stages.prompts import read_prompts
-from dpa.stages.ratings import prompt_id_of
+from dpa.stages.ratings import prompt_id_of, read_ratings
 from dpa.storage.recognising import recognise, usual_scale
 from dpa.storage.rows import read_rows
 
@@ -329,6 +330,10 @@ def test_marks_of_one_name_on_scales_that_cannot_be_one_are_refused(tmp_path: Pa
     for other in (ten, share):
         with pytest.raises(DataError, match=r"'score' is on 1 to 5 in .*a\.csv and on .* another name"):
             recognise([five, other])
+    eight, one = score("e", 1, 5, 8), score("f", 2, 3, 4)
+    for order in ([five, eight, one], [eight, one, five], [one, five, eight]):
+        with pytest.raises(DataError, match="'score' is on"):  # whichever comes first
+            recognise([ten, *order])
 
 
 def test_helpsteers_columns_on_another_scale_are_read_as_they_are(tmp_path: Path) -> None:
@@ -353,6 +358,35 @@ def test_columns_that_are_told_are_believed(tmp_path: Path) -> None:
     assert found.config.columns == {"prompt": "ask", "response": "second"} and found.config.scales == {"n": (0, 2)}
     with pytest.raises(DataError, match="no column 'third'"):
         recognise([str(tmp_path / "a.csv")], named={"response": "third"})
+
+
+@pytest.mark.parametrize("messages", [[{"role": "user", "content": "other"}], "no conversation", None])
+def test_a_prompt_that_is_told_is_read_beside_messages(messages: object, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = ({"ask": f"q{n // 2}", "messages": messages, "answer": f"a{n}", "good": n % 3} for n in range(9))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = recognise([str(file)], named={"prompt": "ask"})
+    table = read_ratings([found.config]).table
+    assert {messages_text([{"role": "user", "content": f"q{n // 2}"}]) for n in range(9)} == set(
+        table["messages"].to_pylist()
+    )
+    assert "'ask' is the prompt" in found.said and "are the messages" not in found.said
+
+
+def test_a_response_beside_messages_that_hold_one_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = ({"messages": talk, "other": f"b{n}", "good": n % 3} for n in range(9))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="'messages' ends with the response, so 'other' is no answer to it"):
+        recognise([str(file)], named={"response": "other"})
+
+
+@pytest.mark.parametrize("gold", ["gold_answer", "Reference Answer", "expected_response", "correct answer", "target"])
+def test_what_responses_are_held_against_is_not_the_rated_response(gold: str, tmp_path: Path) -> None:
+    rows = [f"q{n},the longest text of all {n},a{n},{n % 3}" for n in range(9)]
+    (found,) = recognise([rated(tmp_path / "a.csv", f"question,{gold},model_output,good", rows)])
+    assert found.config.columns["response"] == "model_output" and gold in found.unread
 
 
 def test_what_is_read_as_text_is_no_mark(tmp_path: Path) -> None:

@@ -318,6 +318,17 @@ def test_no_usable_row_gives_the_first_value(tmp_path: Path) -> None:
         read_prompts(file, max_reject_rate=1)
 
 
+def test_numbers_that_pandas_made_floats_are_ids_and_sources(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"prompt": ["a", "b"], "response": ["x", "y"], "h": [1, 2], "id": [7.0, None], "source": [3.0, None]}),
+        tmp_path / "rows.parquet",
+    )
+    prompts, rejects = read_prompts(tmp_path / "rows.parquet")
+    assert prompts[0].prompt_id == "7" and len(prompts) == 2 and not rejects
+    found = read_ratings([RatingsConfig(path=str(tmp_path / "rows.parquet"), attributes=["h"])])
+    assert found.table["source"].to_pylist() == ["3", "rows"]
+
+
 def test_a_scale_so_wide_that_marks_overflow_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"scale of h is .*wider than"):
         read_ratings([RatingsConfig(path=str(tmp_path), scales={"h": (-1e308, 1e308)})])

@@ -21,6 +21,7 @@ from dpa.storage.rows import (
     is_hub_id,
     read_hub_rows,
     read_rows,
+    whole_number,
 )
 from dpa.storage.schemas import PROMPTS
 from dpa.storage.stage_records import Reject, count_reasons
@@ -116,9 +117,10 @@ def _read_row(row: dict[str, Any] | BadRow, column: str, known: dict[str, Prompt
     given = row.get("id")
     if given is None or given == "":
         return Prompt(_content_id(messages, known), messages)
-    if isinstance(given, bool) or not isinstance(given, int | str):
+    number = whole_number(given)
+    if number is None and not isinstance(given, str):
         raise BadRow(f"id is {type(given).__name__}, not text or a whole number")
-    prompt_id = check_text(str(given), "id")
+    prompt_id = check_text(given if number is None else str(number), "id")
     if len(prompt_id) > MAX_ID:
         raise BadRow(f"id has {len(prompt_id)} characters, more than {MAX_ID}")
     if prompt_id in known:

@@ -13,7 +13,7 @@ import numpy as np
 from dpa.core.errors import DataError
 from dpa.core.records import SCALE, Messages
 from dpa.core.sections.ratings import TEXT_COLUMNS, RatingsConfig
-from dpa.storage.rows import BadRow, check_messages, check_text, given_messages, quoted
+from dpa.storage.rows import BadRow, check_messages, check_text, given_messages, quoted, whole_number
 from dpa.storage.schemas import RATINGS, name_taken
 
 Scale = tuple[float, float]
@@ -258,8 +258,8 @@ def _source(value: Any, field: str) -> str | None:
     """Where a row comes from, text or a whole number; None where it does not say. Raises BadRow."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+    if (number := whole_number(value)) is not None:
+        return str(number)
     return check_text(value, field)
 
 

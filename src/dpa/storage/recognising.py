@@ -5,7 +5,7 @@ Run its tests: pytest tests/test_init.py
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from dpa.storage.columns import Column, number_of, plain
 from dpa.storage.rating_forms import HELPSTEER_MARKS, Scale
 from dpa.storage.rows import find_files, is_hub_id, quoted, read_hub_rows, read_rows
 
+NO_COLUMN = "(none)"
+"""What a text is read from where the column of its name is something else."""
 PEEKED = 100
 """Rows whose columns say which published form a file has."""
 PROMPT_NAMES = ("prompt", "question", "instruction", "query", "input", "user", "request", "problem", "task", "context")
@@ -31,6 +33,8 @@ RESPONSE_NAMES = (
     "text",
 )
 """Column names that mean it, the surest first; a longer name may hold one of them (`model_answer`)."""
+REFERENCE_WORDS = {"gold", "golden", "reference", "ref", "expected", "correct", "truth", "target", "ideal"}
+"""In the name of a text that rated responses are held against (`gold_answer`)."""
 USUAL_SCALES: tuple[Scale, ...] = (
     *(
         (0, 1),
@@ -67,18 +71,11 @@ def recognise(
     """How each file, folder or Hub data set is read. `named`: prompt, response -> column, and `marks`, where they are
     told. A mark of several files has one scale. Raises DataError where no form fits."""
     found = [_recognise(path, split, dict(named or {}), marks) for path in paths]
-    shared: dict[str, Scale] = {}
-    first: dict[str, tuple[str, Scale]] = {}
+    scales: dict[str, dict[str, Scale]] = {}
     for path, one in zip(paths, found, strict=True):
-        for name, (low, high) in one.config.scales.items() if one.config.format == "generic" else ():
-            where, before = first.setdefault(name, (path, (low, high)))
-            if not _may_be_one((low, high), before):
-                raise DataError(
-                    f"data: {name!r} is on {before[0]:g} to {before[1]:g} in {where} and on {low:g} to {high:g} in "
-                    f"{path}; give it another name in one of them."
-                )
-            least, most = shared.get(name, before)
-            shared[name] = (min(low, least), max(high, most))
+        for name, scale in one.config.scales.items() if one.config.format == "generic" else ():
+            scales.setdefault(name, {})[path] = scale
+    shared = {name: _shared(name, of) for name, of in scales.items()}
     return [
         Recognised(
             one.config.model_copy(update={"scales": {name: shared[name] for name in one.config.scales}}),
@@ -87,6 +84,18 @@ def recognise(
         )
         for one in found
     ]
+
+
+def _shared(name: str, scales: Mapping[str, Scale]) -> Scale:
+    """The scale that holds a mark's scales in several files (path -> scale). Raises DataError."""
+    low, high = min(low for low, _ in scales.values()), max(high for _, high in scales.values())
+    for (path, scale), (other, another) in combinations(scales.items(), 2):
+        if not _may_be_one(scale, another):
+            raise DataError(
+                f"data: {name!r} is on {scale[0]:g} to {scale[1]:g} in {path} and on {another[0]:g} to {another[1]:g} "
+                f"in {other}; give it another name in one of them."
+            )
+    return low, high
 
 
 def _may_be_one(scale: Scale, other: Scale) -> bool:
@@ -128,13 +137,17 @@ def _generic(
         _check_one_response_a_row(path, columns)
     renamed: dict[str, str] = {}
     conversation = _pick([one for one in columns.values() if one.mostly(one.conversations)], ("messages",))
-    if conversation is not None and "prompt" not in named:
+    if "prompt" in named:
+        conversation = None
+    if conversation is not None:
         renamed["messages"] = conversation.name
+    elif "messages" in columns and "messages" not in named.values():
+        renamed["messages"] = NO_COLUMN  # what is called so would be read before the prompt
     asked = _prompt_and_response(path, columns, named, conversation)
     renamed |= asked
     source = columns.get("source")
     if source is not None and not (source.mostly(source.texts) or (source.mostly(source.numbers) and source.whole)):
-        renamed["source"] = "(none)"
+        renamed["source"] = NO_COLUMN
     texts_of = {column: name for name, column in ({"source": "source"} | renamed).items()}
     for name in marks:
         if name in texts_of:
@@ -157,8 +170,8 @@ def _generic(
     except ConfigError as error:
         raise DataError(f"data: {path}: {error}") from None
     texts = [f"{column!r} is the {name}" for name, column in renamed.items() if name in ("prompt", "response")]
-    if "messages" in renamed:
-        texts.insert(0, f"{renamed['messages']!r} are the messages" + ("" if asked else ", the last one the response"))
+    if conversation is not None:
+        texts.insert(0, f"{conversation.name!r} are the messages" + ("" if asked else ", the last one the response"))
     return Recognised(config, f"own columns: {', '.join(texts)}", tuple(name for name in columns if name not in read))
 
 
@@ -167,10 +180,15 @@ def _prompt_and_response(
 ) -> dict[str, str]:
     """prompt and response -> column; what the conversation holds is not looked for. Raises DataError."""
     texts = [one for one in columns.values() if one.mostly(one.texts) and one.name != "source"]
-    if conversation is not None and "prompt" not in named:
+    if conversation is not None:
         if conversation.answered > conversation.present / 2:
+            if "response" in named:
+                raise DataError(
+                    f"data: {path}: {conversation.name!r} ends with the response, so {named['response']!r} is no "
+                    "answer to it; leave --response-column out, or name the prompt's column with --prompt-column."
+                )
             return {"response": "(last message)"} if "response" in columns else {}
-        response = named.get("response") or _named(texts, RESPONSE_NAMES)
+        response = named.get("response") or _named(_without_references(texts), RESPONSE_NAMES)
         if response is None:
             raise DataError(
                 f"data: {path}: {conversation.name!r} ends with the user's turn and no column looks like the response; "
@@ -179,9 +197,10 @@ def _prompt_and_response(
         return {"response": response}
     prompt = named.get("prompt") or _named([one for one in texts if one.name != named.get("response")], PROMPT_NAMES)
     rest = [one for one in texts if one.name != prompt]
-    response = named.get("response") or _named(rest, RESPONSE_NAMES)
-    if response is None and rest:  # every row has a response of its own
-        response = max(rest, key=lambda one: (len(one.distinct), one.characters)).name
+    rated = _without_references(rest)
+    response = named.get("response") or _named(rated, RESPONSE_NAMES)
+    if response is None and rated:  # every row has a response of its own
+        response = max(rated, key=lambda one: (len(one.distinct), one.characters)).name
     others = [one for one in rest if one.name != response]
     if prompt is None and others:
         prompt = max(others, key=lambda one: one.characters).name
@@ -189,6 +208,10 @@ def _prompt_and_response(
         what, option = ("prompt", "--prompt-column") if prompt is None else ("response", "--response-column")
         raise DataError(_no_text(path, columns, what, option))
     return {"prompt": prompt, "response": response}
+
+
+def _without_references(texts: Sequence[Column]) -> Sequence[Column]:
+    return [one for one in texts if not REFERENCE_WORDS & set(plain(one.name).split("_"))] or texts
 
 
 def _no_text(path: str, columns: dict[str, Column], what: str, option: str) -> str:

@@ -158,6 +158,13 @@ def quoted(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
+def whole_number(value: Any) -> int | None:
+    """A whole number, also as pandas writes one (7.0) where other rows have none; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def given_messages(value: Any, field: str = "messages") -> Any:
     """The `messages` of a row, a list or its JSON text, not yet checked; None where there are none. Raises BadRow."""
     if value is None or (isinstance(value, str) and not value.strip()):
