@@ -382,6 +382,16 @@ def test_a_response_beside_messages_that_hold_one_is_refused(tmp_path: Path) -> 
         recognise([str(file)], named={"response": "other"})
 
 
+def test_an_instruction_apart_from_its_input_is_refused_unless_told(tmp_path: Path) -> None:
+    file = rated(
+        tmp_path / "a.csv", "instruction,input,output,good", [f"Sum up.,text {n},a{n},{n % 3}" for n in range(9)]
+    )
+    with pytest.raises(DataError, match="parts a prompt into 'instruction' and 'input'; write both into one column"):
+        recognise([file])
+    (found,) = recognise([file], named={"prompt": "input"})
+    assert found.config.columns == {"prompt": "input", "response": "output"} and found.unread == ("instruction",)
+
+
 @pytest.mark.parametrize("gold", ["gold_answer", "Reference Answer", "expected_response", "correct answer", "target"])
 def test_what_responses_are_held_against_is_not_the_rated_response(gold: str, tmp_path: Path) -> None:
     rows = [f"q{n},the longest text of all {n},a{n},{n % 3}" for n in range(9)]

@@ -197,6 +197,12 @@ def _prompt_and_response(
         return {"response": response}
     prompt = named.get("prompt") or _named([one for one in texts if one.name != named.get("response")], PROMPT_NAMES)
     rest = [one for one in texts if one.name != prompt]
+    called = {plain(one.name): one.name for one in texts}
+    if "prompt" not in named and {"instruction", "input"} <= called.keys():  # as Alpaca's
+        raise DataError(
+            f"data: {path} parts a prompt into {called['instruction']!r} and {called['input']!r}; write both into one "
+            f"column, or name the one that is the whole prompt with --prompt-column."
+        )
     rated = _without_references(rest)
     response = named.get("response") or _named(rated, RESPONSE_NAMES)
     if response is None and rated:  # every row has a response of its own
