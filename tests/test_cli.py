@@ -157,7 +157,7 @@ def test_the_fields_of_a_settings_class_are_a_commands_options(capsys: pytest.Ca
     assert "Degrees." in (shown := capsys.readouterr().out) and "180" in shown and "What is baked." in shown
 
 
-def test_an_engine_is_told_what_its_gateway_was_told() -> None:
+def test_an_engine_is_told_what_its_gateway_was_told(capsys: pytest.CaptureFixture[str]) -> None:
     asked = EngineSettings(
         model="~/a b", name="--rows", rows=7, threads=2, remote_code_revision="c" * 40, uds="/s", port=9
     )
@@ -167,6 +167,10 @@ def test_an_engine_is_told_what_its_gateway_was_told() -> None:
         with pytest.raises(SystemExit) as left:
             EngineSettings.of(wrong)
         assert left.value.code == 2
+    EngineSettings.of(["--rows=4"])
+    with pytest.raises(SystemExit):
+        EngineSettings.of(["--rows=-4"])
+    assert "--rows '-4': Input should be greater than or equal to 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["2026", "runs/a #2", "{x}", "null", "runs/größe"])

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from dpa.core.errors import ConfigError
-from dpa.serve.settings import flag_of
+from dpa.serve.settings import flag_of, flaws_of
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -79,9 +79,7 @@ def takes_fields(
             try:
                 settings = kind(**given)
             except ValidationError as error:  # what typer lets pass, such as inf
-                flaws = ((str(flaw["loc"][0]), flaw["msg"], flaw["input"]) for flaw in error.errors())
-                said = (f"{flag_of(name, kind.model_fields[name])} {given!r}: {flaw}" for name, flaw, given in flaws)
-                raise ConfigError("; ".join(said) + ".") from None
+                raise ConfigError(f"{flaws_of(error, kind)}.") from None
             function(settings)
 
         parameters = [parameter(name, field) for name, field in kind.model_fields.items()]

@@ -18,7 +18,8 @@ def init(
         list[str], typer.Argument(metavar="FILE...", help="Rated data: .jsonl, .parquet, .csv, folders, or Hub ids.")
     ],
     policy: Annotated[
-        str | None, typer.Option(help="Start policy: a model folder or Hub id. Default: one that fits this machine.")
+        str | None,
+        typer.Option(help="Start policy: a model folder, GGUF file or Hub id. Default: one that fits this machine."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the configuration goes. Default: FILE's name, here.")] = None,
     hours: Annotated[float, typer.Option(min=0.05, help="What the run may take; sizes are chosen by it.")] = 1.0,

@@ -22,6 +22,12 @@ def flag_of(name: str, about: FieldInfo) -> str:
     return str(extra["flag"]) if isinstance(extra, dict) else f"--{name.replace('_', '-')}"
 
 
+def flaws_of(error: ValidationError, settings: type[BaseModel]) -> str:
+    """What is wrong with options, each by its flag and with what was given."""
+    flaws = [(str(flaw["loc"][0]), flaw["input"], flaw["msg"]) for flaw in error.errors()]
+    return "; ".join(f"{flag_of(name, settings.model_fields[name])} {given!r}: {flaw}" for name, given, flaw in flaws)
+
+
 def _option(default: Any, description: str, flag: str | None = None, **bounds: Any) -> Any:
     extra: Any = {"flag": flag} if flag else None
     return Field(default=default, description=description, json_schema_extra=extra, **bounds)
@@ -85,7 +91,7 @@ class EngineSettings(_ModelSettings):
         try:
             return cls(**vars(parser.parse_args(arguments)))
         except ValidationError as error:
-            parser.error("; ".join(f"{flaw['loc'][0]}: {flaw['msg']}" for flaw in error.errors()))
+            parser.error(flaws_of(error, cls))
 
 
 class ServeSettings(Limits, _ModelSettings):
@@ -102,7 +108,9 @@ class ServeSettings(Limits, _ModelSettings):
     direction: str | None = _option(
         None, "What is asked where a request states nothing; default: the cone's center; or none."
     )
-    clamp: bool = _option(False, "Move directions outside the cone to its edge; default: 400.")
+    clamp: bool = _option(
+        False, "Move directions outside the cone to its edge; default: such a request is answered with 400."
+    )
     log_text: bool = _option(False, "Log what users and the model say.")
 
 

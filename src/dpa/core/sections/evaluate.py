@@ -22,7 +22,8 @@ class EvaluateConfig(Section):
     temperature: float = Field(0.7, gt=0, description="Softmax temperature (the published policy uses 0.7).")
     gold: dict[str, PathText] = Field(
         default_factory=dict,
-        description="Attribute -> function of a known true reward, measured beside the model's, never trained on.",
+        description="Objective -> function of a known true reward, for all of them or none; written as in "
+        "`reward.functions`. Measured beside the model's scores, never trained on.",
     )
     reference: float = Field(0.0, description="Reference point of the hypervolume, on every objective.")
     resamples: int = Field(1000, ge=1, description="Bootstrap resamples over prompts.")

@@ -87,7 +87,7 @@ class FinetuneConfig(_SelectedRowsConfig):
     rows_per_device: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="Packed rows in one forward pass, at most; the rest accumulates. auto: as many as fit on a card, "
-        "one on a CPU. Fewer are taken where memory asks for it; the result is the same.",
+        "one on a CPU and in each of several processes. Fewer where memory asks for it; the result is the same.",
     )
     compile: bool | Literal["auto"] = Field(
         "auto",
