@@ -110,6 +110,13 @@ def test_a_policy_that_does_not_listen_is_called_out_with_what_it_gave(scores: t
     assert "quality" not in sentence, "what its ends cost says nothing where they are not obeyed"
 
 
+def test_an_order_that_may_be_chance_is_not_called_deaf() -> None:
+    noisy = policy(TWO, {"verbosity": [(48.0, 30.0), (49.0, 30.0), (50.0, 30.0)]}, within=5.0)
+    noisy["evaluation"]["listens"]["verdict"] = False
+    sentence, tone = said(noisy)
+    assert tone == "bad" and sentence.startswith("THE POLICY MAY NOT FOLLOW ITS DIRECTION. ")
+
+
 def test_in_order_but_within_the_error_is_unclear() -> None:
     sentence, tone = said(policy(TWO, {"verbosity": [(48.0, 30.0), (49.0, 30.0), (50.0, 30.0)]}, within=5.0))
     assert tone == "plain"

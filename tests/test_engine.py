@@ -498,12 +498,15 @@ class Turns:
         self.ended: dict[str, list[int]] = {}
         self.answers: dict[str, list[list[int]]] = {}
         self.steps = 0
+        self.asked: dict[str, int] = {}
         self.loop._loop = self  # type: ignore[assignment]
 
     def call_soon_threadsafe(self, call: Any, *arguments: Any) -> None:
         call(*arguments)
 
     def ask(self, name: str, answers: int, tokens: int) -> None:
+        self.asked[name] = self.asked.get(name, 0) + answers
+
         def done(row: Row) -> Any:
             def deliver(piece: Any) -> None:
                 self.ended.setdefault(name, []).append(self.steps)
@@ -561,6 +564,18 @@ def test_49_requests_take_turns_in_the_queue() -> None:
         turns.ask(name, answers, 5)
     turns.run()
     assert max(turns.ended["c"]) <= 15 and abs(max(turns.ended["a"]) - max(turns.ended["b"])) <= 5
+
+
+def test_49_a_request_with_several_answers_gets_its_turn_among_newcomers_without_end() -> None:
+    turns = Turns(max_rows=2)
+    turns.ask("several", 3, 4)
+    while len(turns.ended.get("several", ())) < 3 and turns.steps < 200:
+        for name in ("a", "b", "c", "d", "e"):  # more than there are rows; each asks again at once
+            if len(turns.ended.get(name, ())) == turns.asked.get(name, 0):
+                turns.ask(name, 1, 4)
+        turns.steps += 1
+        turns.loop._once()
+    assert turns.steps < 100, "it waits for ever behind those who came later"
 
 
 def test_49_long_answers_of_many_requests_give_way_in_turn() -> None:

@@ -101,6 +101,28 @@ def test_a_policy_that_does_not_listen_is_called_out(follow):
     assert "DOES NOT FOLLOW" in listens["sentence"]
 
 
+def test_an_order_that_may_be_chance_is_called_out():
+    """Means in order, answers so noisy that on other prompts they would not be."""
+    rollout, scores = policy_tables(TWO, follow=0.0, prompts=12)
+    asked_N = TWO.asked_angle(np.array(rollout["direction"].to_pylist()), "verbosity")
+    noise_N = np.random.default_rng(0).normal(0, 30, len(scores))
+    for asked in np.unique(asked_N):
+        noise_N[asked_N == asked] += 0.02 * asked - noise_N[asked_N == asked].mean()
+    noisy = replaced(scores, "words", (50 + noise_N).tolist())
+    listens = evaluate(rollout, {"model": noisy}, TWO, CONFIG, seed=0)["listens"]
+    assert listens["tau"]["verbosity"] == pytest.approx(1.0) and listens["verdict"] is False
+    assert "MAY NOT FOLLOW" in listens["sentence"] and "more prompts" in listens["sentence"]
+
+
+def test_the_terse_half_is_on_the_front_of_what_may_be_wished():
+    """Less verbosity is a wish of the cone: what loses a little help for many words is dominated by nothing."""
+    rollout, scores = policy_tables(TWO, follow=30)
+    record = evaluate(rollout, {"model": scores}, TWO, CONFIG, seed=0)
+    asked = [direction["angles"]["verbosity"] for direction in record["directions"]]
+    tersest = record["directions"][asked.index(min(asked))]
+    assert tersest["front"]["model"] is True
+
+
 def test_directions_that_get_the_same_answer_are_in_an_order_of_chance_and_condemn_nobody():
     """Ends far apart, between them differences within the error, the wrong way round."""
     rollout, scores = policy_tables(TWO, follow=0.0, prompts=12)

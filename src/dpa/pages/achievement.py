@@ -67,7 +67,9 @@ def achievement(policies: Sequence[Record], space: DirectionSpace) -> Achievemen
         said += [clause for clause in (_cost(arcs, upward, by, space), fell) if clause]
     sentence = f"By the {reward_title(by)}, {'; '.join(said)}."
     if not follows:
-        return Achievement(f"THE POLICY DOES NOT FOLLOW ITS DIRECTION. {sentence}", "bad")
+        tau = [found["value"] for found in evaluation["measures"][by]["kendall_tau"].values()]
+        by_chance = any(value is not None and value >= evaluation["listens"]["threshold"] for value in tau)
+        return Achievement(f"THE POLICY {'MAY' if by_chance else 'DOES'} NOT FOLLOW ITS DIRECTION. {sentence}", "bad")
     return Achievement(sentence, "plain" if fell or {ends.outcome for ends in arcs} != {"obeyed"} else "good")
 
 

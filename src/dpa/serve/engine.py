@@ -228,9 +228,7 @@ class Engine:
             return event({**head, "choices": [choice]})
 
         try:
-            if chat:
-                for index in range(len(answers)):
-                    yield chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
+            begun = [not chat] * len(answers)
             left = len(answers)
             while left:
                 rounds = self.loop.rounds
@@ -244,6 +242,9 @@ class Engine:
                 if piece.failed is not None:
                     yield event(error_body(piece.failed, 500))
                     break
+                if not begun[index]:  # not before: clients take an answer that begins for one that is being written
+                    begun[index] = True
+                    yield chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
                 if chat:
                     if piece.text:
                         yield chunk(index, {"delta": {"content": piece.text}}, None)

@@ -65,8 +65,9 @@ class EngineLoop:
     longer computes the process ends, and whoever supervises it starts another.
 
     `max_rows` answers are written at once. Of the requests that wait the one with the fewest answers in hand is next,
-    of several the one that was served longest ago. Where a request has none in hand, one with several gives one back
-    for it; where all have one, the longest that has written TURN tokens does. What it wrote is kept and read again.
+    of several the one that was served, or came, longest ago. Where a request has none in hand, one with several gives
+    one back for it; where all have one, the longest that has written TURN tokens does. What it wrote is kept and read
+    again.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_rows: int) -> None:
@@ -163,7 +164,7 @@ class EngineLoop:
         entering: list[Answer] = []
         longest = 0
         while self._waiting and len(self._running) + len(entering) < self._room:
-            request = min(self._waiting, key=lambda one: (in_hand[one], *self._place(one)))
+            request = min(self._waiting, key=lambda one: (in_hand[one], self._place(one)))
             longest = max(longest, self._waiting[request][0].row.length)
             if entering and longest * (len(entering) + 1) > PREFILL_TOKENS:
                 break
@@ -174,9 +175,9 @@ class EngineLoop:
                 del self._waiting[request], self._served[request]
         return entering
 
-    def _place(self, request: Hashable) -> tuple[int, int]:
-        """Its place in the queue: who was served longest ago, then who came first."""
-        return self._served.get(request, 0), self._waiting[request][0].number
+    def _place(self, request: Hashable) -> int:
+        """Its place in the queue: when it was served last, or came; newcomers for ever never go before it."""
+        return self._served.get(request, self._waiting[request][0].number)
 
     def _yielding(self) -> list[Answer]:
         """The answer that gives its place to a request that has none, if one should."""

@@ -131,7 +131,8 @@ class Gate:
                 self._metrics.gone.inc()
             seconds = time.monotonic() - begun
             route = scope["path"] if scope["path"] in self._routes else "other"
-            self._metrics.requests.labels(route, str(status)).inc()
+            counted = 500 if "failure" in facts else facts.get("broken", status)  # a stream has sent 200 by then
+            self._metrics.requests.labels(route, str(counted)).inc()
             self._metrics.seconds.labels(route).observe(seconds)
             level = logging.ERROR if "failure" in facts else logging.INFO
             if status == 200 and scope["path"].endswith((".js", ".css")):

@@ -16,6 +16,7 @@ from dpa.core.errors import DataError
 from dpa.core.measures import (
     Interval,
     bootstrap_means,
+    edge_directions,
     finite_or_none,
     intervals_over_prompts,
     mean_over_prompts,
@@ -29,8 +30,8 @@ from dpa.core.target_measures import control_errors, target_grid
 from dpa.storage.schemas import held_values, score_matrix
 
 LISTENS_AT = 0.5
-"""A policy listens when Kendall's tau of asked angle against achieved mean reaches this for at least one objective, or
-does so where every difference within chance counts as none."""
+"""A policy listens when Kendall's tau of asked angle against achieved mean reaches this for at least one objective (and
+its interval lies above 0), or does so where every difference within chance counts as none."""
 
 EVALUATION = ("objectives", "arcs", "prompts", "answers", "unscored", "directions", "measures", "listens")
 """Fields of what `evaluate` finds."""
@@ -54,7 +55,7 @@ def evaluate(
       prompts, answers   counts;  unscored: reward -> answers without a score
       directions         one per grid point: direction (text), weights, angles {arc: asked degrees} for the arcs it lies
                          on, words and tokens {value, low, high}, objectives {reward: {name: {value, low, high}}} and
-                         front {reward: whether no other grid point dominates it}
+                         front {reward: whether no other grid point is as good under every wish of the cone}
       measures           reward -> core.measures.measure(...)
       listens            verdict, by (the reward it rests on), threshold, tau {arc: value}, sentence
       targets            where the policy knows targets: `evaluate_targets`, added by recipes.run
@@ -91,7 +92,7 @@ def evaluate(
         scores_DPK = per_prompt(scores_NK)
         measures[reward] = measure(scores_DPK, space, grid_DK, config.reference, config.resamples, seed)
         intervals_DK = intervals_over_prompts(scores_DPK, config.resamples, seed)
-        front_D = pareto_front(mean_over_prompts(scores_DPK))
+        front_D = pareto_front(mean_over_prompts(scores_DPK) @ edge_directions(space).T)
         for record, intervals_K, on_front in zip(directions, intervals_DK, front_D, strict=True):
             record["objectives"][reward] = dict(zip(space.names, intervals_K, strict=True))
             record["front"][reward] = bool(on_front)
@@ -199,7 +200,10 @@ def verdict(by: str, measures: Mapping[str, Any], pairs: Mapping[str, tuple[int,
     tau = {arc: found["value"] for arc, found in measures["kendall_tau"].items()}
     listed = ", ".join(f"{arc} {'unknown' if value is None else format(value, '.2f')}" for arc, value in tau.items())
     sure = {arc: found for arc, found in pairs.items() if found[0] - found[1] >= LISTENS_AT * max(1, found[2])}
-    in_order = any(value is not None and value >= LISTENS_AT for value in tau.values())
+    in_order = any(
+        value is not None and value >= LISTENS_AT and (measures["kendall_tau"][arc]["low"] or 0) > 0
+        for arc, value in tau.items()
+    )
     if in_order:
         sentence = f"The policy follows its direction (Kendall tau of asked against achieved: {listed})."
     elif sure:
@@ -210,6 +214,11 @@ def verdict(by: str, measures: Mapping[str, Any], pairs: Mapping[str, tuple[int,
         sentence = (
             f"The policy follows its direction where its answers differ by more than chance ({counts}), and answers "
             f"other directions alike (Kendall tau of asked against achieved: {listed})."
+        )
+    elif any(value is not None and value >= LISTENS_AT for value in tau.values()):
+        sentence = (
+            f"THE POLICY MAY NOT FOLLOW ITS DIRECTION: Kendall tau of asked against achieved is {listed}, which may be "
+            "chance, for its interval reaches 0; measure it on more prompts (evaluate.prompts)."
         )
     else:
         sentence = (
