@@ -1,7 +1,7 @@
 """A small HTTP server of OpenAI's chat API that misbehaves on demand, in this process or as a command of its own.
 Used by: pytest tests/test_http_pool.py tests/test_http_sampler.py tests/test_server_process.py
 
-    python tests/fake_server.py PORT POLICY [--die-at-start | --die-after N]
+    python tests/fake_server.py PORT POLICY [--die-at-start | --die-after N | --unwell]
 """
 
 import argparse
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("policy")
     parser.add_argument("--die-at-start", action="store_true")
     parser.add_argument("--die-after", type=int, default=10**9)
+    parser.add_argument("--unwell", action="store_true")
     given = parser.parse_args()
     print("loading", given.policy, flush=True)
     if given.die_at_start:
@@ -182,6 +183,8 @@ def main() -> None:
 
     def answer(body: dict[str, Any]) -> Reply:
         nonlocal left
+        if given.unwell:
+            return 503, {"error": {"message": "no worker is left"}}, {}
         left -= 1
         if left < 0:
             os._exit(9)

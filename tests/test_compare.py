@@ -8,6 +8,7 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,6 +22,7 @@ from dpa.core.errors import ConfigError, RunFolderError
 from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.compare import Comparison
 from dpa.recipes.job_processes import _Worker, do_jobs
+from dpa.sampling.process_sampler import start_worker
 from dpa.world.comparison import QUICK, RECIPE, write_recipe
 
 SMALLER = {
@@ -64,6 +66,25 @@ def test_one_job_at_a_time_has_all_threads_and_several_have_one_each(workers, th
     finally:
         torch.set_num_threads(before)
     assert [(job.folder / "threads").read_text() for job in jobs] == [threads] * 2
+
+
+def _say_hello(connection: Connection) -> None:
+    connection.send("hello")
+
+
+@dataclass(frozen=True)
+class JobWithWorkers(ThreadsJob):
+    """Works with processes of its own, as sampling with `rollout.workers` does."""
+
+    def run(self) -> None:
+        worker, connection = start_worker(_say_hello)
+        (self.folder / "threads").write_text(connection.recv())
+        worker.join()
+
+
+def test_a_job_may_have_workers_of_its_own(tmp_path: Path) -> None:
+    assert do_jobs([JobWithWorkers(tmp_path)], 1, Console(stderr=True)) == []
+    assert (tmp_path / "threads").read_text() == "hello"
 
 
 @dataclass(frozen=True)

@@ -394,6 +394,16 @@ def test_adapters_are_merged_into_a_plain_policy(base: Path, tmp_path: Path) -> 
     assert not (tmp_path / "policy" / "adapter_config.json").exists()
 
 
+def test_a_mixture_trains_without_its_balancing_loss_and_keeps_its_config(tmp_path: Path) -> None:
+    """TRL turns router logits on in the config, which then break every later batch of several rows."""
+    base = tiny_model("mixtral", num_local_experts=2, router_aux_loss_coef=0.02)
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    run(tmp_path / "base", tmp_path, CONFIG, ROWS.slice(0, 16))
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").config
+    assert after.output_router_logits is False and after.router_aux_loss_coef == 0.02
+
+
 def test_adapters_of_a_mixtures_experts_are_merged_in_bf16_and_refuse_a_dropout(tmp_path: Path) -> None:
     """The weights are half precision on every newer card; what is kept of the update is then measured at the end."""
     base = tiny_model("mixtral", num_local_experts=2)

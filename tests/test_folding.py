@@ -2,6 +2,7 @@
 pytest tests/test_folding.py
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from dpa.models.files import load_space, resolve_model
 from dpa.models.policy import save_policy
 from dpa.sampling.samplers import SamplerSpec
 from dpa.scoring.folding import attribute_space, bake_direction, chat_template_of, fold_reward, reward_spec
-from dpa.scoring.reward_model import PUBLISHED_CONVERSATION, RELEASED_SPEC, encode, read_spec
+from dpa.scoring.reward_model import PUBLISHED_CONVERSATION, RELEASED_SPEC, Precision, encode, read_spec, write_spec
 from dpa.scoring.reward_scorer import RewardModelScorer
 from dpa.scoring.scorers import build_scorer
 from dpa.training.reward_rows import RatedExample
@@ -131,6 +132,17 @@ def test_without_a_space_every_attribute_is_an_objective(reward_folder: Path, tm
     before = RewardModelScorer(reward_folder).score([TALKS[0][0]], [TALKS[0][1]])
     after = RewardModelScorer(tmp_path / "folded").score([TALKS[0][0]], [TALKS[0][1]])
     assert after[0, 0] == pytest.approx(-before[0, 1], abs=TOLERANCE)
+
+
+def test_what_bf16_costs_is_known_of_the_folded_model_too(reward_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(reward_folder, tmp_path / "reward"))
+    spec = read_spec(folder)
+    turned = replace(spec, precision=Precision("bfloat16", 64, 1.5, 0.9))
+    write_spec(folder, turned, {})
+    fold_reward(folder, OBJECTIVES, ASKED, tmp_path / "folded")
+    found = read_spec(tmp_path / "folded").precision
+    assert found is not None and not found.keeps_order
+    assert found.largest_difference == pytest.approx(1.5 * (0.8 + 0.6))
 
 
 def test_a_changed_reward_model_is_not_folded(reward_folder: Path, tmp_path: Path) -> None:

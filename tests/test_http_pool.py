@@ -126,6 +126,8 @@ def test_retry_after_may_be_a_date() -> None:
         None,
     ]
     assert retry_after({}) is None
+    assert retry_after({"retry-after": "900"}) == 900, "however long a request may take"
+    assert retry_after({"retry-after": "99999"}) == 3600
 
 
 def test_fault_12_rests_grow_and_are_capped_and_random(server: FakeServer) -> None:
@@ -241,6 +243,46 @@ def test_fault_12_servers_that_all_begin_to_answer_nothing_of_use_end_the_run_so
             pool.ask("/", numbered(40))
         assert time.monotonic() - begun < 10
     assert len(server.asked) < 9 + 4 * 8
+
+
+def test_fault_12_the_last_request_is_not_to_blame_for_servers_that_all_went_away(server: FakeServer) -> None:
+    """What they answered before says nothing of them now."""
+    server.answer = lambda body: "reset" if body["number"] == 3 or len(server.asked) > 4 else (200, {}, {})
+    with HttpPool([server.address], in_flight=4, attempts=4, **QUICK) as pool:
+        pool.set_touchstone("/", {"number": 99})
+        with pytest.raises(EngineError, match="no server answers"):
+            pool.ask("/", numbered(4))
+
+
+def test_fault_10_the_last_request_is_to_blame_where_servers_answer_others(server: FakeServer) -> None:
+    server.answer = lambda body: "reset" if body["number"] == 3 else (200, {"echo": body}, {})
+    with HttpPool([server.address], in_flight=4, attempts=4, **QUICK) as pool:
+        pool.set_touchstone("/", {"number": 99})
+        *others, last = pool.ask("/", numbered(4))
+    assert echoes(others) == [0, 1, 2] and isinstance(last, Refusal)
+
+
+KEY = "sk-a-secret-of-many-letters-" + 100 * "x"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (400, {"error": {"message": 170 * "." + KEY}}, {}),  # cut within the key
+        (200, f"<html>authorization: Bearer {KEY}</html>".encode(), {}),
+        (503, {"error": {"message": KEY}}, {}),
+    ],
+    ids=["400", "no JSON", "503"],
+)
+def test_the_key_is_in_no_reason(server: FakeServer, reply) -> None:
+    server.answer = lambda body: reply if body["number"] == 0 else (200, {}, {})
+    with HttpPool([server.address], attempts=2, key=KEY, **QUICK) as pool:
+        pool.set_touchstone("/", {"number": 1})
+        try:
+            said = str(pool.ask("/", numbered(2)))
+        except EngineError as error:
+            said = str(error)
+    assert "***" in said and "sk-a" not in said
 
 
 def test_an_endless_answer_is_not_read(server: FakeServer) -> None:

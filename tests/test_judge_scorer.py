@@ -198,6 +198,25 @@ def test_a_reply_is_a_number_for_each_attribute_or_nothing(reply: str, ratings: 
     assert read_ratings(reply, ["a", "b b"]) == ratings
 
 
+@pytest.mark.parametrize("odd", [{"choices": []}, {"error": {"message": "filtered"}}, [1]], ids=str)
+def test_a_reply_without_a_choice_costs_its_row_alone(server: RatingServer, tmp_path: Path, odd: Any) -> None:
+    server.instead = lambda body: (200, odd, {}) if shown(body) == "a bomb" else None
+    responses = ["good day", "a bomb", "dear all", "well"]
+    scores, reasons, _ = rate(judge_of(server, tmp_path, in_flight=1), *responses)
+    assert scores[1] == [-1, -1] and all(score >= 0 for row in (*scores[:1], *scores[2:]) for score in row)
+    assert list(reasons) == [1] and "not in OpenAI's shape" in reasons[1]
+    first = len(server.asked)
+    rate(judge_of(server, tmp_path), *responses)
+    assert len(server.asked) <= first + 2, "what was answered is not paid for again"
+
+
+def test_a_server_that_is_no_judge_ends_the_run(server: RatingServer, tmp_path: Path) -> None:
+    server.instead = lambda body: (200, {"page": "welcome"}, {})
+    with pytest.raises(EngineError, match="not in OpenAI's shape"):
+        rate(judge_of(server, tmp_path), *(f"response {number}" for number in range(20)))
+    assert len(server.asked) < 20
+
+
 def test_the_key_stands_in_the_environment_only(
     server: RatingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from accelerate.data_loader import SeedableRandomSampler
 from forks import interpreter, start
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
@@ -25,7 +26,7 @@ from dpa.core.errors import ConfigError
 from dpa.core.sections.cluster import ClusterConfig
 from dpa.recipes.dpa import Loop
 from dpa.training.launching import LAUNCHED, launch, launches
-from dpa.training.packing import Example, packed_rows
+from dpa.training.packing import Example, FillersLast, packed_rows
 
 ROOT = Path(__file__).parents[1]
 PRESETS = ROOT / "recipes" / "accelerate"
@@ -323,3 +324,17 @@ def test_every_preset_is_read_by_accelerate(preset: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     assert load_config_from_file(str(preset)).num_machines == 1
+
+
+@pytest.mark.parametrize("fillers", [0, 1, 7])
+def test_rows_without_a_token_to_learn_change_no_order(fillers: int) -> None:
+    """A training that goes on with other ranks, or in one process, has the same rows in a step."""
+    torch.manual_seed(3)
+    alone = SeedableRandomSampler(range(9))
+    ranks = FillersLast([True] * 4 + [False] * fillers + [True] * 5, seed=3)
+    for epoch in range(3):
+        alone.set_epoch(epoch)
+        ranks.set_epoch(epoch)
+        drawn = list(ranks)
+        assert len(drawn) == len(ranks) == 9 + fillers
+        assert [place - fillers * (place > 3) for place in drawn[:9]] == list(alone)

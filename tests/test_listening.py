@@ -19,7 +19,7 @@ from test_finetuning import CONFIG
 from tiny_models import SPACE, save_tiny_model, tiny_model, tiny_tokenizer
 
 from dpa.core.config_identity import of_results
-from dpa.core.errors import TrainingError
+from dpa.core.errors import ConfigError, TrainingError
 from dpa.core.records import Ledger
 from dpa.core.sections.training import FinetuneConfig, PreferenceConfig
 from dpa.models.policy import make_steerable
@@ -175,6 +175,16 @@ def test_measuring_changes_no_step(base: Path, tmp_path: Path) -> None:
     assert losses[0] == losses[1] and len(listening_curve(seldom_stage)) == 1
     figures = [{k: v for k, v in ledger.extra.items() if k != "listening_tokens"} for ledger in (often, seldom)]
     assert figures[0] == figures[1]
+
+
+def test_a_run_that_is_to_stop_by_it_measures_it_on_few_rows_too_or_says_why_not(base: Path, tmp_path: Path) -> None:
+    few = rows_of([[(UP, "x"), (DOWN, "y")]] * 50)
+    assert len(hold_out(few, None)[1]) == 0 and len(hold_out(few, None, gated=True)[1]) == 8
+    large = rows_of([[(UP, "x")] * 20] * 3)
+    assert len(hold_out(large, None, gated=True)[1]) == 20, "a prompt is held out whole"
+    none = MEASURED.model_copy(update={"min_listening": 0.6, "listening_rows": 0})
+    with pytest.raises(ConfigError, match=r"finetune\.min_listening: nothing is held out .* finetune\.listening_rows"):
+        finetuned(base, tmp_path, none)
 
 
 def test_min_listening_stops_before_a_policy_is_saved_and_can_be_lowered(base: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -86,6 +87,33 @@ def test_fault_11_a_server_that_keeps_dying_is_given_up_with_its_last_words(star
     ):
         pool.ask("/", [{}])
     assert not process.running
+
+
+def test_fault_11_a_server_that_says_it_is_healthy_and_answers_nothing_ends_the_run(start: Start) -> None:
+    with (
+        HttpPool(processes=[start("--unwell")], attempts=3, max_restarts=1, backoff_s=0.01) as pool,
+        pytest.raises(EngineError, match=r"no server answers .*no worker is left"),
+    ):
+        pool.ask("/", [{"number": number} for number in range(3)])
+
+
+def test_what_speaks_no_http_is_not_healthy() -> None:
+    process = ServerProcess("sleep 600 {policy} {port}", "1")
+    process.start()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        process._port = other.getsockname()[1]
+
+        def speak() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"\x15\x03\x01\x00\x02\x02\x46")  # a TLS alert
+
+        speaking = threading.Thread(target=speak)
+        speaking.start()
+        assert process.healthy(seconds=5.0) is False
+        speaking.join()
+    process.close()
 
 
 def test_fault_11_another_server_goes_on_when_one_is_given_up(start: Start) -> None:

@@ -143,6 +143,35 @@ def test_what_crashes_left_beside_a_folder_is_cleared_and_the_old_one_survives(t
     assert names(tmp_path) == ["policy"]
 
 
+def test_a_folder_written_through_a_link_lies_where_the_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    target = tmp_path / "out"
+    target.symlink_to(tmp_path / "disk")
+    for text in ("old", "new"):
+        with save_folder_atomically(target) as folder:
+            (folder / "file").write_text(text)
+    assert target.is_symlink() and (tmp_path / "disk" / "file").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = tmp_path / "out", Path.rename
+    with save_folder_atomically(target) as folder:
+        (folder / "file").write_text("old")
+
+    def fails(self: Path, to: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise OSError(5, "Input/output error")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(StorageError), save_folder_atomically(target) as folder:
+        (folder / "file").write_text("new")
+    assert (target / "file").read_text() == "old"
+
+
 @pytest.mark.parametrize("place", [".", "/", "a/.."])
 def test_a_folder_that_cannot_be_renamed_is_one_sentence(place: str) -> None:
     with pytest.raises(RunFolderError, match="cannot be written as a whole"), save_folder_atomically(Path(place)):

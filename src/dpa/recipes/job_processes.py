@@ -140,7 +140,7 @@ class _Worker:
         self._process.join()
 
     def _start(self) -> None:
-        self._process, self.connection = start_worker(_serve, self._threads)
+        self._process, self.connection = start_worker(_serve, self._threads, daemon=False)
 
 
 @contextmanager

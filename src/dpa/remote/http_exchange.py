@@ -17,6 +17,8 @@ from dpa.core.sections.section import is_address
 _CONNECT_S = 10.0
 MAX_ANSWER_BYTES = 16_000_000
 """A longer answer is not read."""
+LONGEST_ASKED_S = 3600.0
+"""A longer Retry-After is taken for this."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,14 @@ def key_of_first(variables: Sequence[str], field: str) -> str | None:
 
 
 def retry_after(headers: dict[str, str]) -> float | None:
-    """Seconds a server asks to be left alone: a number or a date (RFC 9110, 10.2.3)."""
+    """Seconds a server asks to be left alone, an hour at most: a number or a date (RFC 9110, 10.2.3)."""
     text = headers.get("retry-after", "").strip()
     if not text:
         return None
     if text.isascii() and text.isdigit():
-        return float(text[:9])
+        return min(LONGEST_ASKED_S, float(text[:9]))
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+        return min(LONGEST_ASKED_S, max(0.0, parsedate_to_datetime(text).timestamp() - time.time()))
     except (ValueError, OverflowError):
         return None
 

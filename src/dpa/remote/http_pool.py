@@ -12,7 +12,7 @@ What happens to a request (faults 10 to 12):
     400, 413, 422               refused: never tried again
     401, 403, 404 and the rest  EngineError: the settings are wrong, so the run stops
 
-A request whose tries are used up is refused when others were answered meanwhile, or when the pool's touchstone (a
+A request whose tries are used up is refused when others are being answered, or when the pool's touchstone (a
 question that was answered before) is answered now: the fault is its own. Else no server is left, and EngineError stops
 the run, which the same command resumes.
 """
@@ -29,7 +29,7 @@ from typing import Any
 from dpa.core.closing import Closing
 from dpa.core.errors import ConfigError, EngineError
 from dpa.remote.http_exchange import MAX_ANSWER_BYTES, Answer, Refusal, TooLong, brief, client_of, exchange, retry_after
-from dpa.remote.http_servers import Request, Server, least_loaded, nobody
+from dpa.remote.http_servers import Request, Server, least_loaded, nobody, revive
 from dpa.remote.server_process import ServerProcess
 
 BACKOFF_S, LONGEST_REST_S = 0.5, 30.0
@@ -111,13 +111,13 @@ class HttpPool(Closing):
         """
         return self._run(self._ask([Request(path, json.dumps(body).encode()) for body in bodies], heard))
 
-    def ask_every_server(self, path: str, body: dict[str, Any] | None) -> list[Answer | Refusal]:
-        """POST the body (GET where it is None) to each server, which is how servers are got to know.
-
-        Raises EngineError.
+    def ask_every_server(self, path: str, body: dict[str, Any] | None, needed: bool = True) -> list[Answer | Refusal]:
+        """POST the body (GET where it is None) to each server, which is how servers are got to know; what is not
+        `needed` may be answered by anything, once. Raises EngineError.
         """
         content = None if body is None else json.dumps(body).encode()
-        return self._run(self._ask([Request(path, content, only=server) for server in self._servers]))
+        asked = [Request(path, content, only=server, needed=needed) for server in self._servers]
+        return self._run(self._ask(asked))
 
     def set_touchstone(self, path: str, body: dict[str, Any]) -> None:
         """A question that any server that works answers: it tells a bad request from a bad server."""
@@ -248,12 +248,17 @@ class HttpPool(Closing):
             self._wake.set()
 
     def _judge(self, server: Server, request: Request, status: int, headers: dict[str, str], content: bytes) -> None:
-        said = self._without_key(f"{status} {brief(content)}")
+        if self._key:  # a server may say back what it was sent, and what it says is kept
+            content = content.replace(self._key.encode(), b"***")
+        said = f"{status} {brief(content)}"
         rest = retry_after(headers)
         if 200 <= status < 300:
             try:
                 payload = json.loads(content)
             except (ValueError, RecursionError):
+                if not request.needed:
+                    self._resolve(request, Refusal("an answer that is no JSON", status))
+                    return
                 self._useless(server, request, f"an answer that is no JSON ({brief(content)})")
                 return
             server.failures = server.restarts = server.useless = 0
@@ -261,10 +266,13 @@ class HttpPool(Closing):
             server.limit = min(server.in_flight_limit, server.limit + 1)
             self._answered += 1
             self._resolve(request, Answer(payload, headers))
+        elif not request.needed and status not in _UNWELL and status != 429:
+            self._resolve(request, Refusal(said, status))
         elif status == 429 or (rest is not None and status >= 500):
             server.limit = max(1, min(server.limit, server.in_flight) - 1)
-            wait = self._rest(request.crowded) if rest is None else min(rest, self._request_s)
-            server.not_before = time.monotonic() + wait * self._random.uniform(1.0, 1.1)
+            wait = self._rest(request.crowded) if rest is None else rest
+            until = time.monotonic() + wait * self._random.uniform(1.0, 1.1)
+            server.not_before = max(server.not_before, until)
             request.crowded = 0 if self._answered > request.answered_before else request.crowded + 1
             request.answered_before = self._answered
             # Being crowded out is no fault of the request, but servers that say 429 and nothing else must end the run.
@@ -282,28 +290,30 @@ class HttpPool(Closing):
             check = hint.get(status, "the address")
             self._fail(EngineError(f"{server.address}{request.path} answered {said}; check {check}."))
 
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
-
     def _unwell(self, server: Server, request: Request, reason: str, tries: int = 1) -> None:
         """A server cannot serve now. The request waits for it or another, unless all have failed too often."""
-        reason = self._without_key(reason)
         self._server_failed(server)
         request.tries += tries
-        if request.tries >= self._attempts and self._others_answered(request):
+        others, request.answered_before = self._answered > request.answered_before, self._answered
+        if request.tries >= self._attempts and others and self._others_answered(request):
             self._give_up(request, reason)
-        elif all(one.process is None and one.failures >= self._attempts for one in self._servers):
-            self._fail(nobody(reason))
+        elif all(one.failures >= self._patience(one) for one in self._servers):
+            request.begun = self._answered  # what they answered before they all failed says nothing of them now
+            self._give_up(request, reason)
         else:
             request.avoid = server
             self._waiting.append(request)
+
+    def _patience(self, server: Server) -> int:
+        """Failures in a row from which on a server counts for nothing; one that we start may die first."""
+        return self._attempts if server.process is None else max(self._attempts, self._max_restarts + 1)
 
     def _useless(self, server: Server, request: Request, reason: str) -> None:
         """A 500, or an answer that cannot be read: the fault of the request, or of a server that gives nothing else."""
         server.useless += 1
         if server.useless >= _USELESS_IN_A_ROW:
             self._server_failed(server)
-        lost = all(one.failures >= self._attempts for one in self._servers)
+        lost = all(one.failures >= self._patience(one) for one in self._servers)
         if lost:
             request.begun = self._answered  # what they answered before they all failed says nothing of them now
         self._again(request, reason, server, give_up=lost)
@@ -360,19 +370,9 @@ class HttpPool(Closing):
             self._start(self._revive(server, server.process))
 
     async def _revive(self, server: Server, process: ServerProcess) -> None:
-        """Look whether a started server lives; start it again, after a rest, where it does not."""
+        """Wait until a started server lives again; where it does not, do without it."""
         try:
-            while not await asyncio.to_thread(process.healthy):
-                server.restarts += 1
-                if server.restarts > self._max_restarts:
-                    raise EngineError(f"a server died {server.restarts} times in a row; {process.last_words()}")
-                await asyncio.sleep(self._rest(server.restarts - 1))
-                try:
-                    await asyncio.to_thread(process.start)
-                    server.address = await asyncio.to_thread(process.wait_until_healthy)
-                except EngineError:
-                    continue  # it died while it started, or was closed
-            server.up = True
+            await revive(server, process, self._max_restarts, self._rest)
         except EngineError as error:
             self._servers.remove(server)
             await asyncio.to_thread(process.close)

@@ -2,7 +2,8 @@
 Run its tests: pytest tests/test_http_pool.py
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,15 @@ class Request:
     content: bytes | None
     only: Server | None = None
     is_touchstone: bool = False
+    needed: bool = True
+    """Whether a server that has no answer to it is of no use."""
     future: Any = None
     """asyncio.Future of Answer or Refusal, made on the loop's thread."""
     tries: int = 0
     timeouts: int = 0
     crowded: int = 0
     answered_before: int = 0
+    """How many requests the pool had answered when this one last failed."""
     begun: int | None = None
     """How many requests the pool had answered when this one was first tried."""
     avoid: Server | None = None
@@ -68,6 +72,21 @@ def least_loaded(servers: Sequence[Server], request: Request, now: float) -> Ser
     if elsewhere or any(server.up and not server.failures for server in others):
         free = elsewhere
     return min(free, key=lambda server: server.in_flight, default=None)
+
+
+async def revive(server: Server, process: ServerProcess, max_restarts: int, rest: Callable[[int], float]) -> None:
+    """Look whether a started server lives; start it again, after a rest, where it does not. Raises EngineError."""
+    while not await asyncio.to_thread(process.healthy):
+        server.restarts += 1
+        if server.restarts > max_restarts:
+            raise EngineError(f"a server died {server.restarts} times in a row; {process.last_words()}")
+        await asyncio.sleep(rest(server.restarts - 1))
+        try:
+            await asyncio.to_thread(process.start)
+            server.address = await asyncio.to_thread(process.wait_until_healthy)
+        except EngineError:
+            continue  # it died while it started, or was closed
+    server.up = True
 
 
 def nobody(reason: str) -> EngineError:

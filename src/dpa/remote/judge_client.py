@@ -59,6 +59,8 @@ class ChatJudge:
         self._pool: HttpPool | None = None
         self._takes_format: bool | None = None
         """Whether the servers take `response_format`; None before one was asked."""
+        self._without_content = 0
+        """Replies that were not in OpenAI's shape."""
         self._refused_first = 0
         """Conversations that were refused in both forms before one was answered."""
 
@@ -129,14 +131,24 @@ class ChatJudge:
                 if isinstance(answer, Refusal):
                     self._kept.keep(addresses[place], self.model, refused=answer.reason)
                     return
+                add_costs(costs, _spent(answer))
+                if (text := _content(answer)) is None:
+                    self._without_content += 1
+                    self._kept.keep(addresses[place], self.model, refused=_nothing_in(answer).reason)
+                    if not self.calls and self._without_content >= _FIRST_ONES:
+                        raise EngineError(f"judge: {_nothing_in(answer).reason}; check {self._fields[0]}.")
+                    return
                 if not self.calls:
                     pool.set_touchstone(_PATH, bodies[place])
                 self.calls += 1
-                self._kept.keep(addresses[place], self.model, self._content(answer))
-                add_costs(costs, _spent(answer))
+                self._kept.keep(addresses[place], self.model, text)
                 progress(1)
 
-            return pool.ask(_PATH, bodies, heard)
+            answers = pool.ask(_PATH, bodies, heard)
+            return [
+                _nothing_in(answer) if isinstance(answer, Answer) and _content(answer) is None else answer
+                for answer in answers
+            ]
 
         while response_format is not None and self._takes_format is None and waiting:
             # From all over: neighbours have one prompt, which may be what is refused.
@@ -166,14 +178,17 @@ class ChatJudge:
         texts = [message["content"] for message in conversation]
         return stable_hash("judge", self.model, *self._settings, *texts, digits=32)
 
-    def _content(self, answer: Answer) -> str:
-        try:
-            return str(answer.payload["choices"][0]["message"]["content"] or "")
-        except (KeyError, IndexError, TypeError):
-            said = str(answer.payload)[:200]
-            raise EngineError(
-                f"judge: a server's reply is not in OpenAI's shape ({said}); check {self._fields[0]}."
-            ) from None
+
+def _content(answer: Answer) -> str | None:
+    """What the model said; None where it has no choice (a prompt that was filtered, an error with status 200)."""
+    try:
+        return str(answer.payload["choices"][0]["message"]["content"] or "")
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _nothing_in(answer: Answer) -> Refusal:
+    return Refusal(f"a server's reply is not in OpenAI's shape ({str(answer.payload)[:200]})")
 
 
 def _asking(prompt: str) -> Messages:
@@ -182,7 +197,7 @@ def _asking(prompt: str) -> Messages:
 
 def _spent(answer: Answer) -> dict[str, float]:
     """What one answer cost, as far as its server says."""
-    usage = answer.payload.get("usage")
+    usage = answer.payload.get("usage") if isinstance(answer.payload, dict) else None
     usage = usage if isinstance(usage, dict) else {}
     counts = {_TOKENS_READ: usage.get("prompt_tokens"), _TOKENS_WRITTEN: usage.get("completion_tokens")}
     known = {name: float(count) for name, count in counts.items() if isinstance(count, int) and 0 <= count < 2**63}

@@ -2,6 +2,7 @@
 Run its tests: pytest tests/test_server_process.py
 """
 
+import http.client
 import shlex
 import socket
 import subprocess
@@ -113,7 +114,7 @@ class ServerProcess:
             except urllib.error.HTTPError as error:
                 if error.code != 404:
                     return error.code in (401, 403)  # it is there, and wants a key
-            except (OSError, ValueError):
+            except (OSError, ValueError, http.client.HTTPException):  # the last: what listens there speaks no HTTP
                 return False
         return False
 

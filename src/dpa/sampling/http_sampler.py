@@ -229,7 +229,7 @@ class HttpSampler:
         listings = [_list_of(payload, "data") for payload in self._payloads("/v1/models")]
         kinds: list[str] = [self._config.server for _ in listings]
         if self._config.server == "auto":
-            routes = map(_paths_of, self._payloads("/openapi.json"))
+            routes = map(_paths_of, self._payloads("/openapi.json", needed=False))
             kinds = [_kind_of(listed, paths) for listed, paths in zip(listings, routes, strict=True)]
         named = [self._name_of(listed, policy, kind) for listed, kind in zip(listings, kinds, strict=True)]
         names = {name for name, _ in named}
@@ -240,11 +240,11 @@ class HttpSampler:
             )
         return kinds[0], names.pop(), min((length for _, length in named if length), default=None)
 
-    def _payloads(self, path: str) -> list[Any]:
-        """What each server says there; None from one that has no such page."""
-        answers = self._pool.ask_every_server(path, None)
+    def _payloads(self, path: str, needed: bool = True) -> list[Any]:
+        """What each server says there; None from one that has no such page, or where it is not `needed`."""
+        answers = self._pool.ask_every_server(path, None, needed)
         for answer in answers:
-            if isinstance(answer, Refusal) and answer.status != 404:
+            if needed and isinstance(answer, Refusal) and answer.status != 404:
                 raise EngineError(f"a server does not answer GET {path} ({answer.reason}); mend it, or leave it out.")
         return [answer.payload if isinstance(answer, Answer) else None for answer in answers]
 

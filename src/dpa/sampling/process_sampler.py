@@ -33,6 +33,7 @@ class ProcessSampler(Closing):
         self.revision = spec.revision
         self._process: Any = None
         self._connection: Connection | None = None
+        self._closed = False
         self._start()  # it loads the policy while others start
 
     @property
@@ -54,20 +55,28 @@ class ProcessSampler(Closing):
                 if self._process is not None:  # else it could not even be started
                     self._process.join()
                     code = self._process.exitcode
-                self.close()
+                self._end()
+                if self._closed:
+                    break
                 if death < self._max_restarts:
                     time.sleep(self._backoff_s * 2**death)
                 continue
             if isinstance(answer, Exception):
                 raise answer
             return answer
+        if self._closed:
+            raise EngineError("sampler: it was closed.")
         raise EngineError(
             f"sampler: the worker process for {self._spec.policy} died {self._max_restarts + 1} times in a row "
             f"(exit code {code}); look for memory or driver trouble, or lower rollout.batch_size."
         )
 
     def close(self) -> None:
-        """End the process."""
+        """End the process for good."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._process.kill()
@@ -98,8 +107,9 @@ def _serve(connection: Connection, spec: SamplerSpec) -> None:
             connection.send(RuntimeError(f"{type(error).__name__}: {error}"))  # any class may not survive the pipe
 
 
-def start_worker(serve: Callable[..., None], *given: Any) -> tuple[Any, Connection]:
-    """A process that runs `serve(connection, *given)`, and our end of the connection.
+def start_worker(serve: Callable[..., None], *given: Any, daemon: bool = True) -> tuple[Any, Connection]:
+    """A process that runs `serve(connection, *given)`, and our end of the connection. A `daemon` ends with this process
+    by itself and may start none of its own; any other must be ended.
 
     It is forked from one process that has imported the module of `serve`, so that all pay its imports once. Where there
     is a card, whose state no fork survives, and where forks are not safe, each imports for itself.
@@ -109,7 +119,7 @@ def start_worker(serve: Callable[..., None], *given: Any) -> tuple[Any, Connecti
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([serve.__module__])  # of no effect once the process has started
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, *given), daemon=True)
+    process = context.Process(target=serve, args=(theirs, *given), daemon=daemon)
     process.start()
     theirs.close()
     return process, ours

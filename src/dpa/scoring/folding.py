@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_folding.py
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,10 @@ def fold_reward(
                 f"reward model: {folder} folded gives {score:.2f} on its golden example instead of {expected:.2f}; "
                 "its weights or template were changed; restore them."
             )
+        precision = spec.precision and replace(
+            spec.precision,
+            largest_difference=spec.precision.largest_difference * float(np.abs(weights_M).sum()),
+        )
         golden = Golden(golden.messages, golden.response, (score,), tuple(ids), max(golden.tolerance, 0.05))
         facts = {
             "folded": {
@@ -120,7 +125,7 @@ def fold_reward(
         with save_folder_atomically(out) as unfinished:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
-            write_spec(unfinished, RewardSpec((UTILITY,), {}, template, spec.max_length, golden), facts)
+            write_spec(unfinished, RewardSpec((UTILITY,), {}, template, spec.max_length, golden, precision), facts)
             RewardModelScorer(unfinished)  # what was saved must pass its self-test
 
 

@@ -50,10 +50,13 @@ def finetune_policy(
     Raises what `training.policy_training.train_policy` raises, and RunFolderError when a stage is not finished.
     """
     if stage.done and (stage.seals or (out / SPACE_FILE).is_file()):
+        if is_first():
+            remove_checkpoints(stage.path)  # a process may have ended before it did
         return stage.ledger
     begun, config = time.monotonic(), learner.config
     held = 0 if learner.reads == "prompts" else config.listening_rows
-    selected, held_out = hold_out(pa.concat_tables(_pools(rows_stage)), held)
+    gated = learner.reads != "prompts" and config.min_listening is not None
+    selected, held_out = hold_out(pa.concat_tables(_pools(rows_stage)), held, gated)
     known = pc.unique(held_out["prompt_id"])
     replayed = [
         table.filter(pc.invert(pc.is_in(table["prompt_id"], value_set=known)))
@@ -61,7 +64,7 @@ def finetune_policy(
         for table in _pools(before)
     ]
     rows = with_replay(selected, replayed, config.replay, learner.seed)
-    measured_on = held_out if len(held_out) else None
+    measured_on = held_out if len(held_out) or gated else None
     done = train_policy(learner, policy, rows, out, stage.path, stage.name, measured_on)
     free_memory()  # the caches of what samples next are counted by what is free
     ledger = learner.cost(done)

@@ -89,10 +89,10 @@ def rollout(
     rejects = [reject for number in finished for reject in stage.shard_rejects(number)]
     asked = sum(len(shards[number]) for number in finished)
 
-    def check_rejects() -> None:
-        if len(rejects) > config.max_reject_rate * len(prompts):
+    def check_rejects(asked: int) -> None:
+        if len(rejects) > config.max_reject_rate * asked:
             raise RejectRateError(
-                f"{stage.name}: {len(rejects)} of {len(prompts)} prompts were rejected, more than max_reject_rate "
+                f"{stage.name}: {len(rejects)} of {asked} prompts were rejected, more than max_reject_rate "
                 f"{config.max_reject_rate:.0%} ({count_reasons(rejects)}); mend the prompts or raise "
                 "rollout.max_reject_rate."
             )
@@ -105,11 +105,12 @@ def rollout(
             return directions_DK
         return _drawn(stage, prompt, space, config, seed)
 
-    check_rejects()
+    to_ask = sum(len(shards[number]) for number in own)  # a share is held to its own: others are asked elsewhere
+    check_rejects(to_ask)
     started = time.monotonic()
     with (
         StopOnSignal() as stop,
-        ProgressBar(stage.name, sum(len(shards[n]) for n in own), "prompts", "tokens", done=asked) as progress,
+        ProgressBar(stage.name, to_ask, "prompts", "tokens", done=asked) as progress,
     ):
         for number, result in stop.work_through(missing, samplers, sample_shard):
             now = time.monotonic()
@@ -122,14 +123,14 @@ def rollout(
             )
             started = now  # a shard is charged the time since the shard before it, so the sum is the clock's time
             rejects += result.rejects
-            check_rejects()  # before it is kept: what a broken server rejected is asked anew once that is mended
+            check_rejects(to_ask)  # before it is kept: what a broken server rejected is asked anew once that is mended
             stage.write_shard(number, result.table, ledger, result.rejects, made_from[number])
             finished.append(number)
             progress.advance(len(shards[number]), result.tokens)
         whole = len(finished) == len(own) and stage.may_finish(made_from)
         if whole:
             rejects = [reject for number in range(len(shards)) for reject in stage.shard_rejects(number)]
-            check_rejects()
+            check_rejects(len(prompts))
             stage.finish(shards=len(shards))
         if stop.requested:
             raise stop.interrupted(stage.name, len(finished), len(own), "shards")
@@ -150,7 +151,7 @@ def ask(
         stage.write_shard(number, pa.Table.from_pylist(rows, ASKED), Ledger(rows=len(rows)), made_from=made_from)
     if not stage.done and stage.may_finish([made_from]):
         stage.finish(shards=1)
-    return stage.ledger
+    return stage.ledger if stage.done else Ledger()  # another share finishes it
 
 
 def _drawn(stage: StageFolder, prompt: Prompt, space: DirectionSpace, config: RolloutConfig, seed: int) -> np.ndarray:

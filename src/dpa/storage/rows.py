@@ -81,13 +81,14 @@ def read_hub_rows(
 ) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     """As `read_rows`, of a Hub data set. Only its data files are read, never its code. Raises DataError."""
     from datasets import load_dataset  # slow to import
+    from datasets.exceptions import DatasetsError
 
     try:
         rows = load_dataset(name, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             f"{field}: {name!r} split {split!r} is neither a file here nor a Hub data set that can be "
-            f"reached ({type(error).__name__}); check the name."
+            f"read ({type(error).__name__}); check the name, or take its files as they are."
         ) from None
     if columns is not None:
         rows = rows.select_columns([column for column in rows.column_names if column in columns])

@@ -201,6 +201,7 @@ def save_folder_atomically(path: Path) -> Iterator[Path]:
     path = Path(path)
     if not path.name or path.name == "..":  # `.` and `/` cannot be replaced
         raise RunFolderError(f"{path}: this folder cannot be written as a whole; name a new one in it.")
+    path = path.resolve()  # where a link leads, to another disk perhaps
     temporary, old = (path.with_name(f".{path.name}{suffix}") for suffix in (TEMPORARY, ".old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,6 +220,8 @@ def save_folder_atomically(path: Path) -> Iterator[Path]:
                 path.rename(old)
             temporary.rename(path)
         except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync(path.parent)

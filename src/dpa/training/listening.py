@@ -73,17 +73,18 @@ class Listening:
         )
 
 
-def hold_out(rows: pa.Table, count: int | None) -> tuple[pa.Table, pa.Table]:
+def hold_out(rows: pa.Table, count: int | None, gated: bool = False) -> tuple[pa.Table, pa.Table]:
     """(rows to train on, rows to measure listening on) of selected rows; the latter may be none.
 
     Whole prompts are held out, those with the smallest hash, so that another iteration or seed takes the same: as many
-    as stay within `count` rows, at most half of them. `count` None: LISTENING_ROWS, LISTENING_SHARE, FEWEST. Rows that
-    state no direction are not held out.
+    as stay within `count` rows, at most half of them. `count` None: LISTENING_ROWS, LISTENING_SHARE, FEWEST. Where the
+    run is `gated` by what is measured, FEWEST rows and one prompt at least, if they are no more than half of all. Rows
+    that state no direction are not held out.
     """
     prompts = rows["prompt_id"].to_pylist()
     if count is None:
         count = min(LISTENING_ROWS, int(LISTENING_SHARE * len(rows)))
-        count = count if count >= FEWEST else 0
+        count = count if count >= FEWEST else FEWEST if gated else 0
     count = min(count, len(rows) // 2)
     sizes: dict[str, int] = {}
     for prompt, stated in zip(prompts, rows["direction"].is_valid().to_pylist(), strict=True):
@@ -91,7 +92,8 @@ def hold_out(rows: pa.Table, count: int | None) -> tuple[pa.Table, pa.Table]:
             sizes[prompt] = sizes.get(prompt, 0) + 1
     held: set[str] = set()
     for prompt in sorted(sizes, key=lambda name: stable_hash("listening", name)):
-        if sizes[prompt] > count:
+        first = gated and not held and sizes[prompt] <= len(rows) // 2
+        if sizes[prompt] > count and not (first and count):
             break
         held.add(prompt)
         count -= sizes[prompt]

@@ -2,12 +2,13 @@
 Run its tests: pytest tests/test_finetuning.py tests/test_contrastive.py
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.utils.data import Sampler
 
 from dpa.models.attention import may_go_on, pack_lengths
 from dpa.models.half_precision import computes_in_bf16
@@ -180,6 +181,27 @@ def packed_rows(examples: Sequence[Example], max_length: int, together: int, sha
         nothing = Example(shortest.ids, prompt_tokens=len(shortest.ids))
         rows += [[Siblings([nothing])]] * (-len(rows) % (ranks() * together))
     return [Row.of(row) for row in rows]
+
+
+class FillersLast(Sampler[int]):
+    """Draws the rows of an epoch as one process does (accelerate's SeedableRandomSampler), and after them those without
+    a token to learn: how many of these there are must not change the order, nor what a step holds."""
+
+    def __init__(self, learned_N: Sequence[bool], seed: int) -> None:
+        self._learned, self._seed, self._epoch = list(learned_N), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which order is drawn next."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._learned)
+
+    def __iter__(self) -> Iterator[int]:
+        rows = [place for place, learned in enumerate(self._learned) if learned]
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        yield from (rows[place] for place in torch.randperm(len(rows), generator=generator).tolist())
+        yield from (place for place, learned in enumerate(self._learned) if not learned)
 
 
 def siblings(examples: Sequence[Example], capacity: int) -> list[Siblings]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer
 from transformers.integrations import unset_hf_deepspeed_config
 
 from dpa.core.config_identity import of_results
-from dpa.core.errors import DamageError, DataError, TrainingError
+from dpa.core.errors import ConfigError, DamageError, DataError, TrainingError
 from dpa.core.records import stable_hash
 from dpa.core.reference import Model, ModelReference
 from dpa.core.sections.training import TrainingConfig
@@ -81,7 +81,12 @@ def train_policy(
             raise DataError(f"{label}: none of {len(rejects)} rows can be trained on ({count_reasons(rejects)}).")
         if rejects and is_first():
             _log.warning("%s", _left_out(label, rejects, len(examples) + len(rejects), section, config.max_length))
-        measured = None if held_out is None else held_out_rows(held_out, space, learner.seed, encoder.encode)
+        measured = held_out_rows(held_out, space, learner.seed, encoder.encode) if held_out else None
+        if held_out is not None and measured is None and config.min_listening is not None:
+            raise ConfigError(
+                f"{section}.min_listening: nothing is held out of {len(rows)} selected rows to measure it on; raise "
+                f"{section}.listening_rows, or leave min_listening out."
+            )
         with disk_refusals(work, "saving a checkpoint"):
             if is_first():
                 base = folder_revision(resolve_model(policy).path)

@@ -101,7 +101,10 @@ def encode_rated(
     train, hold = split_by_prompt([example.prompt_id for example, _ in kept], config.held_out, seed)
     for name, marks_N in zip(attributes, marks_NM[train].T, strict=True):
         if np.isnan(marks_N).all():
-            raise DataError(f"ratings: no row that fits max_length {max_length} has a mark on {name}; leave it out.")
+            raise DataError(
+                f"ratings: no row to train on has a mark on {name} ({len(hold)} rows are held out, {len(left_out)} do "
+                f"not fit max_length {max_length}); leave it out, or rate more."
+            )
     examples_kept, ids_kept = [example for example, _ in kept], [ids for _, ids in kept]
     return EncodedRows(examples_kept, ids_kept, marks_NM, train, hold, max_length, len(left_out), cut)
 

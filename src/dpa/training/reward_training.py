@@ -26,6 +26,7 @@ from dpa.core.records import stable_hash
 from dpa.core.reference import ModelReference
 from dpa.core.sections.reward import RewardTrainConfig
 from dpa.models.disk_refusals import disk_refusals
+from dpa.models.files import folder_revision, resolve_model
 from dpa.models.half_precision import computes_in_bf16
 from dpa.models.memory import free_memory
 from dpa.models.policy import context_length, default_device, ensure_pad_token
@@ -104,7 +105,8 @@ def train_reward_model(
     if config.method == "ridge":
         model, penalties = _fit_ridge_head(model, rows, config, pad)
     else:
-        inputs = stable_hash(rows.ids_N, rows.marks_NM.tolist(), rows.train, of_results(config), seed)
+        backbone = folder_revision(resolve_model(ModelReference(config.backbone, code_revision)).path)
+        inputs = stable_hash(rows.ids_N, rows.marks_NM.tolist(), rows.train, of_results(config), seed, backbone)
         model = _finetune(model, rows, config, pad, checkpoints / inputs, seed, check, seconds or CountSeconds())
     model.eval()
     spec = describe(model)

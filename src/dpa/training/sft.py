@@ -29,6 +29,7 @@ from dpa.training.label_logprobs import has_plain_head, label_logprobs
 from dpa.training.learner import Learner, RowEncoder
 from dpa.training.packing import (
     Example,
+    FillersLast,
     Row,
     Siblings,
     contrast_inputs,
@@ -80,6 +81,9 @@ class _ContrastiveTrainer(AddsContrast, _Trainer):
 
 class _LaunchedTrainer(StopsAtBadStep, OverPackedRows, SFTTrainer):
     """The same in a launched training, where passes accumulate as the Trainer does it, so that ranks stay together."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return FillersLast([row.learned for row in train_dataset or self.train_dataset], self.args.seed)
 
 
 class _LaunchedContrastiveTrainer(AccumulatesContrast, _LaunchedTrainer):
@@ -133,6 +137,8 @@ class SFT(Learner[Example]):
             remove_unused_columns=False,
         )
         one_card(arguments)
+        text_config, coefficient = model.config.get_text_config(), "router_aux_loss_coef"
+        kept = getattr(text_config, coefficient, None)
         kind: type[SFTTrainer]
         if in_passes:
             kind, collate = _ContrastiveTrainer if config.contrastive else _Trainer, _step
@@ -148,6 +154,8 @@ class SFT(Learner[Example]):
             peft_config=adapters(config),
             optimizer_cls_and_kwargs=optimizer_class(config),
         )
+        if kept is not None:  # TRL writes its own there, and the policy is saved with it
+            setattr(text_config, coefficient, kept)
         rows = packed_rows(examples, config.max_length, together, may_share(model, config.bf16))
         trainer.train_dataset, trainer.data_collator = rows, collate
         if config.contrastive:
