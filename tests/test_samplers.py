@@ -29,6 +29,7 @@ from dpa.sampling.decoding import Decoder, Decoding, decode
 from dpa.sampling.drawing import BLOCK, draw
 from dpa.sampling.engines import build_samplers
 from dpa.sampling.process_sampler import ProcessSampler
+from dpa.sampling.prompting import Prompting
 from dpa.sampling.samplers import (
     PROCESSOR_ROWS,
     SamplerSpec,
@@ -132,6 +133,24 @@ def test_prompts_that_cannot_be_served_get_nothing_and_neighbours_their_samples(
     ]
     sampler = sampler_of(ending_model)
     assert sampler.sample(requests) == [[], sampler.sample([good])[0], [], [], []]
+
+
+@pytest.mark.parametrize("odd", [None, "a system message alone", "\ud800", 7], ids=repr)
+def test_prompts_together_are_the_tokens_of_each_alone(odd: object, tmp_path: Path) -> None:
+    """Whatever one of them is: a template's refusal, half a character, no text."""
+    tokenizer = tiny_tokenizer()
+    prompting = Prompting(tokenizer, SPACE, 200, (1,))
+    directions = [None, *map(tuple, SPACE.grid(3).tolist())]
+    requests = [
+        SampleRequest([{"role": "user", "content": f"Why {n}?" + "x" * (n % 3 == 0) * 250}], directions[n % 4], (n,))
+        for n in range(70)
+    ]
+    if odd is not None:
+        role = "system" if odd == "a system message alone" else "user"
+        requests[5] = SampleRequest([{"role": role, "content": odd}], None, (1,))  # type: ignore[typeddict-item]
+    alone = [prompting.encode(request.messages, request.direction, request.held) for request in requests]
+    assert prompting.encode_all(requests) == alone
+    assert sum(map(bool, alone)) > 40 and not alone[0] and prompting.encode_all([]) == []
 
 
 def test_the_context_bounds_a_response() -> None:

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,14 @@ class Card:
             train_reward_model(rows, (ATTRIBUTE,), {ATTRIBUTE: (0.0, 100.0)}, config, folder)
         return folder
 
+    def reward_spec(self) -> Any:
+        """What that model says of itself, but for the order of its scores in bf16: ten pairs of rows and a head made in
+        seconds must not decide which precision is measured."""
+        from dpa.scoring.reward_model import read_spec
+
+        spec = read_spec(self.reward_model())
+        return replace(spec, precision=spec.precision and replace(spec.precision, kendall=None))
+
 
 def need_vllm() -> None:
     """Raise Absent where vLLM, or a card for it, is not there."""
@@ -233,6 +241,7 @@ def steps_of(trainer: Any, seconds: float = STEPS_S, warm: int = WARM_STEPS) -> 
             if over or state.global_step >= state.max_steps:
                 times[-1] = now()
                 control.should_training_stop = True
+                control.should_save = False  # of its last step a Trainer keeps a checkpoint, here 80 GB of one
 
     take = trainer.training_step
 

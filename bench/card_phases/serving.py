@@ -121,13 +121,11 @@ def serve(card: Card) -> None:
 
 
 def gateway(card: Card) -> None:
-    """Milliseconds the gateway adds to the median request of 64 clients; before a stand-in where vLLM is not."""
+    """Milliseconds the gateway adds to the median request of 64 clients, in front of a stand-in and of vLLM."""
     for name in ("fastapi", "uvicorn", "httpx", "prometheus_client"):
         if not has(name):
             raise Absent(f"{name} is not installed (extra serve)")
     policy, count, longest = card.steerable(), (16 if card.tiny else 512), 32
-    with contextlib.suppress(Absent), vllm_server(card, policy, *MEMORY) as address:
-        measure_gateway(card, policy, address, count, longest, "vllm serve")
     # A server that answers at once: what is added there is the gateway's own work and nothing else.
     from dpa.remote.server_process import ServerProcess
 
@@ -140,6 +138,8 @@ def gateway(card: Card) -> None:
         measure_gateway(card, policy, server.wait_until_healthy(), count, longest, "a server that answers at once")
     finally:
         server.close()
+    with contextlib.suppress(Absent), vllm_server(card, policy, *MEMORY) as address:
+        measure_gateway(card, policy, address, count, longest, "vllm serve")
 
 
 def measure_gateway(card: Card, policy: Path, address: str, count: int, longest: int, what: str) -> None:
@@ -194,7 +194,7 @@ def classify(card: Card) -> None:
     prompts, responses = [row.messages for row in rows], [row.response for row in rows]
 
     def in_process() -> Any:
-        scorer = RewardModelScorer(folder)
+        scorer = RewardModelScorer(folder, card.reward_spec())
         scorer.score(prompts[:64], responses[:64])
         return timed(lambda: scorer.score(prompts, responses))
 

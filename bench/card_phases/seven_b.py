@@ -154,7 +154,7 @@ def finetuning(card: Card, bench: Bench) -> None:
             card.say(f"finetuning, {name}: memory ran out; {bench.shape['num_hidden_layers']} layers now")
             if bench.shape["num_hidden_layers"] < 1:
                 raise RuntimeError("not one layer fits")
-        flops[name] = 6 * parameters_of(model) * found[name].speed
+        flops[name] = 6 * multiplied(model) * found[name].speed
         if name == "dpa":
             card.row("7B shape, finetuning", found[name].speed, "tokens/s", layers=bench.shape["num_hidden_layers"],
                      peak_bytes=found[name].peak_bytes, **card.share(flops[name], "matrix"))  # fmt: skip
@@ -164,10 +164,15 @@ def finetuning(card: Card, bench: Bench) -> None:
              peer_peak_bytes=found["trl"].peak_bytes, **card.share(flops["dpa"], "matrix"))  # fmt: skip
 
 
+def multiplied(model: Any) -> int:
+    """Parameters that a token is multiplied by: all but the table of embeddings, of which it takes a row."""
+    return parameters_of(model) - model.get_input_embeddings().weight.numel()
+
+
 def scoring(card: Card, bench: Bench) -> None:
     """Rows of mixed lengths through a 7B-shaped regressor: this package's batches, and padded ones of eight."""
     model = bench.build(MistralForSequenceClassification, torch.bfloat16, num_labels=ATTRIBUTES)
-    parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    parameters = multiplied(model.model)
     rows = [example.ids for example in bench.examples(16 if bench.tiny else 400)]
     tokens = sum(map(len, rows))
 

@@ -139,7 +139,7 @@ def scoring(card: Card) -> None:
     from dpa.scoring.reward_model import encode
     from dpa.scoring.reward_scorer import RewardModelScorer
 
-    scorer = RewardModelScorer(card.reward_model(), compile=False)
+    scorer = RewardModelScorer(card.reward_model(), card.reward_spec(), compile=False)
     model, tokenizer = scorer.model, scorer.tokenizer
     rated = card.rated(24 if card.tiny else 9000)
     shown = encode(tokenizer, scorer.spec.template, scorer.spec.max_length,
@@ -181,7 +181,7 @@ def scoring(card: Card) -> None:
     facts["largest_difference"] = float(np.abs(ours.result[:done][usable] - plain.result[usable]).max())
     card.row("scoring", len(rows) / ours.seconds, "rows/s", done / plain.seconds, "padded batches of 32", **facts)
     # The second time kernels of any length are there.
-    compiled, facts = scored(RewardModelScorer(card.reward_model(), compile=not card.tiny), 2)
+    compiled, facts = scored(RewardModelScorer(card.reward_model(), card.reward_spec(), compile=not card.tiny), 2)
     facts["largest_difference"] = float(np.nanmax(np.abs(compiled.result - ours.result)))
     card.row("scoring, compiled layers", len(rows) / compiled.seconds, "rows/s", len(rows) / ours.seconds,
              "eager layers", **facts)  # fmt: skip

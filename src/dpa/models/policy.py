@@ -41,7 +41,7 @@ from dpa.models.loading import (
 )
 from dpa.models.quiet import quiet_libraries
 from dpa.models.shared_prefixes import LEAST_SHARED, group_families, tokens_read
-from dpa.models.template_rendering import render_chat
+from dpa.models.template_rendering import render_chat, render_chats
 from dpa.storage.schemas import held_values
 from dpa.storage.seals import check_in_run
 from dpa.storage.tables import save_folder_atomically, write_json
@@ -222,6 +222,22 @@ def encode_prompt(
     preference = None if direction is None else preference_of(space.names, direction, held)
     chat: Any = [{"role": message["role"], "content": message["content"]} for message in messages]
     return encode_chat(tokenizer, chat, preference=preference)
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    space: DirectionSpace,
+    asked: Sequence[tuple[Messages, Sequence[float] | None, Held | None]],
+) -> list[list[int] | None]:
+    """`encode_prompt` of each (messages, direction, held values), rendered and cut into tokens together; None where the
+    template refuses the messages. Raises KeyError, UnicodeError or TypeError where one of them is no text."""
+    chats = [[{"role": one["role"], "content": one["content"]} for one in messages] for messages, _, _ in asked]
+    preferences = [None if v is None else preference_of(space.names, v, held) for _, v, held in asked]
+    own = [{"add_generation_prompt": True, "preference": preference} for preference in preferences]
+    texts = render_chats(tokenizer, chats, own)
+    written = [text for text in texts if text is not None]
+    ids = iter(tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"] if written else ())
+    return [None if text is None else next(ids) for text in texts]
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, **variables: Any) -> list[int]:

@@ -38,18 +38,25 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **v
     return render(str(tokenizer.get_chat_template()), given)
 
 
-def render_chats(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Any]]) -> list[str | None]:
-    """What `render_chat` makes of each conversation, None where it raises TemplateError. Many are asked for at once."""
-    template, variables = str(tokenizer.get_chat_template()), _variables(tokenizer)
+def render_chats(
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Sequence[Sequence[Any]],
+    variables: Sequence[Mapping[str, Any]] | None = None,
+) -> list[str | None]:
+    """What `render_chat` makes of each conversation, with variables of its own, None where it raises TemplateError.
+    Many are asked for at once."""
+    template, common = str(tokenizer.get_chat_template()), _variables(tokenizer)
+    own = [{}] * len(chats) if variables is None else variables
+    each = [{**given, "messages": _plain(messages)} for messages, given in zip(chats, own, strict=True)]
     texts: list[str | None] = []
-    for start in range(0, len(chats), TOGETHER):
-        part = [_plain(messages) for messages in chats[start : start + TOGETHER]]
+    for start in range(0, len(each), TOGETHER):
+        part = each[start : start + TOGETHER]
         try:
-            texts += _ask({"template": template, "variables": variables, "chats": part})["texts"]
+            texts += _ask({"template": template, "variables": common, "chats": part})["texts"]
         except TemplateError:  # of one of them, or a limit that they reach together
-            for messages in part:
+            for chat in part:
                 try:
-                    texts.append(render(template, {**variables, "messages": messages}))
+                    texts.append(render(template, {**common, **chat}))
                 except TemplateError:
                     texts.append(None)
     return texts

@@ -2,8 +2,9 @@
 Run by: dpa.models.template_rendering. Run its tests: pytest tests/test_chat_template.py
 
 One JSON line in: {"template", "variables"}, one out: {"text"}, or {"error", "kind"}. Or several conversations in:
-{"template", "variables", "chats"}, and {"texts"} out, within the limits of one. It ends when its input does. It
-imports nothing but Jinja, so that it starts at once, and sets Jinja up as transformers.utils.chat_template_utils does.
+{"template", "variables", "chats"}, a chat being variables of its own, and {"texts"} out, within the limits of one. It
+ends when its input does. It imports nothing but Jinja, so that it starts at once, and sets Jinja up as
+transformers.utils.chat_template_utils does.
 """
 
 import json
@@ -100,7 +101,7 @@ def _answer(line: bytes) -> dict[str, Any]:
     try:
         template, variables = _compiled(asked["template"]), asked["variables"]
         if "chats" in asked:
-            return {"texts": [_short(template.render(**variables, messages=messages)) for messages in asked["chats"]]}
+            return {"texts": [_short(template.render(**{**variables, **chat})) for chat in asked["chats"]]}
         return {"text": _short(template.render(**variables))}
     except MemoryError:
         return {"error": f"the chat template takes more than {MEMORY // 1_000_000} MB", "kind": "memory"}

@@ -10,10 +10,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dpa.core.directions import DirectionSpace
-from dpa.core.records import Messages
+from dpa.core.records import Messages, SampleRequest
 from dpa.core.targets import Held
 from dpa.models.files import SafeModel
-from dpa.models.policy import encode_prompt, load_prompting, make_steerable
+from dpa.models.policy import encode_prompt, encode_prompts, load_prompting, make_steerable
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,16 @@ class Prompting:
         except (TemplateError, KeyError, TypeError, UnicodeError):
             return ()
         return tuple(ids) if len(ids) < self.context else ()
+
+    def encode_all(self, requests: Sequence[SampleRequest]) -> list[tuple[int, ...]]:
+        """`encode` of each request, together."""
+        try:
+            with self._alone:
+                asked = [(request.messages, request.direction, request.held) for request in requests]
+                found = encode_prompts(self.tokenizer, self.space, asked)
+        except (KeyError, TypeError, UnicodeError):  # of one of them
+            return [self.encode(*one) for one in asked]
+        return [tuple(ids) if ids is not None and len(ids) < self.context else () for ids in found]
 
     def room(self, prompt_tokens: int, max_new_tokens: int) -> int:
         """Tokens an answer may have."""

@@ -71,7 +71,7 @@ class TransformersSampler:
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
         """One Sample per seed of each request (core.records.Sampler). Raises EngineError."""
-        prompts = [self.prompting.encode(request.messages, request.direction, request.held) for request in requests]
+        prompts = self.prompting.encode_all(requests)
         # Longest prompts first: neighbours need little padding, and a batch too big for the device fails at once.
         order = sorted((i for i, ids in enumerate(prompts) if ids), key=lambda i: -len(prompts[i]))
         # Where many begin alike, those beside each other: what they share is then read once.

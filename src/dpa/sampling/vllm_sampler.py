@@ -9,8 +9,10 @@ place (its pull request 44371), so an engine first takes those it had: where it 
 """
 
 import importlib
+import importlib.util
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -52,7 +54,7 @@ class VllmSampler:
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[list[Sample]]:
         """One Sample per seed of each request (core.records.Sampler). Raises EngineError when the engine died."""
-        prompts = [self._prompting.encode(request.messages, request.direction, request.held) for request in requests]
+        prompts = self._prompting.encode_all(requests)
         asked = [i for i, request in enumerate(requests) if prompts[i] and request.seeds]
         if not asked:
             return [[] for _ in requests]
@@ -214,6 +216,10 @@ class VllmEngine(SamplingEngine):
 
     def _module(self) -> Any:
         if self._vllm is None:
+            if (
+                importlib.util.find_spec("flashinfer") is None
+            ):  # without it vLLM 0.23 starts no engine that samples by it
+                os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
             try:
                 self._vllm = importlib.import_module("vllm")
             except ImportError as error:
