@@ -25,7 +25,8 @@ class FakeServer(ThreadingHTTPServer):
     """Listens on loopback until `stop`. Every POST is kept in `asked` with its time, and answered by `answer(body)`.
 
     `answer` returns a Reply, "hang" (silence until the server stops) or "reset" (the connection is torn down).
-    `pages` are what GET gives. `busy_s` is spent on each answer; more than `room` at a time get 429.
+    `pages` are what GET gives, perhaps with a status. `busy_s` is spent on each answer; more than `room` at a time get
+    429.
     """
 
     daemon_threads = True
@@ -80,7 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         page = self.server.pages.get(self.path)
-        self._send((404, {}, {}) if page is None else (200, page, {}))
+        status, payload = page if isinstance(page, tuple) else (404, {}) if page is None else (200, page)
+        self._send((status, payload, {}))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))

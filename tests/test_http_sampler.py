@@ -162,8 +162,10 @@ def test_without_a_direction_no_preference_is_sent(policy: Path, serve: Callable
         ("somebody", {}, set()),
         ("somebody", {"/openapi.json": {"paths": {"/load_model": {}}}}, {"generation_config"}),
         ("dpa", {"/openapi.json": {"paths": {"/v1/dpa/space": {}}}}, set()),
+        ("somebody", {"/openapi.json": b"<html>no such page</html>"}, set()),
+        ("somebody", {"/openapi.json": (403, {"error": "closed"})}, set()),
     ],
-    ids=["sglang", "llama.cpp", "unknown", "transformers", "dpa"],
+    ids=["sglang", "llama.cpp", "unknown", "transformers", "dpa", "a page of its own", "a closed page"],
 )
 def test_each_kind_of_server_gets_the_fields_it_knows(
     policy: Path, serve: Callable, kind: str, pages: dict, extra: set

@@ -14,14 +14,16 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import yaml
-from fakes import all_rows, run_config
+from fake_run import PROMPTS
+from fakes import FakeSampler, all_rows, prompts_of, run_config, space_of
 from forks import Process, python, start
 from tiny_models import save_tiny_model
 
 from dpa.core.config import load_config
-from dpa.core.errors import ConfigError, RunFolderError
+from dpa.core.errors import ConfigError, RejectRateError, RunFolderError
 from dpa.core.records import Ledger
 from dpa.recipes.dpa import Loop
+from dpa.stages.rollout import rollout
 from dpa.storage.locks import RunLock, Share
 from dpa.storage.run_folder import RunFolder, StageFolder
 
@@ -143,6 +145,20 @@ def test_a_share_leaves_what_others_are_writing_alone(tmp_path: Path) -> None:
     with RunFolder(tmp_path).open(run_config(tmp_path)) as alone:
         alone.stage(1, "rollout")
     assert not any(file.exists() for file in in_hand)
+
+
+def test_a_share_whose_server_is_broken_stops_by_its_own_rejects_and_keeps_none(tmp_path: Path) -> None:
+    """Held to all prompts, a sixteenth of them could all be rejected, and kept so, before anybody noticed."""
+    config = run_config(tmp_path)
+    prompts = prompts_of(PROMPTS)
+    bad = {f"question{n}": "empty" for n in range(PROMPTS)}
+    with RunFolder(tmp_path).open(config, share=Share(1, 16)) as run:
+        run.let_others_in()
+        stage = run.stage(1, "rollout")
+        some = config.rollout.model_copy(update={"max_reject_rate": 0.5, "prompts_per_shard": 2})
+        with pytest.raises(RejectRateError):
+            rollout(stage, prompts, space_of(), [FakeSampler(misbehave=bad)], some, 0)
+        assert not list(stage.path.glob("shard-*.json"))
 
 
 def test_of_shares_that_are_all_whole_only_the_last_at_work_finishes(tmp_path: Path) -> None:

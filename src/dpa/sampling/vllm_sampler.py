@@ -216,9 +216,7 @@ class VllmEngine(SamplingEngine):
 
     def _module(self) -> Any:
         if self._vllm is None:
-            if (
-                importlib.util.find_spec("flashinfer") is None
-            ):  # without it vLLM 0.23 starts no engine that samples by it
+            if importlib.util.find_spec("flashinfer") is None:  # vLLM 0.23 would sample by it all the same
                 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
             try:
                 self._vllm = importlib.import_module("vllm")
