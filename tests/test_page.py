@@ -457,6 +457,32 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_never_written_into_a_snippet(vis
         assert "sesame" not in page.locator("#snippet").text_content()
 
 
+def test_a_wrong_key_is_put_right_and_the_answers_asked_again_with_it(visit):
+    opened = visit(key="open-sesame")
+    page = opened.page
+    page.fill("#key", "“open-sesame”")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#notice:has-text('a character that cannot be sent')")
+    page.fill("#key", "open-sesame")
+    page.keyboard.press("Enter")
+    opened.ready()
+    page.click("#key-box summary")
+    for wrong, sentence in (("wrong", "it is missing or wrong"), ("“open-sesame”", "cannot be sent")):
+        page.fill("#key", wrong)
+        opened.ask("slow")
+        assert sentence in opened.text("#steered .trouble")
+        assert page.locator("#notice").is_visible() and page.locator("#key").is_visible()
+    page.fill("#key", "open-sesame")
+    assert page.locator("#notice").is_hidden(), "it was about another key"
+    page.locator("#steered .trouble button").focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#steered .text").evaluate("node => node === document.activeElement"), "nobody loses the focus"
+    page.wait_for_selector("#steered .text:has-text('word2')")
+    page.click("#stop")
+    opened.finished()
+    assert opened.text("#steered .state") == "stopped"
+
+
 # --- for everyone ---
 
 

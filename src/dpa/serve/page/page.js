@@ -172,6 +172,7 @@ closeMenus();
 $("key").value = recall(KEY) ?? "";
 $("key").addEventListener("input", () => {
   remember(KEY, key());
+  notice(""); // it was about another key
   page?.share.show();
 });
 for (const kind of ["change", "submit"])

@@ -182,22 +182,19 @@ export class Talk {
     const { plain, steered } = this.#bodies();
     Object.assign(this.turn, this.#settings());
     this.plainCard.label(state.compare === "base" ? "Told no direction" : "Default");
-    this.#mark(false);
-    this.steeredCard.run(steered, key());
+    this.steeredCard.run(steered, key);
     // The other answer does not depend on the direction: it is kept while only the direction changes.
     const stays = this.plainCard.asked === JSON.stringify(plain) && (this.plainCard.done || this.plainCard.running);
-    if (!stays) this.plainCard.run(plain, key());
+    if (!stays) this.plainCard.run(plain, key);
     announce(stays ? "Answering again in the new direction." : "Both answers are being written.");
-    this.changed();
   }
 
   #askSweep() {
     const { directions } = this.sweeps.find(({ name }) => name === $("along").value) ?? this.sweeps[0];
     Object.assign(this.turn, this.#settings());
     const bodies = this.#bodies(directions.map(({ weights }) => this.space.mapping(weights)));
-    this.cards.forEach((card, place) => card.run(bodies[place], key()));
+    this.cards.forEach((card, place) => card.run(bodies[place], key));
     announce(`${directions.length} directions are being answered.`);
-    this.changed();
   }
 
   // --- what is shown ---
@@ -206,17 +203,17 @@ export class Talk {
     this.turn = turn;
     const pair = turn.kind === "pair";
     const { names } = this.space;
-    const ended = (card, how) => this.#ended(card, how);
+    const heard = (card, how) => this.#heard(card, how);
     if (pair) {
-      this.plainCard = new Answer("Default", names, ended, "default");
-      this.steeredCard = new Answer("Steered", names, ended, "steered");
+      this.plainCard = new Answer("Default", names, heard, "default");
+      this.steeredCard = new Answer("Steered", names, heard, "steered");
       this.steeredCard.card.classList.add("steered");
       this.cards = [this.plainCard, this.steeredCard];
     } else {
       const sweep = this.sweeps.find(({ name }) => name === turn.along) ?? this.sweeps[0];
       $("along").value = sweep.name;
       const count = turn.answers.length || sweep.directions.length;
-      this.cards = Array.from({ length: count }, (_, place) => new Answer(sweep.directions[place]?.label ?? "", names, ended));
+      this.cards = Array.from({ length: count }, (_, place) => new Answer(sweep.directions[place]?.label ?? "", names, heard));
       if (!turn.answers.length) turn.kept = nearest(sweep.directions, state.weights);
       this.cards.forEach((card, place) =>
         card.part("footer").append(button("Go on with this", () => this.#keep(place), { className: "keep" })),
@@ -270,8 +267,18 @@ export class Talk {
     );
   }
 
-  #ended(card, how) {
+  // What a card says of itself: it is asked (again, perhaps), its first words are there, it has ended.
+  #heard(card, how) {
     if (!this.cards.includes(card)) return;
+    if (!this.isPair) this.#showKept();
+    if (how === "asked") {
+      this.#mark(false);
+      this.showEarlier();
+      this.changed();
+    } else if (how !== "begun") this.#ended(card, how);
+  }
+
+  #ended(card, how) {
     this.#compare();
     this.changed(card.refusal);
     if (this.running) return;
