@@ -90,7 +90,7 @@ class FakeGateway:
                 name: {"weights": space.parse(name).as_mapping(), "text": str(space.parse(name))}
                 for name in space.presets
             },
-            "default": None,
+            "default": direction_json(space.direction(space.center)),
             "front": self.front(),
             "front_reward": "gold",
             "scorer": True,

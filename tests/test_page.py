@@ -260,6 +260,17 @@ def test_the_base_model_stands_beside_it_on_request(visit):
     opened.page.wait_for_url(lambda url: "vs=base" in url)  # the link follows after a moment
 
 
+def test_what_is_compared_with_is_a_request_that_states_nothing_where_the_server_has_no_default(visit):
+    opened = visit(extra={"default": None}).ready()
+    assert opened.page.locator("#compare option").all_text_contents() == ["no direction, as by default"]
+    opened.ask("What is the home of Ivy?")
+    assert sorted("dpa" in body for body in opened.gateway.bodies) == [False, True]
+    assert opened.text("#default h3") == "Default: no direction"
+    assert opened.text("#default .told") == "no direction stated"
+    opened.press_level(1, 0)
+    assert opened.text("#numbers") == "helpfulness*100 + verbosity*0", "the controls start at the center"
+
+
 def test_another_seed_asks_both_again(visit):
     opened = visit().ready()
     opened.ask("What is the home of Ivy?")

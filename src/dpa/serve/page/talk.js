@@ -42,7 +42,7 @@ export class Talk {
 
   // --- what the user does ---
 
-  // Ask this in the default direction and in the one that is set; nothing: the last question again.
+  // Ask this as the server does by default and in the one that is set; nothing: the last question again.
   ask(question) {
     if (!question && !this.turn) return;
     const anew = question || !this.isPair;
@@ -156,8 +156,7 @@ export class Talk {
     const before = this.#before(false);
     const scored = this.space.data.scorer ? { dpa_options: { scores: true } } : {};
     const of = (wish, model) => ({ ...this.#body(before, this.turn.question, wish, model), ...scored });
-    const usual = this.space.wish(this.space.reference, this.space.referenceHeld);
-    const plain = state.compare === "base" ? of(null, `${this.space.data.model}@base`) : of(usual);
+    const plain = state.compare === "base" ? of(null, `${this.space.data.model}@base`) : of(this.space.usual);
     return { plain, ...Object.fromEntries(Object.entries(wishes).map(([name, wish]) => [name, of(wish)])) };
   }
 
@@ -181,7 +180,8 @@ export class Talk {
   #askPair() {
     const { plain, steered } = this.#bodies();
     Object.assign(this.turn, this.#settings());
-    this.plainCard.label(state.compare === "base" ? "Told no direction" : "Default");
+    const usual = this.space.usual ? "Default" : "Default: no direction";
+    this.plainCard.label(state.compare === "base" ? "Told no direction" : usual);
     this.steeredCard.run(steered, key);
     // The other answer does not depend on the direction: it is kept while only the direction changes.
     const stays = this.plainCard.asked === JSON.stringify(plain) && (this.plainCard.done || this.plainCard.running);
