@@ -280,6 +280,7 @@ def test_another_seed_asks_both_again(visit):
     assert len(seeds) == 4
     assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
     assert opened.page.input_value("#seed") == str(seeds[2])
+    opened.page.wait_for_url(lambda url: f"seed={seeds[2]}" in url)
 
 
 def test_stop_ends_the_answers_here_and_on_the_server(visit):

@@ -187,6 +187,34 @@ def test_opening_a_conversation_asks_nothing_wherever_the_direction_stands(visit
     nothing_is_asked(earlier=False)
 
 
+def test_a_conversation_is_opened_with_the_settings_it_was_asked_with(visit):
+    opened = visit().ready()
+    page = opened.page
+    fields = ("#seed", "#temperature", "#max-tokens")
+
+    def set_to(*values: str) -> None:
+        for field, value in zip(fields, values, strict=True):
+            page.fill(field, value)
+
+    page.click("#settings summary")
+    set_to("7", "0.3", "99")
+    opened.ask(IVY)
+    page.click("#new")
+    page.click("#settings summary")
+    set_to("8", "1", "50")
+    opened.open_history()
+    page.click(".talk-open")
+    assert [page.input_value(field) for field in fields] == ["7", "0.3", "99"]
+    page.wait_for_selector("#snippet:has-text('\"seed\": 7')")
+    page.evaluate(
+        """() => { const [[place, kept]] = Object.entries(localStorage);
+        localStorage.setItem(place, kept.replaceAll('"temperature":0.3', '"temperature":300')); }"""
+    )
+    opened.open_history()
+    page.click(".talk-open")
+    assert page.input_value("#temperature") == "2", "anybody may have written there"
+
+
 def test_a_box_that_the_browser_brought_back_unticked_shows_what_holds(visit):
     boxes = ("follow", "memory", "marks")
     back = f"for (const box of {list(boxes)}) document.getElementById(box).checked = false;"

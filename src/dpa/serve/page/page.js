@@ -74,8 +74,7 @@ function build(space, wantsKey) {
 
   // Something began or ended.
   function changed(refusal) {
-    composer.show();
-    share.show();
+    showSettings();
     $("new").disabled = !talk.turn;
     remember(OPEN, talk.conversation?.id);
     list.current = talk.conversation?.id;
@@ -86,7 +85,6 @@ function build(space, wantsKey) {
     talk.leave();
     talk.clear();
     changed();
-    showSettings();
     $("question").focus();
   }
 

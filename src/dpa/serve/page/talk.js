@@ -6,7 +6,7 @@ import { messagesOf, newConversation } from "./conversation.js";
 import { $, announce, button, leadTo, make, plural } from "./dom.js";
 import { bodyOf } from "./snippets.js";
 import { add, norm } from "./space.js";
-import { fitting, key, state } from "./state.js";
+import { fitting, key, state, within } from "./state.js";
 import { sweeps } from "./sweep.js";
 import { differences } from "./words.js";
 
@@ -113,6 +113,7 @@ export class Talk {
       if (this.cards[place] !== this.steeredCard) this.cards[place].label(answer.label);
     });
     this.#compare();
+    for (const field of Object.keys(this.#settings())) state[field] = within(field, last[field]);
     this.#turnTo(last.answers[last.kept].direction);
     this.showEarlier();
     return true;
