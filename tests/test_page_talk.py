@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 from browser import answered_again
-from opened_page import PRESETS, THREE, browser, space_of, visit
+from opened_page import PRESETS, THREE, Opened, browser, space_of, visit
 
 __all__ = ["browser", "visit"]  # fixtures
 
@@ -213,6 +213,25 @@ def test_a_conversation_is_opened_with_the_settings_it_was_asked_with(visit):
     opened.open_history()
     page.click(".talk-open")
     assert page.input_value("#temperature") == "2", "anybody may have written there"
+
+
+def test_of_two_tabs_with_the_same_conversation_each_keeps_its_own_turns(visit):
+    opened = visit().ready()
+    opened.ask(IVY)
+    with opened.page.expect_popup() as opening:
+        opened.page.evaluate("() => { open(location.href); }")  # takes sessionStorage along, as a duplicated tab does
+    other = Opened(opening.value, opened.gateway, opened.url).ready()
+    assert other.text("#asked") == IVY
+    opened.ask(BEE)
+    other.ask("And Ida?")
+    other.page.reload()
+    other.ready()
+    assert other.text("#asked") == "And Ida?"
+    other.ask("And Ben?")
+    opened.ask("And Ada?")
+    kept = opened.page.evaluate("Object.values(localStorage).map((one) => JSON.parse(one))")
+    questions = [[turn["question"] for turn in conversation["turns"]] for conversation in kept]
+    assert sorted(questions) == [[IVY, "And Ida?", "And Ben?"], [IVY, BEE, "And Ada?"]]
 
 
 def test_a_box_that_the_browser_brought_back_unticked_shows_what_holds(visit):

@@ -2,7 +2,7 @@
 // The live turn has two answers (default and steered) or, as a sweep, five; what a turn is: conversation.js.
 
 import { Answer, kept, rangeOf } from "./answer.js";
-import { messagesOf, newConversation } from "./conversation.js";
+import { messagesOf, newConversation, newId } from "./conversation.js";
 import { $, announce, button, leadTo, make, plural } from "./dom.js";
 import { bodyOf } from "./snippets.js";
 import { add, norm } from "./space.js";
@@ -335,9 +335,14 @@ export class Talk {
     const turn = this.#record();
     if (!turn.answers.some((answer) => answer.text)) return;
     this.turn.answers = turn.answers;
-    this.conversation.changed = Date.now();
-    const whole = { ...this.conversation, turns: [...this.conversation.turns, turn] };
+    const { conversation } = this;
+    // Another tab went on with it since: that one keeps its turns, and this one goes on under another name.
+    const isOthers = this.store.read(conversation.id)?.changed > conversation.changed;
+    if (isOthers) conversation.id = newId();
+    conversation.changed = Date.now();
+    const whole = { ...conversation, turns: [...conversation.turns, turn] };
     $("unkept").hidden = this.store.write(whole);
+    if (isOthers) this.changed();
   }
 }
 
