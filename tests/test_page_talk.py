@@ -421,6 +421,26 @@ def test_a_sweep_is_stopped_and_taken_along_another_objective_or_the_presets(vis
     assert page.locator("#cards h3").all_inner_texts() == list(PRESETS)
 
 
+def test_a_sweep_goes_on_from_an_answer_that_is_there_only(visit):
+    opened = visit().ready()
+    opened.page.fill("#question", "broken")
+    opened.page.click("#sweep")
+    opened.finished()
+    keep = opened.page.locator("#cards .keep")
+    assert keep.all_inner_texts() == ["Go on with this"] * 5
+    assert [button.is_disabled() for button in keep.all()] == [True] * 5
+    opened.page.fill("#question", "slow")
+    opened.page.click("#sweep")
+    opened.page.wait_for_selector("#cards .answer:nth-child(4) .text:has-text('word2')")
+    assert keep.nth(3).is_enabled()
+    opened.page.click("#stop")
+    opened.finished()
+    opened.page.reload()
+    opened.ready()
+    keep.nth(3).click()
+    assert keep.nth(3).inner_text() == "Going on with this"
+
+
 def test_a_sweep_reads_well_at_every_width(visit):
     opened = visit(reduced_motion="reduce").ready(finer=False)
     opened.page.fill("#question", IVY)

@@ -112,6 +112,7 @@ export class Talk {
       this.cards[place].restore(answer);
       if (this.cards[place] !== this.steeredCard) this.cards[place].label(answer.label);
     });
+    if (!this.isPair) this.#showKept();
     this.#compare();
     for (const field of Object.keys(this.#settings())) state[field] = within(field, last[field]);
     this.#turnTo(last.answers[last.kept].direction);
@@ -240,9 +241,10 @@ export class Talk {
   }
 
   #showKept() {
-    this.cards.forEach(({ card, part }, place) => {
-      const chosen = place === this.turn.kept;
-      card.classList.toggle("steered", chosen);
+    this.cards.forEach(({ card, part, text, running }, place) => {
+      card.classList.toggle("steered", place === this.turn.kept);
+      part(".keep").disabled = !text; // a conversation does not go on from nothing
+      const chosen = place === this.turn.kept && (running || text !== "");
       part(".keep").setAttribute("aria-pressed", chosen);
       part(".keep").textContent = chosen ? "Going on with this" : "Go on with this";
     });
