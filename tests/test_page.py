@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from fake_gateway import MARKUP, PAGE
+from fake_gateway import MARKUP, PAGE, FakeGateway
 from opened_page import THREE, TWO, Opened, browser, space_of, visit
 
 from dpa.core.sentences import target_template_of
@@ -133,6 +133,37 @@ def test_the_objective_along_the_front_is_chosen_where_there_are_several(visit):
     opened.page.locator("#front [role=radio]").nth(0).locator(".dot").click()
     assert opened.text("#numbers") == "helpfulness*71 + verbosity*0 + warmth*-71"
     assert opened.page.locator("#front [role=radio]").count() == len(THREE.grid(9))
+
+
+def test_no_measured_point_lies_where_nothing_is_said_to_be_trained(visit):
+    front = FakeGateway(THREE).front()
+    aside = next(point for point in front if point["weights"].get("warmth", 0) > 0.5)
+    aside["objectives"]["verbosity"] = {"value": 95, "low": 94, "high": 96}
+    opened = visit(THREE, extra={"front": front}).ready()
+    dots, grey = [
+        opened.page.locator(f"#front {these}").evaluate_all(
+            "all => all.map((one) => one.getBBox()).map(({ x, width }) => [x, x + width])"
+        )
+        for these in (".dot", ".untrained")
+    ]
+    assert len(dots) == len(front)
+    assert not [dot for dot in dots for band in grey if band[0] < dot[1] and dot[0] < band[1]]
+
+
+def test_long_names_are_cut_with_the_whole_in_the_title_and_stay_in_the_picture(visit):
+    first, second = "an-objective-whose-name-is-longer-than-any-picture", "another-objective-whose-name-is-as-long"
+    opened = visit(space_of(first, second)).ready()
+    for picture in ("#dial-box svg", "#front svg"):
+        assert opened.page.locator(picture).evaluate(
+            """svg => { const frame = svg.getBoundingClientRect();
+            const isIn = (box) => box.left >= frame.left && box.right <= frame.right
+                && box.top >= frame.top && box.bottom <= frame.bottom;
+            return [...svg.querySelectorAll("text")].every((text) => isIn(text.getBoundingClientRect())); }"""
+        )
+    titles = opened.page.locator("svg text > title").all_text_contents()
+    assert titles == [f"less {second}", f"more {second}", f"{second}, true reward →", f"{first} →"]
+    less, more = [opened.page.locator(f"#dial-box text:has-text('{way}')").bounding_box() for way in ("less", "more")]
+    assert less["x"] + less["width"] < more["x"]
 
 
 def test_without_a_measured_front_everything_else_works(visit):
