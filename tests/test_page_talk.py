@@ -477,6 +477,21 @@ def test_what_differs_between_the_answers_is_marked_by_word_and_an_answer_is_cop
     opened.page.wait_for_selector("#steered ins:has-text('word20')")
 
 
+def test_what_is_written_from_right_to_left_is_shown_so(visit):
+    opened = visit().ready()
+    opened.ask("שלום")
+
+    def direction(selector: str) -> str:
+        return opened.page.locator(selector).first.evaluate("node => getComputedStyle(node).direction")
+
+    assert [direction(one) for one in ("#asked", "#steered .text", "#steered .told")] == ["rtl", "rtl", "ltr"]
+    opened.page.fill("#question", "שלום")
+    assert direction("#question") == "rtl"
+    opened.ask(IVY)
+    assert [direction(one) for one in (".past .question", ".kept-text")] == ["rtl", "rtl"]
+    assert [direction(one) for one in ("#asked", "#question", "#steered .text")] == ["ltr"] * 3
+
+
 def test_differences_of_words_are_a_shortest_edit_and_lose_no_character(visit):
     opened = visit(at="/words.js")
     pairs = [

@@ -241,7 +241,7 @@ export function kept(answer, names) {
   return make(
     "div",
     { className: "kept" },
-    make("p", { className: "kept-text", textContent: answer.text || "No answer." }),
+    make("p", { className: "kept-text", dir: "auto", textContent: answer.text || "No answer." }),
     make(
       "p",
       { className: "facts" },

@@ -264,7 +264,7 @@ export class Talk {
     return make(
       "article",
       { className: "past" },
-      make("h2", { className: "question", textContent: turn.question }),
+      make("h2", { className: "question", dir: "auto", textContent: turn.question }),
       kept(turn.answers[turn.kept], names),
       make("details", { className: "finer" }, make("summary", { textContent: summary }), ...others),
     );
