@@ -28,7 +28,7 @@ class FakeGateway:
 
     "busy" 429 (once), "broken" 500, "dies" an error event after three words, "cut" the stream just ends,
     "slow" a word every 50 ms for ever, "markup" an answer of HTML, "long" 2,000 words within two seconds, "twice" no
-    word after its first two answers; any other: 20 words and the leaning's worth more or fewer.
+    word after its first two answers, "שלום" Hebrew; any other: 20 words and the leaning's worth more or fewer.
     """
 
     def __init__(self, space: DirectionSpace, key: str | None = None, **extra: Any) -> None:
@@ -90,7 +90,7 @@ class FakeGateway:
                 name: {"weights": space.parse(name).as_mapping(), "text": str(space.parse(name))}
                 for name in space.presets
             },
-            "default": None,
+            "default": direction_json(space.direction(space.center)),
             "front": self.front(),
             "front_reward": "gold",
             "scorer": True,
@@ -123,6 +123,8 @@ class FakeGateway:
         words = [f"word{n}" for n in range(round(20 + 20 * leaning))]
         if question == "markup":
             words = [MARKUP]
+        if question == "שלום":
+            words = ["שלום", "עולם"]
         if question == "long":
             words = [f"{'word' if n % 9 else 'longerword'}{n}{'.' if n % 12 == 11 else ''}" for n in range(2000)]
         about = {

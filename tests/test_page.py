@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from fake_gateway import MARKUP, PAGE
+from fake_gateway import MARKUP, PAGE, FakeGateway
 from opened_page import THREE, TWO, Opened, browser, space_of, visit
 
 from dpa.core.sentences import target_template_of
@@ -133,6 +133,37 @@ def test_the_objective_along_the_front_is_chosen_where_there_are_several(visit):
     opened.page.locator("#front [role=radio]").nth(0).locator(".dot").click()
     assert opened.text("#numbers") == "helpfulness*71 + verbosity*0 + warmth*-71"
     assert opened.page.locator("#front [role=radio]").count() == len(THREE.grid(9))
+
+
+def test_no_measured_point_lies_where_nothing_is_said_to_be_trained(visit):
+    front = FakeGateway(THREE).front()
+    aside = next(point for point in front if point["weights"].get("warmth", 0) > 0.5)
+    aside["objectives"]["verbosity"] = {"value": 95, "low": 94, "high": 96}
+    opened = visit(THREE, extra={"front": front}).ready()
+    dots, grey = [
+        opened.page.locator(f"#front {these}").evaluate_all(
+            "all => all.map((one) => one.getBBox()).map(({ x, width }) => [x, x + width])"
+        )
+        for these in (".dot", ".untrained")
+    ]
+    assert len(dots) == len(front)
+    assert not [dot for dot in dots for band in grey if band[0] < dot[1] and dot[0] < band[1]]
+
+
+def test_long_names_are_cut_with_the_whole_in_the_title_and_stay_in_the_picture(visit):
+    first, second = "an-objective-whose-name-is-longer-than-any-picture", "another-objective-whose-name-is-as-long"
+    opened = visit(space_of(first, second)).ready()
+    for picture in ("#dial-box svg", "#front svg"):
+        assert opened.page.locator(picture).evaluate(
+            """svg => { const frame = svg.getBoundingClientRect();
+            const isIn = (box) => box.left >= frame.left && box.right <= frame.right
+                && box.top >= frame.top && box.bottom <= frame.bottom;
+            return [...svg.querySelectorAll("text")].every((text) => isIn(text.getBoundingClientRect())); }"""
+        )
+    titles = opened.page.locator("svg text > title").all_text_contents()
+    assert titles == [f"less {second}", f"more {second}", f"{second}, true reward →", f"{first} →"]
+    less, more = [opened.page.locator(f"#dial-box text:has-text('{way}')").bounding_box() for way in ("less", "more")]
+    assert less["x"] + less["width"] < more["x"]
 
 
 def test_without_a_measured_front_everything_else_works(visit):
@@ -260,6 +291,17 @@ def test_the_base_model_stands_beside_it_on_request(visit):
     opened.page.wait_for_url(lambda url: "vs=base" in url)  # the link follows after a moment
 
 
+def test_what_is_compared_with_is_a_request_that_states_nothing_where_the_server_has_no_default(visit):
+    opened = visit(extra={"default": None}).ready()
+    assert opened.page.locator("#compare option").all_text_contents() == ["no direction, as by default"]
+    opened.ask("What is the home of Ivy?")
+    assert sorted("dpa" in body for body in opened.gateway.bodies) == [False, True]
+    assert opened.text("#default h3") == "Default: no direction"
+    assert opened.text("#default .told") == "no direction stated"
+    opened.press_level(1, 0)
+    assert opened.text("#numbers") == "helpfulness*100 + verbosity*0", "the controls start at the center"
+
+
 def test_another_seed_asks_both_again(visit):
     opened = visit().ready()
     opened.ask("What is the home of Ivy?")
@@ -269,6 +311,7 @@ def test_another_seed_asks_both_again(visit):
     assert len(seeds) == 4
     assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
     assert opened.page.input_value("#seed") == str(seeds[2])
+    opened.page.wait_for_url(lambda url: f"seed={seeds[2]}" in url)
 
 
 def test_stop_ends_the_answers_here_and_on_the_server(visit):
@@ -455,6 +498,32 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_never_written_into_a_snippet(vis
         page.click(f"#tab-{kind}")
         assert variable in page.locator("#snippet").text_content()
         assert "sesame" not in page.locator("#snippet").text_content()
+
+
+def test_a_wrong_key_is_put_right_and_the_answers_asked_again_with_it(visit):
+    opened = visit(key="open-sesame")
+    page = opened.page
+    page.fill("#key", "“open-sesame”")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#notice:has-text('a character that cannot be sent')")
+    page.fill("#key", "open-sesame")
+    page.keyboard.press("Enter")
+    opened.ready()
+    page.click("#key-box summary")
+    for wrong, sentence in (("wrong", "it is missing or wrong"), ("“open-sesame”", "cannot be sent")):
+        page.fill("#key", wrong)
+        opened.ask("slow")
+        assert sentence in opened.text("#steered .trouble")
+        assert page.locator("#notice").is_visible() and page.locator("#key").is_visible()
+    page.fill("#key", "open-sesame")
+    assert page.locator("#notice").is_hidden(), "it was about another key"
+    page.locator("#steered .trouble button").focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#steered .text").evaluate("node => node === document.activeElement"), "nobody loses the focus"
+    page.wait_for_selector("#steered .text:has-text('word2')")
+    page.click("#stop")
+    opened.finished()
+    assert opened.text("#steered .state") == "stopped"
 
 
 # --- for everyone ---

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 from browser import answered_again
-from opened_page import PRESETS, THREE, browser, space_of, visit
+from opened_page import PRESETS, THREE, Opened, browser, space_of, visit
 
 __all__ = ["browser", "visit"]  # fixtures
 
@@ -185,6 +185,53 @@ def test_opening_a_conversation_asks_nothing_wherever_the_direction_stands(visit
     nothing_is_asked(earlier=True)
     opened.follow_link("d=helpfulness:0.995,verbosity:0.105")
     nothing_is_asked(earlier=False)
+
+
+def test_a_conversation_is_opened_with_the_settings_it_was_asked_with(visit):
+    opened = visit().ready()
+    page = opened.page
+    fields = ("#seed", "#temperature", "#max-tokens")
+
+    def set_to(*values: str) -> None:
+        for field, value in zip(fields, values, strict=True):
+            page.fill(field, value)
+
+    page.click("#settings summary")
+    set_to("7", "0.3", "99")
+    opened.ask(IVY)
+    page.click("#new")
+    page.click("#settings summary")
+    set_to("8", "1", "50")
+    opened.open_history()
+    page.click(".talk-open")
+    assert [page.input_value(field) for field in fields] == ["7", "0.3", "99"]
+    page.wait_for_selector("#snippet:has-text('\"seed\": 7')")
+    page.evaluate(
+        """() => { const [[place, kept]] = Object.entries(localStorage);
+        localStorage.setItem(place, kept.replaceAll('"temperature":0.3', '"temperature":300')); }"""
+    )
+    opened.open_history()
+    page.click(".talk-open")
+    assert page.input_value("#temperature") == "2", "anybody may have written there"
+
+
+def test_of_two_tabs_with_the_same_conversation_each_keeps_its_own_turns(visit):
+    opened = visit().ready()
+    opened.ask(IVY)
+    with opened.page.expect_popup() as opening:
+        opened.page.evaluate("() => { open(location.href); }")  # takes sessionStorage along, as a duplicated tab does
+    other = Opened(opening.value, opened.gateway, opened.url).ready()
+    assert other.text("#asked") == IVY
+    opened.ask(BEE)
+    other.ask("And Ida?")
+    other.page.reload()
+    other.ready()
+    assert other.text("#asked") == "And Ida?"
+    other.ask("And Ben?")
+    opened.ask("And Ada?")
+    kept = opened.page.evaluate("Object.values(localStorage).map((one) => JSON.parse(one))")
+    questions = [[turn["question"] for turn in conversation["turns"]] for conversation in kept]
+    assert sorted(questions) == [[IVY, "And Ida?", "And Ben?"], [IVY, BEE, "And Ada?"]]
 
 
 def test_a_box_that_the_browser_brought_back_unticked_shows_what_holds(visit):
@@ -374,6 +421,26 @@ def test_a_sweep_is_stopped_and_taken_along_another_objective_or_the_presets(vis
     assert page.locator("#cards h3").all_inner_texts() == list(PRESETS)
 
 
+def test_a_sweep_goes_on_from_an_answer_that_is_there_only(visit):
+    opened = visit().ready()
+    opened.page.fill("#question", "broken")
+    opened.page.click("#sweep")
+    opened.finished()
+    keep = opened.page.locator("#cards .keep")
+    assert keep.all_inner_texts() == ["Go on with this"] * 5
+    assert [button.is_disabled() for button in keep.all()] == [True] * 5
+    opened.page.fill("#question", "slow")
+    opened.page.click("#sweep")
+    opened.page.wait_for_selector("#cards .answer:nth-child(4) .text:has-text('word2')")
+    assert keep.nth(3).is_enabled()
+    opened.page.click("#stop")
+    opened.finished()
+    opened.page.reload()
+    opened.ready()
+    keep.nth(3).click()
+    assert keep.nth(3).inner_text() == "Going on with this"
+
+
 def test_a_sweep_reads_well_at_every_width(visit):
     opened = visit(reduced_motion="reduce").ready(finer=False)
     opened.page.fill("#question", IVY)
@@ -408,6 +475,21 @@ def test_what_differs_between_the_answers_is_marked_by_word_and_an_answer_is_cop
     opened.page.wait_for_selector("#mark-note:has-text('the same, word for word')")
     opened.press_level(1, 1)
     opened.page.wait_for_selector("#steered ins:has-text('word20')")
+
+
+def test_what_is_written_from_right_to_left_is_shown_so(visit):
+    opened = visit().ready()
+    opened.ask("שלום")
+
+    def direction(selector: str) -> str:
+        return opened.page.locator(selector).first.evaluate("node => getComputedStyle(node).direction")
+
+    assert [direction(one) for one in ("#asked", "#steered .text", "#steered .told")] == ["rtl", "rtl", "ltr"]
+    opened.page.fill("#question", "שלום")
+    assert direction("#question") == "rtl"
+    opened.ask(IVY)
+    assert [direction(one) for one in (".past .question", ".kept-text")] == ["rtl", "rtl"]
+    assert [direction(one) for one in ("#asked", "#question", "#steered .text")] == ["ltr"] * 3
 
 
 def test_differences_of_words_are_a_shortest_edit_and_lose_no_character(visit):

@@ -13,7 +13,8 @@ export class Answer {
   #pending = "";
   #frame = 0;
 
-  // `label`: the card's heading; `changed()` is called when an answer has ended, well or badly.
+  // `label`: the card's heading; `changed(card, how)` is called when it is asked, when its first words are there
+  // ("asked", "begun") and when it has ended, well or badly.
   constructor(label, names, changed, id = "") {
     this.card = $("answer-card").content.firstElementChild.cloneNode(true);
     this.names = names;
@@ -61,7 +62,8 @@ export class Answer {
     this.part(".state").textContent = state;
   }
 
-  // Ask for `body` (streamed); resolves to "done", "stopped" or "failed".
+  // Ask for `body` (streamed); resolves to "done", "stopped" or "failed". `key()` is the key of the moment: whoever tries
+  // again may have typed another one.
   async run(body, key) {
     this.stop();
     const stop = new AbortController();
@@ -72,8 +74,9 @@ export class Answer {
     this.retry = () => this.run(body, key);
     this.card.setAttribute("aria-busy", "true");
     this.say("waiting");
+    this.changed(this, "asked");
     try {
-      const { finish, dpa } = await streamAnswer({ ...body, stream: true }, key, stop.signal, {
+      const { finish, dpa } = await streamAnswer({ ...body, stream: true }, key(), stop.signal, {
         onText: (piece) => {
           if (this.#stop !== stop) return;
           this.#pending += piece;
@@ -116,13 +119,16 @@ export class Answer {
     const piece = this.#pending;
     if (!piece) return;
     this.#pending = "";
-    if (!this.text) this.say("writing");
+    const first = !this.text;
     this.text += piece;
     const last = this.part(".text").lastChild;
     if (last && last.length < PIECE) last.appendData(piece);
     else this.part(".text").append(document.createTextNode(piece));
     this.words = this.counter.add(piece);
     this.#footer(plural(this.words, "word"));
+    if (!first) return;
+    this.say("writing");
+    this.changed(this, "begun");
   }
 
   // --- as it was kept, and as it is to be kept ---
@@ -187,6 +193,8 @@ export class Answer {
   #trouble(refusal) {
     clearInterval(this.#clock);
     const [box, text, again] = [this.part(".trouble"), this.part(".trouble p"), this.part(".trouble button")];
+    // Whoever pressed it does not lose the focus.
+    if (!refusal && document.activeElement === again) this.part(".text").focus({ preventScroll: true });
     box.hidden = !refusal;
     again.disabled = false;
     this.refusal = refusal;
@@ -233,7 +241,7 @@ export function kept(answer, names) {
   return make(
     "div",
     { className: "kept" },
-    make("p", { className: "kept-text", textContent: answer.text || "No answer." }),
+    make("p", { className: "kept-text", dir: "auto", textContent: answer.text || "No answer." }),
     make(
       "p",
       { className: "facts" },

@@ -16,6 +16,7 @@ export class Composer {
       state.maxTokens = Math.min(state.maxTokens, most);
       $("max-tokens").max = most;
     }
+    if (!space.usual) $("compare").options[0].textContent = "no direction, as by default";
     if (space.data.base) $("compare").append(make("option", { value: "base", textContent: "no direction, or the base model" }));
     this.#buildExamples(space.data.examples ?? []);
     this.#listen();

@@ -9,9 +9,9 @@ import { HELD } from "./space.js";
 const MOST_TURNS = 200;
 const MOST_TEXT = 200_000;
 
-export function newConversation(model) {
-  return { id: `${Date.now().toString(36)}-${Math.random().toString(36).slice(2, 8)}`, model, changed: Date.now(), turns: [] };
-}
+export const newId = () => `${Date.now().toString(36)}-${Math.random().toString(36).slice(2, 8)}`;
+
+export const newConversation = (model) => ({ id: newId(), model, changed: Date.now(), turns: [] });
 
 // The messages of a question after these turns; a turn that was never answered is left out.
 export function messagesOf(turns, question) {

@@ -11,6 +11,12 @@ export function svg(name, attributes = {}, ...children) {
   return node;
 }
 
+// What `write` makes of a name of which there is room for `most` letters; of a longer one the title has the whole.
+function label(name, most, attributes, write) {
+  if (name.length <= most) return svg("text", attributes, write(name));
+  return svg("text", attributes, svg("title", {}, write(name)), write(`${name.slice(0, most - 1)}…`));
+}
+
 const shown = (value) => (Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : value.toFixed(1));
 
 // The measured points of GET /v1/dpa/space seen along one arc: `points` in keyboard order, those on the arc first.
@@ -94,9 +100,9 @@ export function drawFront(box, front, weights, pick) {
     role: "group",
     "aria-label": `Measured: ${space.names[front.y]} against ${space.names[front.x]}, by the ${front.reward}`,
   });
-  // What lies beyond the ends of the trained arc was never asked for in training.
+  // The trained arc was measured from end to end: what lies beyond all points was never asked for in training.
   if (front.arc.length > 1) {
-    const ends = front.arc.map((point) => toX(point.at[0].value));
+    const ends = front.points.map((point) => toX(point.at[0].value));
     const [left, right] = [Math.min(...ends) - 9, Math.max(...ends) + 9];
     const bands = [
       [edge.left, left],
@@ -118,12 +124,19 @@ export function drawFront(box, front, weights, pick) {
       svg("path", { class: "grid", d: `M${edge.left} ${toY(tick)}H${width - edge.right}` }),
       svg("text", { class: "tick", x: edge.left - 7, y: toY(tick) + 4, "text-anchor": "end" }, String(tick)),
     );
+  const letters = (length) => Math.floor(length / 8);
   root.append(
-    svg("text", { class: "axis", x: (edge.left + width - edge.right) / 2, y: height - 6, "text-anchor": "middle" }, `${space.names[front.x]}, ${front.reward} →`),
-    svg(
-      "text",
+    label(
+      space.names[front.x],
+      letters(width - edge.left - edge.right) - 14,
+      { class: "axis", x: (edge.left + width - edge.right) / 2, y: height - 6, "text-anchor": "middle" },
+      (name) => `${name}, ${front.reward} →`,
+    ),
+    label(
+      space.names[front.y],
+      letters(height - edge.top - edge.bottom) - 2,
       { class: "axis", transform: `translate(12 ${(edge.top + height - edge.bottom) / 2}) rotate(-90)`, "text-anchor": "middle" },
-      `${space.names[front.y]} →`,
+      (name) => `${name} →`,
     ),
   );
   if (front.arc.length > 1)
@@ -244,8 +257,8 @@ export class Dial {
       this.#node.append(svg("text", { class: "tick", x, y: y + 4, "text-anchor": anchor }, signedDegrees(angle)));
     }
     if (!full)
-      for (const [x, text] of [[64, `less ${towards}`], [256, `more ${towards}`]])
-        this.#node.append(svg("text", { class: "tick", x, y: 145, "text-anchor": "middle" }, text));
+      for (const [x, anchor, way] of [[4, "start", "less"], [316, "end", "more"]])
+        this.#node.append(label(towards, 18, { class: "tick", x, y: 145, "text-anchor": anchor }, (name) => `${way} ${name}`));
     this.#needle = svg("path", { class: "needle" });
     this.#knob = svg("circle", { class: "knob", r: 10 });
     this.#node.append(this.#needle, svg("circle", { class: "hub", cx, cy, r: 4 }), this.#knob);

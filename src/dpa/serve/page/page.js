@@ -74,8 +74,7 @@ function build(space, wantsKey) {
 
   // Something began or ended.
   function changed(refusal) {
-    composer.show();
-    share.show();
+    showSettings();
     $("new").disabled = !talk.turn;
     remember(OPEN, talk.conversation?.id);
     list.current = talk.conversation?.id;
@@ -86,7 +85,6 @@ function build(space, wantsKey) {
     talk.leave();
     talk.clear();
     changed();
-    showSettings();
     $("question").focus();
   }
 
@@ -172,6 +170,7 @@ closeMenus();
 $("key").value = recall(KEY) ?? "";
 $("key").addEventListener("input", () => {
   remember(KEY, key());
+  notice(""); // it was about another key
   page?.share.show();
 });
 for (const kind of ["change", "submit"])

@@ -34,7 +34,8 @@ export class Space {
     const shares = this.center.map(Math.abs);
     this.main = this.names.length === 2 ? 1 - this.arc : shares.indexOf(Math.max(...shares));
     this.reference = data.default ? this.weightsOf(data.default.weights) : this.rounded(this.center);
-    this.referenceHeld = data.default?.held ?? {};
+    // What a request that states nothing is asked in; null: in no direction, though the controls start at the center.
+    this.usual = data.default ? this.wish(this.reference, data.default.held ?? {}) : null;
   }
 
   // K numbers from a mapping; objectives left out weigh nothing.

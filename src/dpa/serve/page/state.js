@@ -2,6 +2,7 @@
 
 import { $, later, notice } from "./dom.js";
 import { add, HELD, norm } from "./space.js";
+import { faultOf } from "./stream.js";
 
 export const state = {
   question: "", // in the box, not asked yet
@@ -89,7 +90,7 @@ export function firstWeights(space) {
 export const key = () => $("key").value.trim();
 
 export function askForKey() {
-  notice(key() ? "The server does not take this key." : "This server asks for a key.");
+  notice(key() ? faultOf(key()) || "The server does not take this key." : "This server asks for a key.");
   $("key-box").open = true;
   $("key").focus();
 }

@@ -1,4 +1,5 @@
-// Conversations kept in this browser: an entry of localStorage each, so that two tabs do not overwrite one another.
+// Conversations kept in this browser: an entry of localStorage each, so that two tabs do not overwrite one another (of
+// two with the same conversation, the later one goes on under another id: talk.js).
 // Where storage is forbidden or full everything else works. Never a key of the server.
 
 import { readConversation } from "./conversation.js";

@@ -9,12 +9,18 @@ export class Refusal extends Error {
   }
 }
 
+// Why a key cannot be sent, or "". A header holds Latin-1 only; of anything else fetch makes the error that it makes where
+// there is no server.
+export const faultOf = (key) =>
+  /[^\x00-\xff]/.test(key) ? "The key has a character that cannot be sent, such as a typographic quote." : "";
+
 const headersOf = (key) => ({
   "Content-Type": "application/json",
   ...(key ? { Authorization: `Bearer ${key}` } : {}),
 });
 
-async function send(path, { method = "GET", body, key, signal } = {}) {
+async function send(path, { method = "GET", body, key = "", signal } = {}) {
+  if (faultOf(key)) throw new Refusal(faultOf(key), 401);
   let response;
   try {
     response = await fetch(path, { method, headers: headersOf(key), body: body && JSON.stringify(body), signal });

@@ -2,11 +2,11 @@
 // The live turn has two answers (default and steered) or, as a sweep, five; what a turn is: conversation.js.
 
 import { Answer, kept, rangeOf } from "./answer.js";
-import { messagesOf, newConversation } from "./conversation.js";
+import { messagesOf, newConversation, newId } from "./conversation.js";
 import { $, announce, button, leadTo, make, plural } from "./dom.js";
 import { bodyOf } from "./snippets.js";
 import { add, norm } from "./space.js";
-import { fitting, key, state } from "./state.js";
+import { fitting, key, state, within } from "./state.js";
 import { sweeps } from "./sweep.js";
 import { differences } from "./words.js";
 
@@ -42,7 +42,7 @@ export class Talk {
 
   // --- what the user does ---
 
-  // Ask this in the default direction and in the one that is set; nothing: the last question again.
+  // Ask this as the server does by default and in the one that is set; nothing: the last question again.
   ask(question) {
     if (!question && !this.turn) return;
     const anew = question || !this.isPair;
@@ -112,7 +112,9 @@ export class Talk {
       this.cards[place].restore(answer);
       if (this.cards[place] !== this.steeredCard) this.cards[place].label(answer.label);
     });
+    if (!this.isPair) this.#showKept();
     this.#compare();
+    for (const field of Object.keys(this.#settings())) state[field] = within(field, last[field]);
     this.#turnTo(last.answers[last.kept].direction);
     this.showEarlier();
     return true;
@@ -156,8 +158,7 @@ export class Talk {
     const before = this.#before(false);
     const scored = this.space.data.scorer ? { dpa_options: { scores: true } } : {};
     const of = (wish, model) => ({ ...this.#body(before, this.turn.question, wish, model), ...scored });
-    const usual = this.space.wish(this.space.reference, this.space.referenceHeld);
-    const plain = state.compare === "base" ? of(null, `${this.space.data.model}@base`) : of(usual);
+    const plain = state.compare === "base" ? of(null, `${this.space.data.model}@base`) : of(this.space.usual);
     return { plain, ...Object.fromEntries(Object.entries(wishes).map(([name, wish]) => [name, of(wish)])) };
   }
 
@@ -181,23 +182,21 @@ export class Talk {
   #askPair() {
     const { plain, steered } = this.#bodies();
     Object.assign(this.turn, this.#settings());
-    this.plainCard.label(state.compare === "base" ? "Told no direction" : "Default");
-    this.#mark(false);
-    this.steeredCard.run(steered, key());
+    const usual = this.space.usual ? "Default" : "Default: no direction";
+    this.plainCard.label(state.compare === "base" ? "Told no direction" : usual);
+    this.steeredCard.run(steered, key);
     // The other answer does not depend on the direction: it is kept while only the direction changes.
     const stays = this.plainCard.asked === JSON.stringify(plain) && (this.plainCard.done || this.plainCard.running);
-    if (!stays) this.plainCard.run(plain, key());
+    if (!stays) this.plainCard.run(plain, key);
     announce(stays ? "Answering again in the new direction." : "Both answers are being written.");
-    this.changed();
   }
 
   #askSweep() {
     const { directions } = this.sweeps.find(({ name }) => name === $("along").value) ?? this.sweeps[0];
     Object.assign(this.turn, this.#settings());
     const bodies = this.#bodies(directions.map(({ weights }) => this.space.mapping(weights)));
-    this.cards.forEach((card, place) => card.run(bodies[place], key()));
+    this.cards.forEach((card, place) => card.run(bodies[place], key));
     announce(`${directions.length} directions are being answered.`);
-    this.changed();
   }
 
   // --- what is shown ---
@@ -206,17 +205,17 @@ export class Talk {
     this.turn = turn;
     const pair = turn.kind === "pair";
     const { names } = this.space;
-    const ended = (card, how) => this.#ended(card, how);
+    const heard = (card, how) => this.#heard(card, how);
     if (pair) {
-      this.plainCard = new Answer("Default", names, ended, "default");
-      this.steeredCard = new Answer("Steered", names, ended, "steered");
+      this.plainCard = new Answer("Default", names, heard, "default");
+      this.steeredCard = new Answer("Steered", names, heard, "steered");
       this.steeredCard.card.classList.add("steered");
       this.cards = [this.plainCard, this.steeredCard];
     } else {
       const sweep = this.sweeps.find(({ name }) => name === turn.along) ?? this.sweeps[0];
       $("along").value = sweep.name;
       const count = turn.answers.length || sweep.directions.length;
-      this.cards = Array.from({ length: count }, (_, place) => new Answer(sweep.directions[place]?.label ?? "", names, ended));
+      this.cards = Array.from({ length: count }, (_, place) => new Answer(sweep.directions[place]?.label ?? "", names, heard));
       if (!turn.answers.length) turn.kept = nearest(sweep.directions, state.weights);
       this.cards.forEach((card, place) =>
         card.part("footer").append(button("Go on with this", () => this.#keep(place), { className: "keep" })),
@@ -242,9 +241,10 @@ export class Talk {
   }
 
   #showKept() {
-    this.cards.forEach(({ card, part }, place) => {
-      const chosen = place === this.turn.kept;
-      card.classList.toggle("steered", chosen);
+    this.cards.forEach(({ card, part, text, running }, place) => {
+      card.classList.toggle("steered", place === this.turn.kept);
+      part(".keep").disabled = !text; // a conversation does not go on from nothing
+      const chosen = place === this.turn.kept && (running || text !== "");
       part(".keep").setAttribute("aria-pressed", chosen);
       part(".keep").textContent = chosen ? "Going on with this" : "Go on with this";
     });
@@ -264,14 +264,24 @@ export class Talk {
     return make(
       "article",
       { className: "past" },
-      make("h2", { className: "question", textContent: turn.question }),
+      make("h2", { className: "question", dir: "auto", textContent: turn.question }),
       kept(turn.answers[turn.kept], names),
       make("details", { className: "finer" }, make("summary", { textContent: summary }), ...others),
     );
   }
 
-  #ended(card, how) {
+  // What a card says of itself: it is asked (again, perhaps), its first words are there, it has ended.
+  #heard(card, how) {
     if (!this.cards.includes(card)) return;
+    if (!this.isPair) this.#showKept();
+    if (how === "asked") {
+      this.#mark(false);
+      this.showEarlier();
+      this.changed();
+    } else if (how !== "begun") this.#ended(card, how);
+  }
+
+  #ended(card, how) {
     this.#compare();
     this.changed(card.refusal);
     if (this.running) return;
@@ -327,9 +337,14 @@ export class Talk {
     const turn = this.#record();
     if (!turn.answers.some((answer) => answer.text)) return;
     this.turn.answers = turn.answers;
-    this.conversation.changed = Date.now();
-    const whole = { ...this.conversation, turns: [...this.conversation.turns, turn] };
+    const { conversation } = this;
+    // Another tab went on with it since: that one keeps its turns, and this one goes on under another name.
+    const isOthers = this.store.read(conversation.id)?.changed > conversation.changed;
+    if (isOthers) conversation.id = newId();
+    conversation.changed = Date.now();
+    const whole = { ...conversation, turns: [...conversation.turns, turn] };
     $("unkept").hidden = this.store.write(whole);
+    if (isOthers) this.changed();
   }
 }
 
