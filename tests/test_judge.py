@@ -308,8 +308,11 @@ def test_answer_files_of_both_forms_are_read(tmp_path: Path) -> None:
     name, first = read_answers(tmp_path / "a.json")
     assert (name, list(first.values())) == ("a", ["one", "two"])
     assert make_pairs(first, read_answers(tmp_path / "b.jsonl")[1]) == [Pair("Do", "one", "x")]
+    (tmp_path / "again.JSON").write_text(json.dumps(rows))
+    twice = make_pairs(first, read_answers(tmp_path / "again.JSON")[1])
+    assert twice == [Pair("Do", "one", "one"), Pair("Do", "two", "two")], "the judge reads the request as it is"
     with pytest.raises(DataError, match="no common request"):
-        make_pairs({"a": "b"}, {"c": "d"})
+        make_pairs({("a", 1): "b"}, {("c", 1): "d"})
     (tmp_path / "c.json").write_text("{}")
     with pytest.raises(DataError):
         make_pairs(read_answers(tmp_path / "c.json")[1], first)

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from dpa.core.errors import DataError
 from dpa.core.measures import Interval, interval
 from dpa.pages.rendering import render
 from dpa.pages.writing import percent
+from dpa.storage.rows import form_of
 from dpa.storage.tables import write_bytes, write_json
 
 CHARACTERS_PER_TOKEN = 4.0
@@ -67,14 +69,15 @@ class TokenCount:
     tokens_out: int
 
 
-def read_answers(path: Path) -> tuple[str, dict[str, str]]:
-    """Name and answers (request -> answer) of an AlpacaEval .json or an Arena-Hard .jsonl. Raises DataError.
+Asked = tuple[str, int]
+"""A request, and the how-manieth of its text it is in a file."""
 
-    Of a request that is there twice, the later one gets a number behind it.
-    """
+
+def read_answers(path: Path) -> tuple[str, dict[Asked, str]]:
+    """Name and answers of an AlpacaEval .json or an Arena-Hard .jsonl. Raises DataError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".json":
+        if form_of(path) == ".json":
             rows = json.loads(text)
         else:  # no splitlines: an answer may hold what that splits at
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -84,18 +87,17 @@ def read_answers(path: Path) -> tuple[str, dict[str, str]]:
             f"judge: {path} is no list of AlpacaEval outputs and no Arena-Hard answers ({type(error).__name__}: "
             f"{error}); write one with `dpa export`."
         ) from None
-    answers: dict[str, str] = {}
+    answers: dict[Asked, str] = {}
+    times: Counter[str] = Counter()
     for request, answer in pairs:
-        times = 1
-        while (name := request if times == 1 else f"{request}\n({times})") in answers:
-            times += 1
-        answers[name] = answer
+        times[request] += 1
+        answers[request, times[request]] = answer
     return path.stem, answers
 
 
-def make_pairs(first: Mapping[str, str], second: Mapping[str, str]) -> list[Pair]:
+def make_pairs(first: Mapping[Asked, str], second: Mapping[Asked, str]) -> list[Pair]:
     """Pairs of answers to the requests both have. Raises DataError when they share none."""
-    pairs = [Pair(request, answer, second[request]) for request, answer in first.items() if request in second]
+    pairs = [Pair(asked[0], answer, second[asked]) for asked, answer in first.items() if asked in second]
     if not pairs:
         raise DataError("judge: the two files answer no common request; export both to the same questions.")
     return pairs
