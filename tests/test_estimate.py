@@ -112,6 +112,23 @@ def test_measured_speeds_replace_arithmetic(recipe: Path) -> None:
     assert read_speeds([Path("nowhere")]).source == ""
 
 
+def test_only_its_own_folder_says_how_many_winners_a_run_has_at_t_0(recipe: Path) -> None:
+    config = load_config(recipe)
+    elsewhere = load_config(recipe, {"out": "nowhere"})
+    with RunFolder(config.out).open(config) as run:
+        run.stage(0, "finetune").finish(Ledger(training_tokens=1_200, rows=6, wall_s=3.0))
+    small, own = stages_of(elsewhere, [Path(config.out)]), stages_of(config)
+    assert (small["iter_0/finetune"].rows, own["iter_0/finetune"].rows) == (10 * 3, 6)
+    assert small["iter_0/finetune"].seconds == pytest.approx(5 * 3.0), "the small run's speed, this run's winners"
+
+
+def test_a_run_whose_t_0_was_adopted_has_counted_no_winners(recipe: Path) -> None:
+    config = load_config(recipe)
+    with RunFolder(config.out).open(config) as run:
+        run.stage(0, "finetune").finish(Ledger(wall_s=3.0))
+    assert stages_of(config)["iter_0/finetune"].rows == 10 * 3
+
+
 def test_dpo_counts_both_responses_of_a_pair_and_the_reference(recipe: Path) -> None:
     winners = stages_of(load_config(recipe))
     config = load_config(recipe, {"learner": "dpo", "dpo.epochs": "3"})
@@ -195,7 +212,7 @@ def test_what_a_winner_is_contrasted_with_is_trained_on_too_and_so_are_replayed_
     assert stages["iter_0/finetune"].tokens == 27_000, "a ledger's tokens are those of the negatives too"
     assert stages["iter_0/finetune"].seconds == pytest.approx(3.0)
     plain = stages_of(load_config(recipe, {"out": "nowhere"}), [Path(config.out)])["iter_0/finetune"].tokens
-    assert plain == 9_000, "an example without its negatives"
+    assert plain == 6_000, "an example without its negatives, for the winners of this run's own prompts"
     pairs = {"learner": "dpo", "dpo.replay": "0.5"}
     first, second = (stages_of(load_config(recipe, pairs))[f"iter_{t}/finetune"].tokens for t in (1, 2))
     assert first is not None and second == 1.5 * first, "no earlier pairs, only winners"
