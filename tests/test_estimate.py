@@ -95,7 +95,7 @@ def test_measured_speeds_replace_arithmetic(recipe: Path) -> None:
         run.stage(1, "score").finish(Ledger(candidates_scored=160, rows=160, wall_s=2.0))
     stages = stages_of(config)
     rollout = stages["iter_2/rollout"]
-    assert (rollout.tokens, rollout.seconds, rollout.memory) == (160 * 20, pytest.approx(4.0), 5)
+    assert (rollout.tokens, rollout.seconds) == (160 * 20, pytest.approx(4.0))
     assert rollout.low is not None and rollout.high is not None
     assert 3 < rollout.low < 4 < rollout.high < 6, "what was measured is known better than what was not"
     assert stages["iter_2/score"].seconds == pytest.approx(2.0)
@@ -110,6 +110,23 @@ def test_measured_speeds_replace_arithmetic(recipe: Path) -> None:
     elsewhere = load_config(recipe, {"out": "nowhere"})
     assert estimate(elsewhere, [Path(config.out)], device=DEVICES["l40s"])[1].measured == "run"
     assert read_speeds([Path("nowhere")]).source == ""
+
+
+def test_measured_memory_is_a_processors_and_this_runs_own_and_hides_no_misfit(recipe: Path) -> None:
+    large = {"policy": "somebody/secret-model"}
+    config = load_config(recipe, large)
+    with RunFolder(config.out).open(config) as run:
+        run.stage(1, "rollout").finish(Ledger(tokens_generated=3_200, rows=160, wall_s=4.0, peak_memory=5))
+        run.stage(1, "finetune").finish(Ledger(training_tokens=9_000, rows=30, wall_s=3.0, peak_memory=7))
+    small = Device("cpu", 1e11, 1e10, 4 * GB, card=False)
+    for device, out, measured in ((small, None, True), (small, "nowhere", False), (DEVICES["4090"], None, False)):
+        asked = load_config(recipe, large | ({"out": out} if out else {}))
+        stages = stages_of(asked, [Path(config.out)], parameters=30e9, device=device)
+        rollout, finetune = stages["iter_1/rollout"], stages["iter_1/finetune"]
+        assert rollout.measured == finetune.measured == "run", "the speed is taken from it"
+        assert ((rollout.memory, finetune.memory) == (5, 7)) == measured, device.name
+        assert [bool(stage.misfit) for stage in (rollout, finetune)] == [not measured] * 2, device.name
+        assert measured or rollout.memory > 2 * 30e9
 
 
 def test_only_its_own_folder_says_how_many_winners_a_run_has_at_t_0(recipe: Path) -> None:

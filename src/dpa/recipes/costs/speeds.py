@@ -29,7 +29,8 @@ class CardFigures:
 @dataclass
 class Speeds:
     """What ledgers say: amounts and the seconds they took, by kind of work, and where that was measured.
-    `offline_winners`: what this very run trained on at t = 0."""
+    Of this very run alone: `memory`, which its processes took of the machine, and `offline_winners`, what it trained on
+    at t = 0."""
 
     amounts: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -84,7 +85,7 @@ def kind_of(learn: type[Learner[Any]]) -> str:
 def _count(
     speeds: Speeds, place: tuple[str, ...], ledger: Mapping[str, Any], config: Mapping[str, Any], own: bool
 ) -> None:
-    seconds, memory = ledger["wall_s"], ledger["peak_memory"]
+    seconds, memory = ledger["wall_s"], ledger["peak_memory"] if own else 0
     if place[-1] == "rollout":
         speeds.add("tokens sampled", ledger["tokens_generated"], seconds, memory)
         speeds.add("answers", ledger["rows"], seconds)

@@ -135,8 +135,8 @@ class Stages:
             )  # fmt: skip
             one = replace(self.clock, cards=1)  # it trains in this process alone
             seconds = self.start + one.training(size, work)
-        memory = self.speeds.memory.get("reward tokens") or int(4 * size.parameters if ridge else need.memory)
-        misfit = "" if measured or ridge else need.misfit
+        least, misfit = (4 * size.parameters, "") if ridge else (need.memory, need.misfit)
+        memory, misfit = self._memory("reward tokens", least, misfit)
         rows = None if rated is None else rated.rows
         checkpoints = checkpoint_bytes(size.parameters) if train.method == "full" else 0
         disk = int(4 * size.parameters) + checkpoints
@@ -180,9 +180,9 @@ class Stages:
         need = rollout_need(
             given.policy, given.device, config, given.data.prompt, min(rows or shard, shard), given.cards, ray
         )
-        memory = self.speeds.memory.get("tokens sampled") or int(need.memory)
+        memory, misfit = self._memory("tokens sampled", need.memory, need.misfit)
         if rows is None:
-            return StageEstimate(name, None, None, None, memory, 0, misfit=need.misfit, unknown="prompts are not here")
+            return StageEstimate(name, None, None, None, memory, 0, misfit=misfit, unknown="prompts are not here")
         tokens = int(rows * self.answer)
         seconds, measured = self._measured("tokens sampled", tokens)
         if seconds is None:
@@ -197,7 +197,6 @@ class Stages:
                 min(need.copies, max(1, -(-rows // shard))), need.continuous, given.device.in_bf16(config.bf16),
             )  # fmt: skip
             seconds = self.start + self.clock.sampling(given.policy, work)
-        misfit = "" if measured else need.misfit
         return StageEstimate(
             name, rows, tokens, seconds, memory, rows * BYTES_PER_CANDIDATE, measured, misfit=misfit
         )  # fmt: skip
@@ -209,7 +208,7 @@ class Stages:
         example = example or prompt + self.answer
         read = example if self.given.device.card else max(1.0, example - prompt * (1 - 1 / max(1.0, each)))
         wide = 2 if self.given.device.card else 4
-        memory = self.speeds.memory.get("rows scored") or int(size.parameters * wide if size else 0)
+        memory, _ = self._memory("rows scored", size.parameters * wide if size else 0)
         if rows is None:
             why = "rated rows are not here" if name.startswith("iter_0/") else "prompts are not here"
             return StageEstimate(name, None, None, None, memory, 0, unknown=why)
@@ -254,13 +253,14 @@ class Stages:
             references=int(reference and config.lora is None), logits=learn.reads != "winners", shards=self.shards,
             sampled=most * longest * 4 * size.cache_bytes if learn.reads == "prompts" else 0,
         )  # fmt: skip
-        memory = self.speeds.memory.get(kind) or int(need.memory)
+        scores = self._score("", None, 1.0).memory if learn.reads == "prompts" else 0
+        memory, misfit = self._memory(kind, need.memory + scores, need.misfit)
         checkpoints = 0 if config.lora else checkpoint_bytes(size.parameters)
         disk = int(4 * size.parameters) + checkpoints
         if rows is None:
             why = "rated rows are not here" if t == 0 else "prompts are not here"
             return StageEstimate(
-                name, None, None, None, memory, disk, misfit=need.misfit, unknown=why, checkpoints=checkpoints
+                name, None, None, None, memory, disk, misfit=misfit, unknown=why, checkpoints=checkpoints
             )
         earlier = (learner_of(self.config, before) for before in range(first_iteration(self.config), t))
         replayed = config.replay if any(one.reads == learn.reads for one in earlier) else 0
@@ -282,8 +282,6 @@ class Stages:
             judge, unknown = score.judge, score.unknown
             made = self._samples_while_learning(answers, config)
             seconds = None if score.seconds is None else seconds + made + score.seconds
-            memory += score.memory
-        misfit = "" if measured else need.misfit
         return StageEstimate(
             name, rows, tokens, seconds, memory, disk, measured,
             misfit=misfit, unknown=unknown, judge=judge, checkpoints=checkpoints,
@@ -365,6 +363,12 @@ class Stages:
         if self.speeds.mean("tokens of examples", "examples"):
             tokens = self.example
         return min(tokens, longest or tokens)
+
+    def _memory(self, kind: str, least: float, misfit: str = "") -> tuple[int, str]:
+        """Bytes of one device, and what to change where it lacks them. What a ledger measured is the machine's memory,
+        which says nothing of a card's; where the run fitted, it fits."""
+        measured = 0 if self.given.device.card else self.speeds.memory.get(kind, 0)
+        return (measured, "") if measured else (int(least), misfit)
 
     def _measured(self, kind: str, amount: int | None) -> tuple[float | None, str]:
         """Seconds by a ledger's speed, and whose it is; None where there is none."""
