@@ -332,7 +332,21 @@ def test_a_judge_is_counted_in_requests_and_tokens_and_its_time_is_unknown(recip
     assert score.seconds is None and "reward.judge" in score.unknown and score.judge is not None
     assert score.judge.requests == score.rows == 160
     assert 160 * 100 < score.judge.tokens_in < 160 * 400 and score.judge.tokens_out == 160 * 16
-    assert any("the judge: " in note and "requests" in note for note in notes(stages, inputs))
+    (said,) = (note for note in notes(stages, inputs) if note.startswith("the judge: "))
+    assert "requests" in said and "at most" not in said
+
+
+@pytest.mark.parametrize(
+    "fields",
+    ["max_tokens: 4000", "arguments: {temperature: null, max_tokens: null, max_completion_tokens: 4000}"],
+)
+def test_of_a_judge_that_may_reason_all_that_it_may_write_is_counted(recipe: Path, fields: str) -> None:
+    judge = f"{{judge: {{model: m, servers: ['http://x/v1'], attributes: {{a: kind, b: long}}, {fields}}}}}"
+    inputs, stages = estimate_of(load_config(recipe, {"reward": judge}), device=DEVICES["l40s"])
+    asked = {stage.name: stage for stage in stages}["iter_1/score"].judge
+    assert asked is not None and asked.tokens_out == 160 * 4000
+    (said,) = (note for note in notes(stages, inputs) if note.startswith("the judge: "))
+    assert "at most" in said and said.endswith("written (each reply as long as it may be).")
 
 
 def test_what_does_not_fit_says_so_with_the_field_to_change() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpa.core.config import RunConfig
+from dpa.core.sections.reward import JudgeConfig
 from dpa.core.sections.training import TrainingConfig
 from dpa.core.target_measures import target_grid
 from dpa.models.compiling import TRAINING_STEPS
@@ -33,11 +34,13 @@ def checkpoint_bytes(parameters: float) -> int:
 
 @dataclass(frozen=True)
 class JudgeCalls:
-    """What a stage asks of a judge's servers: requests, tokens they read and write."""
+    """What a stage asks of a judge's servers: requests, tokens they read and write; `longest`: each reply is counted as
+    long as it may be."""
 
     requests: int
     tokens_in: int
     tokens_out: int
+    longest: bool
 
 
 @dataclass(frozen=True)
@@ -233,8 +236,11 @@ class Stages:
             return None
         rubrics = sum(map(len, judge.attributes.values())) + len(judge.template or "") / 2 + 400
         reads = example - DIRECTION_TOKENS + rubrics / CHARACTERS_PER_TOKEN
-        writes = min(judge.max_tokens, self.assume.reply * len(judge.attributes))
-        return JudgeCalls(round(rows * self.assume.asked), round(rows * reads), round(rows * writes))
+        given = (judge.arguments.get(name) for name in ("max_completion_tokens", "max_tokens"))
+        most = next((length for length in given if isinstance(length, int)), judge.max_tokens)
+        longest = most > JudgeConfig.model_fields["max_tokens"].default  # it may reason before it rates
+        writes = most if longest else min(most, self.assume.reply * len(judge.attributes))
+        return JudgeCalls(round(rows * self.assume.asked), round(rows * reads), round(rows * writes), longest)
 
     def _finetune(self, t: int, rows: int | None) -> StageEstimate:
         """What the learner reads: one response a row, both of a pair, or a prompt's own answers, which it also samples
