@@ -294,6 +294,36 @@ def test_data_of_the_hub_is_as_published_or_unknown_and_never_0(recipe: Path) ->
     assert rated_size(other.ratings[0]) is None, "published is the split for training"
 
 
+@pytest.mark.parametrize(
+    ("one", "four", "gains"),
+    [
+        ("{kind: vllm}", {"rollout.engine.vllm.tensor_parallel": "4"}, (3.4, 3.4)),
+        ("{kind: http, http: {command: 'serve {policy} {port}'}}", {"rollout.engine.http.replicas": "4"}, (4, 4)),
+        ("{kind: transformers}", {"rollout.workers": "4"}, (1, 4)),
+        ("{kind: auto}", {"rollout.workers": "4"}, (1, 4)),
+    ],
+)
+def test_cards_and_servers_share_a_shard_and_processes_take_whole_ones(
+    recipe: Path, one: str, four: dict[str, str], gains: tuple[float, float]
+) -> None:
+    many = {"policy": "somebody/secret-model", "rollout.samples": "1000", "rollout.batch_size": "100"}
+    many |= {"prompts.count": "16", "rollout.engine": one, "rollout.max_new_tokens": str(ANSWER)}
+    many |= {"cluster.engine": "ray"} if "auto" in one else {}  # which is transformers there
+
+    def gain(**fields: str) -> float:
+        found = (
+            stages_of(load_config(recipe, many | fields | more), parameters=1e9, cards=4)["iter_1/rollout"].seconds
+            for more in ({}, four)
+        )
+        alone, shared = (seconds - LIKELY.start for seconds in found if seconds is not None)
+        return alone / shared
+
+    assert (gain(), gain(**{"rollout.prompts_per_shard": "2"})) == pytest.approx(gains), "one shard, and eight"
+    if "http" in one:
+        few = gain(**{"rollout.samples": "4", "prompts.count": "8"})
+        assert 1 < few < 3, "servers that have hardly anything to do"
+
+
 def test_rated_rows_are_counted_as_they_are_read(tmp_path: Path) -> None:
     marks = {name: {"Rating": "3"} for name in ("instruction_following", "truthfulness", "honesty", "helpfulness")}
     answers = [{"response": "x" * 400, "overall_score": 5.0, "annotations": marks} for _ in range(4)]

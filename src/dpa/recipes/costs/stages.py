@@ -195,9 +195,10 @@ class Stages:
             )  # engines on a card keep what prompts begin with; in this process it is read anew
             if not given.device.card or config.engine.kind in ("vllm", "http"):
                 prompt = self._behind_others(prompt, directions, answer=0)
+            copies = need.copies if need.continuous else min(need.copies, max(1, -(-rows // shard)))
             work = Sampling(
                 rows, self.answer, config.max_new_tokens, rows / samples, prompt, need.together, batches,
-                min(need.copies, max(1, -(-rows // shard))), need.continuous, given.device.in_bf16(config.bf16),
+                copies, need.continuous, given.device.in_bf16(config.bf16),
             )  # fmt: skip
             seconds = self.start + self.clock.sampling(given.policy, work)
         return StageEstimate(
