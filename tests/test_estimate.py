@@ -129,6 +129,17 @@ def test_measured_memory_is_a_processors_and_this_runs_own_and_hides_no_misfit(r
         assert measured or rollout.memory > 2 * 30e9
 
 
+def test_answers_are_no_longer_than_this_run_lets_them_be_however_long_they_were_elsewhere(recipe: Path) -> None:
+    config = load_config(recipe)
+    with RunFolder(config.out).open(config) as run:
+        run.stage(1, "rollout").finish(Ledger(tokens_generated=160 * 90, rows=160, wall_s=4.0))
+    shorter = load_config(recipe, {"out": "nowhere", "rollout.max_new_tokens": "50"})
+    for asked, answer in ((config, 90), (shorter, 50)):
+        stages = stages_of(asked, [Path(config.out)])
+        assert stages["iter_1/rollout"].tokens == 160 * answer
+        assert stages["iter_1/rollout"].seconds == pytest.approx(4.0 * answer / 90)
+
+
 def test_only_its_own_folder_says_how_many_winners_a_run_has_at_t_0(recipe: Path) -> None:
     config = load_config(recipe)
     elsewhere = load_config(recipe, {"out": "nowhere"})

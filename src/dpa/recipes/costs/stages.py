@@ -87,7 +87,7 @@ class Stages:
         self.clock = Clock(inputs.device, inputs.cards, assume, speeds.card)
         most = config.rollout.max_new_tokens
         answer = (inputs.data.rated.response_tokens if inputs.data.rated else most / 2) * assume.answer
-        self.answer = speeds.mean("tokens sampled", "answers") or min(answer, most)
+        self.answer = min(speeds.mean("tokens sampled", "answers") or answer, most)
         self.example = speeds.mean("tokens of examples", "examples") or inputs.data.prompt + self.answer
         self.start = assume.start * (1.0 if inputs.device.card else PROCESSOR_START)
         self.shards = shards_of(config.cluster, inputs.cards)
