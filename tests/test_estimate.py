@@ -20,7 +20,7 @@ from dpa.recipes.costs.model_sizes import KNOWN, size_of
 from dpa.recipes.costs.speeds import read_speeds
 from dpa.recipes.costs.stages import StageEstimate
 from dpa.recipes.costs.wording import HEADINGS, cells, heading, notes, span
-from dpa.recipes.costs.work import LIKELY, QUICK, SLOW, Clock, Sampling, Training
+from dpa.recipes.costs.work import FUNCTION_ROW_S, LIKELY, QUICK, SLOW, Clock, Sampling, Training
 from dpa.recipes.estimate import estimate, estimate_of, run_needs, run_span
 from dpa.storage.run_folder import RunFolder
 
@@ -138,6 +138,17 @@ def test_answers_are_no_longer_than_this_run_lets_them_be_however_long_they_were
         stages = stages_of(asked, [Path(config.out)])
         assert stages["iter_1/rollout"].tokens == 160 * answer
         assert stages["iter_1/rollout"].seconds == pytest.approx(4.0 * answer / 90)
+
+
+def test_a_measurement_starts_once_also_where_only_functions_score(recipe: Path) -> None:
+    config, model = load_config(recipe), {"reward": f"{{folder: {recipe.parent / 'model'}}}"}
+    rows = 30 * len(config.direction_space().grid(3))
+    for asked in (config, load_config(recipe, model)):
+        assert LIKELY.start < (stages_of(asked)["iter_1/evaluate"].seconds or 0) < LIKELY.start + 2
+    with RunFolder(config.out).open(config) as run:
+        run.stage(1, "rollout").finish(Ledger(tokens_generated=3_200, rows=160, wall_s=0.5))
+    sampled = rows * 0.5 / 160
+    assert stages_of(config)["iter_1/evaluate"].seconds == pytest.approx(sampled + rows * FUNCTION_ROW_S)
 
 
 def test_only_its_own_folder_says_how_many_winners_a_run_has_at_t_0(recipe: Path) -> None:

@@ -172,7 +172,9 @@ class Stages:
         score = self._score("", rows, grid * evaluate.samples)
         if rollout.seconds is None or score.seconds is None:
             return replace(rollout, seconds=None, unknown=rollout.unknown or score.unknown, judge=score.judge)
-        seconds = rollout.seconds + score.seconds - (0 if score.measured else self.start)
+        seconds = rollout.seconds + score.seconds
+        if self.given.scorer is not None and not score.measured:
+            seconds -= self.start  # both are one stage
         measured = rollout.measured if score.measured or self.given.scorer is None else ""
         return replace(rollout, seconds=seconds, measured=measured, judge=score.judge)
 
