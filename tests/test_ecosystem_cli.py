@@ -101,6 +101,8 @@ def test_judge_asks_models_shows_the_cost_first_and_replays(policy: Path, questi
         common += ("--max-new-tokens", 5)
         with pytest.raises(ConfigError, match="--yes"):
             dpa(*common, "--base-url", server.url, "--limit-tokens", 10)
+        with pytest.raises(ConfigError, match=r"tokens \(each reply counted as all of --max-tokens 4000\) are more"):
+            dpa(*common, "--base-url", server.url, "--limit-tokens", 20_000, "--max-tokens", 4000)
         assert server.bodies() == []
         output = dpa(*common, "--base-url", server.url, "--price-in", 2)
         assert "6 calls to make" in output

@@ -20,7 +20,7 @@ from dpa.recipes.costs.model_sizes import KNOWN, size_of
 from dpa.recipes.costs.speeds import read_speeds
 from dpa.recipes.costs.stages import StageEstimate
 from dpa.recipes.costs.wording import HEADINGS, cells, heading, notes, span
-from dpa.recipes.costs.work import LIKELY, QUICK, SLOW, Clock, Sampling, Training
+from dpa.recipes.costs.work import FUNCTION_ROW_S, LIKELY, QUICK, SLOW, Clock, Sampling, Training
 from dpa.recipes.estimate import estimate, estimate_of, run_needs, run_span
 from dpa.storage.run_folder import RunFolder
 
@@ -95,7 +95,7 @@ def test_measured_speeds_replace_arithmetic(recipe: Path) -> None:
         run.stage(1, "score").finish(Ledger(candidates_scored=160, rows=160, wall_s=2.0))
     stages = stages_of(config)
     rollout = stages["iter_2/rollout"]
-    assert (rollout.tokens, rollout.seconds, rollout.memory) == (160 * 20, pytest.approx(4.0), 5)
+    assert (rollout.tokens, rollout.seconds) == (160 * 20, pytest.approx(4.0))
     assert rollout.low is not None and rollout.high is not None
     assert 3 < rollout.low < 4 < rollout.high < 6, "what was measured is known better than what was not"
     assert stages["iter_2/score"].seconds == pytest.approx(2.0)
@@ -110,6 +110,62 @@ def test_measured_speeds_replace_arithmetic(recipe: Path) -> None:
     elsewhere = load_config(recipe, {"out": "nowhere"})
     assert estimate(elsewhere, [Path(config.out)], device=DEVICES["l40s"])[1].measured == "run"
     assert read_speeds([Path("nowhere")]).source == ""
+
+
+def test_measured_memory_is_a_processors_and_this_runs_own_and_hides_no_misfit(recipe: Path) -> None:
+    large = {"policy": "somebody/secret-model"}
+    config = load_config(recipe, large)
+    with RunFolder(config.out).open(config) as run:
+        run.stage(1, "rollout").finish(Ledger(tokens_generated=3_200, rows=160, wall_s=4.0, peak_memory=5))
+        run.stage(1, "finetune").finish(Ledger(training_tokens=9_000, rows=30, wall_s=3.0, peak_memory=7))
+    small = Device("cpu", 1e11, 1e10, 4 * GB, card=False)
+    for device, out, measured in ((small, None, True), (small, "nowhere", False), (DEVICES["4090"], None, False)):
+        asked = load_config(recipe, large | ({"out": out} if out else {}))
+        stages = stages_of(asked, [Path(config.out)], parameters=30e9, device=device)
+        rollout, finetune = stages["iter_1/rollout"], stages["iter_1/finetune"]
+        assert rollout.measured == finetune.measured == "run", "the speed is taken from it"
+        assert ((rollout.memory, finetune.memory) == (5, 7)) == measured, device.name
+        assert [bool(stage.misfit) for stage in (rollout, finetune)] == [not measured] * 2, device.name
+        assert measured or rollout.memory > 2 * 30e9
+
+
+def test_answers_are_no_longer_than_this_run_lets_them_be_however_long_they_were_elsewhere(recipe: Path) -> None:
+    config = load_config(recipe)
+    with RunFolder(config.out).open(config) as run:
+        run.stage(1, "rollout").finish(Ledger(tokens_generated=160 * 90, rows=160, wall_s=4.0))
+    shorter = load_config(recipe, {"out": "nowhere", "rollout.max_new_tokens": "50"})
+    for asked, answer in ((config, 90), (shorter, 50)):
+        stages = stages_of(asked, [Path(config.out)])
+        assert stages["iter_1/rollout"].tokens == 160 * answer
+        assert stages["iter_1/rollout"].seconds == pytest.approx(4.0 * answer / 90)
+
+
+def test_a_measurement_starts_once_also_where_only_functions_score(recipe: Path) -> None:
+    config, model = load_config(recipe), {"reward": f"{{folder: {recipe.parent / 'model'}}}"}
+    rows = 30 * len(config.direction_space().grid(3))
+    for asked in (config, load_config(recipe, model)):
+        assert LIKELY.start < (stages_of(asked)["iter_1/evaluate"].seconds or 0) < LIKELY.start + 2
+    with RunFolder(config.out).open(config) as run:
+        run.stage(1, "rollout").finish(Ledger(tokens_generated=3_200, rows=160, wall_s=0.5))
+    sampled = rows * 0.5 / 160
+    assert stages_of(config)["iter_1/evaluate"].seconds == pytest.approx(sampled + rows * FUNCTION_ROW_S)
+
+
+def test_only_its_own_folder_says_how_many_winners_a_run_has_at_t_0(recipe: Path) -> None:
+    config = load_config(recipe)
+    elsewhere = load_config(recipe, {"out": "nowhere"})
+    with RunFolder(config.out).open(config) as run:
+        run.stage(0, "finetune").finish(Ledger(training_tokens=1_200, rows=6, wall_s=3.0))
+    small, own = stages_of(elsewhere, [Path(config.out)]), stages_of(config)
+    assert (small["iter_0/finetune"].rows, own["iter_0/finetune"].rows) == (10 * 3, 6)
+    assert small["iter_0/finetune"].seconds == pytest.approx(5 * 3.0), "the small run's speed, this run's winners"
+
+
+def test_a_run_whose_t_0_was_adopted_has_counted_no_winners(recipe: Path) -> None:
+    config = load_config(recipe)
+    with RunFolder(config.out).open(config) as run:
+        run.stage(0, "finetune").finish(Ledger(wall_s=3.0))
+    assert stages_of(config)["iter_0/finetune"].rows == 10 * 3
 
 
 def test_dpo_counts_both_responses_of_a_pair_and_the_reference(recipe: Path) -> None:
@@ -195,7 +251,7 @@ def test_what_a_winner_is_contrasted_with_is_trained_on_too_and_so_are_replayed_
     assert stages["iter_0/finetune"].tokens == 27_000, "a ledger's tokens are those of the negatives too"
     assert stages["iter_0/finetune"].seconds == pytest.approx(3.0)
     plain = stages_of(load_config(recipe, {"out": "nowhere"}), [Path(config.out)])["iter_0/finetune"].tokens
-    assert plain == 9_000, "an example without its negatives"
+    assert plain == 6_000, "an example without its negatives, for the winners of this run's own prompts"
     pairs = {"learner": "dpo", "dpo.replay": "0.5"}
     first, second = (stages_of(load_config(recipe, pairs))[f"iter_{t}/finetune"].tokens for t in (1, 2))
     assert first is not None and second == 1.5 * first, "no earlier pairs, only winners"
@@ -260,6 +316,36 @@ def test_data_of_the_hub_is_as_published_or_unknown_and_never_0(recipe: Path) ->
     assert rated_size(other.ratings[0]) is None, "published is the split for training"
 
 
+@pytest.mark.parametrize(
+    ("one", "four", "gains"),
+    [
+        ("{kind: vllm}", {"rollout.engine.vllm.tensor_parallel": "4"}, (3.4, 3.4)),
+        ("{kind: http, http: {command: 'serve {policy} {port}'}}", {"rollout.engine.http.replicas": "4"}, (4, 4)),
+        ("{kind: transformers}", {"rollout.workers": "4"}, (1, 4)),
+        ("{kind: auto}", {"rollout.workers": "4"}, (1, 4)),
+    ],
+)
+def test_cards_and_servers_share_a_shard_and_processes_take_whole_ones(
+    recipe: Path, one: str, four: dict[str, str], gains: tuple[float, float]
+) -> None:
+    many = {"policy": "somebody/secret-model", "rollout.samples": "1000", "rollout.batch_size": "100"}
+    many |= {"prompts.count": "16", "rollout.engine": one, "rollout.max_new_tokens": str(ANSWER)}
+    many |= {"cluster.engine": "ray"} if "auto" in one else {}  # which is transformers there
+
+    def gain(**fields: str) -> float:
+        found = (
+            stages_of(load_config(recipe, many | fields | more), parameters=1e9, cards=4)["iter_1/rollout"].seconds
+            for more in ({}, four)
+        )
+        alone, shared = (seconds - LIKELY.start for seconds in found if seconds is not None)
+        return alone / shared
+
+    assert (gain(), gain(**{"rollout.prompts_per_shard": "2"})) == pytest.approx(gains), "one shard, and eight"
+    if "http" in one:
+        few = gain(**{"rollout.samples": "4", "prompts.count": "8"})
+        assert 1 < few < 3, "servers that have hardly anything to do"
+
+
 def test_rated_rows_are_counted_as_they_are_read(tmp_path: Path) -> None:
     marks = {name: {"Rating": "3"} for name in ("instruction_following", "truthfulness", "honesty", "helpfulness")}
     answers = [{"response": "x" * 400, "overall_score": 5.0, "annotations": marks} for _ in range(4)]
@@ -298,7 +384,21 @@ def test_a_judge_is_counted_in_requests_and_tokens_and_its_time_is_unknown(recip
     assert score.seconds is None and "reward.judge" in score.unknown and score.judge is not None
     assert score.judge.requests == score.rows == 160
     assert 160 * 100 < score.judge.tokens_in < 160 * 400 and score.judge.tokens_out == 160 * 16
-    assert any("the judge: " in note and "requests" in note for note in notes(stages, inputs))
+    (said,) = (note for note in notes(stages, inputs) if note.startswith("the judge: "))
+    assert "requests" in said and "at most" not in said
+
+
+@pytest.mark.parametrize(
+    "fields",
+    ["max_tokens: 4000", "arguments: {temperature: null, max_tokens: null, max_completion_tokens: 4000}"],
+)
+def test_of_a_judge_that_may_reason_all_that_it_may_write_is_counted(recipe: Path, fields: str) -> None:
+    judge = f"{{judge: {{model: m, servers: ['http://x/v1'], attributes: {{a: kind, b: long}}, {fields}}}}}"
+    inputs, stages = estimate_of(load_config(recipe, {"reward": judge}), device=DEVICES["l40s"])
+    asked = {stage.name: stage for stage in stages}["iter_1/score"].judge
+    assert asked is not None and asked.tokens_out == 160 * 4000
+    (said,) = (note for note in notes(stages, inputs) if note.startswith("the judge: "))
+    assert "at most" in said and said.endswith("written (each reply as long as it may be).")
 
 
 def test_what_does_not_fit_says_so_with_the_field_to_change() -> None:

@@ -276,6 +276,9 @@ def test_the_estimate_counts_calls_and_tokens_before_anything_is_asked() -> None
     found = count_tokens(prompts)
     assert found.calls == 40
     assert found.tokens_in == round(sum(map(len, prompts)) / 4)
+    assert (found.tokens_out, found.longest) == (40 * 4, False)
+    reasons = count_tokens(prompts, max_tokens=4000)
+    assert (reasons.tokens_out, reasons.longest) == (40 * 4000, True)
 
 
 def test_the_page_shows_answers_side_by_side_and_runs_nothing(server: Server, tmp_path: Path) -> None:

@@ -185,8 +185,9 @@ def judge(
     key = key_of_first(KEY_VARIABLES, "judge")
     asked = ChatJudge([base_url] if base_url else [], judge_model, out / "cache.jsonl", key, max_tokens, together)
     missing = asked.missing([prompt for wish in wishes for prompt in prompts_of(pairs, where, wish)])
-    cost = count_tokens(missing)
+    cost = count_tokens(missing, max_tokens)
     tokens = cost.tokens_in + cost.tokens_out
+    replies = f" (each reply counted as all of --max-tokens {max_tokens})" if cost.longest else ""
     money = ""
     if price_in is not None or price_out is not None:
         price = (cost.tokens_in * (price_in or 0) + cost.tokens_out * (price_out or 0)) / 1e6
@@ -194,11 +195,13 @@ def judge(
     total = 2 * len(pairs) * len(wishes)
     typer.echo(
         f"{len(pairs)} pairs, both orders, {len(wishes)} preference(s): {cost.calls} calls to make "
-        f"({total - cost.calls} are in the cache), about {tokens:,} tokens{money}",
+        f"({total - cost.calls} are in the cache), about {tokens:,} tokens{replies}{money}",
         err=True,
     )
     if tokens > limit_tokens and not yes:
-        raise ConfigError(f"judge: about {tokens:,} tokens are more than --limit-tokens {limit_tokens:,}; pass --yes.")
+        raise ConfigError(
+            f"judge: about {tokens:,} tokens{replies} are more than --limit-tokens {limit_tokens:,}; pass --yes."
+        )
     with ProgressBar("judge", cost.calls, "verdicts") as bar:
         results = [judge(asked, pairs, where, wish, (name_a, name_b), bar.advance, seed) for wish in wishes]
     for found in results:

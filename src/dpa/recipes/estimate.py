@@ -51,7 +51,8 @@ def estimate_of(
     data: Data | None = None,
 ) -> tuple[Inputs, list[StageEstimate]]:
     """As `estimate`, and what was looked up for it."""
-    speeds = read_speeds([*runs, Path(config.out)])
+    own = Path(config.out)
+    speeds = read_speeds([*runs, own], own)
     inputs = looked_up(config, parameters, device, cards, data)
     inputs = replace(inputs, device=on_card(inputs.device, speeds.card))
     likely, quick, slow = (Stages(config, speeds, inputs, assume).all() for assume in (LIKELY, QUICK, SLOW))

@@ -25,6 +25,7 @@ from dpa.core.errors import DataError
 from dpa.core.measures import Interval, interval
 from dpa.pages.rendering import render
 from dpa.pages.writing import percent
+from dpa.remote.judge_client import MAX_TOKENS
 from dpa.storage.rows import form_of
 from dpa.storage.tables import write_bytes, write_json
 
@@ -62,11 +63,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class TokenCount:
-    """What asking will take: calls, tokens read and written."""
+    """What asking will take: calls, tokens read and written; `longest`: each reply is counted as long as it may be."""
 
     calls: int
     tokens_in: int
     tokens_out: int
+    longest: bool = False
 
 
 Asked = tuple[str, int]
@@ -131,9 +133,11 @@ def judge_prompt(request: str, a: str, b: str, space: DirectionSpace, preference
     )
 
 
-def count_tokens(prompts: Sequence[str]) -> TokenCount:
-    """Tokens these prompts will take, at CHARACTERS_PER_TOKEN."""
-    return TokenCount(len(prompts), round(sum(map(len, prompts)) / CHARACTERS_PER_TOKEN), REPLY_TOKENS * len(prompts))
+def count_tokens(prompts: Sequence[str], max_tokens: int = MAX_TOKENS) -> TokenCount:
+    """Tokens these prompts will take, at CHARACTERS_PER_TOKEN. A judge that may say more than a verdict needs may
+    reason, and say all of `max_tokens`."""
+    longest, read = max_tokens > MAX_TOKENS, round(sum(map(len, prompts)) / CHARACTERS_PER_TOKEN)
+    return TokenCount(len(prompts), read, (max_tokens if longest else REPLY_TOKENS) * len(prompts), longest)
 
 
 def read_verdict(reply: str) -> float | None:

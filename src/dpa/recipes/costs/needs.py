@@ -82,8 +82,8 @@ def training_need(
 
 @dataclass(frozen=True)
 class RolloutNeed:
-    """Of sampling: bytes of one device with the rows that are decoded `together`, by how many `copies` of the policy;
-    `continuous`: the engine fills free places at once."""
+    """Of sampling: bytes of one device with the rows that are decoded `together`, by how many `copies` of the policy:
+    those of an engine that is `continuous` share each shard and fill free places at once, others take whole shards."""
 
     memory: float
     together: float
@@ -114,12 +114,12 @@ def rollout_need(
     else:
         together = min(config.batch_size, fitting)
     copies = {"http": len(engine.http.servers) or engine.http.replicas, "vllm": 0.8 * ways + 0.2}.get(kind, 1.0)
-    if kind == "transformers":
+    if kind in ("transformers", "auto"):
         copies = ray_workers or (min(config.workers, cards) if device.card else 1)
     misfit = ""
     if weights + row > device.memory:
         misfit = "take a smaller policy, rollout.engine.vllm.tensor_parallel, or lower rollout.max_new_tokens"
-    rows = min(together, shard)
+    rows = min(together, shard / copies if kind == "http" else shard)  # a shard's requests go to all servers
     return RolloutNeed(weights + rows * row, max(1.0, rows), copies, kind in ("vllm", "http"), misfit)
 
 

@@ -28,7 +28,9 @@ class CardFigures:
 
 @dataclass
 class Speeds:
-    """What ledgers say: amounts and the seconds they took, by kind of work, and where that was measured."""
+    """What ledgers say: amounts and the seconds they took, by kind of work, and where that was measured.
+    Of this very run alone: `memory`, which its processes took of the machine, and `offline_winners`, what it trained on
+    at t = 0."""
 
     amounts: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -53,12 +55,13 @@ class Speeds:
         return self.amounts[kind] / self.amounts[per] if kind in self.amounts and per in self.amounts else None
 
 
-def read_speeds(folders: Iterable[Path]) -> Speeds:
+def read_speeds(folders: Iterable[Path], own: Path | None = None) -> Speeds:
     """What the done-records of run folders say, and the result files of bench/card.py; a folder that is not there says
-    nothing. Raises RunFolderError for a damaged one."""
+    nothing. `own`: which of them is this run's, whose amounts are this run's too. Raises RunFolderError for a damaged
+    one."""
     speeds, sources = Speeds(), []
     for run in dict.fromkeys(path.resolve() for path in folders):
-        found = False
+        found, itself = False, own is not None and run == own.resolve()
         if (run / "rates.json").is_file():
             speeds.card = _card(run)
         for done in sorted(run.glob("iter_*/**/done.json")) + sorted(run.glob("train_reward/done.json")):
@@ -66,7 +69,7 @@ def read_speeds(folders: Iterable[Path]) -> Speeds:
             try:
                 config = read_record(run / "fingerprint.json", ("config",), optional=None)["config"]
                 ledger = read_ledger(read_record(done, ("ledger",), optional=None)["ledger"])
-                _count(speeds, done.parent.relative_to(run).parts, asdict(ledger), config)
+                _count(speeds, done.parent.relative_to(run).parts, asdict(ledger), config, itself)
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise RunFolderError(f"--from: {run} holds a damaged record ({done}); name another run.") from None
         sources += [run.name] if found else []
@@ -79,8 +82,10 @@ def kind_of(learn: type[Learner[Any]]) -> str:
     return "tokens trained" if learn.reads == "winners" else f"tokens trained on {learn.reads}"
 
 
-def _count(speeds: Speeds, place: tuple[str, ...], ledger: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    seconds, memory = ledger["wall_s"], ledger["peak_memory"]
+def _count(
+    speeds: Speeds, place: tuple[str, ...], ledger: Mapping[str, Any], config: Mapping[str, Any], own: bool
+) -> None:
+    seconds, memory = ledger["wall_s"], ledger["peak_memory"] if own else 0
     if place[-1] == "rollout":
         speeds.add("tokens sampled", ledger["tokens_generated"], seconds, memory)
         speeds.add("answers", ledger["rows"], seconds)
@@ -97,8 +102,8 @@ def _count(speeds: Speeds, place: tuple[str, ...], ledger: Mapping[str, Any], co
         if learn.reads == "winners":
             speeds.add("tokens of examples", unshared, seconds)
         speeds.add("examples" if learn.reads == "winners" else f"examples of {learn.reads}", examples, seconds)
-        if place[0] == "iter_0":
-            speeds.offline_winners = ledger["rows"]
+        if place[0] == "iter_0" and own:
+            speeds.offline_winners = ledger["rows"] or None  # none where the policy was trained elsewhere
     elif place[-1] == "train_reward":
         speeds.add("reward tokens", ledger["training_tokens"], seconds, memory)
 

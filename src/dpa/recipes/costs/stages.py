@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpa.core.config import RunConfig
+from dpa.core.sections.reward import JudgeConfig
 from dpa.core.sections.training import TrainingConfig
 from dpa.core.target_measures import target_grid
 from dpa.models.compiling import TRAINING_STEPS
@@ -33,11 +34,13 @@ def checkpoint_bytes(parameters: float) -> int:
 
 @dataclass(frozen=True)
 class JudgeCalls:
-    """What a stage asks of a judge's servers: requests, tokens they read and write."""
+    """What a stage asks of a judge's servers: requests, tokens they read and write; `longest`: each reply is counted as
+    long as it may be."""
 
     requests: int
     tokens_in: int
     tokens_out: int
+    longest: bool
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Stages:
         self.clock = Clock(inputs.device, inputs.cards, assume, speeds.card)
         most = config.rollout.max_new_tokens
         answer = (inputs.data.rated.response_tokens if inputs.data.rated else most / 2) * assume.answer
-        self.answer = speeds.mean("tokens sampled", "answers") or min(answer, most)
+        self.answer = min(speeds.mean("tokens sampled", "answers") or answer, most)
         self.example = speeds.mean("tokens of examples", "examples") or inputs.data.prompt + self.answer
         self.start = assume.start * (1.0 if inputs.device.card else PROCESSOR_START)
         self.shards = shards_of(config.cluster, inputs.cards)
@@ -135,8 +138,8 @@ class Stages:
             )  # fmt: skip
             one = replace(self.clock, cards=1)  # it trains in this process alone
             seconds = self.start + one.training(size, work)
-        memory = self.speeds.memory.get("reward tokens") or int(4 * size.parameters if ridge else need.memory)
-        misfit = "" if measured or ridge else need.misfit
+        least, misfit = (4 * size.parameters, "") if ridge else (need.memory, need.misfit)
+        memory, misfit = self._memory("reward tokens", least, misfit)
         rows = None if rated is None else rated.rows
         checkpoints = checkpoint_bytes(size.parameters) if train.method == "full" else 0
         disk = int(4 * size.parameters) + checkpoints
@@ -169,7 +172,9 @@ class Stages:
         score = self._score("", rows, grid * evaluate.samples)
         if rollout.seconds is None or score.seconds is None:
             return replace(rollout, seconds=None, unknown=rollout.unknown or score.unknown, judge=score.judge)
-        seconds = rollout.seconds + score.seconds - (0 if score.measured else self.start)
+        seconds = rollout.seconds + score.seconds
+        if self.given.scorer is not None and not score.measured:
+            seconds -= self.start  # both are one stage
         measured = rollout.measured if score.measured or self.given.scorer is None else ""
         return replace(rollout, seconds=seconds, measured=measured, judge=score.judge)
 
@@ -180,9 +185,9 @@ class Stages:
         need = rollout_need(
             given.policy, given.device, config, given.data.prompt, min(rows or shard, shard), given.cards, ray
         )
-        memory = self.speeds.memory.get("tokens sampled") or int(need.memory)
+        memory, misfit = self._memory("tokens sampled", need.memory, need.misfit)
         if rows is None:
-            return StageEstimate(name, None, None, None, memory, 0, misfit=need.misfit, unknown="prompts are not here")
+            return StageEstimate(name, None, None, None, memory, 0, misfit=misfit, unknown="prompts are not here")
         tokens = int(rows * self.answer)
         seconds, measured = self._measured("tokens sampled", tokens)
         if seconds is None:
@@ -192,12 +197,12 @@ class Stages:
             )  # engines on a card keep what prompts begin with; in this process it is read anew
             if not given.device.card or config.engine.kind in ("vllm", "http"):
                 prompt = self._behind_others(prompt, directions, answer=0)
+            copies = need.copies if need.continuous else min(need.copies, max(1, -(-rows // shard)))
             work = Sampling(
                 rows, self.answer, config.max_new_tokens, rows / samples, prompt, need.together, batches,
-                min(need.copies, max(1, -(-rows // shard))), need.continuous, given.device.in_bf16(config.bf16),
+                copies, need.continuous, given.device.in_bf16(config.bf16),
             )  # fmt: skip
             seconds = self.start + self.clock.sampling(given.policy, work)
-        misfit = "" if measured else need.misfit
         return StageEstimate(
             name, rows, tokens, seconds, memory, rows * BYTES_PER_CANDIDATE, measured, misfit=misfit
         )  # fmt: skip
@@ -209,7 +214,7 @@ class Stages:
         example = example or prompt + self.answer
         read = example if self.given.device.card else max(1.0, example - prompt * (1 - 1 / max(1.0, each)))
         wide = 2 if self.given.device.card else 4
-        memory = self.speeds.memory.get("rows scored") or int(size.parameters * wide if size else 0)
+        memory, _ = self._memory("rows scored", size.parameters * wide if size else 0)
         if rows is None:
             why = "rated rows are not here" if name.startswith("iter_0/") else "prompts are not here"
             return StageEstimate(name, None, None, None, memory, 0, unknown=why)
@@ -234,8 +239,11 @@ class Stages:
             return None
         rubrics = sum(map(len, judge.attributes.values())) + len(judge.template or "") / 2 + 400
         reads = example - DIRECTION_TOKENS + rubrics / CHARACTERS_PER_TOKEN
-        writes = min(judge.max_tokens, self.assume.reply * len(judge.attributes))
-        return JudgeCalls(round(rows * self.assume.asked), round(rows * reads), round(rows * writes))
+        given = (judge.arguments.get(name) for name in ("max_completion_tokens", "max_tokens"))
+        most = next((length for length in given if isinstance(length, int)), judge.max_tokens)
+        longest = most > JudgeConfig.model_fields["max_tokens"].default  # it may reason before it rates
+        writes = most if longest else min(most, self.assume.reply * len(judge.attributes))
+        return JudgeCalls(round(rows * self.assume.asked), round(rows * reads), round(rows * writes), longest)
 
     def _finetune(self, t: int, rows: int | None) -> StageEstimate:
         """What the learner reads: one response a row, both of a pair, or a prompt's own answers, which it also samples
@@ -254,13 +262,14 @@ class Stages:
             references=int(reference and config.lora is None), logits=learn.reads != "winners", shards=self.shards,
             sampled=most * longest * 4 * size.cache_bytes if learn.reads == "prompts" else 0,
         )  # fmt: skip
-        memory = self.speeds.memory.get(kind) or int(need.memory)
+        scores = self._score("", None, 1.0).memory if learn.reads == "prompts" else 0
+        memory, misfit = self._memory(kind, need.memory + scores, need.misfit)
         checkpoints = 0 if config.lora else checkpoint_bytes(size.parameters)
         disk = int(4 * size.parameters) + checkpoints
         if rows is None:
             why = "rated rows are not here" if t == 0 else "prompts are not here"
             return StageEstimate(
-                name, None, None, None, memory, disk, misfit=need.misfit, unknown=why, checkpoints=checkpoints
+                name, None, None, None, memory, disk, misfit=misfit, unknown=why, checkpoints=checkpoints
             )
         earlier = (learner_of(self.config, before) for before in range(first_iteration(self.config), t))
         replayed = config.replay if any(one.reads == learn.reads for one in earlier) else 0
@@ -282,8 +291,6 @@ class Stages:
             judge, unknown = score.judge, score.unknown
             made = self._samples_while_learning(answers, config)
             seconds = None if score.seconds is None else seconds + made + score.seconds
-            memory += score.memory
-        misfit = "" if measured else need.misfit
         return StageEstimate(
             name, rows, tokens, seconds, memory, disk, measured,
             misfit=misfit, unknown=unknown, judge=judge, checkpoints=checkpoints,
@@ -365,6 +372,12 @@ class Stages:
         if self.speeds.mean("tokens of examples", "examples"):
             tokens = self.example
         return min(tokens, longest or tokens)
+
+    def _memory(self, kind: str, least: float, misfit: str = "") -> tuple[int, str]:
+        """Bytes of one device, and what to change where it lacks them. What a ledger measured is the machine's memory,
+        which says nothing of a card's; where the run fitted, it fits."""
+        measured = 0 if self.given.device.card else self.speeds.memory.get(kind, 0)
+        return (measured, "") if measured else (int(least), misfit)
 
     def _measured(self, kind: str, amount: int | None) -> tuple[float | None, str]:
         """Seconds by a ledger's speed, and whose it is; None where there is none."""

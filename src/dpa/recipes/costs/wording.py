@@ -57,7 +57,9 @@ def notes(stages: Sequence[StageEstimate], inputs: Inputs) -> list[str]:
     if calls:
         asked = sum(one.requests for one in calls)
         reads, writes = sum(one.tokens_in for one in calls), sum(one.tokens_out for one in calls)
-        found.append(f"the judge: {asked:,} requests, {_amount(reads)} tokens read, {_amount(writes)} written.")
+        most, why = ("at most ", " (each reply as long as it may be)") if calls[0].longest else ("", "")
+        written = f"{most}{_amount(writes)} written{why}"
+        found.append(f"the judge: {asked:,} requests, {_amount(reads)} tokens read, {written}.")
     if not all(stage.measured for stage in stages):
         found.append(
             "arithmetic (docs/estimate.md): an answer is as long as a rated response, or half of "
