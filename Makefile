@@ -47,4 +47,4 @@ bench: install
 	for file in $(filter-out $(SLOW_BENCHES),$(wildcard bench/*.py)); do $(BIN)/python $$file || exit 1; done
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) build src/*.egg-info  # runs/ holds what was trained

@@ -123,6 +123,8 @@ def test_a_rollout_takes_them_as_any_sampler_and_counts_every_candidate(tmp_path
 
 def test_the_command_line_says_what_is_missing(tmp_path: Path) -> None:
     how = {"direction": None, "samples": 1, "temperature": 0.7, "max_new_tokens": 9, "seed": 0, "clamp": False}
+    with pytest.raises(ConfigError, match=r"--reward: it picks among candidates; add --best-of"):
+        answer(ModelReference(str(tmp_path)), ["hello"], **how, reward="runs/my")
     with pytest.raises(ConfigError, match=r"--robust: .* add --best-of"):
         answer(ModelReference(str(tmp_path)), ["hello"], **how, robust=True)
     with pytest.raises(ConfigError, match=r"--reward: .* holds no reward model and is no run that scores; give"):

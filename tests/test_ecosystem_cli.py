@@ -62,6 +62,14 @@ def test_lm_eval_gets_a_configuration_per_direction(policy: Path, tmp_path: Path
     assert config["model_args"]["chat_template_args"] == {"preference": {"helpfulness": 0.8, "verbosity": -0.6}}
 
 
+def test_lm_eval_is_refused_where_the_folder_reads_no_direction(tmp_path: Path) -> None:
+    """Every entry would measure the same unsteered model under another name."""
+    published = save_tiny_model(tmp_path / "published")
+    with pytest.raises(ModelFileError, match=r"does not read `preference` as this space states it; .*--bake"):
+        dpa("export", published, "--space", "dpa-v1", "--form", "lm-eval", "--out", tmp_path)
+    assert not list(tmp_path.glob("lm_eval/*"))
+
+
 def test_bake_writes_a_folder(policy: Path, tmp_path: Path) -> None:
     dpa("export", policy, "--bake", "-30deg", "--out", tmp_path / "terse")
     assert load_space(tmp_path / "terse") == SPACE

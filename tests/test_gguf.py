@@ -15,6 +15,10 @@ from fakes import run_config
 from gguf_files import write_gguf
 from rich.console import Console
 from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from dpa.core.config import load_config
 from dpa.core.errors import DamageError, ModelFileError, RunFolderError
@@ -22,7 +26,7 @@ from dpa.models.files import resolve_model
 from dpa.models.policy import check_policy, end_token_ids, load_policy
 
 gguf = pytest.importorskip("gguf")
-from dpa.models.gguf import dequantise  # noqa: E402
+from dpa.models.gguf import _mend_tokenizer, dequantise  # noqa: E402
 from dpa.recipes.baselines.lab import Lab  # noqa: E402
 from dpa.recipes.costs.devices import Device  # noqa: E402
 from dpa.recipes.costs.model_sizes import size_of  # noqa: E402
@@ -199,3 +203,12 @@ def test_a_first_configuration_over_a_gguf_trains_its_reward_model_on_it_too(tmp
     assert (tmp_path / "run" / "start_policy" / "policy" / "config.json").is_file()
     with pytest.raises(ModelFileError, match="is a GGUF file; as `policy:` of a run it is dequantised"):
         init(replace(wanted, reward_only=True, force=True), Console(file=StringIO()), toy)
+
+
+@pytest.mark.parametrize(("pre", "cut"), [("smollm", ["ĊĊ", "1", "2", "."]), ("gpt-2", ["Ċ", "Ċ", "12", "."])])
+def test_digits_stand_apart_where_the_file_says_so(pre: str, cut: list[str]) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()))
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    _mend_tokenizer(tokenizer, {"tokenizer.ggml.pre": pre})
+    found = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("\n\n12.")
+    assert [part for part, _ in found] == cut

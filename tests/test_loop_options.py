@@ -287,6 +287,21 @@ def test_some_winners_have_no_losers(tmp_path: Path, method: str) -> None:
 @pytest.mark.parametrize(
     "changes, sentence",
     [
+        ({"selection": {"rejected": "other_direction", "directions": 1}}, "needs two directions of a pool"),
+        ({"selection": {"method": "per_direction"}, "rollout": {"samples": 1}}, "a pair needs two answers"),
+        ({"rollout": {"directions": 1, "samples": 1}}, "a pair needs two answers"),
+    ],
+)
+def test_pairs_that_nothing_could_make_are_refused_before_hours_are_spent(
+    tmp_path: Path, changes: dict, sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        Loop(run_config(tmp_path, learner="dpo", **changes))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
         ({"selection": {"advantage_share": 0.25}}, "advantage_share 0.25: method pooled has no advantages"),
         (
             {"selection": {"method": "best_mean", "advantage_share": 0.25}, "rollout": {"directions": 1}},

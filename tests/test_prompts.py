@@ -13,7 +13,7 @@ from fakes import run_config
 from dpa.core.errors import DataError, RejectRateError
 from dpa.core.records import Prompt
 from dpa.recipes.dpa import Loop
-from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
+from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts, without_held_out
 from dpa.stages.ratings import read_ratings
 
 CHAT = [
@@ -102,3 +102,12 @@ def test_an_iteration_that_wants_more_prompts_than_there_are_takes_each_once() -
         assert sorted(prompt.prompt_id for prompt in draw_prompts(prompts, t, 10, seed=0)) == list("0123456")
     drawn = [prompt.prompt_id for t in (1, 2, 3) for prompt in draw_prompts(prompts, t, 3, seed=0)]
     assert len(set(drawn[:7])) == 7, "none again before all were used"
+
+
+def test_what_is_measured_on_is_in_no_iteration() -> None:
+    prompts = [Prompt(f"p{n}", [{"role": "user", "content": f"question {n}"}]) for n in range(4)]
+    held_out = [Prompt("other", [{"role": "user", "content": "question 2"}])]
+    assert [prompt.prompt_id for prompt in without_held_out(prompts, held_out)] == ["p0", "p1", "p3"]
+    assert without_held_out([], held_out) == []
+    with pytest.raises(DataError, match=r"every one is a prompt of evaluate\.prompts"):
+        without_held_out(prompts, prompts)

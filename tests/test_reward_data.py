@@ -273,6 +273,9 @@ def test_an_objective_nobody_rates_is_refused_before_anything_is_read(tmp_path: 
     some = {"train": {"backbone": "x", "attributes": ["good"]}}
     with pytest.raises(ConfigError, match=r"objectives\.warm: nothing scores 'warm'; scored are: good\."):
         Loop(run_config(tmp_path, reward=some))
+    counted = {"train": {"backbone": "x"}, "functions": {"warm": "dpa.scoring.wordiness:wordiness"}}
+    with pytest.raises(ConfigError, match=r"'warm' is scored by two sources; .* reward\.train\.attributes"):
+        Loop(run_config(tmp_path, reward=counted))
     misspelt = {"train": {"backbone": "x", "attributes": ["good", "worm"]}}
     with pytest.raises(ConfigError, match=r"reward\.train\.attributes: nobody rates 'worm'; rated are: good, warm"):
         Loop(run_config(tmp_path, reward=misspelt))

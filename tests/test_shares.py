@@ -196,6 +196,7 @@ def test_shares_from_the_command_line(tmp_path: Path) -> None:
     """Two `dpa rollout --shard i/2` side by side, from an empty folder, against the loop in one process."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"id": f"p{n}", "prompt": f"question {n}"}) + "\n" for n in range(12)))
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "another question"}\n')
     config = {
         "out": str(tmp_path / "run"),
         "policy": str(save_tiny_model(tmp_path / "model")),
@@ -203,7 +204,7 @@ def test_shares_from_the_command_line(tmp_path: Path) -> None:
         "reward": {"functions": {"a": "m:f", "b": "m:f"}},
         "prompts": {"path": str(prompts)},
         "rollout": {"directions": 2, "samples": 2, "max_new_tokens": 20, "prompts_per_shard": 2},
-        "evaluate": {"prompts": {"path": str(prompts)}},
+        "evaluate": {"prompts": {"path": str(tmp_path / "held_out.jsonl")}},
     }
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config))

@@ -85,6 +85,9 @@ def export(
     chosen = list({str(direction): direction for direction in chosen}.values())
     name = name or policy_name(model)
     if form == "lm-eval":
+        from dpa.models.policy import check_steerable
+
+        check_steerable(path, where)
         for file in _lm_eval(Path(path).resolve(), chosen, out, name):
             typer.echo(f"lm-eval run --config {file} --tasks ...")
         return

@@ -55,7 +55,7 @@ def data(
     settings = DataSettings(form, format, count, held_out, seed, keep_cut)  # type: ignore[arg-type]
     with _open(run) as loop:
         t = newest_selection(loop) if iteration is None else iteration
-        folder = out or loop.path.with_name(f"{loop.path.name}-t{t}-data")
+        folder = out or loop.path.resolve().with_name(f"{loop.path.resolve().name}-t{t}-data")
         written = hand_over(loop, t, folder, settings, policy)
     kind = "pairs" if written.pairs else "winners"
     typer.echo(f"{folder}: {', '.join(f'{rows} {kind} ({name})' for name, rows in written.rows.items())}")

@@ -40,6 +40,8 @@ def answer(
     """
     if robust and best_of == 1:
         raise ConfigError("--robust: it picks among candidates; add --best-of 4 or more.")
+    if reward is not None and best_of == 1:
+        raise ConfigError("--reward: it picks among candidates; add --best-of 4 or more.")
     given = None if best_of == 1 else _reward(model, reward)
     space, sampler, chosen = _open(model, direction, temperature, max_new_tokens, clamp, named)
     if robust and chosen is None:

@@ -138,6 +138,8 @@ def best_way(model: Any, dtype: torch.dtype | None = None, device: torch.device 
         return SEGMENTS
     if device.type != "cuda" or dtype not in _HALF:
         return None
+    if getattr(config, "v_head_dim", None) not in (None, getattr(config, "qk_head_dim", None)):
+        return None  # values of another width than keys, which these kernels do not take
     if _varlen_works(device, *_heads(config), dtype):
         return VARLEN
     return FLASH if is_flash_attn_2_available() else None
@@ -171,7 +173,8 @@ def _plain(model: Any, config: Any) -> bool:
         and kinds <= {"full_attention", "sliding_attention"}
         and not getattr(config, "is_encoder_decoder", False)
         and not getattr(config, "attn_logit_softcapping", None)
-        and config.model_type != "gpt_oss"  # its softmax has sinks
+        and not any(name.endswith(".sinks") for name, _ in model.named_parameters())  # a softmax over more than keys
+        and config.model_type != "doge"  # its layers make masks of their own
         and not dropout
     )
 

@@ -169,7 +169,9 @@ def load_space(folder: str | Path) -> DirectionSpace:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelFileError(f"model: {folder} has no {SPACE_FILE}; give a policy that dpa trained.") from None
+        raise ModelFileError(
+            f"model: {folder} has no {SPACE_FILE}; give a policy that dpa trained, or --space."
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ModelFileError(f"model: {file} is not readable JSON ({reason}); save the policy again.") from None

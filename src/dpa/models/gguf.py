@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
@@ -25,6 +26,9 @@ from dpa.models.files import SafeModel
 from dpa.models.loading import check_loadable, refusing
 from dpa.models.quiet import quiet_libraries
 from dpa.storage.tables import save_folder_atomically
+
+_DIGITS_APART = {"smollm", "starcoder", "refact", "command-r"}
+"""`tokenizer.ggml.pre` of models that read each digit by itself, which transformers cuts as GPT-2 does."""
 
 END_TOKENS = ("eos", "eot", "eom")
 """Keys `tokenizer.ggml.*_token_id` of tokens that end an answer: end of text, of turn, of message."""
@@ -179,7 +183,7 @@ def _read(file: Path) -> tuple[dict[str, Any], set[str]]:
     reader = GGUFReader(file)
     metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     kinds = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
-    if any(tensor.name.startswith("rope_freqs") for tensor in reader.tensors):
+    if any(tensor.name.startswith(("rope_freqs", "rope_factors")) for tensor in reader.tensors):
         metadata.setdefault("rope_freqs", True)
     return metadata, kinds
 
@@ -219,6 +223,9 @@ def _mended_config(config: PreTrainedConfig, metadata: dict[str, Any]) -> PreTra
 
 
 def _mend_tokenizer(tokenizer: Any, metadata: dict[str, Any]) -> None:
+    before = tokenizer.backend_tokenizer.pre_tokenizer
+    if metadata.get("tokenizer.ggml.pre") in _DIGITS_APART and isinstance(before, ByteLevel):
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), before])
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
         number = metadata.get(f"tokenizer.ggml.{key}_token_id")

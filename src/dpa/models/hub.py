@@ -7,6 +7,7 @@ from typing import Any
 
 from dpa.core.errors import EngineError, ModelFileError
 from dpa.models.files import CONTENT_SUFFIXES, PICKLE_SUFFIXES, check_model_folder
+from dpa.storage.seals import check_in_run
 
 
 def push_model(folder: str | Path, hub_id: str, private: bool = True, api: Any = None) -> str:
@@ -20,6 +21,7 @@ def push_model(folder: str | Path, hub_id: str, private: bool = True, api: Any =
 
     folder = Path(folder)
     check_model_folder(folder)
+    check_in_run(folder)
     pickles = sorted(file.name for file in folder.rglob("*") if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ModelFileError(f"push: {folder} holds a pickle ({pickles[0]}); remove it, safetensors are enough.")

@@ -97,7 +97,7 @@ def load_prompting(policy: SafeModel) -> tuple[PreTrainedTokenizerBase, int, tup
     """Of a checked folder, without its weights: tokenizer, context in tokens, end tokens. Raises ModelFileError."""
     with quiet_libraries():
         config, tokenizer = load_model_config(policy), load_tokenizer(policy)
-        generation = load_generation(policy)
+        generation = load_generation(policy) or GenerationConfig.from_model_config(config)
     ensure_pad_token(tokenizer)
     return tokenizer, _positions(config), _end_ids(generation, tokenizer)
 
@@ -140,6 +140,21 @@ def copy_policy(
         write_json(unfinished / SPACE_FILE, {"space": space.to_dict(), "provenance": extra})
         saved = ModelReference(str(unfinished), ModelReference.of(policy).code_revision)
         check_loadable(saved, AutoModelForCausalLM, f"policy {folder}")
+
+
+def check_steerable(policy: Model, space: DirectionSpace) -> None:
+    """The folder's own chat template states the space's `preference`, for programs that read it there. Raises
+    ModelFileError."""
+    tokenizer = load_tokenizer(resolve_model(policy))
+    question: Messages = [{"role": "user", "content": "Why?"}]
+    asked = (tokenizer, space, question, space.direction(space.center).weights)
+    own = encode_prompt(*asked) if tokenizer.chat_template else None
+    make_steerable(tokenizer, space)
+    if encode_prompt(*asked) != own:
+        raise ModelFileError(
+            f"model: the chat template in {policy} does not read `preference` as this space states it; "
+            "`dpa export MODEL --bake DIRECTION --out FOLDER` writes a copy whose template does."
+        )
 
 
 def make_steerable(tokenizer: PreTrainedTokenizerBase, space: DirectionSpace) -> None:

@@ -57,10 +57,10 @@ def llama_factory(name: str, pairs: bool, files: Mapping[str, Any]) -> dict[str,
     }
 
 
-def llama_factory_training(name: str, pairs: bool, training: Mapping[str, Any]) -> str:
-    """A configuration of `llamafactory-cli train`, to be run in the data set's folder."""
+def llama_factory_training(name: str, pairs: bool, training: Mapping[str, Any], start: str = "policy") -> str:
+    """A configuration of `llamafactory-cli train`, to be run in the data set's folder; `start`: what is trained."""
     config: dict[str, Any] = {
-        "model_name_or_path": "policy",
+        "model_name_or_path": start,
         "stage": "dpo" if pairs else "sft",
         "do_train": True,
         "finetuning_type": "full",
@@ -81,8 +81,8 @@ def llama_factory_training(name: str, pairs: bool, training: Mapping[str, Any]) 
     return about + yaml.safe_dump(config, sort_keys=False)
 
 
-def axolotl_training(file: str, pairs: bool, training: Mapping[str, Any]) -> str:
-    """A configuration of `axolotl train`, to be run in the data set's folder."""
+def axolotl_training(file: str, pairs: bool, training: Mapping[str, Any], start: str = "policy") -> str:
+    """A configuration of `axolotl train`, to be run in the data set's folder; `start`: what is trained."""
     rows: dict[str, Any] = {"path": file, "ds_type": "parquet" if file.endswith(".parquet") else "json"}
     if pairs:
         rows |= {"type": "chat_template.default", "field_messages": "messages"}
@@ -91,7 +91,7 @@ def axolotl_training(file: str, pairs: bool, training: Mapping[str, Any]) -> str
         rows |= {"type": "chat_template", "field_messages": "messages"}
         rows |= {"roles_to_train": ["assistant"], "train_on_eos": "turn"}
     config = {
-        "base_model": "policy",
+        "base_model": start,
         "chat_template": "tokenizer_default",
         "datasets": [rows],
         "sequence_len": training["max_length"],

@@ -58,6 +58,12 @@ def check_rewards(config: RewardRunConfig) -> None:
     rated = [name for ratings in config.ratings for name in declared_scales(ratings)]
     known = known_attributes(config.reward, rated)
     if known is not None:
+        twice = next((name for place, name in enumerate(known) if name in known[:place]), None)
+        if twice is not None:
+            raise ConfigError(
+                f"reward: {twice!r} is scored by two sources; leave it out of one of them (what is trained is named in "
+                "reward.train.attributes)."
+            )
         check_attributes(config.space.build(), known)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from dpa.core.errors import ConfigError, RunFolderError
 from dpa.core.records import Ledger
-from dpa.models.files import resolve_model
+from dpa.models.files import SPACE_FILE, resolve_model
 from dpa.models.policy import copy_policy, make_answers_end
 from dpa.pages.dataset_card import axolotl_training, dataset_card, llama_factory, llama_factory_training
 from dpa.recipes.checks import check_iteration
@@ -70,6 +70,11 @@ def hand_over(loop: LoopRun, t: int, out: Path, settings: DataSettings, with_pol
         )
     policy, selection = loop.policy(t - 1), loop.stage(t, "select")
     check_in_run(resolve_model(policy).path)
+    if not with_policy and settings.form == "trl" and not (Path(resolve_model(policy).path) / SPACE_FILE).is_file():
+        raise ConfigError(
+            f"--no-policy: the chat template of {policy} reads no `preference`, so a trainer would never see a "
+            "direction; leave it out, or take --form messages."
+        )
     prompting = Prompting.of(resolve_model(policy), loop.space)
     make_answers_end(prompting.tokenizer, prompting.end_ids)
     section = loop.training(t)
@@ -90,11 +95,11 @@ def hand_over(loop: LoopRun, t: int, out: Path, settings: DataSettings, with_pol
         text = dataset_card(name, loop.space, facts, training, "policy" if with_policy else None)
         write_bytes(folder / "README.md", text.encode())
         if settings.form == "messages":
-            rows_file = f"train.{settings.format}"
+            rows_file, start = f"train.{settings.format}", "policy" if with_policy else str(policy)
             write_json(folder / "dataset_info.json", llama_factory(name, written.pairs, written.files))
             for file, config in (
-                ("llamafactory.yaml", llama_factory_training(name, written.pairs, training)),
-                ("axolotl.yaml", axolotl_training(rows_file, written.pairs, training)),
+                ("llamafactory.yaml", llama_factory_training(name, written.pairs, training, start)),
+                ("axolotl.yaml", axolotl_training(rows_file, written.pairs, training, start)),
             ):
                 write_bytes(folder / file, config.encode())
         if with_policy:
@@ -115,7 +120,13 @@ def take_in(loop: LoopRun, t: int, trained: Path) -> list[str]:
             f"iteration {t} of {loop.path} has a policy already; make this one a policy by itself with --out, or, to "
             f"put it in its place, delete {stage.path} and what was made from it (iter_{t}/evaluate, later iterations)."
         )
-    notes = adopt(trained, loop.policy(t - 1), loop.space, loop.policy_folder(t), from_data(trained))
+    data = from_data(trained)
+    notes = adopt(trained, loop.policy(t - 1), loop.space, loop.policy_folder(t), data)
+    if data and (data["run"], data["iteration"]) != (loop.config.name, t):
+        notes.append(
+            f"it lies with the data of iteration {data['iteration']} of {data['run']}, and is iteration {t} of "
+            f"{loop.config.name} now"
+        )
     ledger = Ledger(wall_s=time.monotonic() - begun, peak_memory=peak_memory(), extra={ADOPTED: 1.0})
     stage.finish(ledger, sealed=[loop.policy_folder(t)])
     remove_checkpoints(stage.path)

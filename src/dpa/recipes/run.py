@@ -33,7 +33,7 @@ from dpa.scoring.ray_scorers import ray_scorers
 from dpa.scoring.reward_model import RECORD
 from dpa.scoring.scorers import build_scorer
 from dpa.stages.evaluate import evaluate, evaluate_targets
-from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts
+from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts, without_held_out
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
 from dpa.stages.train_reward import require_better_than_mean
@@ -118,8 +118,16 @@ class Run:
 
     @cached_property
     def training_prompts(self) -> list[Prompt]:
-        """Those that every iteration draws from."""
-        return self._read_prompts("prompts", self.config.prompts)
+        """Those that every iteration draws from; none that policies are measured on."""
+        prompts = self._read_prompts("prompts", self.config.prompts)
+        kept = without_held_out(prompts, self.held_out)
+        if len(kept) < len(prompts):
+            self.console.print(
+                f"prompts: {len(prompts) - len(kept):,} of {len(prompts):,} are prompts of evaluate.prompts; they are "
+                "left out, so that what is measured on was never trained on.",
+                style="yellow",
+            )
+        return kept
 
     @cached_property
     def held_out(self) -> list[Prompt]:

@@ -313,6 +313,7 @@ class HttpEngine(SamplingEngine):
 
     def check(self, config: RolloutConfig) -> None:
         http = config.engine.http
+        key_in(http.api_key_env, "rollout.engine.http.api_key_env")
         if http.servers and http.model is not None:
             raise ConfigError(
                 f"rollout.engine.http.model: {http.model!r} is one name at servers that stay the same, while every "

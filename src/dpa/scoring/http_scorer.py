@@ -185,8 +185,9 @@ class HttpSource(ScorerSource):
     """`reward.http`: a finished reward model behind servers."""
 
     def check(self) -> None:
-        """Its folder holds its files; no server is asked."""
+        """Its folder holds its files, and the key is there; no server is asked."""
         check_folder(self, folder=self.given.folder)
+        key_in(self.given.api_key_env, "reward.http.api_key_env")
 
     def open(self) -> Scorer:
         return http_scorer(self.given, self.code_revision, released=self.reward.preset == "dpa-v1")

@@ -67,6 +67,15 @@ def read_prompts(
     return list(prompts.values()), rejects
 
 
+def without_held_out(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that no policy is measured on, whatever their ids. Raises DataError where none is left."""
+    measured = {messages_text(prompt.messages) for prompt in held_out}
+    kept = [prompt for prompt in prompts if messages_text(prompt.messages) not in measured]
+    if prompts and not kept:
+        raise DataError("prompts: every one is a prompt of evaluate.prompts too; measure on other prompts.")
+    return kept
+
+
 def draw_prompts(prompts: Sequence[Prompt], t: int, count: int | None, seed: int) -> list[Prompt]:
     """The prompts of iteration t >= 1: `count` drawn without repeats until all are used, then in another order."""
     if count is None:

@@ -154,6 +154,14 @@ class DPO(Learner[EncodedPair]):
                 f"selection.method: {run.selection.method} keeps winners and no pairs; take pooled or per_direction, "
                 "or learner: sft."
             )
+        served = run.selection.online_directions or run.selection.directions
+        if run.selection.rejected == "other_direction" and served < 2:
+            raise ConfigError(
+                "selection.rejected: other_direction needs two directions of a pool; raise selection.directions."
+            )
+        answers = run.rollout.samples * (1 if run.selection.method == "per_direction" else run.rollout.directions)
+        if answers < 2:
+            raise ConfigError("rollout.samples: a pair needs two answers to choose from; take 2 or more.")
 
     def encode(self, rows: pa.Table, encoder: RowEncoder) -> tuple[list[EncodedPair], list[Reject]]:
         """A pair for each row. One with an empty response, or one that does not fit an example, is rejected."""
