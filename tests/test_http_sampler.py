@@ -28,6 +28,7 @@ from dpa.models.files import folder_revision
 from dpa.models.policy import encode_prompt, load_policy, make_steerable, save_policy
 from dpa.remote.server_process import ServerProcess
 from dpa.sampling.engines import build_samplers
+from dpa.sampling.http_sampler import HttpEngine
 from dpa.stages.rollout import rollout
 from dpa.storage.run_folder import StageFolder
 
@@ -334,6 +335,16 @@ def test_settings_are_checked(engine: dict, message: str) -> None:
     }
     with pytest.raises(ConfigError, match=message):
         parse_config({**data, "rollout": {"engine": engine}})
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [({"api_key_env": "DPA_NO_SUCH_KEY"}, "'DPA_NO_SUCH_KEY' is not set"), ({"model": "m"}, "every iteration has")],
+)
+def test_what_cannot_work_is_said_before_hours_are_spent(fields: dict, message: str) -> None:
+    http = HttpEngineConfig(servers=["http://localhost:1"], **fields)
+    with pytest.raises(ConfigError, match=message):
+        HttpEngine().check(RolloutConfig(engine=EngineConfig(kind="http", http=http)))
 
 
 # The rollout stage over HTTP
