@@ -89,6 +89,12 @@ def test_the_snippets_preference_is_inside_the_cone() -> None:
     SPACE.parse(json.loads(found[0]))
 
 
+def test_where_files_lie_on_a_machine_is_in_no_card() -> None:
+    text = card("demo", SPACE, "/home/alice/models/start", ["/home/alice/clients/acme.jsonl", "nvidia/HelpSteer2"], "")
+    assert "alice" not in text and "clients" not in text
+    assert "Start policy: `start`" in text and "`acme.jsonl` and `nvidia/HelpSteer2`" in text
+
+
 def test_a_card_does_not_change_what_the_policy_is(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model")
     before = folder_revision(folder)

@@ -10,7 +10,7 @@ import yaml
 from dpa.core.directions import DirectionSpace
 from dpa.pages.rendering import render
 from dpa.pages.writing import duration, example_preference, number, spread
-from dpa.storage.rows import has_hub_form, is_hub_id
+from dpa.storage.rows import has_hub_form, is_hub_id, public_name
 
 CARD = "README.md"
 
@@ -57,8 +57,8 @@ def card(
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         name=name,
         space=space,
-        base=base,
-        sources=[f"`{source}`" for source in data],
+        base=public_name(base),
+        sources=[f"`{public_name(source)}`" for source in data],
         reward=reward,
         objectives=[
             [f"`{one.name}`", " + ".join(f"{weight:g} {name}" for name, weight in one.attributes.items())]

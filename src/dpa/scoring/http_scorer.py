@@ -34,6 +34,7 @@ from dpa.scoring.reward_model import (
 )
 from dpa.scoring.reward_scorer import check_folder
 from dpa.scoring.scorer_source import ScorerSource, absolute
+from dpa.storage.rows import public_name
 
 _PATHS = {"classify": "/classify", "predict": "/predict"}
 
@@ -193,7 +194,7 @@ class HttpSource(ScorerSource):
         return http_scorer(self.given, self.code_revision, released=self.reward.preset == "dpa-v1")
 
     def described(self) -> str:
-        return f"the reward model `{self.given.folder}` behind servers"
+        return f"the reward model `{public_name(self.given.folder)}` behind servers"
 
     def on_every_node(self) -> HttpRewardConfig:
         """The servers know the model by the name given here."""

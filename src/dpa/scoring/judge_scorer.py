@@ -22,6 +22,7 @@ from dpa.core.sections.reward import JudgeConfig
 from dpa.remote.http_exchange import Refusal, key_in
 from dpa.remote.judge_client import ChatJudge
 from dpa.scoring.scorer_source import ScorerSource
+from dpa.storage.rows import public_name
 
 TEMPLATE = """You rate one response of an assistant, as one reader would, on each of these qualities from 0 to 100:
 
@@ -150,7 +151,7 @@ class JudgeSource(ScorerSource):
         return JudgeScorer(judge, config.attributes, config.template, config.ask_again)
 
     def described(self) -> str:
-        return f"the language model `{self.given.model}`, rating by rubrics"
+        return f"the language model `{public_name(self.given.model)}`, rating by rubrics"
 
     def on_every_node(self) -> JudgeConfig:
         cache = self.given.cache

@@ -32,6 +32,7 @@ from dpa.scoring.reward_model import (
     tokenise,
 )
 from dpa.scoring.scorer_source import ScorerSource, absolute
+from dpa.storage.rows import public_name
 from dpa.storage.seals import check_in_run
 
 
@@ -156,7 +157,7 @@ class TrainedSource(ScorerSource):
         return RewardModelScorer(self.trained, compile=self.given.compile)
 
     def described(self) -> str:
-        return f"a reward model trained on `{self.given.backbone}`"
+        return f"a reward model trained on `{public_name(self.given.backbone)}`"
 
 
 class FolderSource(ScorerSource):
@@ -181,7 +182,7 @@ class FolderSource(ScorerSource):
         return RewardModelScorer(ModelReference(self.given, self.code_revision), spec)
 
     def described(self) -> str:
-        return f"the reward model `{self.given}`"
+        return f"the reward model `{public_name(str(self.given))}`"
 
     def on_every_node(self) -> str:
         return absolute(self.given)

@@ -71,6 +71,11 @@ def has_hub_form(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists() and not Path(name).parent.is_dir()
 
 
+def public_name(name: str) -> str:
+    """As it may stand in a card: an id of the Hub, or the last part of a path, since where it lies is nobody else's."""
+    return name if has_hub_form(name) else Path(name).name or name
+
+
 def is_hub_id(path: str) -> bool:
     """Whether this names a data set of the Hub rather than a file, which has a suffix."""
     return has_hub_form(path) and form_of(path) not in (*SUFFIXES, *_PACKED, *_OTHERS)
