@@ -430,7 +430,7 @@ def test_what_cannot_be_a_policy_is_refused_in_one_sentence(tmp_path: Path, how:
         assert not loop.stage(1, "finetune").done
 
 
-def test_the_commands_say_what_they_did_and_what_comes_next(tmp_path: Path) -> None:
+def test_the_commands_say_what_they_did_and_what_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_run(tmp_path) as loop:
         fill(loop, cut=1)
 
@@ -446,6 +446,10 @@ def test_the_commands_say_what_they_did_and_what_comes_next(tmp_path: Path) -> N
     assert f"{run}-t1-data: " in said and "winners (train)" in said and "left out: 1 rows" in said
     assert "unknown; known: trl, messages" in dpa("data", run, "--form", "alpaca")
     assert "no config.yaml" in dpa("data", tmp_path / "inputs")
+    written = (run / "config.yaml").read_bytes()
+    monkeypatch.chdir(tmp_path / "inputs")
+    dpa("data", "../run", "--out", tmp_path / "again")
+    assert (run / "config.yaml").read_bytes() == written, "the run is where it was, wherever it is named from"
     trained = tmp_path / "run-t1-data" / "policy"
     assert "say what it becomes" in dpa("adopt", trained, run)
     assert "there is no folder" in dpa("adopt", tmp_path / "nowhere", run, "-t", 1)

@@ -120,7 +120,10 @@ def _open(run: str) -> "LoopRun":
 
     folder = Path(run)
     if (folder / "config.yaml").is_file():
-        return LoopRun(load_config(folder / "config.yaml", {"out": as_yaml(folder)}))
+        config = load_config(folder / "config.yaml")
+        if Path(config.out).resolve() != folder.resolve():  # from another working directory, or it was moved
+            config = load_config(folder / "config.yaml", {"out": as_yaml(folder.resolve())})
+        return LoopRun(config)
     if folder.is_dir():
         raise ConfigError(f"RUN: {folder} has no config.yaml; give a run folder, or the YAML configuration of a run.")
     return LoopRun(load_config(folder))
