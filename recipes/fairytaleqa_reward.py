@@ -19,9 +19,9 @@ ARTICLES = frozenset({"a", "an", "the"})
 
 
 def helpfulness(messages: list[dict], response: str) -> float:
-    """Share of an expert's content words that the response holds, in per cent: of the answer it holds best.
+    """Share of an expert's words that the response holds, in per cent: of the answer it holds best.
 
-    Case, punctuation and articles do not count; each word of the answer is looked for once.
+    Case, punctuation and articles do not count, all other words do; each word of the answer is looked for once.
     """
     return share_held(answers(messages[-1]["content"]), response)
 
@@ -29,9 +29,9 @@ def helpfulness(messages: list[dict], response: str) -> float:
 def verbosity(messages: list[dict], response: str) -> float:
     """Words on a log scale: 100 log(1 + words) / log(1 + FULL_LENGTH), at most 100.
 
-    1 word is 15, 5 are 39, 20 are 66.
+    1 word is 15, 5 are 39, 20 are 66. Silence counts as a word: it is no terse answer, and must not win as one.
     """
-    return 100.0 * min(1.0, math.log1p(len(response.split())) / math.log1p(FULL_LENGTH))
+    return 100.0 * min(1.0, math.log1p(max(1, len(response.split()))) / math.log1p(FULL_LENGTH))
 
 
 def share_held(experts: list[str], response: str) -> float:

@@ -216,6 +216,16 @@ def test_a_lead_within_its_doubt_holds_but_is_not_sure() -> None:
     assert not found["sure"] and "the interval includes none" in found["sentence"]
 
 
+def test_a_lead_is_as_sure_as_its_least_sure_place() -> None:
+    """Its least mean may stand where nobody doubts it."""
+    rng, unsure_at_the_end = np.random.default_rng(0), np.full((5, 1, 2), 0.5)
+    unsure_at_the_end[4, 0, 0] = 200
+    ours = scores(rng, [83, 83, 83, 83, 110], noise=unsure_at_the_end)  # type: ignore[arg-type]
+    (found,) = compared({"pooled": ours, "steerlm": scores(rng, 80)})["leads"]["verbosity"]
+    assert found["least"]["low"] > 2 and not found["sure"]
+    assert "but the interval includes none" in found["sentence"]
+
+
 def test_a_lead_whose_interval_includes_less_than_its_bar_says_so() -> None:
     for noise, doubt in ((6, True), (0.5, False)):
         rng = np.random.default_rng(1)

@@ -182,13 +182,14 @@ def _lead(subject: _Policy, other: _Policy, arc: str) -> dict[str, Any]:
     wanted = bar or 0.0
     assert least["value"] is not None
     above = least["value"] >= wanted if wanted else least["value"] > 0
-    sure = _beyond_chance(least)
+    sure = all(_beyond_chance(each) for each in found.lead_X)
+    lowest = min((each["low"] for each in found.lead_X if each["low"] is not None), default=None)
     where = f"at its {arc} of {low:.0f}" if point else f"at every shared {arc} ({low:.0f} to {high:.0f})"
     by = f" by {wanted:g} points or more" if wanted else ""
     least_and_mean = _said(least) if point else f"{_said(least)} at least; {_said(mean)} on average"
     if above:
         doubt = "" if sure else ", but the interval includes none"
-        if sure and least["low"] is not None and least["low"] < wanted:
+        if sure and lowest is not None and lowest < wanted:
             doubt = f", but the interval includes less than {wanted:g}"
         sentence = f"{us} IS above {title}{by} in {upward} {where}: by {least_and_mean}{doubt}."
     else:
