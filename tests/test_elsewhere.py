@@ -450,6 +450,7 @@ def test_the_commands_say_what_they_did_and_what_comes_next(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path / "inputs")
     dpa("data", "../run", "--out", tmp_path / "again")
     assert (run / "config.yaml").read_bytes() == written, "the run is where it was, wherever it is named from"
+    assert "reads no `preference`" in dpa("data", run, "--no-policy", "--out", tmp_path / "deaf")
     trained = tmp_path / "run-t1-data" / "policy"
     assert "say what it becomes" in dpa("adopt", trained, run)
     assert "there is no folder" in dpa("adopt", tmp_path / "nowhere", run, "-t", 1)

@@ -49,12 +49,19 @@ def data(
     for name, value, known in (("form", form, FORMS), ("format", format, FORMATS)):
         if value not in known:
             raise ConfigError(f"--{name}: {value!r} is unknown; known: {', '.join(known)}.")
+    from dpa.models.files import SPACE_FILE, resolve_model
     from dpa.recipes.elsewhere import hand_over, newest_selection
     from dpa.stages.data import DataSettings
 
     settings = DataSettings(form, format, count, held_out, seed, keep_cut)  # type: ignore[arg-type]
     with _open(run) as loop:
         t = newest_selection(loop) if iteration is None else iteration
+        start = loop.policy(t - 1)
+        if not policy and form == "trl" and not (Path(resolve_model(start).path) / SPACE_FILE).is_file():
+            raise ConfigError(
+                f"--no-policy: the chat template of {start} reads no `preference`, so a trainer would never see a "
+                "direction; leave it out, or take --form messages."
+            )
         folder = out or loop.path.resolve().with_name(f"{loop.path.resolve().name}-t{t}-data")
         written = hand_over(loop, t, folder, settings, policy)
     kind = "pairs" if written.pairs else "winners"

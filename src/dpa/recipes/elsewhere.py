@@ -16,7 +16,7 @@ from typing import Any
 
 from dpa.core.errors import ConfigError, RunFolderError
 from dpa.core.records import Ledger
-from dpa.models.files import SPACE_FILE, resolve_model
+from dpa.models.files import resolve_model
 from dpa.models.policy import copy_policy, make_answers_end
 from dpa.pages.dataset_card import axolotl_training, dataset_card, llama_factory, llama_factory_training
 from dpa.recipes.checks import check_iteration
@@ -70,11 +70,6 @@ def hand_over(loop: LoopRun, t: int, out: Path, settings: DataSettings, with_pol
         )
     policy, selection = loop.policy(t - 1), loop.stage(t, "select")
     check_in_run(resolve_model(policy).path)
-    if not with_policy and settings.form == "trl" and not (Path(resolve_model(policy).path) / SPACE_FILE).is_file():
-        raise ConfigError(
-            f"--no-policy: the chat template of {policy} reads no `preference`, so a trainer would never see a "
-            "direction; leave it out, or take --form messages."
-        )
     prompting = Prompting.of(resolve_model(policy), loop.space)
     make_answers_end(prompting.tokenizer, prompting.end_ids)
     section = loop.training(t)

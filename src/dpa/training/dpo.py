@@ -37,7 +37,14 @@ from dpa.storage.stage_records import Reject
 from dpa.training.learner import Learner, RowEncoder, TrainingRecord
 from dpa.training.passes import Uncut, WeighsFigures, one_card
 from dpa.training.ranks import in_one_process, ranks
-from dpa.training.trainer_arguments import accumulation, adapters, first_passes, optimizer_class, shared_arguments
+from dpa.training.trainer_arguments import (
+    WITHOUT_BALANCING,
+    accumulation,
+    adapters,
+    first_passes,
+    optimizer_class,
+    shared_arguments,
+)
 from dpa.training.trainers import StopsAtBadStep
 
 
@@ -208,6 +215,7 @@ class DPO(Learner[EncodedPair]):
             losses, weights = [*losses, "sft"], [*weights, config.sft_weight]
         arguments = DPOConfig(
             **shared,
+            **WITHOUT_BALANCING,
             beta=config.beta,
             loss_type=losses,
             loss_weights=weights,

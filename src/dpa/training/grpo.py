@@ -35,7 +35,7 @@ from dpa.storage.stage_records import Reject
 from dpa.training.learner import Learner, RowEncoder, TrainingRecord
 from dpa.training.passes import Uncut, WeighsFigures, one_card, without_adapters
 from dpa.training.ranks import in_one_process
-from dpa.training.trainer_arguments import adapters, first_passes, optimizer_class, shared_arguments
+from dpa.training.trainer_arguments import WITHOUT_BALANCING, adapters, first_passes, optimizer_class, shared_arguments
 from dpa.training.trainers import StopsAtBadStep
 
 _PAID = "paid/"
@@ -139,6 +139,7 @@ class GRPO(Learner[Question]):
         first = first_passes(self, config.answers_per_device, model, longest, answers, shared)
         arguments = GRPOConfig(
             **shared,
+            **WITHOUT_BALANCING,
             beta=config.beta,
             num_generations=rollout.samples,
             max_completion_length=rollout.max_new_tokens,

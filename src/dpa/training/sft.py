@@ -50,7 +50,7 @@ from dpa.training.passes import (
 )
 from dpa.training.ranks import in_one_process
 from dpa.training.target_negatives import Stated, negatives
-from dpa.training.trainer_arguments import accumulation, adapters, optimizer_class, shared_arguments
+from dpa.training.trainer_arguments import WITHOUT_BALANCING, accumulation, adapters, optimizer_class, shared_arguments
 from dpa.training.trainers import StopsAtBadStep
 
 _log = logging.getLogger(__name__)
@@ -131,6 +131,7 @@ class SFT(Learner[Example]):
         )
         arguments = SFTConfig(
             **shared_arguments(self, work),
+            **WITHOUT_BALANCING,
             max_length=None,  # the rows are packed below
             per_device_train_batch_size=config.packed_rows_per_step if in_passes else together,
             gradient_accumulation_steps=1 if in_passes else accumulated,

@@ -45,10 +45,13 @@ def shared_arguments(learner: Learner[Any], work: Path) -> dict[str, Any]:
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # the default replaces a NaN by the average of earlier losses
         "disable_tqdm": True,
-        "router_aux_loss_coef": 0.0,  # TRL adds a mixture's balancing loss otherwise, once a pass
         "report_to": trackers(config.report_to, learner.section),
         "seed": learner.seed,
     }
+
+
+WITHOUT_BALANCING = {"router_aux_loss_coef": 0.0}
+"""For TRL's configurations: a mixture's balancing loss is not added, which would be once a pass."""
 
 
 def optimizer_class(config: TrainingConfig) -> tuple[Any, dict[str, Any]] | None:
