@@ -50,7 +50,7 @@ def shared_arguments(learner: Learner[Any], work: Path) -> dict[str, Any]:
     }
 
 
-WITHOUT_BALANCING = {"router_aux_loss_coef": 0.0}
+WITHOUT_BALANCING: dict[str, Any] = {"router_aux_loss_coef": 0.0}
 """For TRL's configurations: a mixture's balancing loss is not added, which would be once a pass."""
 
 
