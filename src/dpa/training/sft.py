@@ -83,7 +83,8 @@ class _LaunchedTrainer(StopsAtBadStep, OverPackedRows, SFTTrainer):
     """The same in a launched training, where passes accumulate as the Trainer does it, so that ranks stay together."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return FillersLast([row.learned for row in train_dataset or self.train_dataset], self.args.seed)
+        rows: Any = train_dataset or self.train_dataset
+        return FillersLast([row.learned for row in rows], self.args.seed)
 
 
 class _LaunchedContrastiveTrainer(AccumulatesContrast, _LaunchedTrainer):
