@@ -274,3 +274,8 @@ def on_device() -> tuple[str, Any]:
 def parameters_of(model: Any) -> int:
     """Weights that multiply: those of tied embeddings count once, as the head."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def multiplied(model: Any) -> int:
+    """Parameters that a token is multiplied by: all but the table of embeddings, of which it takes a row."""
+    return parameters_of(model) - model.get_input_embeddings().weight.numel()

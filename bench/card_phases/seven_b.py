@@ -30,7 +30,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from card_phases.common import Card, Steps, parameters_of, steps_of, timed
+from card_phases.common import Card, Steps, multiplied, steps_of, timed
 from dpa.core.errors import DpaError
 from dpa.core.presets import SPACES
 from dpa.core.sections.training import FinetuneConfig
@@ -162,11 +162,6 @@ def finetuning(card: Card, bench: Bench) -> None:
     card.row("7B shape, finetuning", found["dpa"].speed, "tokens/s", found["trl"].speed, "TRL",
              flops=flops, layers=bench.shape["num_hidden_layers"], peak_bytes=found["dpa"].peak_bytes,
              peer_peak_bytes=found["trl"].peak_bytes, **card.share(flops["dpa"], "matrix"))  # fmt: skip
-
-
-def multiplied(model: Any) -> int:
-    """Parameters that a token is multiplied by: all but the table of embeddings, of which it takes a row."""
-    return parameters_of(model) - model.get_input_embeddings().weight.numel()
 
 
 def scoring(card: Card, bench: Bench) -> None:

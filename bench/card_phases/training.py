@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback
 
-from card_phases.common import ATTRIBUTE, Card, Steps, Timed, parameters_of, steps_of, timed
+from card_phases.common import ATTRIBUTE, Card, Steps, Timed, multiplied, parameters_of, steps_of, timed
 from dpa.core.sections.reward import RewardTrainConfig
 from dpa.core.sections.training import FinetuneConfig
 from dpa.models.policy import encode_prompt, load_policy, make_steerable
@@ -149,7 +149,7 @@ def scoring(card: Card) -> None:
     prompts, responses = [row.messages for row in rows], [row.response for row in rows]
     tokens = sum(len(ids) for ids in ids_N if ids is not None)
     device, pad = next(model.parameters()).device, tokenizer.pad_token_id
-    parameters = parameters_of(model.base_model) - model.get_input_embeddings().weight.numel()
+    parameters = multiplied(model.base_model)
 
     @torch.inference_mode()
     def padded() -> np.ndarray:

@@ -56,11 +56,10 @@ def data(
     settings = DataSettings(form, format, count, held_out, seed, keep_cut)  # type: ignore[arg-type]
     with _open(run) as loop:
         t = newest_selection(loop) if iteration is None else iteration
-        start = loop.policy(t - 1)
-        if not policy and form == "trl" and not (Path(resolve_model(start).path) / SPACE_FILE).is_file():
+        if not policy and form == "trl" and not Path(resolve_model(loop.policy(t - 1)).path, SPACE_FILE).is_file():
             raise ConfigError(
-                f"--no-policy: the chat template of {start} reads no `preference`, so a trainer would never see a "
-                "direction; leave it out, or take --form messages."
+                f"--no-policy: the chat template of {loop.policy(t - 1)} reads no `preference`, so a trainer would "
+                "never see a direction; leave it out, or take --form messages."
             )
         folder = out or loop.path.resolve().with_name(f"{loop.path.resolve().name}-t{t}-data")
         written = hand_over(loop, t, folder, settings, policy)

@@ -295,28 +295,27 @@ class HttpPool(Closing):
         self._server_failed(server)
         request.tries += tries
         others, request.answered_before = self._answered > request.answered_before, self._answered
-        if request.tries >= self._attempts and others and self._others_answered(request):
-            self._give_up(request, reason)
-        elif all(one.failures >= self._patience(one) for one in self._servers):
-            request.begun = self._answered  # what they answered before they all failed says nothing of them now
+        if (request.tries >= self._attempts and others and self._others_answered(request)) or self._none_left(request):
             self._give_up(request, reason)
         else:
             request.avoid = server
             self._waiting.append(request)
 
-    def _patience(self, server: Server) -> int:
-        """Failures in a row from which on a server counts for nothing; one that we start may die first."""
-        return self._attempts if server.process is None else max(self._attempts, self._max_restarts + 1)
+    def _none_left(self, request: Request) -> bool:
+        """Whether all servers have failed too often; one that we start may die first."""
+        for server in self._servers:
+            patience = self._attempts if server.process is None else max(self._attempts, self._max_restarts + 1)
+            if server.failures < patience:
+                return False
+        request.begun = self._answered  # what they answered before they all failed says nothing of them now
+        return True
 
     def _useless(self, server: Server, request: Request, reason: str) -> None:
         """A 500, or an answer that cannot be read: the fault of the request, or of a server that gives nothing else."""
         server.useless += 1
         if server.useless >= _USELESS_IN_A_ROW:
             self._server_failed(server)
-        lost = all(one.failures >= self._patience(one) for one in self._servers)
-        if lost:
-            request.begun = self._answered  # what they answered before they all failed says nothing of them now
-        self._again(request, reason, server, give_up=lost)
+        self._again(request, reason, server, give_up=self._none_left(request))
 
     def _again(
         self, request: Request, reason: str, avoid: Server | None = None, tries: int = 1, give_up: bool = False

@@ -200,10 +200,8 @@ def verdict(by: str, measures: Mapping[str, Any], pairs: Mapping[str, tuple[int,
     tau = {arc: found["value"] for arc, found in measures["kendall_tau"].items()}
     listed = ", ".join(f"{arc} {'unknown' if value is None else format(value, '.2f')}" for arc, value in tau.items())
     sure = {arc: found for arc, found in pairs.items() if found[0] - found[1] >= LISTENS_AT * max(1, found[2])}
-    in_order = any(
-        value is not None and value >= LISTENS_AT and (measures["kendall_tau"][arc]["low"] or 0) > 0
-        for arc, value in tau.items()
-    )
+    reached = [arc for arc, value in tau.items() if value is not None and value >= LISTENS_AT]
+    in_order = any((measures["kendall_tau"][arc]["low"] or 0) > 0 for arc in reached)
     if in_order:
         sentence = f"The policy follows its direction (Kendall tau of asked against achieved: {listed})."
     elif sure:
@@ -215,7 +213,7 @@ def verdict(by: str, measures: Mapping[str, Any], pairs: Mapping[str, tuple[int,
             f"The policy follows its direction where its answers differ by more than chance ({counts}), and answers "
             f"other directions alike (Kendall tau of asked against achieved: {listed})."
         )
-    elif any(value is not None and value >= LISTENS_AT for value in tau.values()):
+    elif reached:
         sentence = (
             f"THE POLICY MAY NOT FOLLOW ITS DIRECTION: Kendall tau of asked against achieved is {listed}, which may be "
             "chance, for its interval reaches 0; measure it on more prompts (evaluate.prompts)."

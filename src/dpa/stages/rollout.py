@@ -89,10 +89,10 @@ def rollout(
     rejects = [reject for number in finished for reject in stage.shard_rejects(number)]
     asked = sum(len(shards[number]) for number in finished)
 
-    def check_rejects(asked: int) -> None:
-        if len(rejects) > config.max_reject_rate * asked:
+    def check_rejects(among: int) -> None:
+        if len(rejects) > config.max_reject_rate * among:
             raise RejectRateError(
-                f"{stage.name}: {len(rejects)} of {asked} prompts were rejected, more than max_reject_rate "
+                f"{stage.name}: {len(rejects)} of {among} prompts were rejected, more than max_reject_rate "
                 f"{config.max_reject_rate:.0%} ({count_reasons(rejects)}); mend the prompts or raise "
                 "rollout.max_reject_rate."
             )

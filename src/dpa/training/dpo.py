@@ -161,8 +161,7 @@ class DPO(Learner[EncodedPair]):
                 f"selection.method: {run.selection.method} keeps winners and no pairs; take pooled or per_direction, "
                 "or learner: sft."
             )
-        served = run.selection.online_directions or run.selection.directions
-        if run.selection.rejected == "other_direction" and served < 2:
+        if run.selection.rejected == "other_direction" and run.selection.of_iteration(1).directions < 2:
             raise ConfigError(
                 "selection.rejected: other_direction needs two directions of a pool; raise selection.directions."
             )

@@ -84,7 +84,8 @@ def hold_out(rows: pa.Table, count: int | None, gated: bool = False) -> tuple[pa
     prompts = rows["prompt_id"].to_pylist()
     if count is None:
         count = min(LISTENING_ROWS, int(LISTENING_SHARE * len(rows)))
-        count = count if count >= FEWEST else FEWEST if gated else 0
+        if count < FEWEST:
+            count = FEWEST if gated else 0
     count = min(count, len(rows) // 2)
     sizes: dict[str, int] = {}
     for prompt, stated in zip(prompts, rows["direction"].is_valid().to_pylist(), strict=True):
@@ -92,8 +93,8 @@ def hold_out(rows: pa.Table, count: int | None, gated: bool = False) -> tuple[pa
             sizes[prompt] = sizes.get(prompt, 0) + 1
     held: set[str] = set()
     for prompt in sorted(sizes, key=lambda name: stable_hash("listening", name)):
-        first = gated and not held and sizes[prompt] <= len(rows) // 2
-        if sizes[prompt] > count and not (first and count):
+        is_needed = gated and count > 0 and not held and sizes[prompt] <= len(rows) // 2
+        if sizes[prompt] > count and not is_needed:
             break
         held.add(prompt)
         count -= sizes[prompt]

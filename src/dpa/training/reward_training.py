@@ -26,7 +26,7 @@ from dpa.core.records import stable_hash
 from dpa.core.reference import ModelReference
 from dpa.core.sections.reward import RewardTrainConfig
 from dpa.models.disk_refusals import disk_refusals
-from dpa.models.files import folder_revision, resolve_model
+from dpa.models.files import folder_revision
 from dpa.models.half_precision import computes_in_bf16
 from dpa.models.memory import free_memory
 from dpa.models.policy import context_length, default_device, ensure_pad_token
@@ -83,7 +83,7 @@ def train_reward_model(
     the step), Interrupted (on a signal, after a checkpoint), StorageError.
     """
     torch.manual_seed(seed)
-    tokenizer, model = _load_backbone(config, attributes, code_revision)
+    tokenizer, model, backbone = _load_backbone(config, attributes, code_revision)
     pad = tokenizer.pad_token_id
     template = config.template or (None if tokenizer.chat_template else PLAIN_CONVERSATION)
     if template is not None:
@@ -105,8 +105,8 @@ def train_reward_model(
     if config.method == "ridge":
         model, penalties = _fit_ridge_head(model, rows, config, pad)
     else:
-        backbone = folder_revision(resolve_model(ModelReference(config.backbone, code_revision)).path)
-        inputs = stable_hash(rows.ids_N, rows.marks_NM.tolist(), rows.train, of_results(config), seed, backbone)
+        content = folder_revision(backbone)
+        inputs = stable_hash(rows.ids_N, rows.marks_NM.tolist(), rows.train, of_results(config), seed, content)
         model = _finetune(model, rows, config, pad, checkpoints / inputs, seed, check, seconds or CountSeconds())
     model.eval()
     spec = describe(model)
@@ -162,9 +162,12 @@ def _checkpoints(out: Path) -> Path:
     return out.with_name(f"{out.name}.training")
 
 
-def _load_backbone(config: RewardTrainConfig, attributes: Sequence[str], code_revision: str | None) -> tuple[Any, Any]:
-    """The tokenizer, with a pad token of its own, and a classifier with a new head of one output per attribute."""
-    model, tokenizer, _ = load_classifier(
+def _load_backbone(
+    config: RewardTrainConfig, attributes: Sequence[str], code_revision: str | None
+) -> tuple[Any, Any, Path]:
+    """The tokenizer, with a pad token of its own, a classifier with a new head of one output per attribute, and the
+    folder that they are from."""
+    model, tokenizer, folder = load_classifier(
         ModelReference(config.backbone, code_revision),
         _backbone_dtype(config),
         num_labels=len(attributes),
@@ -178,7 +181,7 @@ def _load_backbone(config: RewardTrainConfig, attributes: Sequence[str], code_re
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # its vector is never attended to
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return tokenizer, model.to(default_device())
+    return tokenizer, model.to(default_device()), folder
 
 
 def _fit_ridge_head(
