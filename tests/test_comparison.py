@@ -101,6 +101,22 @@ def test_intervals_of_three_seeds_cover_the_truth_about_as_often_as_they_say() -
     assert hits / 200 > 0.85
 
 
+def test_intervals_of_seeds_that_ask_the_same_prompts_are_no_surer_of_prompts_for_there_being_more_seeds() -> None:
+    rng, hits = np.random.default_rng(1), {True: 0, False: 0}
+    draws_R = rng.normal(0.0, 1.0, 2000)  # what a draw of prompts shifts every seed by
+    alike = over_seeds(np.zeros(3), np.stack([draws_R] * 3), same_prompts=True)
+    assert (alike["low"], alike["high"]) == tuple(pytest.approx(np.percentile(draws_R, p)) for p in (2.5, 97.5))
+    for trial in range(200):
+        prompts = rng.normal(0.0, 1.0)  # one draw of prompts for all seeds
+        measured_S = rng.normal(0.0, 0.5, 3) + prompts
+        draws_SR = measured_S[:, None] + rng.normal(0.0, 1.0, 300)
+        for same in hits:
+            found = over_seeds(measured_S, draws_SR, trial, same_prompts=same)
+            assert found["low"] is not None and found["high"] is not None
+            hits[same] += found["low"] <= 0.0 <= found["high"]
+    assert hits[True] / 200 > 0.92 > 0.9 > hits[False] / 200
+
+
 # --- claims ----------------------------------------------------------------------------------------------------------
 
 

@@ -423,6 +423,19 @@ def test_a_link_that_does_not_fit_the_model_says_so(visit):
         if not fits:
             assert "does not fit this model" in opened.text("#notice")
     assert opened.text("#numbers") == "helpfulness*100 + verbosity*0", "the last that did"
+
+
+def test_a_link_is_followed_although_the_page_writes_its_own_address_at_that_moment(visit):
+    opened = visit().ready()
+    opened.page.evaluate(
+        """() => new Promise((told) => {
+            addEventListener("hashchange", told, { once: true });
+            const own = location.href;
+            location.hash = "d=helpfulness:1";
+            history.replaceState(null, "", own + "#d=helpfulness:0.8,verbosity:-0.6");
+        })"""
+    )
+    assert opened.text("#numbers") == "helpfulness*100 + verbosity*0"
     assert [opened.page.input_value(field) for field in ("#seed", "#temperature")] == ["1", "0.7"]
 
 

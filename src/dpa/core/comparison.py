@@ -51,17 +51,19 @@ class Entry:
 class Front(NamedTuple):
     """Where each direction of an arc lands: means and bootstrap draws of both coordinates, for every seed.
 
-    Draw r of a seed must be of the same prompts for every front that is compared (core.measures.bootstrap_means).
+    Draw r of a seed must be of the same prompts for every front that is compared (core.measures.bootstrap_means), and
+    of the same prompts in every seed where all seeds ask the same ones (`same_prompts`).
     """
 
     x_SD: np.ndarray
     y_SD: np.ndarray
     x_SRD: np.ndarray
     y_SRD: np.ndarray
+    same_prompts: bool = False
 
     def as_point(self) -> "Front":
         """The mean over the arc: for a policy that is told no direction, whose arc is noise around one point."""
-        return Front(*(values.mean(axis=-1, keepdims=True) for values in self))
+        return Front(*(values.mean(axis=-1, keepdims=True) for values in self[:4]), self.same_prompts)
 
 
 class Lead(NamedTuple):
@@ -117,12 +119,13 @@ def lead(ours: Front, theirs: Front) -> Lead:
         )
     if not len(at_X) or np.isnan(lead_SX).any():
         return Lead(np.empty(0), [], None, None, None)
-    lead_X = [over_seeds(lead_SX[:, x], draws_SRX[:, :, x]) for x in range(len(at_X))]
+    same = ours.same_prompts
+    lead_X = [over_seeds(lead_SX[:, x], draws_SRX[:, :, x], same_prompts=same) for x in range(len(at_X))]
     least = int(lead_SX.mean(axis=0).argmin())
     with np.errstate(invalid="ignore"):
         known_SR = np.isfinite(draws_SRX).sum(axis=2)
         mean_SR = np.where(known_SR > 0, np.nansum(draws_SRX, axis=2) / np.maximum(known_SR, 1), np.nan)
-    mean = over_seeds(lead_SX.mean(axis=1), mean_SR)
+    mean = over_seeds(lead_SX.mean(axis=1), mean_SR, same_prompts=same)
     return Lead(at_X, lead_X, lead_X[least], float(at_X[least]), mean)
 
 
@@ -132,17 +135,26 @@ def height_at(front: Front, x: float) -> Interval | None:
     value_S = heights(front.x_SD, front.y_SD, at[None])[:, 0]
     if np.isnan(value_S).any():
         return None
-    return over_seeds(value_S, heights(front.x_SRD, front.y_SRD, at[None, None])[:, :, 0])
+    draws_SR = heights(front.x_SRD, front.y_SRD, at[None, None])[:, :, 0]
+    return over_seeds(value_S, draws_SR, same_prompts=front.same_prompts)
 
 
 def over_seeds(
-    value_S: np.ndarray, draws_SR: np.ndarray, seed: int = 0, bounds: tuple[float, float] = (-np.inf, np.inf)
+    value_S: np.ndarray,
+    draws_SR: np.ndarray,
+    seed: int = 0,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+    *,
+    same_prompts: bool = False,
 ) -> Interval:
     """Mean over seeds and its 95% interval over seeds and prompts.
 
     Two levels: each draw takes S seeds with replacement, and of each of them a draw of prompts. With few seeds such
     draws vary by a factor sqrt((S - 1) / S) too little, so they are widened by its inverse about the mean, though
     not beyond `bounds`, what the quantity can be. One seed: over prompts alone.
+
+    `same_prompts`: all seeds ask the same ones, draw r is of the same prompts in each. Then more seeds make prompts no
+    more certain: a draw's prompts are those of every seed it takes, and only what seeds differ in is widened.
     """
     value_S, draws_SR = np.asarray(value_S, dtype=float), np.asarray(draws_SR, dtype=float)
     S, R = draws_SR.shape
@@ -150,6 +162,11 @@ def over_seeds(
     if S == 1:
         return interval(value, draws_SR[0])
     seeds_RS = np.random.default_rng(seed).integers(S, size=(R, S))
+    widened = np.sqrt(S / (S - 1))
+    if same_prompts:
+        by_seed_R = value_S[seeds_RS].mean(axis=1)
+        by_prompt_R = draws_SR[seeds_RS, np.arange(R)[:, None]].mean(axis=1) - by_seed_R
+        return interval(value, np.clip(value + widened * (by_seed_R - value) + by_prompt_R, *bounds))
     rows_RS = (np.arange(R)[:, None] + np.arange(S) * (R // S)) % R  # the same seed twice: other prompts
     means_R = draws_SR[seeds_RS, rows_RS].mean(axis=1)
-    return interval(value, np.clip(value + np.sqrt(S / (S - 1)) * (means_R - value), *bounds))
+    return interval(value, np.clip(value + widened * (means_R - value), *bounds))

@@ -225,6 +225,7 @@ class Comparison:
             for name, own in jobs.items()
             for policy in found[name][0]["policies"]
         }
+        prompts = {tuple(prompt.prompt_id for prompt in job.lab.held_out) for job in next(iter(jobs.values()))}
         results = {
             "name": self.config.name,
             "version": __version__,
@@ -233,7 +234,15 @@ class Comparison:
             "space": example.space.build().to_dict(),
             "config": resolved(self.config),
             "shared": [job.record for job in self.shared if job.seed in seeds],
-            **summarise(self.methods, found, scores, example.space.build(), example.evaluate, self.config),
+            **summarise(
+                self.methods,
+                found,
+                scores,
+                example.space.build(),
+                example.evaluate,
+                self.config,
+                same_prompts=len(prompts) == 1,
+            ),
         }
         return write_comparison(Path(self.config.out), results)
 

@@ -26,8 +26,11 @@ def summarise(
     space: DirectionSpace,
     settings: EvaluateConfig,
     config: CompareConfig,
+    same_prompts: bool = False,
 ) -> dict[str, Any]:
     """The numbers of the report, all of it JSON; every interval is over seeds and prompts.
+
+    same_prompts: all seeds are measured on the same prompts.
 
     methods        what each method says of itself
     upward, arcs   the objective that fronts are compared in, and those held equal
@@ -46,7 +49,7 @@ def summarise(
     upward = main_objective(space)
     arcs = [arc for arc in space.arc_names if arc != upward]
     data = [
-        _Policy(methods[method], name, by_seed, space, grid_DK, config.resamples, settings.reference, reward, upward)
+        _Policy(methods[method], name, by_seed, space, grid_DK, config.resamples, settings, upward, same_prompts)
         for (method, name), by_seed in scores.items()
     ]
     last = {policy.method.name: policy for policy in data}
@@ -88,22 +91,29 @@ class _Policy:
         space: DirectionSpace,
         grid_DK: np.ndarray,
         resamples: int,
-        reference: float,
-        reward: str,
+        settings: EvaluateConfig,
         upward: str,
+        same_prompts: bool,
     ) -> None:
         self.method, self.name, self.space, self.grid_DK = method, name, space, grid_DK
-        self.reward, self.upward = reward, upward
+        self.reward, self.upward = "gold" if settings.gold else "model", upward
+        self.same_prompts = same_prompts
         self.means = {name: np.stack([mean_over_prompts(one[name]) for one in by_seed]) for name in by_seed[0]}
         self.draws = {
-            name: np.stack([bootstrap_means(one[name], resamples, seed) for seed, one in enumerate(by_seed)])
+            name: np.stack(
+                [
+                    bootstrap_means(one[name], resamples, seed=0 if same_prompts else s)
+                    for s, one in enumerate(by_seed)
+                ]
+            )
             for name in by_seed[0]
         }
-        each = [dict(all_measures(means_DK, space, grid_DK, reference)) for means_DK in self.means[reward]]
+        at = settings.reference
+        each = [dict(all_measures(means_DK, space, grid_DK, at)) for means_DK in self.means[self.reward]]
         self.values = {key: np.array([one[key] for one in each]) for key in each[0]}
         drawn = [
-            [dict(all_measures(means_DK, space, grid_DK, reference)) for means_DK in draws_RDK]
-            for draws_RDK in self.draws[reward]
+            [dict(all_measures(means_DK, space, grid_DK, at)) for means_DK in draws_RDK]
+            for draws_RDK in self.draws[self.reward]
         ]
         self.drawn = {key: np.array([[one[key] for one in seed] for seed in drawn]) for key in each[0]}
 
@@ -112,7 +122,9 @@ class _Policy:
         rows, reward = self._rows(arc), reward or self.reward
         x, y = self.space.names.index(arc), self.space.names.index(self.upward)
         means_SDK, draws_SRDK = self.means[reward][:, rows], self.draws[reward][:, :, rows]
-        front = Front(means_SDK[..., x], means_SDK[..., y], draws_SRDK[..., x], draws_SRDK[..., y])
+        front = Front(
+            means_SDK[..., x], means_SDK[..., y], draws_SRDK[..., x], draws_SRDK[..., y], self.same_prompts
+        )
         return front.as_point() if self.method.point else front
 
     def measure(self, key: tuple[str, str | None]) -> tuple[np.ndarray, np.ndarray]:
@@ -124,7 +136,10 @@ class _Policy:
         measures: dict[str, Any] = {}
         for (measure, objective), value_S in self.values.items():
             interval = over_seeds(
-                value_S, self.drawn[measure, objective], bounds=BOUNDS.get(measure, (-np.inf, np.inf))
+                value_S,
+                self.drawn[measure, objective],
+                bounds=BOUNDS.get(measure, (-np.inf, np.inf)),
+                same_prompts=self.same_prompts,
             )
             if objective is None:
                 measures[measure] = interval
@@ -142,8 +157,10 @@ class _Policy:
             "fronts": {reward: {arc: self._points(arc, reward) for arc in arcs} for reward in self.means},
             "measures": measures,
             "utility": {
-                reward: over_seeds(self._utility(self.means[reward]), self._utility(self.draws[reward]))
-                for reward in self.means
+                reward: over_seeds(
+                    self._utility(means), self._utility(self.draws[reward]), same_prompts=self.same_prompts
+                )
+                for reward, means in self.means.items()
             },
         }
 
@@ -154,8 +171,8 @@ class _Policy:
             {
                 "angle": None if point else round(float(angles[d]), 6) + 0.0,
                 "direction": None if point else str(self.space.direction(self.grid_DK[rows[d]])),
-                "x": over_seeds(front.x_SD[:, d], front.x_SRD[:, :, d]),
-                "y": over_seeds(front.y_SD[:, d], front.y_SRD[:, :, d]),
+                "x": over_seeds(front.x_SD[:, d], front.x_SRD[:, :, d], same_prompts=self.same_prompts),
+                "y": over_seeds(front.y_SD[:, d], front.y_SRD[:, :, d], same_prompts=self.same_prompts),
             }
             for d in range(front.x_SD.shape[1])
         ]
@@ -232,7 +249,7 @@ def _volumes(new: _Policy, old: _Policy, change: Callable[[np.ndarray, np.ndarra
     changed = {}
     for name in ("hypervolume", "cone_hypervolume"):
         value_S, draws_SR = map(change, new.measure((name, None)), old.measure((name, None)))
-        changed[name] = over_seeds(value_S, draws_SR)
+        changed[name] = over_seeds(value_S, draws_SR, same_prompts=new.same_prompts)
     return changed
 
 

@@ -61,9 +61,9 @@ function build(space, wantsKey) {
   }
 
   // What the address says is set and shown; nothing is asked.
-  function followLink() {
+  function followLink(link) {
     answerAgain.cancel();
-    readAddress(space);
+    readAddress(space, link);
     // A link made here names the question that is on the page already.
     if (state.question === talk.turn?.question) state.question = "";
     if (space.names.length > 2) $("x-axis").value = space.names[state.x];
@@ -107,12 +107,13 @@ function build(space, wantsKey) {
     },
   );
   $("new").addEventListener("click", fresh);
-  addEventListener("hashchange", followLink);
+  // Not location.hash: the page's own delayed address may have taken its place before the event came.
+  addEventListener("hashchange", (event) => followLink(new URL(event.newURL).hash));
   addEventListener("pagehide", () => talk.leave());
 
   const id = recall(OPEN);
   if (id && talk.open(id)) list.current = id;
-  followLink();
+  followLink(location.hash);
   changed();
   return { share };
 }

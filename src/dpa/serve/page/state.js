@@ -44,8 +44,8 @@ export function addressOf(space, question) {
 
 export const writeAddress = later(250, (space, question) => history.replaceState(null, "", addressOf(space, question)));
 
-export function readAddress(space) {
-  const fields = new URLSearchParams(location.hash.slice(1));
+export function readAddress(space, link) {
+  const fields = new URLSearchParams(link.slice(1));
   const number = (name, field) => {
     const value = Number(fields.get(name));
     const [low, high] = LIMITS[field];
