@@ -111,6 +111,9 @@ def test_judge_asks_models_shows_the_cost_first_and_replays(policy: Path, questi
             dpa(*common, "--base-url", server.url, "--limit-tokens", 10)
         with pytest.raises(ConfigError, match=r"tokens \(each reply counted as all of --max-tokens 4000\) are more"):
             dpa(*common, "--base-url", server.url, "--limit-tokens", 20_000, "--max-tokens", 4000)
+        beyond = CliRunner().invoke(app, [*map(str, common), "-p", "120deg", "--limit-tokens", "1"])
+        assert "lies 120.0 degrees from helpfulness*100 + verbosity*0;" in beyond.stderr
+        assert "the judge is told its edge, helpfulness*71 + verbosity*71." in beyond.stderr
         assert server.bodies() == []
         output = dpa(*common, "--base-url", server.url, "--price-in", 2)
         assert "6 calls to make" in output

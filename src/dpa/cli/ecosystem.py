@@ -10,7 +10,7 @@ import typer
 
 from dpa.cli.home import Commands
 from dpa.cli.options import MaxNewTokens, Temperature, check_new_folder
-from dpa.core.errors import ConfigError, DirectionError
+from dpa.core.errors import ConfigError, DirectionError, OutsideConeError
 from dpa.core.targets import read_wish
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def judge(
     if space is None and not policies:
         raise ConfigError("--space: answer files do not say it; give a policy folder, a configuration or dpa-v1.")
     where = read_space(space or policies[0])
-    wishes = [where.parse(text, outside="clamp") for text in preference]
+    wishes = [_told(where, text) for text in preference]
     (name_a, answers_a), (name_b, answers_b) = (read_answers(file) for file, _ in sides)
     if name_a == name_b:
         name_a, name_b = (str(file) for file, _ in sides)
@@ -258,6 +258,16 @@ def _side(
     chosen, name = [where.parse(direction)], policy_name(model)
     files = _export(path, where, questions, "alpaca-eval", chosen, out, name, 0.7, max_new_tokens, 64, limit, seed)  # fmt: skip # noqa: E501
     return files[0], path
+
+
+def _told(space: "DirectionSpace", text: str) -> "Direction":
+    """What a judge is told of a preference; one beyond the cone is moved to its edge, and that is said."""
+    try:
+        return space.parse(text)
+    except OutsideConeError as error:
+        edge = space.parse(text, outside="clamp")
+        typer.echo(f"--preference: {error.finding}; the judge is told its edge, {edge}.", err=True)
+        return edge
 
 
 def _export(

@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from dpa.core.config import RunConfig, parse_config, read_yaml, set_dotted
 from dpa.core.errors import ConfigError
-from dpa.core.sections.section import PathText
+from dpa.core.sections.section import PathText, Section
 
 SEED = "{seed}"
 
 
-class CompareConfig(BaseModel):
+class CompareConfig(Section):
     """One comparison (docs/comparison.md): the file that `dpa compare` takes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field("comparison", description="Title of the report.")
     out: PathText = Field(description="Results folder. The same command resumes it.")

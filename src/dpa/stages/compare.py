@@ -101,10 +101,7 @@ class _Policy:
         self.means = {name: np.stack([mean_over_prompts(one[name]) for one in by_seed]) for name in by_seed[0]}
         self.draws = {
             name: np.stack(
-                [
-                    bootstrap_means(one[name], resamples, seed=0 if same_prompts else s)
-                    for s, one in enumerate(by_seed)
-                ]
+                [bootstrap_means(one[name], resamples, seed=0 if same_prompts else s) for s, one in enumerate(by_seed)]
             )
             for name in by_seed[0]
         }
@@ -122,9 +119,7 @@ class _Policy:
         rows, reward = self._rows(arc), reward or self.reward
         x, y = self.space.names.index(arc), self.space.names.index(self.upward)
         means_SDK, draws_SRDK = self.means[reward][:, rows], self.draws[reward][:, :, rows]
-        front = Front(
-            means_SDK[..., x], means_SDK[..., y], draws_SRDK[..., x], draws_SRDK[..., y], self.same_prompts
-        )
+        front = Front(means_SDK[..., x], means_SDK[..., y], draws_SRDK[..., x], draws_SRDK[..., y], self.same_prompts)
         return front.as_point() if self.method.point else front
 
     def measure(self, key: tuple[str, str | None]) -> tuple[np.ndarray, np.ndarray]:
