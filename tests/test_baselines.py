@@ -19,7 +19,9 @@ from fakes import FakeSampler, FakeScorer, space_of
 from safetensors.torch import load_file
 
 from dpa.core.compare_config import load_comparison
+from dpa.core.directions import DirectionSpace
 from dpa.core.errors import DamageError, DataError, ModelFileError
+from dpa.core.objective import Objective
 from dpa.core.records import Sample, SampleRequest
 from dpa.core.sections.ratings import RatingsConfig
 from dpa.models.policy import load_policy
@@ -418,6 +420,24 @@ def test_a_mixture_is_a_specialist_at_its_own_direction_and_adds_up_to_one_every
     assert len(soups.wishes(space_of("a", "b"))) == 3
 
 
+@pytest.mark.parametrize(("center", "count"), [((1, 1, 1), 7), ((0.8, 0.6, 0), 5)])
+def test_around_a_center_that_is_no_axis_a_mixture_is_a_specialist_at_its_own_direction_too(
+    center: tuple[float, ...], count: int
+) -> None:
+    """Around (0.8, 0.6, 0) the arcs of the first two objectives are one."""
+    space = replace(SPACE3, center=dict(zip(SPACE3.names, center, strict=True)))
+    wishes_IK = soups.wishes(space)
+    assert len(wishes_IK) == count == len(np.unique(wishes_IK.round(9), axis=0))
+    for place, wish_K in enumerate(wishes_IK):
+        np.testing.assert_allclose(soups.mixture(tuple(wish_K), space), np.eye(count)[place], atol=1e-6)
+
+
+def test_a_steerlm_label_spans_what_its_objective_can_reach() -> None:
+    space = DirectionSpace((Objective("terse", {"verbosity": -1.0}), Objective("both", {"a": 1.0, "b": 1.0})))
+    assert steerlm.write_label(space, np.array([-100.0, 200.0])) == "terse:0,both:9"
+    assert steerlm.write_label(space, np.array([0.0, 100.0])) in ("terse:9,both:4", "terse:9,both:5")
+
+
 def test_soups_interpolation_is_the_exact_weighted_sum() -> None:
     one, two = ({"w": torch.randn(3, 4), "steps": torch.tensor(7)} for _ in range(2))
     mixed = interpolate([one, two], [0.25, 0.75])
@@ -553,6 +573,8 @@ def test_a_finetuning_spends_the_tokens_it_is_given(lab: Lab, tmp_path: Path) ->
     lab = in_folder(lab, tmp_path)
     rows = unstated(lab.best_rated(lab.space.center_K))
     assert lab.scorer.attributes and "scorer" in vars(lab)
+    gated = lab.config.finetune.model_copy(update={"min_listening": 0.9})  # the loop's; here no direction is stated
+    lab.config = lab.config.model_copy(update={"finetune": gated})
     lab.finetune(0, lab.config.policy, rows, 5_000)
     assert "scorer" not in vars(lab), "the reward model leaves its memory to the training"
     assert spent(tmp_path).training_tokens == pytest.approx(5_000, rel=0.02)

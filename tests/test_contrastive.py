@@ -249,6 +249,14 @@ def test_a_direction_known_to_choose_the_response_is_no_negative() -> None:
     assert negative_directions(rows, SPACE, count=1, seed=0) == [[], [pytest.approx(UP)]]
 
 
+def test_a_mirrored_direction_for_which_the_pool_keeps_the_response_is_no_sure_negative() -> None:
+    """Of one row a question no other row can tell; the selection saw the pool."""
+    rows = rows_of([[(UP, "a")], [(UP, "b")], [(UP, "c")]])
+    rows = rows.append_column("mirrored_same", pa.array([True, False, None]))
+    assert [len(found) for found in negative_directions(rows, SPACE, count=1, seed=0, sure=True)] == [0, 1, 1]
+    assert [len(found) for found in negative_directions(rows, SPACE, count=1, seed=0)] == [1, 1, 1]
+
+
 def test_rows_of_another_pool_are_no_negatives_though_the_prompt_is_the_same() -> None:
     rows = rows_of([[(UP, "long"), (DOWN, "short")]]).append_column("pool", pa.array(["p0", "p0@1"]))
     assert negative_directions(rows, SPACE, count=1, seed=0) == [[pytest.approx(DOWN)], [pytest.approx(UP)]]

@@ -200,6 +200,7 @@ def test_tokens_are_counted_before_as_they_are_read(base: Path, tmp_path: Path) 
     record = train_policy(learner, str(base), rows, tmp_path / "policy", tmp_path / "work")
     assert record.tokens == count_tokens(str(base), rows, space, packed=600)
     assert record.tokens < 0.6 * count_tokens(str(base), rows, space)
+    assert count_tokens(str(base), rows, space, longest=1) == 0, "a row that is rejected is not read"
     assert load_space(str(tmp_path / "policy")) == space
 
 

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.measures import (
+    all_measures,
     bootstrap_means,
     cone_hypervolume,
     edge_directions,
@@ -70,6 +71,12 @@ def test_points_that_are_not_finite_count_for_nothing():
     assert pareto_front(points).tolist() == [False, False, True]
     assert hypervolume(points, 1.0) == 2.0
     assert hypervolume(points[:2], 0.0) == 0.0
+
+
+def test_a_direction_without_a_mean_leaves_no_volume_of_the_others() -> None:
+    means_DK, grid_DK = np.array([[60.0, 20.0], [np.nan, np.nan], [50.0, 70.0]]), TWO.grid(3)
+    values = dict(all_measures(means_DK, TWO, grid_DK, 0.0))
+    assert np.isnan(values["hypervolume", None]) and np.isnan(values["cone_hypervolume", None])
 
 
 def test_the_cone_sees_the_terse_end_and_plain_hypervolume_does_not():

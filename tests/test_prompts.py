@@ -100,6 +100,10 @@ def test_an_iteration_that_wants_more_prompts_than_there_are_takes_each_once() -
     prompts = [Prompt(str(n), [{"role": "user", "content": str(n)}]) for n in range(7)]
     for t in range(1, 5):
         assert sorted(prompt.prompt_id for prompt in draw_prompts(prompts, t, 10, seed=0)) == list("0123456")
+    counts, asked = (1, 4, 2), []
+    for t, count in enumerate(counts, start=1):
+        asked += [prompt.prompt_id for prompt in draw_prompts(prompts, t, count, seed=0, before=len(asked))]
+    assert sorted(asked) == list("0123456"), "counts of their own: none is asked twice before all are"
     drawn = [prompt.prompt_id for t in (1, 2, 3) for prompt in draw_prompts(prompts, t, 3, seed=0)]
     assert len(set(drawn[:7])) == 7, "none again before all were used"
 

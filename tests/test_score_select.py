@@ -100,6 +100,20 @@ def test_pooled_winners_are_the_best_of_the_whole_pool(loop: Loop) -> None:
         assert json.loads(row["messages"]) == [{"role": "user", "content": f"question{row['prompt_id'][1:]}"}]
 
 
+@pytest.mark.parametrize("method", ["pooled", "best_mean"])
+def test_a_winner_says_whether_the_pool_keeps_it_for_the_mirrored_direction_too(loop: Loop, method: str) -> None:
+    rows = loop.select(SelectionConfig(method=method, directions=5))
+    for row in rows:
+        candidates, scores_NK = loop.pool(row["prompt_id"])
+        utility_N = scores_NK @ np.array(SPACE.mirrored(row["direction"]).weights)
+        if method == "best_mean":
+            means_D = utility_N.reshape(3, 4).mean(axis=1)
+            utility_N[np.repeat(np.arange(3), 4) != means_D.argmax()] = -np.inf
+        assert row["mirrored_same"] == (candidates[int(utility_N.argmax())]["response"] == row["response"])
+    assert len({row["mirrored_same"] for row in rows}) == 2
+    assert {row["mirrored_same"] for row in loop.select(SelectionConfig(method="random"))} == {None}
+
+
 def test_best_mean_winners_were_made_under_the_direction_that_does_best_on_average(loop: Loop) -> None:
     rows = loop.select(SelectionConfig(method="best_mean", directions=5))
     assert [row["prompt_id"] for row in rows] == [f"p{n}" for n in range(6) for _ in range(5)]

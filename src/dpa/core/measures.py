@@ -213,8 +213,9 @@ def all_measures(
 ) -> Iterator[tuple[tuple[str, str | None], float]]:
     """((measure, objective or None), value) for each; NaN where a direction has no mean."""
     regret_D = projection_regret(means_DK, directions_DK)
-    yield ("hypervolume", None), hypervolume(means_DK, reference)
-    yield ("cone_hypervolume", None), cone_hypervolume(means_DK, space, reference)
+    whole = np.isfinite(means_DK).all()  # a volume of the others would be too small, and look like one
+    yield ("hypervolume", None), hypervolume(means_DK, reference) if whole else np.nan
+    yield ("cone_hypervolume", None), cone_hypervolume(means_DK, space, reference) if whole else np.nan
     yield ("expected_utility", None), expected_utility(means_DK, directions_DK)
     yield ("projection_regret", None), float(regret_D.mean())
     yield ("projection_regret_max", None), float(regret_D.max())

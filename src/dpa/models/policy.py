@@ -271,11 +271,13 @@ def shares_beginnings(policy: Model, bf16: bool | Literal["auto"]) -> bool:
     return may_go_on(model, dtype, torch.device(default_device()))
 
 
-def count_tokens(policy: Model, rows: pa.Table, space: DirectionSpace, packed: int | None = None) -> int:
+def count_tokens(
+    policy: Model, rows: pa.Table, space: DirectionSpace, packed: int | None = None, longest: int | None = None
+) -> int:
     """Tokens of rows in the columns of a select shard, as finetuning would read them: prompt, response, end token.
 
     `packed`: what prompts share is counted once in a row of as many tokens (training/packing.py). Only the tokenizer is
-    loaded. A row that finetuning would reject counts too. Raises ModelFileError.
+    loaded. A row of more than `longest` tokens, which finetuning rejects, does not count. Raises ModelFileError.
     """
     safe = resolve_model(policy)
     with quiet_libraries():
@@ -284,8 +286,11 @@ def count_tokens(policy: Model, rows: pa.Table, space: DirectionSpace, packed: i
     columns = (rows[column].to_pylist() for column in ("messages", "direction", "response"))
     prompts, answers = [], []
     for messages, direction, response, held in zip(*columns, held_values(rows), strict=True):
-        prompts.append(encode_prompt(tokenizer, space, json.loads(messages), direction, held))
-        answers.append(len(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]) + 1)
+        prompt = encode_prompt(tokenizer, space, json.loads(messages), direction, held)
+        answer = len(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]) + 1
+        if longest is None or len(prompt) + answer <= longest:
+            prompts.append(prompt)
+            answers.append(answer)
     if packed is None:
         return sum(map(len, prompts)) + sum(answers)
     found = group_families([[ids] for ids in prompts], answers, packed, LEAST_SHARED)

@@ -76,14 +76,20 @@ def without_held_out(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> l
     return kept
 
 
-def draw_prompts(prompts: Sequence[Prompt], t: int, count: int | None, seed: int) -> list[Prompt]:
-    """The prompts of iteration t >= 1: `count` drawn without repeats until all are used, then in another order."""
+def draw_prompts(
+    prompts: Sequence[Prompt], t: int, count: int | None, seed: int, before: int | None = None
+) -> list[Prompt]:
+    """The prompts of iteration t >= 1: `count` drawn without repeats until all are used, then in another order.
+
+    `before`: how many the iterations before drew, where that is not `count` each.
+    """
     if count is None:
         return list(prompts)
     drawn: list[Prompt] = []
     orders: dict[int, list[int]] = {}
     count = min(count, len(prompts))
-    for place in range((t - 1) * count, t * count):
+    first = (t - 1) * count if before is None else before
+    for place in range(first, first + count):
         rounds, within = divmod(place, len(prompts))
         if rounds not in orders:
             orders[rounds] = list(range(len(prompts)))

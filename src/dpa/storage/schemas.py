@@ -45,10 +45,11 @@ WINNERS = pa.schema(
         "response": _TEXT,
         "complete": _FLAG,
         "utility": _NUMBER,
+        "mirrored_same": _FLAG,
     }
 )
 """Of a selection; followed by one float column per objective. `complete`: the response ended by itself, not at a limit
-of tokens."""
+of tokens. `mirrored_same`: the pool keeps the same response for the mirrored direction; null: not known."""
 
 PAIRS = pa.schema(
     {
@@ -63,6 +64,7 @@ PAIRS = pa.schema(
         "rejected_complete": _FLAG,
         "chosen_id": _TEXT,
         "rejected_id": _TEXT,
+        "mirrored_same": _FLAG,
     }
 )
 """Of a selection of pairs; followed by one float column per objective: the chosen one's."""

@@ -2,8 +2,8 @@
 Run its tests: pytest tests/test_listening.py
 
 The flip gap of a held-out row (x, v, y): the loss of the winner y under another direction of its pool that chose
-another winner (the mirrored direction, where the pool has none; for a target a value the winner does not have) minus
-its loss under its own,
+another winner (the mirrored direction where the rows have none, unless the pool keeps y for it too; for a target a
+value the winner does not have) minus its loss under its own,
 
     log p(y | x, v) - log p(y | x, v'),      in nats; over the tokens of all rows, and as a mean over rows.
 
@@ -157,13 +157,14 @@ def held_out_rows(
 ) -> HeldOut | None:
     """The held-out rows (select shard columns, of winners or of pairs) that can be measured, or None where none can.
 
-    `encode`: `RowEncoder.encode` of the training. A row without another direction, or too long, is left out.
+    `encode`: `RowEncoder.encode` of the training. A row without a direction that does not choose its response, or too
+    long, is left out.
     """
     if "chosen" in rows.column_names:
         rows = rows.append_column("response", rows["chosen"])
     complete = completeness(rows, "chosen_complete" if "chosen" in rows.column_names else "complete")
     columns = (rows[name].to_pylist() for name in ("prompt_id", "messages", "direction", "response"))
-    stated = zip(zip(*columns, strict=True), held_values(rows), negatives(rows, space, 1, seed), strict=True)
+    stated = zip(zip(*columns, strict=True), held_values(rows), negatives(rows, space, 1, seed, sure=True), strict=True)
     found, prompts = [], []
     for ((prompt, messages, direction, response), held, others), whole in zip(stated, complete, strict=True):
         sides = [

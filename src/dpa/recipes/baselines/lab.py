@@ -218,13 +218,16 @@ class Lab(Run):
 
     def practise(self, t: int, policy: str | Path, count: int, learn: type[GRPO], **fields: Any) -> tuple[Path, Ledger]:
         """Let a learner that samples for itself, with these `fields`, learn from `count` prompts under directions drawn
-        for them, `config.grpo` saying how. Returns the policy and what it cost."""
-        asked = self.stage(t, "rollout")
+        for them, `config.grpo` saying how: one direction for each, once, after those of the iterations before. Returns
+        the policy and what it cost, with the prompts as its rows."""
+        asked, rollout = self.stage(t, "rollout"), self.config.rollout.model_copy(update={"directions": 1})
         if not asked.done:
-            prompts = draw_prompts(self.training_prompts, t, count, self.config.seed)
-            ask(asked, prompts, self.space, self.config.rollout, self.config.seed)
-        how = self.config.rollout, None if self.stage(t, "finetune").done else self.scorer
-        rows, config = self._kept(t, asked.whole_table()), getattr(self.config, learn.section)
+            before = sum(self.stage(earlier, "rollout").ledger.rows for earlier in range(1, t))
+            prompts = draw_prompts(self.training_prompts, t, count, self.config.seed, before)
+            ask(asked, prompts, self.space, rollout, self.config.seed)
+        how = rollout, None if self.stage(t, "finetune").done else self.scorer
+        config = getattr(self.config, learn.section).model_copy(update={"epochs": 1})
+        rows = self._kept(t, asked.whole_table())
         out = self._learn(t, policy, rows, learn(config, self.space, self.config.seed + t, *how, **fields))
         return out, self.stage(t, "finetune").ledger
 
@@ -251,9 +254,11 @@ class Lab(Run):
         start = self.config.reference(policy)
         packs = learn.reads == "winners" and shares_beginnings(start, config.bf16)
         packed = config.max_length if packs else None
-        epochs = tokens / sum(count_tokens(start, one, self.space, packed) for one in read)
+        longest = config.max_length
+        epochs = tokens / max(1, sum(count_tokens(start, one, self.space, packed, longest) for one in read))
         # Several methods state no direction, or not as ours.
-        config = config.model_copy(update={"epochs": epochs, "listening_rows": 0, **changes})
+        unmeasured = {"listening_rows": 0, "min_listening": None}
+        config = config.model_copy(update={"epochs": epochs, **unmeasured, **changes})
         return self._learn(t, policy, kept, learn(config, self.space, self.config.seed + t))
 
     def _kept(self, t: int, rows: pa.Table) -> StageFolder:

@@ -68,7 +68,7 @@ def train(lab: Lab) -> list[Trained]:
         steps = max(1, round(left / (T - t + 1) / each / step))
         policy, cost = lab.practise(t, policy, steps * step, MOC, targets=targets)
         left -= _tokens(cost)
-        each = _tokens(cost) / (steps * step)
+        each = _tokens(cost) / max(1, lab.stage(t, "rollout").ledger.rows)  # fewer where there are no more prompts
     return [lab.trained("MOC", policy)]
 
 

@@ -49,8 +49,13 @@ def specialists(lab: Lab) -> list[str]:
 
 
 def wishes(space: DirectionSpace) -> np.ndarray:
-    """directions_IK of the specialists: the center, then the low and the high end of every arc."""
-    return np.concatenate([space.center_K[None], edge_directions(space)])
+    """directions_IK of the specialists: the center, then the low and the high end of every arc, each once: around a
+    center that is no objective's axis two arcs may be one."""
+    ends_EK = edge_directions(space)
+    first = [
+        e for e in range(len(ends_EK)) if not (np.abs(ends_EK[:e] - ends_EK[e]).max(axis=1, initial=0) < 1e-6).any()
+    ]
+    return np.concatenate([space.center_K[None], ends_EK[first]])
 
 
 def mixture(direction: tuple[float, ...], space: DirectionSpace) -> list[float]:
@@ -58,6 +63,9 @@ def mixture(direction: tuple[float, ...], space: DirectionSpace) -> list[float]:
     direction_K = np.array(direction)
     rho = min(1.0, float(space.angle_to_center(direction_K[None])[0]) / space.max_angle)
     ends_EK = wishes(space)[1:]
+    own_E = np.abs(ends_EK - direction_K).max(axis=1) < 1e-6
+    if own_E.any():  # others may lean the same way
+        return [0.0, *own_E.astype(float).tolist()]
     outward_EK = ends_EK - np.outer(ends_EK @ space.center_K, space.center_K)
     outward_EK /= np.linalg.norm(outward_EK, axis=1, keepdims=True)
     lean_E = np.maximum(outward_EK @ direction_K, 0.0)

@@ -15,7 +15,6 @@ from functools import partial
 import numpy as np
 
 from dpa.core.directions import DirectionSpace
-from dpa.core.records import SCALE
 from dpa.recipes.baselines.lab import Lab, Method, Trained
 from dpa.recipes.baselines.labels import Labelled, asking, labelled
 
@@ -48,8 +47,9 @@ def labelled_policy(lab: Lab) -> Labelled:
 
 
 def write_label(space: DirectionSpace, scores_K: np.ndarray) -> str:
-    """`helpfulness:9,verbosity:3,warmth:0`: scores on 0-100 as whole numbers 0 to 9."""
-    values_K = np.clip(np.round(scores_K / SCALE[1] * STEPS), 0, STEPS).astype(int)
+    """`helpfulness:9,verbosity:3,warmth:0`: scores as whole numbers 0 to 9 over what their objectives can reach."""
+    low_K, high_K = np.array([space.ranges[name] for name in space.names]).T
+    values_K = np.clip(np.round((scores_K - low_K) / (high_K - low_K) * STEPS), 0, STEPS).astype(int)
     return ",".join(f"{name}:{value}" for name, value in zip(space.names, values_K, strict=True))
 
 
