@@ -131,9 +131,11 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Everyone may see it. Default: private.")] = False,
 ) -> None:
     """Upload a model folder with its card to the Hugging Face Hub."""
-    from dpa.models.hub import push_model
+    from dpa.models.hub import holds_rated_row, push_model
 
     typer.echo(push_model(model, hub_id, private=not public))
+    if holds_rated_row(model):
+        typer.echo("dpa_reward.json went along with one rated conversation, by which the model tests itself", err=True)
 
 
 @app.command()
