@@ -126,6 +126,13 @@ class FakeApi:
         self.files = {file.name: file.read_bytes() for file in Path(folder_path).rglob("*") if file.is_file()}
 
 
+def test_what_training_elsewhere_cost_is_not_said() -> None:
+    about = {"revision": "0123", "data": {}, "notes": []}
+    for elsewhere, there in ((None, True), (about, False)):
+        text = card("demo", SPACE, "start", DATA, "", None, LEDGER, elsewhere)
+        assert ("| finetune |" in text) is there and "| rollout |" in text
+
+
 def test_a_checked_folder_is_pushed_private_with_its_card(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model")
     write_bytes(folder / CARD, card("demo", SPACE, "start", DATA, "").encode())
