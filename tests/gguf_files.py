@@ -13,7 +13,14 @@ def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(file: Path, kind: str = "F32", template: str = CHAT_TEMPLATE, **more: object) -> torch.nn.Module:
+def write_gguf(
+    file: Path,
+    kind: str = "F32",
+    template: str = CHAT_TEMPLATE,
+    pre: str = "smollm",
+    extra: tuple[str, ...] = (),
+    **more: object,
+) -> torch.nn.Module:
     """A tiny random Llama as llama.cpp would store it; `more` are further keys. Returns the model."""
     model = tiny_model(
         tie_word_embeddings=False, hidden_size=64, num_key_value_heads=2, rms_norm_eps=1e-4, vocab_size=262
@@ -33,7 +40,7 @@ def write_gguf(file: Path, kind: str = "F32", template: str = CHAT_TEMPLATE, **m
         (writer.add_layer_norm_rms_eps, 1e-4),
         (writer.add_vocab_size, 262),
         (writer.add_tokenizer_model, "gpt2"),
-        (writer.add_tokenizer_pre, "smollm"),
+        (writer.add_tokenizer_pre, pre),
         (writer.add_token_list, [*sorted(vocabulary, key=vocabulary.__getitem__), "ab"]),
         (writer.add_token_types, [3 if n < len(SPECIAL) else 1 for n in range(262)]),
         (writer.add_token_merges, ["a b"]),
@@ -68,6 +75,8 @@ def write_gguf(file: Path, kind: str = "F32", template: str = CHAT_TEMPLATE, **m
             writer.add_tensor(stored, quantised, raw_dtype=gguf.GGMLQuantizationType[kind])
         else:
             writer.add_tensor(stored, np.ascontiguousarray(array))
+    for name in extra:
+        writer.add_tensor(name, np.ones(64, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

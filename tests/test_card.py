@@ -2,6 +2,7 @@
 pytest tests/test_card.py
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from dpa.core.errors import EngineError, ModelFileError
 from dpa.core.objective import Objective
 from dpa.core.sections.evaluate import EvaluateConfig
 from dpa.core.sections.reward import RewardConfig
-from dpa.models.files import folder_revision
-from dpa.models.hub import push_model
+from dpa.models.files import EVALUATION_FILE, SPACE_FILE, folder_revision
+from dpa.models.hub import REWARD_FILE, holds_rated_row, push_model
 from dpa.pages.card import CARD, card
 from dpa.scoring.scorers import scored_by
-from dpa.storage.tables import write_bytes, write_if_new
+from dpa.storage.tables import write_bytes, write_if_new, write_json
 
 SPACE = space_of("helpfulness", "verbosity", presets={"terse": "-40deg"})
 DATA = ["nvidia/HelpSteer2", "data/own.jsonl"]
@@ -120,23 +121,57 @@ class FakeApi:
             raise self._error
         return f"https://huggingface.co/{repo_id}"
 
-    def upload_folder(self, **options: Any) -> None:
+    def upload_folder(self, folder_path: str, **options: Any) -> None:
         self.calls.append(("upload", options))
+        self.files = {file.name: file.read_bytes() for file in Path(folder_path).rglob("*") if file.is_file()}
+
+
+def test_what_training_elsewhere_cost_is_not_said() -> None:
+    about = {"revision": "0123", "data": {}, "notes": []}
+    for elsewhere, there in ((None, True), (about, False)):
+        text = card("demo", SPACE, "start", DATA, "", None, LEDGER, elsewhere)
+        assert ("| finetune |" in text) is there and "| rollout |" in text
 
 
 def test_a_checked_folder_is_pushed_private_with_its_card(tmp_path: Path) -> None:
-    from fnmatch import fnmatch
-
     folder = save_tiny_model(tmp_path / "model")
     write_bytes(folder / CARD, card("demo", SPACE, "start", DATA, "").encode())
     api = FakeApi()
     assert push_model(folder, "me/demo", api=api) == "https://huggingface.co/me/demo"
     (_, created), (_, uploaded) = api.calls
     assert created == {"repo_id": "me/demo", "private": True, "exist_ok": True}
-    assert uploaded["folder_path"] == str(folder)
+    assert uploaded["repo_id"] == "me/demo"
     for name in (CARD, "model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
-        assert (folder / name).is_file()
-        assert any(fnmatch(name, pattern) for pattern in uploaded["allow_patterns"])
+        assert api.files[name] == (folder / name).read_bytes()
+
+
+def test_what_is_nobody_elses_stays_here(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    (folder / "checkpoint-1").mkdir()
+    write_json(folder / "checkpoint-1" / "trainer_state.json", {})
+    elsewhere = {"folder": str(tmp_path / "trained"), "revision": "0123", "notes": [f"of {tmp_path}"]}
+    write_json(folder / SPACE_FILE, {"provenance": {"from": str(tmp_path / "start"), "trained_elsewhere": elsewhere}})
+    write_json(folder / EVALUATION_FILE, {"prompts": 40, "examples": ["a held-out prompt"]})
+    training, folded = {"backbone": str(tmp_path / "start")}, {"from": str(tmp_path / "reward")}
+    write_json(folder / REWARD_FILE, {"training": training, "folded": folded, "golden": {"response": "So."}})
+    api, before = FakeApi(), {file.name: file.read_bytes() for file in folder.glob("*.json")}
+    push_model(folder, "me/demo", api=api)
+    assert "trainer_state.json" not in api.files
+    assert not any(str(tmp_path).encode() in text or b"held-out" in text for text in api.files.values())
+    about = json.loads(api.files[SPACE_FILE])["provenance"]
+    assert about == {"from": "start", "trained_elsewhere": {"revision": "0123"}}
+    assert json.loads(api.files[REWARD_FILE])["folded"] == {"from": "reward"} and holds_rated_row(folder)
+    assert {file.name: file.read_bytes() for file in folder.glob("*.json")} == before
+
+
+def test_a_policy_with_its_own_code_is_pushed_with_it(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}})
+    (folder / "modeling_own.py").write_text("raise SystemExit\n")
+    api = FakeApi()
+    push_model(folder, "me/demo", api=api)
+    assert "modeling_own.py" in api.files
 
 
 def test_a_pickle_is_not_pushed(tmp_path: Path) -> None:

@@ -76,6 +76,34 @@ def test_bake_writes_a_folder(policy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--bake", "-30deg", "--limit", 1), "--bake does not use --limit; leave it out."),
+        (("QUESTIONS", "--bake", "-30deg"), "--bake does not use QUESTIONS; leave it out."),
+        (("--bake", "-30deg", "-d", "-30deg"), "--bake does not use --direction; leave it out."),
+        (("QUESTIONS", "--form", "lm-eval"), "--form lm-eval does not use QUESTIONS; leave it out."),
+        (("--form", "lm-eval", "--seed", 0), "--form lm-eval does not use --seed; leave it out."),
+        (("QUESTIONS", "--name", "me/model"), "--name: 'me/model' has a slash"),
+    ],
+)
+def test_an_option_that_would_not_be_looked_at_is_refused(
+    given: tuple[object, ...], said: str, policy: Path, questions: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        dpa(
+            "export", policy, *(questions if part == "QUESTIONS" else part for part in given), "--out", tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_judge_of_two_files_asks_nobody_questions(questions: Path, tmp_path: Path) -> None:
+    common = ("judge", questions, questions, "-p", "40deg", "--judge", "fake", "--out", tmp_path / "out")
+    for more in (("--questions", questions), ("--max-new-tokens", 5)):
+        with pytest.raises(ConfigError, match=f"judge, of two answer files, does not use {more[0]}; leave it out"):
+            dpa(*common, *more)
+
+
+@pytest.mark.parametrize(
     "command",
     [("export", "POLICY", "--bake", "-30deg"), ("fold", "POLICY", "-d", "x"), ("adopt", "POLICY", "POLICY")],
     ids=lambda command: command[0],

@@ -30,7 +30,7 @@ from dpa.core.records import Ledger, SampleRequest, messages_text
 from dpa.models.chat_template import PLAIN_TEMPLATE, steerable_template
 from dpa.models.policy import load_policy, make_steerable, save_policy
 from dpa.recipes.dpa import Loop
-from dpa.recipes.elsewhere import from_data, hand_over, newest_selection, take_in
+from dpa.recipes.elsewhere import _named_anywhere, from_data, hand_over, newest_selection, take_in
 from dpa.sampling.samplers import SamplerSpec
 from dpa.stages.adopt import adopt
 from dpa.stages.data import DataSettings
@@ -247,6 +247,23 @@ def test_a_plain_language_model_goes_out_with_a_template_that_ends_its_answers(t
         assert tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False) == "Why?"
         talk = [*question, {"role": "assistant", "content": "So."}]
         assert tokenizer.apply_chat_template(talk, tokenize=False) == "Why?So.<|end|>"
+        for form in ("trl", "messages"):
+            with pytest.raises(ConfigError, match=r"--no-policy: the chat template of .* ends no answer"):
+                hand_over(loop, 1, tmp_path / form, DataSettings(form), with_policy=False)
+            assert not (tmp_path / form).exists()
+
+
+def test_other_programs_find_the_policy_from_the_folder_they_run_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open_run(Path()) as loop:
+        fill(loop, shards=1)
+        hand_over(loop, 1, Path("data"), DataSettings("messages"), with_policy=False)
+        start = yaml.safe_load(Path("data/llamafactory.yaml").read_text())["model_name_or_path"]
+        assert start == yaml.safe_load(Path("data/axolotl.yaml").read_text())["base_model"]
+        assert start == str(Path(loop.policy(0).name).absolute())
+    assert _named_anywhere("me/model") == "me/model"
 
 
 def test_both_formats_hold_the_same_rows_and_no_held_out_question_is_trained_on(tmp_path: Path) -> None:

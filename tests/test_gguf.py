@@ -26,7 +26,7 @@ from dpa.models.files import resolve_model
 from dpa.models.policy import check_policy, end_token_ids, load_policy
 
 gguf = pytest.importorskip("gguf")
-from dpa.models.gguf import _mend_tokenizer, dequantise  # noqa: E402
+from dpa.models.gguf import _check_kernels, _mend_tokenizer, dequantise  # noqa: E402
 from dpa.recipes.baselines.lab import Lab  # noqa: E402
 from dpa.recipes.costs.devices import Device  # noqa: E402
 from dpa.recipes.costs.model_sizes import size_of  # noqa: E402
@@ -83,6 +83,30 @@ def test_what_cannot_be_read_whole_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"tiny\.gguf does not load .*\.$"):
         dequantise(file, tmp_path / "policy")
     assert not (tmp_path / "policy").exists()
+
+
+def test_a_tensor_that_transformers_would_leave_out_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, extra=("blk.0.attn_q.bias", "blk.1.attn_q.bias"))
+    with pytest.raises(ModelFileError, match=r"no place for 2 of its tensors \(blk\.0\.attn_q\.bias\); take"):
+        dequantise(file, tmp_path / "policy")
+    write_gguf(file, extra=("blk.2.nextn.eh_proj.weight", "blk.2.attn_q.weight"))
+    dequantise(file, tmp_path / "policy")
+
+
+@pytest.mark.parametrize("pre", ["stablelm2", "deepseek-llm", "default"])
+def test_a_rule_for_cutting_text_that_transformers_does_not_know_is_refused(tmp_path: Path, pre: str) -> None:
+    write_gguf(tmp_path / "tiny.gguf", pre=pre)
+    with pytest.raises(ModelFileError, match=f"tokenizer.ggml.pre: '{pre}'.*take the model's safetensors"):
+        dequantise(tmp_path / "tiny.gguf", tmp_path / "policy")
+
+
+def test_compiled_kernels_are_not_fetched_for_a_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
+    _check_kernels("lfm2")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    _check_kernels("llama")
+    with pytest.raises(ValueError, match=r"code from the Hub.*`kernels`"):
+        _check_kernels("lfm2")
 
 
 def test_29_a_length_beyond_the_end_is_refused_at_once(tmp_path: Path) -> None:

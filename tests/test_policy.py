@@ -53,6 +53,13 @@ def test_a_saved_policy_is_a_plain_model_folder(saved: Path) -> None:
     assert sorted(file.suffix for file in saved.iterdir() if file.suffix not in (".json", ".jinja")) == [".safetensors"]
 
 
+def test_other_programs_generate_from_it_with_a_cache(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.use_cache = False  # as transformers' Trainer leaves it
+    save_policy(model, tiny_tokenizer(), tmp_path / "policy", SPACE, {})
+    assert json.loads((tmp_path / "policy" / "config.json").read_text())["use_cache"] is True
+
+
 def test_space_and_provenance_travel_with_it(saved: Path) -> None:
     assert load_space(saved) == SPACE
     assert json.loads((saved / SPACE_FILE).read_text())["provenance"] == {"iteration": 1}

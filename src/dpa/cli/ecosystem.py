@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpa.cli.home import Commands
-from dpa.cli.options import MaxNewTokens, Temperature, check_new_folder
+from dpa.cli.options import MaxNewTokens, Temperature, check_new_folder, check_unused
 from dpa.core.errors import ConfigError, DirectionError, OutsideConeError
 from dpa.core.targets import read_wish
 
@@ -22,6 +22,8 @@ app = Commands(rich_markup_mode=None)
 
 FORMS = ("alpaca-eval", "mt-bench", "arena-hard", "lm-eval")
 KEY_VARIABLES = ("DPA_JUDGE_API_KEY", "OPENAI_API_KEY")
+_ASKING = ("questions", "temperature", "max_new_tokens", "batch_size", "limit", "seed")
+"""What only answering a benchmark's questions uses."""
 ASK_BEYOND = 500_000
 """Tokens of a judge beyond which `--yes` is needed."""
 
@@ -39,6 +41,7 @@ Directions = Annotated[
 
 @app.command()
 def export(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Policy folder (or Hub id).")],
     questions: Annotated[Path | None, typer.Argument(help="The benchmark's question file.")] = None,
     form: Annotated[str, typer.Option(help=f"One of {', '.join(FORMS)}.")] = "alpaca-eval",
@@ -64,6 +67,14 @@ def export(
     from dpa.models.files import policy_name, resolve_model
     from dpa.storage.seals import check_in_run
 
+    if bake is not None:
+        check_unused(context, "--bake", "form", "directions", "grid", "name", *_ASKING)
+    elif form == "lm-eval":
+        check_unused(context, "--form lm-eval", *_ASKING)
+    if name is not None and "/" in name:
+        raise ConfigError(
+            f"--name: {name!r} has a slash, and files are named by it; write for example {name.replace('/', '-')!r}."
+        )
     path = resolve_model(model).path
     check_in_run(path)
     where = read_space(space or path)
@@ -131,13 +142,16 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Everyone may see it. Default: private.")] = False,
 ) -> None:
     """Upload a model folder with its card to the Hugging Face Hub."""
-    from dpa.models.hub import push_model
+    from dpa.models.hub import holds_rated_row, push_model
 
     typer.echo(push_model(model, hub_id, private=not public))
+    if holds_rated_row(model):
+        typer.echo("dpa_reward.json went along with one rated conversation, by which the model tests itself", err=True)
 
 
 @app.command()
 def judge(
+    context: typer.Context,
     first: Annotated[str, typer.Argument(help="Answer file (dpa export), or MODEL@DIRECTION to answer --questions.")],
     second: Annotated[str, typer.Argument(help="The same, of what it is compared with.")],
     preference: Annotated[list[str], typer.Option("--preference", "-p", help="What the judge is told; repeatable.")],
@@ -168,6 +182,8 @@ def judge(
     from dpa.stages.judge import count_tokens, judge, make_pairs, prompts_of, read_answers, sentence, write_verdicts
     from dpa.storage.progress import ProgressBar
 
+    if Path(first).is_file() and Path(second).is_file():
+        check_unused(context, "judge, of two answer files,", "questions", "max_new_tokens")
     answering = None if any(Path(text).is_file() for text in (first, second)) else limit  # a file has its own order
     answerers = {Path(text.rpartition("@")[0]).resolve() for text in (first, second) if not Path(text).is_file()}
     if len({policy_name(folder) for folder in answerers}) < len(answerers):

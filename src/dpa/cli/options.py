@@ -42,6 +42,15 @@ def as_yaml(value: int | Path) -> str:
     return json.dumps(str(value), ensure_ascii=False) if isinstance(value, Path) else str(value)
 
 
+def check_unused(context: typer.Context, what: str, *names: str) -> None:
+    """No parameter is given that `what` would not look at. Raises ConfigError."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            flag = next((flag for flag in parameter.opts if flag.startswith("--")), parameter.name.upper())
+            raise ConfigError(f"{what} does not use {flag}; leave it out.")
+
+
 def check_new_folder(out: Path) -> None:
     """What a command writes as a whole folder would replace what lies there. Raises ConfigError."""
     try:

@@ -7,8 +7,9 @@ numbers) is mended from the file's own metadata, and what it cannot express is r
 
 import importlib.util
 import math
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +20,9 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from dpa.core.errors import ConfigError, ModelFileError
 from dpa.models.disk_refusals import disk_refusals
@@ -29,6 +33,20 @@ from dpa.storage.tables import save_folder_atomically
 
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r"}
 """`tokenizer.ggml.pre` of models that read each digit by itself, which transformers cuts as GPT-2 does."""
+
+_AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum"}
+_AS_GPT2 |= {
+    "modern-bert",
+    "roberta-bpe",
+    "jina-es",
+    "jina-de",
+    "jina-v1-en",
+    "jina-v2-es",
+    "jina-v2-de",
+    "jina-v2-code",
+}
+"""... and of models that cut text as GPT-2 does (llama.cpp's llama-vocab.cpp), which is what transformers does with
+every name that it does not know."""
 
 END_TOKENS = ("eos", "eot", "eom")
 """Keys `tokenizer.ggml.*_token_id` of tokens that end an answer: end of text, of turn, of message."""
@@ -41,9 +59,11 @@ def dequantise(file: Path, folder: Path) -> str:
     the package `gguf`, ModelFileError for a file that transformers cannot read whole.
     """
     # Alone in a folder: of what lies beside a file transformers would take adapters, templates and code.
-    with TemporaryDirectory() as alone, _reading(file):
+    with TemporaryDirectory() as alone, _reading(file) as (_, tensors):
         metadata, kinds = _read(file)
         _check_rope(metadata)
+        _check_cutting(metadata)
+        _check_kernels(metadata["general.architecture"])
         Path(alone, file.name).symlink_to(file.resolve())
         where: dict[str, Any] = {
             "pretrained_model_name_or_path": alone,
@@ -54,6 +74,10 @@ def dequantise(file: Path, folder: Path) -> str:
         model, found = loaded
         if found["missing_keys"]:
             raise ValueError(f"it lacks {', '.join(sorted(found['missing_keys'])[:3])}")
+        if left := _without_place(model, metadata["general.architecture"], tensors, found["unexpected_keys"]):
+            raise ValueError(
+                f"transformers has no place for {len(left)} of its tensors ({left[0]}); take the model's safetensors"
+            )
         tokenizer = AutoTokenizer.from_pretrained(**where)
         _mend_tokenizer(tokenizer, metadata)
         model.config = _mended_config(model.config, metadata)
@@ -197,6 +221,50 @@ def _check_rope(metadata: dict[str, Any]) -> None:
             "its positions are stretched (rope scaling), which transformers does not read from a GGUF; take the "
             "model's safetensors"
         )
+
+
+def _check_cutting(metadata: dict[str, Any]) -> None:
+    """How text is cut before it is merged into tokens; what transformers does not know it would cut as GPT-2 does."""
+    pre = metadata.get("tokenizer.ggml.pre", "default")  # llama.cpp's word for none known
+    if metadata.get("tokenizer.ggml.model") != "gpt2" or pre in {*GGUF_PRE_TOKENIZER_SPLITS, *_DIGITS_APART, *_AS_GPT2}:
+        return
+    if pre != "default" or metadata["general.architecture"] != "gpt2":
+        raise ValueError(
+            f"its tokenizer cuts text by a rule (tokenizer.ggml.pre: {pre!a:.40}) that transformers does not know; "
+            "take the model's safetensors"
+        )
+
+
+def _check_kernels(architecture: str) -> None:
+    """For these transformers would fetch compiled kernels from the Hub, and run them, wherever it can."""
+    if architecture in GGUF_ARCHS and importlib.util.find_spec("kernels") is not None:
+        raise ValueError(
+            f"for {architecture} transformers would run code from the Hub, since the package `kernels` is installed; "
+            "uninstall it, or take the model's safetensors"
+        )
+
+
+def _without_place(model: Any, architecture: str, tensors: Collection[str], unexpected: Collection[str]) -> list[str]:
+    """Tensors of the file that transformers left out without a word: by the map it goes by, or by what it says itself
+    of the architectures that it reads in its newer way."""
+    if architecture in GGUF_ARCHS:
+        left = sorted(unexpected)
+    else:
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={})
+        known = get_gguf_hf_weights_map(model, processor)
+        left = [
+            name for name in tensors if not {name, name.removesuffix(".weight")} & known.keys()
+        ]  # experts' have none
+    block = re.compile(r"(?:blk|layers)\.(\d+)\.")
+    # Blocks that only guess further tokens.
+    ahead = {found[1] for name in tensors if ".nextn." in name and (found := block.search(name))}
+    return [
+        name
+        for name in left
+        if not name.startswith(("rope_freqs", "rope_factors"))  # see _check_rope
+        and not ((found := block.search(name)) and found[1] in ahead)
+        and not (architecture == "gpt2" and name == "output.weight")  # placed by itself
+    ]
 
 
 def _mended_config(config: PreTrainedConfig, metadata: dict[str, Any]) -> PreTrainedConfig:

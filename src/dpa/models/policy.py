@@ -117,6 +117,8 @@ def save_policy(
     """
     make_steerable(tokenizer, space)
     with save_folder_atomically(folder) as unfinished, disk_refusals(folder, "saving the model"):
+        if getattr(model.config, "use_cache", None) is False:  # by training; other programs would generate without one
+            model.config.use_cache = True
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         write_json(unfinished / SPACE_FILE, {"space": space.to_dict(), "provenance": extra})
@@ -303,11 +305,13 @@ def turn_end_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> i
     return tokenizer.eos_token_id if written is None else written
 
 
-def make_answers_end(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
+def make_answers_end(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> bool:
     """Teach the chat template to write an end token after an answer, where it writes none of `ends`: trainers that read
-    whole conversations would never teach a policy to stop."""
-    if _written_end(tokenizer, ends) is None:
+    whole conversations would never teach a policy to stop. Returns whether it had to be taught."""
+    taught = _written_end(tokenizer, ends) is None
+    if taught:
         tokenizer.chat_template = ending_answers(str(tokenizer.get_chat_template()))
+    return taught
 
 
 def _written_end(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> int | None:

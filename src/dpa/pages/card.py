@@ -71,5 +71,6 @@ def card(
         costs=[
             [stage, *(number(spent[column], None) for column in counted), duration(spent["wall_s"])]
             for stage, spent in (ledgers or {}).items()
+            if elsewhere is None or stage != "finetune"  # that is what taking it in cost
         ],
     )

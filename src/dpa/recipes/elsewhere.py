@@ -16,6 +16,7 @@ from typing import Any
 
 from dpa.core.errors import ConfigError, RunFolderError
 from dpa.core.records import Ledger
+from dpa.core.reference import Model, ModelReference
 from dpa.models.files import resolve_model
 from dpa.models.policy import copy_policy, make_answers_end
 from dpa.pages.dataset_card import axolotl_training, dataset_card, llama_factory, llama_factory_training
@@ -26,6 +27,7 @@ from dpa.sampling.prompting import Prompting
 from dpa.stages.adopt import adopt
 from dpa.stages.data import SPLITS, DataSettings, Written, write_data
 from dpa.storage.memory import peak_memory
+from dpa.storage.rows import has_hub_form
 from dpa.storage.seals import check_in_run
 from dpa.storage.tables import read_json, save_folder_atomically, write_bytes, write_json
 from dpa.training.checkpoints import remove_checkpoints
@@ -71,7 +73,11 @@ def hand_over(loop: LoopRun, t: int, out: Path, settings: DataSettings, with_pol
     policy, selection = loop.policy(t - 1), loop.stage(t, "select")
     check_in_run(resolve_model(policy).path)
     prompting = Prompting.of(resolve_model(policy), loop.space)
-    make_answers_end(prompting.tokenizer, prompting.end_ids)
+    if make_answers_end(prompting.tokenizer, prompting.end_ids) and not with_policy:
+        raise ConfigError(
+            f"--no-policy: the chat template of {policy} ends no answer, so a trainer would never teach it to stop; "
+            "leave it out: the copy's template does."
+        )
     section = loop.training(t)
     training = {"learning_rate": section.learning_rate, "epochs": section.epochs, "max_length": section.max_length}
     training |= {"beta": loop.config.dpo.beta}
@@ -90,7 +96,7 @@ def hand_over(loop: LoopRun, t: int, out: Path, settings: DataSettings, with_pol
         text = dataset_card(name, loop.space, facts, training, "policy" if with_policy else None)
         write_bytes(folder / "README.md", text.encode())
         if settings.form == "messages":
-            rows_file, start = f"train.{settings.format}", "policy" if with_policy else str(policy)
+            rows_file, start = f"train.{settings.format}", "policy" if with_policy else _named_anywhere(policy)
             write_json(folder / "dataset_info.json", llama_factory(name, written.pairs, written.files))
             for file, config in (
                 ("llamafactory.yaml", llama_factory_training(name, written.pairs, training, start)),
@@ -100,6 +106,12 @@ def hand_over(loop: LoopRun, t: int, out: Path, settings: DataSettings, with_pol
         if with_policy:
             copy_policy(policy, prompting.tokenizer, folder / "policy", loop.space, {"from": str(policy)})
     return written
+
+
+def _named_anywhere(policy: Model) -> str:
+    """A folder by its whole path, since other programs run in the data set's; a Hub id as it is."""
+    name = ModelReference.of(policy).name
+    return name if has_hub_form(name) else str(Path(name).expanduser().absolute())
 
 
 def take_in(loop: LoopRun, t: int, trained: Path) -> list[str]:

@@ -16,7 +16,7 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ModelFileError, StorageError
 from dpa.core.reference import Model, ModelReference
 from dpa.models.chat_template import ending_answers, steerable_template
-from dpa.models.files import CONVERT_HINT, check_safetensors, folder_revision, resolve_model
+from dpa.models.files import CONVERT_HINT, check_safetensors, folder_revision, policy_name, resolve_model
 from dpa.models.loading import embedding_rows, load_model, load_model_config, load_tokenizer
 from dpa.models.policy import check_end_token, ensure_pad_token, save_policy
 from dpa.models.quiet import quiet_libraries
@@ -49,7 +49,7 @@ def adopt(trained: Path, base: Model | None, space: DirectionSpace, out: Path, s
         reference = ModelReference(str(trained), None if base is None else ModelReference.of(base).code_revision)
         if adapters:
             model, revision = _merged(trained, base), file_digest(trained / ADAPTERS)[:16]
-            notes.append(f"its adapters were merged into {base}")
+            notes.append(f"its adapters were merged into {policy_name(str(base))}")
         else:
             model, revision = _weights(reference), folder_revision(trained)
         _check_finite(model, trained)
@@ -208,7 +208,7 @@ def _tokenizer(
     if known is None:
         raise ModelFileError(f"model: {trained} has no tokenizer; save it there with tokenizer.save_pretrained.")
     if not adapters:
-        notes.append(f"no tokenizer was saved with it: that of {base} is used")
+        notes.append(f"no tokenizer was saved with it: that of {policy_name(str(base))} is used")
     return known
 
 
@@ -224,10 +224,12 @@ def _compare(
             "one); give the folder that was trained from it."
         )
     if added := sorted(vocabulary.keys() - before.keys()):
-        notes.append(f"its tokenizer has {len(added)} more tokens than that of {base} ({', '.join(added[:3])})")
+        notes.append(
+            f"its tokenizer has {len(added)} more tokens than that of {policy_name(base)} ({', '.join(added[:3])})"
+        )
     if not tokenizer.chat_template and known.chat_template:
         tokenizer.chat_template = known.chat_template
-        notes.append(f"no chat template was saved with it: that of {base} is used")
+        notes.append(f"no chat template was saved with it: that of {policy_name(base)} is used")
 
 
 def _note_template(
