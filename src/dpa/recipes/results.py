@@ -23,6 +23,7 @@ from dpa.stages.evaluate import EVALUATION, side_by_side, typical_question
 from dpa.stages.finetune import listening_curve
 from dpa.stages.pools import POOLS
 from dpa.storage.tables import json_bytes, read_json, read_record, write_if_new
+from dpa.training.listening import WHERE_NOT_FOLLOWING
 from dpa.version import __version__
 
 log = logging.getLogger(__name__)
@@ -120,9 +121,7 @@ def next_step(run: Run) -> str:
     measured = {t: evaluation_of(run, t) for t in range(first_iteration(run.config), last + 1)}
     following = [t for t, found in measured.items() if found is not None and found["listens"]["verdict"]]
     t = following[-1] if following else last
-    note = (
-        "" if t in following else "    # it does not follow its direction yet: more rated rows or more steps may help"
-    )
+    note = "" if t in following else f"    # it does not follow its direction yet; {WHERE_NOT_FOLLOWING}"
     if t < last:
         note = f"    # t = {t}; those after it do not follow their direction"
     return f"dpa serve {shlex.quote(str(run.policy_folder(t)))}{note}"

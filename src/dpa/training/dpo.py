@@ -150,7 +150,7 @@ class DPO(Learner[EncodedPair]):
 
     reads = "pairs"
     section = "dpo"
-    advice = "lower dpo.beta, raise dpo.sft_weight"
+    advice = "lower dpo.beta, or raise dpo.sft_weight or dpo.learning_rate"
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
