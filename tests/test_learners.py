@@ -78,6 +78,22 @@ def test_a_step_that_processes_cannot_share_out_is_refused_when_the_run_opens(
         check_run(config(2))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"selection": {"targets": 0.25, "method": "best_mean"}}, "selection.targets: 0.25 is not read"),
+        ({"learner": "dpo", "finetune": {"online_learning_rate": 3e-5}}, "set dpo.learning_rate, or leave it out."),
+        ({"selection": {"targets": 0.25}, "finetune": {"online_learning_rate": 3e-5}}, None),
+    ],
+)
+def test_a_field_that_is_set_and_not_read_is_said(
+    changes: dict, said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No error: a comparison sets them for all of its methods."""
+    check_run(toy_config(tmp_path, tmp_path / "run", **changes))
+    assert said in caplog.text if said else not caplog.text
+
+
 def test_online_iterations_train_at_their_own_rate_and_t0_at_its_own(tmp_path: Path) -> None:
     """The log of a step of t = 1 says the rate it took; a constant one is the peak."""
     finetune = {"max_length": 256, "learning_rate": 1e-3, "online_learning_rate": 2e-4, "warmup": 0.0}
