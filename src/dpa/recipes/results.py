@@ -110,7 +110,7 @@ def _about(run: Run, t: int) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def policy_name(run: Run, t: int) -> str:
+def policy_title(run: Run, t: int) -> str:
     """How pages call the policy of t."""
     return f"t = {t}, trained elsewhere" if trained_elsewhere(run, t) else f"t = {t}"
 
@@ -164,7 +164,7 @@ def results_of(run: Run) -> dict[str, Any]:
         "config": resolved(run.config),
         "policies": [
             {
-                "name": policy_name(run, t),
+                "name": policy_title(run, t),
                 "trained_elsewhere": trained_elsewhere(run, t),
                 "evaluation": evaluation,
                 "ledger": ledgers_of(run, t),
@@ -185,4 +185,4 @@ def _samples(run: Run, t: int) -> dict[str, Any]:
     answers = run.stage(t, "evaluate/rollout").whole_table()
     scores = run.measured(lambda name: run.stage(t, f"evaluate/{name}"))
     found = answers, scores, prompts, run.space, run.config.evaluate
-    return {"policy": policy_name(run, t), "questions": side_by_side(*found), "typical": typical_question(*found)}
+    return {"policy": policy_title(run, t), "questions": side_by_side(*found), "typical": typical_question(*found)}
