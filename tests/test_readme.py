@@ -158,13 +158,15 @@ def test_every_command_that_the_readme_names_is_one() -> None:
     assert {"run", "generate"} <= named <= set(known)
 
 
-def test_the_python_of_the_readme_runs_and_gives_what_its_comments_say() -> None:
-    assert BLOCKS["python"]
-    for block in BLOCKS["python"]:
-        known: dict = {}
-        exec(block, known)
-        space, direction = known["space"], known["direction"]
-        assert "weighted rating = helpfulness*80 + verbosity*-60" in space.prompt(direction)
-        assert known["winners_PD"].shape == (5, 9)
-        for form in re.findall(r'or (\{[^}]*\}|"-\d+deg")', block):
-            assert np.allclose(space.parse(literal_eval(form)).weights, direction.weights, atol=0.01)
+def test_the_python_of_the_readme_runs_and_gives_what_its_comments_say(here: Path) -> None:
+    plain, trained = BLOCKS["python"]
+    known: dict = {}
+    exec(plain, known)
+    space, direction = known["space"], known["direction"]
+    assert "weighted rating = helpfulness*80 + verbosity*-60" in space.prompt(direction)
+    assert known["winners_PD"].shape == (5, 9)
+    for form in re.findall(r'or (\{[^}]*\}|"-\d+deg")', plain):
+        assert np.allclose(space.parse(literal_eval(form)).weights, direction.weights, atol=0.01)
+    known = {}
+    exec(trained, known)
+    assert known["answer"].tokens > 0 and (here / "runs/my/report.html").is_file()

@@ -4,7 +4,6 @@ Run its tests: pytest tests/test_talk.py
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +16,12 @@ from dpa.core.errors import ConfigError, DataError, DirectionError, OutsideConeE
 from dpa.core.records import Messages, SampleRequest, seed_of
 from dpa.core.reference import ModelReference
 from dpa.core.targets import Target, Wish, numbers_of, wish_or_center
-from dpa.models.files import SPACE_FILE, folder_revision, resolve_model
+from dpa.models.files import SPACE_FILE, resolve_model
 from dpa.models.policy import encode_prompt
 from dpa.sampling.best_of import BestOfSampler, RobustSampler
 from dpa.sampling.prompting import Prompting
-from dpa.sampling.samplers import SamplerSpec
+from dpa.sampling.samplers import open_policy
 from dpa.scoring.given_reward import GivenReward, reward_of_run
-from dpa.storage.seals import check_in_run
 
 if TYPE_CHECKING:
     from dpa.core.records import Sampler
@@ -105,7 +103,6 @@ def _open(
     named: str | None,
 ) -> tuple[DirectionSpace, "Sampler", Wish | None]:  # fmt: skip
     path = resolve_model(model).path
-    check_in_run(path)
     space = read_space(named or path)
     trained = Path(path, SPACE_FILE).is_file()
     if not trained:
@@ -119,8 +116,7 @@ def _open(
         chosen = wish_or_center(space, direction, "clamp" if clamp else "error") if asked else None
     except OutsideConeError as error:
         raise OutsideConeError(error.finding, "take `dpa generate --clamp`, which moves it to the edge") from None
-    spec = SamplerSpec(replace(model, name=path), space, max_new_tokens, temperature, revision=folder_revision(path))
-    return space, spec.build(), chosen
+    return *open_policy(model, max_new_tokens, temperature, space), chosen
 
 
 def _reward(model: ModelReference, reward: str | None) -> GivenReward:
