@@ -182,3 +182,4 @@ def test_a_reward_model_trains_and_scores_with_compiled_layers_or_without(tmp_pa
         scorer._compiled = True
         scorer._compile_layers(backend)
         np.testing.assert_allclose(scorer.score(*asked), eager, atol=1e-3)
+        assert not isinstance(backend, Backend) or backend.graphs > 0, "it was compiled"

@@ -40,9 +40,9 @@ from starlette.routing import Route
 
 from dpa.core.errors import ConfigError, DirectionError
 from dpa.core.sentences import target_template_of
-from dpa.core.targets import read_wish
+from dpa.core.targets import read_wish, wish_or_center
 from dpa.models.files import EVALUATION_FILE
-from dpa.serve.command import _default_wish, _first_model, _hosts, _say_ready
+from dpa.serve.command import _first_model, _hosts, _say_ready
 from dpa.serve.front import Front, load_front
 from dpa.serve.gate import Gate
 from dpa.serve.gateway import Gateway
@@ -721,11 +721,11 @@ def test_a_terminal_obeys_nothing_that_an_upstream_says(capsys: pytest.CaptureFi
 
 
 def test_a_request_that_states_nothing_is_asked_at_the_center_unless_the_server_is_told_otherwise() -> None:
-    assert _default_wish(None, SPACE) == SPACE.direction(SPACE.center)
-    assert _default_wish("none", SPACE) is None
-    assert _default_wish("helpfulness*0.8 - verbosity*0.6", SPACE).integers[:2] == (80, -60)
+    assert wish_or_center(SPACE, None) == SPACE.direction(SPACE.center)
+    assert wish_or_center(SPACE, "none") is None
+    assert wish_or_center(SPACE, "helpfulness*0.8 - verbosity*0.6").integers[:2] == (80, -60)
     with pytest.raises(DirectionError, match="knows no targets"):
-        _default_wish("helpfulness; verbosity=40", SPACE)
+        wish_or_center(SPACE, "helpfulness; verbosity=40")
 
 
 # --- under attack ---------------------------------------------------------------------------------------------------

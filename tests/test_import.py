@@ -13,6 +13,7 @@ PUBLIC = [
     "Direction",
     "DirectionSpace",
     "DpaError",
+    "Loop",
     "Objective",
     "Prompt",
     "RunConfig",
@@ -26,6 +27,7 @@ PUBLIC = [
     "hypervolume",
     "load_config",
     "measure",
+    "open_policy",
     "pareto_front",
     "select",
 ]

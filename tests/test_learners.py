@@ -11,7 +11,9 @@ import pytest
 from toy_learner import OneByOne
 from toy_run import toy_config
 
+from dpa.core.config import RunConfig
 from dpa.core.errors import ConfigError
+from dpa.recipes.checks import check_run
 from dpa.recipes.dpa import Loop
 from dpa.storage.run_folder import StageFolder
 from dpa.training.learners import LEARNERS
@@ -43,6 +45,53 @@ def test_a_learner_that_is_a_file_and_a_line_is_the_loops(registered: None, tmp_
 def test_an_unknown_learner_is_refused_when_the_run_opens_and_the_nearest_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"learner: 'gpro' is not known; did you mean `grpo`\?"):
         Loop(toy_config(tmp_path, tmp_path / "run", learner="gpro"))
+
+
+@pytest.mark.parametrize(
+    ("learner", "processes", "rows", "said"),
+    [
+        (
+            "sft",
+            2,
+            3,
+            r"finetune\.packed_rows_per_step: 8 is no multiple .*\(6\); take 12, or another --processes, which",
+        ),
+        ("sft", 3, "auto", r"finetune\.packed_rows_per_step: 8 is no multiple .*\(3\); take 9, or another --processes"),
+        ("sft", 1, 3, r"finetune\.packed_rows_per_step: 8 is no multiple .*\(3\); take 9\.$"),
+        ("dpo", 3, "auto", r"dpo\.pairs_per_step: 8 is no multiple of pairs_per_device .*\(3\); take 9, or another"),
+    ],
+)
+def test_a_step_that_processes_cannot_share_out_is_refused_when_the_run_opens(
+    learner: str, processes: int, rows: int | str, said: str, tmp_path: Path
+) -> None:
+    """Not hours later, at the first training, when the folder would refuse the mended number."""
+
+    def config(processes: int) -> RunConfig:
+        finetune, cluster = {"rows_per_device": rows}, {"processes": processes}
+        given = {"finetune": finetune, "dpo": {"pairs_per_step": 8}, "cluster": cluster, "learner": learner}
+        return toy_config(tmp_path, tmp_path / "run", **given)
+
+    with pytest.raises(ConfigError, match=said):
+        Loop(config(processes))
+    if rows == "auto":
+        check_run(config(1))
+        check_run(config(2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"selection": {"targets": 0.25, "method": "best_mean"}}, "selection.targets: 0.25 is not read"),
+        ({"learner": "dpo", "finetune": {"online_learning_rate": 3e-5}}, "set dpo.learning_rate, or leave it out."),
+        ({"selection": {"targets": 0.25}, "finetune": {"online_learning_rate": 3e-5}}, None),
+    ],
+)
+def test_a_field_that_is_set_and_not_read_is_said(
+    changes: dict, said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No error: a comparison sets them for all of its methods."""
+    check_run(toy_config(tmp_path, tmp_path / "run", **changes))
+    assert said in caplog.text if said else not caplog.text
 
 
 def test_online_iterations_train_at_their_own_rate_and_t0_at_its_own(tmp_path: Path) -> None:

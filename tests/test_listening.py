@@ -5,6 +5,7 @@ pytest tests/test_listening.py
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,15 @@ from dpa.stages.finetune import finetune_policy, listening_curve
 from dpa.storage.run_folder import StageFolder
 from dpa.training.dpo import DPO
 from dpa.training.learner import RowEncoder
-from dpa.training.listening import Listening, MeasureListening, held_out_rows, hold_out, listening
+from dpa.training.listening import (
+    WHERE_NOT_FOLLOWING,
+    Listening,
+    MeasureListening,
+    advice,
+    held_out_rows,
+    hold_out,
+    listening,
+)
 from dpa.training.sft import SFT
 
 ROWS = rows_of([[(UP, "So it is. " * (1 + i % 3)), (DOWN, "No." + "!" * (i % 3))] for i in range(12)])
@@ -151,6 +160,16 @@ def test_it_is_in_the_log_the_ledger_and_the_curve(
     assert ledger.extra["listening_tokens"] > 0
     if curve[-1]["share_low"] < 0.55:
         assert "hardly reads its direction" in caplog.text and "finetune.contrastive" in caplog.text
+
+
+def test_what_to_change_is_what_the_documentation_found_and_no_higher_rate() -> None:
+    """With the paper's loss a higher rate unlearned the direction (docs/findings.md)."""
+    found = listening([0.0, 0.0], [0.0, 0.0], [1, 1], ["a", "b"])
+    said = advice(found, SFT.advice)
+    assert "learning_rate" not in said and "epochs" not in said
+    assert "prompts.count, selection.directions), or raise finetune.contrastive; more in docs/learning.md" in said
+    page, section = re.findall(r"docs/\S+\.md|(?<=').*(?=')", WHERE_NOT_FOLLOWING)
+    assert f"\n## {section}\n" in (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
 
 
 def test_the_figures_of_the_ledger_are_those_measured_last(base: Path, tmp_path: Path) -> None:

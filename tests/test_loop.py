@@ -68,8 +68,14 @@ def test_every_iteration_is_measured_and_reported(finished: tuple[Path, Path]) -
     [
         ((True, True), "dpa serve run/iter_1/policy"),
         ((True, False), "dpa serve run/iter_0/policy    # t = 0; those after it do not follow their direction"),
-        ((False, False), "dpa serve run/iter_1/policy    # it does not follow its direction yet"),
-        ((None, None), "dpa serve run/iter_1/policy    # it does not follow its direction yet"),
+        (
+            (False, False),
+            "dpa serve run/iter_1/policy    # it does not follow its direction yet; more in docs/learning.md, ",
+        ),
+        (
+            (None, None),
+            "dpa serve run/iter_1/policy    # it does not follow its direction yet; more in docs/learning.md, ",
+        ),
     ],
 )
 def test_the_next_step_is_the_last_policy_that_follows_its_direction(

@@ -304,7 +304,11 @@ def test_bars_fill_the_range_of_their_objective():
 
 
 def test_one_policy_is_enough():
-    Page(report_html(results_of(TWO, follows=(30.0,))))
+    results = results_of(TWO, follows=(30.0,))
+    shown = report_html(results)
+    page, (policy,) = Page(shown), results["policies"]
+    assert policy["name"] == "t = 0" and "t = 0" in page.text
+    assert "Fronts by" in page.text and '<g class="s0">' in shown, "its front is drawn"
 
 
 # --- charts and numbers --------------------------------------------------------------------------------------------

@@ -108,10 +108,12 @@ def test_prompts_to_be_asked_under_another_seed_are_written_again(tmp_path: Path
 def test_what_only_paces_the_work_leaves_shards_good(tmp_path: Path) -> None:
     """Workers, batch size and precision are the machine's, as the engine is."""
     rollout(stage_at(tmp_path), prompts_of(8), SPACE, [FakeSampler()], CONFIG, 0)
+    before = all_rows(stage_at(tmp_path))
     (tmp_path / "done.json").unlink()
     elsewhere = CONFIG.model_copy(update={"workers": 2, "batch_size": 3, "bf16": "auto"})
     idle = FakeSampler(misbehave={f"question{n}": "engine" for n in range(8)})
     rollout(stage_at(tmp_path), prompts_of(8), SPACE, [idle], elsewhere, 0)
+    assert stage_at(tmp_path).done and all_rows(stage_at(tmp_path)) == before
 
 
 def test_every_prompt_rejected_still_adds_up(tmp_path: Path) -> None:

@@ -81,6 +81,24 @@ def test_a_model_that_nobody_trained_to_listen_is_said_to_be_one(
     assert "dpa_config.json" in said and "answers alike" in said and len(said.splitlines()) == 1
 
 
+def test_where_nothing_is_asked_the_center_is_and_none_only_where_it_is_said(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As `dpa serve` does it: a policy that is told nothing answers badly."""
+    told: list[object] = []
+    monkeypatch.setattr("dpa.cli.talk._ask", lambda *arguments: [str(told.append(arguments[4]))])
+    ask(policy)
+    ask(policy, direction="none")
+    ask(save_tiny_model(tmp_path / "plain"), named=str(policy))  # nothing says that it was ever told a direction
+    assert told == [TERSE.direction(TERSE.center), None, None]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n/direction none\nWhy?\n/quit\n"))
+    capsys.readouterr()
+    converse(ModelReference(str(policy)), None, 1.0, 3, 0)
+    assert told[3:] == [TERSE.direction(TERSE.center), None]
+    said = capsys.readouterr().out
+    assert "direction: helpfulness*100 + verbosity*0; /direction" in said and "direction: none" in said
+
+
 def test_each_reason_for_no_answer_is_its_own(policy: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"takes [0-9,]+ tokens, .* context holds 256; shorten"):
         ask(policy, "x" * 300)
@@ -176,6 +194,6 @@ def test_a_target_is_asked_where_the_policy_knows_them_and_refused_where_not(pol
     assert ask(tmp_path / "policy", direction="helpfulness; verbosity=40")
     with pytest.raises(ConfigError, match="--robust: a target has no neighbours"):
         ask(tmp_path / "policy", direction="helpfulness; verbosity=40", best_of=2, robust=True, reward="any")
-    with pytest.raises(ConfigError, match="--robust: no direction has no neighbours; add --direction"):
-        ask(tmp_path / "policy", best_of=2, robust=True, reward="any")
+    with pytest.raises(ConfigError, match="--robust: no direction has no neighbours; give one by --direction"):
+        ask(tmp_path / "policy", direction="none", best_of=2, robust=True, reward="any")
     assert ask(tmp_path / "policy", direction="terse")

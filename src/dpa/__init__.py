@@ -25,6 +25,8 @@ _HOME = {
     "SampleRequest": "dpa.core.records",
     "Sampler": "dpa.core.records",
     "Scorer": "dpa.core.records",
+    "open_policy": "dpa.sampling.samplers",
+    "Loop": "dpa.recipes.dpa",
     "RunConfig": "dpa.core.config",
     "load_config": "dpa.core.config",
 }

@@ -45,7 +45,7 @@ DirectionText = Annotated[
         "--direction",
         "-d",
         help='"helpfulness*0.8 - verbosity*0.6", "-15deg" (two objectives), a preset, or, where the policy was trained '
-        'on targets, "helpfulness; verbosity=40".',
+        'on targets, "helpfulness; verbosity=40". Default: the cone\'s center; or none, which states nothing.',
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the samples.", min=0)]

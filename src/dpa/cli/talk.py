@@ -4,7 +4,6 @@ Run its tests: pytest tests/test_talk.py
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +15,13 @@ from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError, DirectionError, OutsideConeError
 from dpa.core.records import Messages, SampleRequest, seed_of
 from dpa.core.reference import ModelReference
-from dpa.core.targets import Target, Wish, numbers_of, read_wish
-from dpa.models.files import SPACE_FILE, folder_revision, resolve_model
+from dpa.core.targets import Target, Wish, numbers_of, wish_or_center
+from dpa.models.files import SPACE_FILE, resolve_model
 from dpa.models.policy import encode_prompt
 from dpa.sampling.best_of import BestOfSampler, RobustSampler
 from dpa.sampling.prompting import Prompting
-from dpa.sampling.samplers import SamplerSpec
+from dpa.sampling.samplers import open_policy
 from dpa.scoring.given_reward import GivenReward, reward_of_run
-from dpa.storage.seals import check_in_run
 
 if TYPE_CHECKING:
     from dpa.core.records import Sampler
@@ -45,7 +43,7 @@ def answer(
     given = None if best_of == 1 else _reward(model, reward)
     space, sampler, chosen = _open(model, direction, temperature, max_new_tokens, clamp, named)
     if robust and chosen is None:
-        raise ConfigError("--robust: no direction has no neighbours; add --direction, or leave it out.")
+        raise ConfigError("--robust: no direction has no neighbours; give one by --direction, or leave it out.")
     if robust and isinstance(chosen, Target):
         raise ConfigError("--robust: a target has no neighbours; leave it out, --best-of picks among answers to it.")
     if given is not None:
@@ -79,8 +77,8 @@ def converse(
             messages = []
         elif text.startswith("/direction"):
             try:
-                chosen = read_wish(space, text.removeprefix("/direction").strip())
-                print(f"direction: {chosen}")
+                chosen = wish_or_center(space, text.removeprefix("/direction").strip())
+                print(f"direction: {chosen or 'none'}")
             except DirectionError as error:
                 print(error)
         elif text:
@@ -105,20 +103,20 @@ def _open(
     named: str | None,
 ) -> tuple[DirectionSpace, "Sampler", Wish | None]:  # fmt: skip
     path = resolve_model(model).path
-    check_in_run(path)
     space = read_space(named or path)
-    if not Path(path, SPACE_FILE).is_file():
+    trained = Path(path, SPACE_FILE).is_file()
+    if not trained:
         print(
             f"note: {model} has no {SPACE_FILE}: nothing says that it was trained to follow a direction, and a model "
             "that was not answers alike under all of them.",
             file=sys.stderr,
         )
     try:
-        chosen = None if direction is None else read_wish(space, direction, outside="clamp" if clamp else "error")
+        asked = direction is not None or trained  # a model that was never told one is told none
+        chosen = wish_or_center(space, direction, "clamp" if clamp else "error") if asked else None
     except OutsideConeError as error:
         raise OutsideConeError(error.finding, "take `dpa generate --clamp`, which moves it to the edge") from None
-    spec = SamplerSpec(replace(model, name=path), space, max_new_tokens, temperature, revision=folder_revision(path))
-    return space, spec.build(), chosen
+    return *open_policy(model, max_new_tokens, temperature, space), chosen
 
 
 def _reward(model: ModelReference, reward: str | None) -> GivenReward:

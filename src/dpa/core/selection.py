@@ -4,11 +4,14 @@ Run its tests: pytest tests/test_selection.py
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from dpa.core.utility import LINEAR, Utility
+
+if TYPE_CHECKING:  # `dpa.select` needs no pydantic
+    from dpa.core.sections.selection import SelectionConfig
 
 BLOCK = 250_000
 """Utilities held at a time: 2 MB, which a core's cache holds. It changes no winner."""
@@ -180,3 +183,9 @@ def standard_deviations(scores_NK: np.ndarray) -> np.ndarray:
         return np.ones(scores_NK.shape[1])
     scale_K = known_NK.std(axis=0)
     return np.where((np.ptp(known_NK, axis=0) > 0) & (scale_K > 0), scale_K, 1.0)
+
+
+def scale_of(scores_RK: np.ndarray, config: "SelectionConfig") -> np.ndarray:
+    """scale_K that `selection.standardise` divides by, over all rows of an iteration; ones where nothing is
+    standardised."""
+    return standard_deviations(scores_RK) if config.standardise else np.ones(scores_RK.shape[1])

@@ -84,6 +84,22 @@ def read_wish(space: DirectionSpace, value: Any, outside: Literal["error", "clam
     return read_target(space, value, outside) if is_target(value) else space.parse(value, outside)
 
 
+NO_DIRECTION = "none"
+"""`--direction none`: what states no direction is asked under none."""
+
+
+def wish_or_center(
+    space: DirectionSpace, text: str | None, outside: Literal["error", "clamp"] = "error"
+) -> Wish | None:
+    """What a user asks for who wrote `text`: nothing at all (`none`), and without any text the center of the cone.
+
+    A policy was trained on stated directions only, and answers badly where none is (docs/findings.md).
+    """
+    if text == NO_DIRECTION:
+        return None
+    return space.direction(space.center) if text is None else read_wish(space, text, outside)
+
+
 def is_target(value: Any) -> bool:
     """Whether something a user wrote is meant as a target: a text with `;` or `=`, or a mapping with a text in it."""
     if isinstance(value, str):

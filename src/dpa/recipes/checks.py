@@ -2,6 +2,7 @@
 Run its tests: pytest tests/test_loop_options.py
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from dpa.scoring.scorers import known_attributes
 from dpa.storage.rating_forms import declared_scales
 from dpa.storage.schemas import SCORES, name_taken, selection_schema
 from dpa.training.learners import learner_of
+
+log = logging.getLogger(__name__)
 
 BYTES_PER_CANDIDATE = 4_000
 """Upper estimate of what one candidate and its scores take on disk."""
@@ -48,6 +51,24 @@ def check_run(config: RunConfig) -> None:
                 f"space.objectives: `{taken}` is the name of a column of the selection; rename the objective."
             )
     check_rewards(config)
+    for said in _unread(config):
+        log.warning("%s", said)
+
+
+def _unread(config: RunConfig) -> list[str]:
+    """Fields that were set and are not read here. No error: a comparison sets them for all of its methods."""
+    said, selection, online = [], config.selection, config.finetune.online_learning_rate
+    if selection.targets and not selection.target_share:
+        said.append(
+            f"selection.targets: {selection.targets:g} is not read by method {selection.method}, so no target is "
+            "trained; take method pooled, or leave it out."
+        )
+    if online is not None and config.learner in ("dpo", "grpo"):
+        said.append(
+            f"finetune.online_learning_rate: {online:g} is not read by learner {config.learner}; set "
+            f"{config.learner}.learning_rate, or leave it out."
+        )
+    return said
 
 
 def check_rewards(config: RewardRunConfig) -> None:

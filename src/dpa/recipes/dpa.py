@@ -30,7 +30,7 @@ from dpa.recipes.results import (
     write_policy_card,
 )
 from dpa.recipes.room import needed_bytes
-from dpa.recipes.run import shown
+from dpa.recipes.run import reports_progress
 from dpa.stages.finetune import finetune_policy
 from dpa.stages.pools import pool_front
 from dpa.stages.rollout import ask, rollout
@@ -69,7 +69,7 @@ class Loop(LoopRun):
             self.select(t)
         self.finetune(t)
 
-    @shown
+    @reports_progress
     def rollout(self, t: int) -> Ledger:
         """Ask this iteration's prompts under directions drawn from the space, of the policy of t - 1.
 
@@ -84,7 +84,7 @@ class Loop(LoopRun):
         with self.samplers(self.policy(t - 1), how) as samplers:
             return rollout(stage, self.prompts(t), space, samplers, how, self.config.seed)
 
-    @shown
+    @reports_progress
     def score(self, t: int) -> Ledger:
         """Give every candidate of the iteration its vector; at t = 0 the rated responses are the candidates."""
         check_candidates(self.config, t)
@@ -96,7 +96,7 @@ class Loop(LoopRun):
                 return score_rows(stage, self.read_ratings(), scorers)
             return score(stage, self.stage(t, "rollout"), self.prompts(t), scorers)
 
-    @shown
+    @reports_progress
     def select(self, t: int) -> Ledger:
         """Keep the winner of each direction, with a loser beside it where the learner reads pairs. Says what there was
         to choose from, and loudly where that was nothing."""
@@ -119,7 +119,7 @@ class Loop(LoopRun):
                 self.console.print(f"t = {t}: {found['sentence']}", style=None if found["verdict"] else "bold red")
         return ledger
 
-    @shown
+    @reports_progress
     def finetune(self, t: int) -> Ledger:
         """Finetune from the policy of t - 1 on the rows that this iteration's learner reads."""
         check_iteration(self.config, t)
@@ -151,7 +151,7 @@ class Loop(LoopRun):
             write_policy_card(self, t)
         return ledger
 
-    @shown
+    @reports_progress
     def evaluate(self, t: int) -> Mapping[str, Any]:
         """Measure the policy of t on the held-out prompts over the grid; says loudly when it does not listen."""
         check_iteration(self.config, t)

@@ -16,7 +16,7 @@ from dpa.models.policy import check_policy
 from dpa.recipes.checks import check_run, first_iteration, inputs_of
 from dpa.recipes.rated_rows import RatedRows
 from dpa.recipes.results import evaluation_of
-from dpa.recipes.run import Run, shown
+from dpa.recipes.run import Run, reports_progress
 from dpa.scoring.function_scorer import FunctionScorer
 from dpa.scoring.scorers import check_scorers
 from dpa.storage.locks import Share
@@ -56,12 +56,12 @@ class LoopRun(Run):
 
     # --- what is made once -------------------------------------------------------------------------------------------
 
-    @shown
+    @reports_progress
     def read_ratings(self, show: bool = False) -> pa.Table:
         """All rated data as one table; `show` prints its summary."""
         return self._rated.read(self.held_out, show)
 
-    @shown
+    @reports_progress
     def train_reward(self, show: bool = False) -> Mapping[str, Any]:
         """Train the reward model and return its record; `show` prints its held-out quality."""
         train = self.config.reward.train

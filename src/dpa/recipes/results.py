@@ -23,6 +23,7 @@ from dpa.stages.evaluate import EVALUATION, side_by_side, typical_question
 from dpa.stages.finetune import listening_curve
 from dpa.stages.pools import POOLS
 from dpa.storage.tables import json_bytes, read_json, read_record, write_if_new
+from dpa.training.listening import WHERE_NOT_FOLLOWING
 from dpa.version import __version__
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def _about(run: Run, t: int) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def policy_name(run: Run, t: int) -> str:
+def policy_title(run: Run, t: int) -> str:
     """How pages call the policy of t."""
     return f"t = {t}, trained elsewhere" if trained_elsewhere(run, t) else f"t = {t}"
 
@@ -120,9 +121,7 @@ def next_step(run: Run) -> str:
     measured = {t: evaluation_of(run, t) for t in range(first_iteration(run.config), last + 1)}
     following = [t for t, found in measured.items() if found is not None and found["listens"]["verdict"]]
     t = following[-1] if following else last
-    note = (
-        "" if t in following else "    # it does not follow its direction yet: more rated rows or more steps may help"
-    )
+    note = "" if t in following else f"    # it does not follow its direction yet; {WHERE_NOT_FOLLOWING}"
     if t < last:
         note = f"    # t = {t}; those after it do not follow their direction"
     return f"dpa serve {shlex.quote(str(run.policy_folder(t)))}{note}"
@@ -165,7 +164,7 @@ def results_of(run: Run) -> dict[str, Any]:
         "config": resolved(run.config),
         "policies": [
             {
-                "name": policy_name(run, t),
+                "name": policy_title(run, t),
                 "trained_elsewhere": trained_elsewhere(run, t),
                 "evaluation": evaluation,
                 "ledger": ledgers_of(run, t),
@@ -186,4 +185,4 @@ def _samples(run: Run, t: int) -> dict[str, Any]:
     answers = run.stage(t, "evaluate/rollout").whole_table()
     scores = run.measured(lambda name: run.stage(t, f"evaluate/{name}"))
     found = answers, scores, prompts, run.space, run.config.evaluate
-    return {"policy": policy_name(run, t), "questions": side_by_side(*found), "typical": typical_question(*found)}
+    return {"policy": policy_title(run, t), "questions": side_by_side(*found), "typical": typical_question(*found)}

@@ -45,7 +45,7 @@ from dpa.training.ranks import is_first
 Result = TypeVar("Result")
 
 
-def shown(stage: Callable[..., Result]) -> Callable[..., Result]:
+def reports_progress(stage: Callable[..., Result]) -> Callable[..., Result]:
     """A stage that says now and then that it is at work, where there is no terminal."""
 
     @wraps(stage)

@@ -24,6 +24,7 @@ from dpa.sampling.decoding import Decoder, Decoding, decode
 from dpa.sampling.prompting import Prompting
 from dpa.sampling.strided_cache import STRIDE
 from dpa.storage.memory import free_memory_of_machine
+from dpa.storage.seals import check_in_run
 
 PROCESSOR_ROWS = 256
 """Sequences decoded together on a processor by `batch_size: auto`, where they fit: more are hardly faster there."""
@@ -206,3 +207,15 @@ def sampler_spec(
         revision=folder_revision(path),
         bf16=config.bf16,
     )
+
+
+def open_policy(
+    policy: Model, max_new_tokens: int = 256, temperature: float = 0.7, space: DirectionSpace | None = None
+) -> tuple[DirectionSpace, TransformersSampler]:
+    """A policy's space (by default the one saved with it) and its sampler in this process. Raises ModelFileError; of a
+    policy of a run that was damaged RunFolderError."""
+    path = resolve_model(policy).path
+    check_in_run(path)
+    space = space or load_space(path)
+    named = replace(ModelReference.of(policy), name=path)
+    return space, SamplerSpec(named, space, max_new_tokens, temperature, revision=folder_revision(path)).build()

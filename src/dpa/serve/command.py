@@ -17,15 +17,13 @@ from dpa.core.direction_text import printable
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DpaError
 from dpa.core.reference import ModelReference
-from dpa.core.targets import Wish, read_wish
+from dpa.core.targets import Wish, wish_or_center
 from dpa.models.files import count_parameters, load_space, policy_name, resolve_model
 from dpa.remote.http_exchange import check_address, key_of_first
 from dpa.serve.settings import EngineSettings, Served, ServeSettings
 from dpa.serve.supervisor import EngineProcess
 from dpa.storage.seals import check_in_run
 
-NO_DIRECTION = "none"
-"""`--direction none`: a request that states no direction is asked under none."""
 KEY_VARIABLE, UPSTREAM_KEY_VARIABLE = "DPA_API_KEY", "DPA_UPSTREAM_KEY"
 
 
@@ -51,7 +49,7 @@ def serve(settings: ServeSettings) -> None:
         if used is not None:
             check_in_run(used)
     space = load_space(_space_folder(settings, folder))
-    default = _default_wish(settings.direction, space)
+    default = wish_or_center(space, settings.direction)
     listener = _listen(settings.host, settings.port)
     failure: list[DpaError] = []
     stop: list[Callable[[], None]] = []
@@ -122,16 +120,6 @@ def _start_engines(
         engines[role] = EngineProcess(engine.arguments(), failed)
         cleanup.callback(engines[role].close)
     return engines
-
-
-def _default_wish(text: str | None, space: DirectionSpace) -> Wish | None:
-    """The direction or target of requests that state none: the center of the cone, unless told otherwise.
-
-    A policy was trained on stated directions only, and answers badly where none is (docs/findings.md).
-    """
-    if text == NO_DIRECTION:
-        return None
-    return space.direction(space.center) if text is None else read_wish(space, text)
 
 
 def _server(

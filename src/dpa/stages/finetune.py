@@ -73,7 +73,7 @@ def finetune_policy(
     if done.listening is not None:
         extra |= {**done.listening.to_log(), "listening_tokens": float(done.listening_tokens)}
         if not done.listening.heard and is_first():
-            _log.warning("%s: %s", stage.name, advice(done.listening, learner.section, learner.advice))
+            _log.warning("%s: %s", stage.name, advice(done.listening, learner.advice))
     ledger = replace(
         ledger,
         rows=len(rows) - len(done.rejects),

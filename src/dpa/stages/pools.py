@@ -5,7 +5,6 @@ Run its tests: pytest tests/test_pools.py
 
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from dpa.core.directions import DirectionSpace
@@ -13,7 +12,7 @@ from dpa.core.measures import intervals_over_prompts
 from dpa.core.pools import best_of_pools, pools_of
 from dpa.core.sections.evaluate import EvaluateConfig
 from dpa.core.sections.selection import SelectionConfig
-from dpa.core.selection import standard_deviations
+from dpa.core.selection import scale_of
 from dpa.core.utility import Utility
 from dpa.storage.schemas import score_matrix
 
@@ -40,7 +39,7 @@ def pool_front(
       verdict, sentence    whether most pools offer a choice, and all of it in words
     """
     scores_RK = space.combine(*score_matrix(scores))
-    scale_K = standard_deviations(scores_RK) if selection.standardise else np.ones(space.K)
+    scale_K = scale_of(scores_RK, selection)
     groups = pools_of(scores["prompt_id"].to_pylist(), scores_RK, scale_K)
     grid_DK = space.grid(evaluation.directions)
     utility = Utility(selection.utility, selection.augmentation, scale_K)

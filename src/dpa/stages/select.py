@@ -16,11 +16,11 @@ from dpa.core.records import Ledger, Prompt, messages_text, stable_hash
 from dpa.core.sections.selection import SelectionConfig
 from dpa.core.selection import (
     of_largest_advantage,
+    scale_of,
     select,
     select_best_mean,
     select_pairs,
     select_random,
-    standard_deviations,
 )
 from dpa.core.target_selection import serve_targets
 from dpa.core.utility import Utility
@@ -188,10 +188,9 @@ def _finish(stage: StageFolder, shards: int) -> Ledger:
 
 def _scale(score_stage: StageFolder, space: DirectionSpace, config: SelectionConfig) -> np.ndarray:
     """scale_K over the whole stage, so that every shard is weighed alike; ones where nothing is standardised."""
-    if not config.standardise:
+    if not config.standardise:  # then no score need be read
         return np.ones(space.K)
-    scores_RK = space.combine(*score_stage.scores())
-    return standard_deviations(scores_RK[np.isfinite(scores_RK).all(axis=1)])
+    return scale_of(space.combine(*score_stage.scores()), config)
 
 
 def _candidates(rollout_stage: StageFolder, score_stage: StageFolder, number: int) -> tuple[pa.Table, pa.Table]:

@@ -31,6 +31,7 @@ from trl import DPOConfig, DPOTrainer
 from dpa.core.config import RunConfig
 from dpa.core.errors import ConfigError
 from dpa.core.records import Ledger
+from dpa.core.sections.training import PreferenceConfig
 from dpa.models.attention import to_device
 from dpa.storage.schemas import completeness
 from dpa.storage.stage_records import Reject
@@ -138,6 +139,10 @@ def _step(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"counts": torch.tensor([float(len(rows)), float(tokens)]), "rows": Uncut(rows)}
 
 
+def _accumulation(config: PreferenceConfig, together: int | str, devices: int | None = None) -> int:
+    return accumulation("dpo.pairs_per_step", config.pairs_per_step, "pairs_per_device", together, devices)
+
+
 class DPO(Learner[EncodedPair]):
     """Learns to prefer what was chosen to what was rejected.
 
@@ -150,12 +155,14 @@ class DPO(Learner[EncodedPair]):
 
     reads = "pairs"
     section = "dpo"
-    advice = "lower dpo.beta, raise dpo.sft_weight"
+    advice = "lower dpo.beta, or raise dpo.sft_weight or dpo.learning_rate"
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
-        """Pairs have an order."""
+        """Pairs have an order, and divide among the processes."""
         super().check(run)
+        if run.cluster.processes > 1:
+            _accumulation(run.dpo, run.dpo.pairs_per_device, run.cluster.processes)
         if run.selection.method in ("random", "best_mean"):
             raise ConfigError(
                 f"selection.method: {run.selection.method} keeps winners and no pairs; take pooled or per_direction, "
@@ -208,7 +215,7 @@ class DPO(Learner[EncodedPair]):
         in_passes = in_one_process()
         accumulated = 1
         if not in_passes:
-            accumulated = accumulation("dpo.pairs_per_step", config.pairs_per_step, "pairs_per_device", first.units)
+            accumulated = _accumulation(config, first.units)
         losses, weights = ["sigmoid"], [1.0]
         if config.sft_weight:
             losses, weights = [*losses, "sft"], [*weights, config.sft_weight]

@@ -122,7 +122,7 @@ class Learner(ABC, Generic[E]):
     reads: ClassVar[Reads] = "winners"
     section: ClassVar[str] = "finetune"
     advice: ClassVar[str] = ""
-    """What may make its policies read their direction, beside more questions and a higher learning rate."""
+    """What may make its policies read their direction, beside more questions."""
 
     config: Any
     space: DirectionSpace

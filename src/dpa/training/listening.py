@@ -37,6 +37,9 @@ FEWEST = 8
 HEARD = 0.55
 """A policy whose share of likelier rows may be as low as this, by its interval, is not known to listen."""
 
+WHERE_NOT_FOLLOWING = "more in docs/learning.md, 'Where a policy does not follow'"
+"""Ends what is said of a policy that does not follow its direction."""
+
 PREFIX = "listening_"
 """Before the names of the figures in a log and in a ledger."""
 
@@ -205,12 +208,12 @@ class MeasureListening(TrainerCallback):
         return Listening(**figures | {"rows": int(figures["rows"])})
 
 
-def advice(found: Listening, section: str, more: str) -> str:
-    """What to change where a policy does not listen: `more`, a learner's own, and fields of its section."""
+def advice(found: Listening, more: str) -> str:
+    """What to change where a policy does not listen: `more` is a learner's own. No higher rate: with the paper's loss
+    that unlearned the direction (docs/findings.md)."""
     return (
-        f"the policy hardly reads its direction: {found}. To change it: {more}{', ' if more else ''}train on more "
-        "questions with fewer directions each (prompts.count, selection.directions), or raise "
-        f"{section}.learning_rate or {section}.epochs."
+        f"the policy hardly reads its direction: {found}. To change it: train on more questions with fewer directions "
+        f"each (prompts.count, selection.directions){', or ' if more else ''}{more}; {WHERE_NOT_FOLLOWING}."
     )
 
 

@@ -103,7 +103,7 @@ def train_policy(
                     raise stop.interrupted(label, trainer.state.global_step, trainer.state.max_steps, "steps")
         if found is not None and found.share < (config.min_listening or 0):
             raise TrainingError(
-                f"{section}.min_listening: {config.min_listening:g}, but {advice(found, section, learner.advice)}"
+                f"{section}.min_listening: {config.min_listening:g}, but {advice(found, learner.advice)}"
             )
         trained = _whole_model(trainer, policy, config, dtype, section)
         provenance = {

@@ -20,6 +20,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from dpa.core.config import RunConfig
+from dpa.core.sections.training import FinetuneConfig
 from dpa.models.attention import to_device
 from dpa.models.memory import keys_share
 from dpa.storage.schemas import completeness, held_values
@@ -96,6 +98,12 @@ class SFT(Learner[Example]):
 
     advice = "raise finetune.contrastive"
 
+    @classmethod
+    def check(cls, run: RunConfig) -> None:
+        """Rows divide among the processes: known now, and not after the hours before the first training."""
+        super().check(run)
+        _accumulation(run.finetune, run.cluster.processes)
+
     def encode(self, rows: pa.Table, encoder: RowEncoder) -> tuple[list[Example], list[Reject]]:
         """An example for each row, in an order drawn from the seed.
 
@@ -127,9 +135,7 @@ class SFT(Learner[Example]):
         config = self.config
         in_passes = in_one_process() and has_plain_head(model)
         together = 1 if config.rows_per_device == "auto" else config.rows_per_device
-        accumulated = accumulation(
-            "finetune.packed_rows_per_step", config.packed_rows_per_step, "rows_per_device", together
-        )
+        accumulated = _accumulation(config)
         arguments = SFTConfig(
             **shared_arguments(self, work),
             **WITHOUT_BALANCING,
@@ -178,6 +184,13 @@ class SFT(Learner[Example]):
     def tokens(self, examples: Sequence[Example], trainer: Any) -> int:
         """Those of the packed rows, where what prompts share is read once."""
         return sum(row.ids_T.numel() for row in trainer.train_dataset if row.learned)
+
+
+def _accumulation(config: FinetuneConfig, devices: int | None = None) -> int:
+    return accumulation(
+        *("finetune.packed_rows_per_step", config.packed_rows_per_step, "rows_per_device", config.rows_per_device),
+        devices,
+    )
 
 
 def encode_examples(

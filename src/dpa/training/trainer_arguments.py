@@ -84,12 +84,17 @@ def first_passes(
     return Plan(units, shared["gradient_checkpointing"])
 
 
-def accumulation(field: str, per_step: int, per_device_field: str, per_device: int) -> int:
-    """Forward passes of one device in an optimizer step. Raises ConfigError."""
-    together = per_device * ranks()
+def accumulation(
+    field: str, per_step: int, per_device_field: str, per_device: int | str, devices: int | None = None
+) -> int:
+    """Forward passes of one device in an optimizer step, of at least one (`auto`) or so many units each; `devices`: by
+    default those of this launch. Raises ConfigError."""
+    devices = ranks() if devices is None else devices
+    together = devices * (1 if per_device == "auto" else int(per_device))
     if per_step % together:
+        other = ", or another --processes, which goes on with the same run folder" if devices > 1 else ""
         raise ConfigError(
             f"{field}: {per_step} is no multiple of {per_device_field} times devices ({together}); "
-            f"take {together * math.ceil(per_step / together)}."
+            f"take {together * math.ceil(per_step / together)}{other}."
         )
     return per_step // together
