@@ -77,8 +77,9 @@ def _public_space(record: dict[str, Any]) -> None:
     about = record.get("provenance")
     _rename(about, "from")
     elsewhere = about.get("trained_elsewhere") if isinstance(about, dict) else None
-    for field in ("folder", "notes") if isinstance(elsewhere, dict) else ():
-        elsewhere.pop(field, None)
+    if isinstance(elsewhere, dict):
+        for field in ("folder", "notes"):
+            elsewhere.pop(field, None)
 
 
 def _public_evaluation(record: dict[str, Any]) -> None:
