@@ -34,6 +34,7 @@ from dpa.stages.rollout import rollout
 from dpa.stages.score import score
 from dpa.stages.select import select_winners
 from dpa.storage.run_folder import RunFolder, StageFolder
+from dpa.storage.stage_records import Reject
 from dpa.storage.tables import read_json, write_bytes, write_json
 
 SPACE = space_of()
@@ -239,6 +240,8 @@ def test_fault_05_what_paces_the_work_is_not_part_of_the_configuration(tmp_path:
     finetune, dpo = {"rows_per_device": 2, "save_steps": 7}, {"pairs_per_device": 2, "save_steps": 7}
     paced = run_config(tmp_path, rollout=more, finetune=finetune, dpo=dpo)
     RunFolder(tmp_path).open(paced).close()
+    engine = {"kind": "vllm", "vllm": {"arguments": {"max_num_seqs": 256}}}
+    RunFolder(tmp_path).open(run_config(tmp_path, rollout={**more, "engine": engine})).close()
     assert of_results(paced.finetune) == of_results(run_config(tmp_path).finetune)
     assert of_results(paced.dpo) == of_results(run_config(tmp_path).dpo)
     assert of_results(run_config(tmp_path, finetune={"epochs": 2}).finetune) != of_results(paced.finetune)
@@ -427,3 +430,14 @@ def test_fault_21_a_run_killed_before_its_fingerprint_starts_anew(tmp_path: Path
     (tmp_path / "fingerprint.json").unlink()
     RunFolder(tmp_path).open(run_config(tmp_path, seed=5)).close()
     assert read_json(tmp_path / "fingerprint.json")["config"]["seed"] == 5
+
+
+def test_rejects_of_an_earlier_attempt_do_not_survive_a_stage_made_again_without_any(tmp_path: Path) -> None:
+    stage = RunFolder(tmp_path).stage(1, "score")
+    table = pa.table({"a": [1]})
+    stage.write_shard(0, table, Ledger(), [Reject("x", "bad")])
+    stage.finish()
+    assert (stage.path / "rejects.jsonl").exists()
+    stage.write_shard(0, table, Ledger())
+    stage.finish()
+    assert not (stage.path / "rejects.jsonl").exists()

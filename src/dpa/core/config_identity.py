@@ -72,10 +72,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, leaf) pairs; lists and empty mappings are leaves."""
+    """Yield (dotted key, leaf) pairs; lists, empty mappings and what changes no result are leaves."""
     for key, value in data.items():
         dotted = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value and dotted not in DOES_NOT_CHANGE_RESULTS:
             yield from flatten(value, f"{dotted}.")
         else:
             yield dotted, value

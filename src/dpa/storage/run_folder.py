@@ -158,6 +158,8 @@ class StageFolder:
         rejects = [reject for record in records if record for reject in record.rejects]
         if rejects:
             self.write_rejects(rejects)
+        elif records:  # those of an earlier attempt
+            (self.path / "rejects.jsonl").unlink(missing_ok=True)
         done: dict[str, Any] = {"shards": [record.file.sha256 for record in records if record], "ledger": asdict(total)}
         if sealed:
             done["sealed"] = {os.path.relpath(folder, self.path): seal(folder) for folder in sealed}
@@ -331,8 +333,8 @@ class StageFolder:
         except RunFolderError:  # the file is gone
             return
         except DamageError as error:
-            if not self.mine(number):
-                return  # its own worker does it, or is writing it again at this moment
+            if not self.mine(number) or (self._lock is not None and self._lock.shared and self.share is None):
+                return  # its own worker or the first rank does it, or is writing it again at this moment
             file = self._data_file(number)
             file.replace(file.with_name(f"{file.name}.damaged"))
             self._record_file(number).unlink()

@@ -264,7 +264,7 @@ class Lab(Run):
     def _kept(self, t: int, rows: pa.Table) -> StageFolder:
         """The rows that iteration t learns from, as a stage."""
         stage = self.stage(t, "rows")
-        made_from = stable_hash(*(text for name in ("messages", "prompt_id") for text in rows[name].to_pylist()))
+        made_from = stable_hash(*(part for name in rows.column_names for part in (name, *rows[name].to_pylist())))
         if stage.shard_digest(0, made_from) is None:
             stage.write_shard(0, rows, Ledger(rows=len(rows)), made_from=made_from)
         if not stage.done:
