@@ -63,7 +63,8 @@ class Front(NamedTuple):
 
     def as_point(self) -> "Front":
         """The mean over the arc: for a policy that is told no direction, whose arc is noise around one point."""
-        return Front(*(values.mean(axis=-1, keepdims=True) for values in self[:4]), self.same_prompts)
+        x_SD, y_SD, x_SRD, y_SRD = (values.mean(axis=-1, keepdims=True) for values in self[:4])
+        return Front(x_SD, y_SD, x_SRD, y_SRD, self.same_prompts)
 
 
 class Lead(NamedTuple):
