@@ -18,7 +18,7 @@ from forks import alive, python, start, within
 from rich.console import Console
 
 from dpa.core.compare_config import load_comparison
-from dpa.core.errors import ConfigError, RunFolderError
+from dpa.core.errors import ConfigError, RunFolderError, StorageError
 from dpa.recipes.baselines.methods import METHODS
 from dpa.recipes.compare import Comparison
 from dpa.recipes.job_processes import _Worker, do_jobs
@@ -107,6 +107,28 @@ def test_a_worker_that_died_idle_is_replaced(tmp_path: Path) -> None:
         worker._process.kill()
         worker._process.join()
         worker.stop()  # it is not there to be asked
+    finally:
+        worker.close()
+
+
+@dataclass(frozen=True)
+class JobWithoutRoom(ThreadsJob):
+    """Finds no room for its work."""
+
+    def run(self) -> None:
+        raise StorageError("out: no room for 3 bytes")
+
+
+def test_a_job_whose_log_is_on_the_full_disk_still_says_what_happened(tmp_path: Path) -> None:
+    job = JobWithoutRoom(tmp_path / "job")
+    job.folder.mkdir()
+    (job.folder / "log.txt").symlink_to("/dev/full")
+    worker = _Worker(1)
+    try:
+        worker.give(job)
+        _, _, trouble = worker.take()
+        assert trouble == "out: no room for 3 bytes"
+        worker.stop()
     finally:
         worker.close()
 

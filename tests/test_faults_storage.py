@@ -234,6 +234,23 @@ def test_fault_04_an_edited_scoring_function_is_refused(tmp_path: Path) -> None:
         RunFolder(config.out).open(config, inputs_of(config))
 
 
+def test_fault_04_an_edited_module_of_scoring_functions_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy_config(tmp_path / "in", tmp_path / "run")
+    (package := tmp_path / "mymarks").mkdir()
+    (package / "__init__.py").touch()
+    (package / "good.py").write_text("def much(messages, responses): return [1.0 for _ in responses]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    functions = dict.fromkeys(config.reward.functions, "mymarks.good:much")
+    config = config.model_copy(update={"reward": config.reward.model_copy(update={"functions": functions})})
+    RunFolder(config.out).open(config, inputs_of(config)).close()
+    (package / "good.py").write_text("def much(messages, responses): return [2.0 for _ in responses]\n")
+    with pytest.raises(RunFolderError, match=r"the content of .*good\.py has changed"):
+        RunFolder(config.out).open(config, inputs_of(config))
+    assert "evaluate.gold.helpfulness" not in inputs_of(config), "this package's own are as its version is"
+
+
 def test_fault_05_what_paces_the_work_is_not_part_of_the_configuration(tmp_path: Path) -> None:
     RunFolder(tmp_path).open(run_config(tmp_path)).close()
     more = {"directions": 3, "samples": 2, "prompts_per_shard": 4, "workers": 7, "batch_size": 8}

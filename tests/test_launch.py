@@ -42,7 +42,10 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for k in range(2)
     ]
     (folder / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))
-    (folder / "words.py").write_text("def words(messages, response): return float(len(response.split()))\n")
+    (folder / "words.py").write_text(
+        "def words(messages, response): return float(len(response.split()))\n"
+        "def few(messages, response): return 100 - 30 * words(messages, response)\n"
+    )
     prompts = {"path": str(folder / "rated.jsonl"), "count": 2}
     (folder / "held_out.jsonl").write_text("".join(json.dumps({"prompt": f"other {n}?"}) + "\n" for n in range(2)))
     config = {
@@ -51,7 +54,7 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "iterations": 0,
         "space": {"objectives": {"length": None, "breadth": None}, "template": "Weigh {weighted_rating}"},
         "ratings": [{"path": str(folder / "rated.jsonl"), "scales": {"length": [0, 4]}}],
-        "reward": {"functions": dict.fromkeys(("length", "breadth"), f"{folder / 'words.py'}:words")},
+        "reward": {"functions": {"length": f"{folder / 'words.py'}:words", "breadth": f"{folder / 'words.py'}:few"}},
         "prompts": prompts,
         "selection": {"directions": 2},
         "finetune": {

@@ -90,6 +90,14 @@ def test_the_flip_gap_is_the_difference_of_losses_under_the_two_prompts() -> Non
     assert held.tokens == sum(len(own) + len(other) + 2 * len(response) for own, other, response in held.rows)
 
 
+def test_what_nothing_could_be_measured_on_is_not_held_out() -> None:
+    rows = rows_of([[(UP, "a")]] * 20 + [[(UP, "a"), (DOWN, "b")]] * 2)
+    rows = rows.append_column("mirrored_same", pa.array([n % 4 > 0 for n in range(20)] + [True] * 4))
+    kept, held = hold_out(rows, 9)
+    assert len(held) == 9 and len(kept) == 15
+    assert set(held["prompt_id"].to_pylist()) == {f"p{n}" for n in (0, 4, 8, 12, 16, 20, 21)}
+
+
 @given(st.lists(st.tuples(st.floats(-5, 5), st.sampled_from("abcd")), min_size=1, max_size=30))
 def test_intervals_hold_the_figures_and_are_the_same_twice(rows: list[tuple[float, str]]) -> None:
     gaps, names = [gap for gap, _ in rows], [name for _, name in rows]

@@ -1,8 +1,10 @@
-"""The records that travel through the loop, and the two interfaces (Sampler, Scorer) of what is heavy in it."""
+"""The records that travel through the loop, and the two interfaces (Sampler, Scorer) of what is heavy in it.
+Run its tests: pytest tests/test_records.py
+"""
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypedDict, TypeVar
 
@@ -153,8 +155,24 @@ def places_of(things: Iterable[Thing]) -> dict[Thing, list[int]]:
 
 def stable_hash(*parts: object, digits: int = 16) -> str:
     """Hex digest of the parts' text, the same in every process and on every machine."""
-    joined = "\x1f".join(str(part) for part in parts)
-    return hashlib.blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=digits // 2).hexdigest()
+    found = hashlib.blake2b(digest_size=digits // 2)
+    for place, part in enumerate(parts):
+        if place:
+            found.update(b"\x1f")
+        for piece in _pieces(part):
+            found.update(piece.encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
+
+
+def _pieces(part: object) -> Iterator[str]:
+    """The text of a part; of a list one member at a time, since the token ids of all rows would be gigabytes of it."""
+    if type(part) is not list:
+        yield str(part)
+        return
+    yield "["
+    for place, member in enumerate(part):
+        yield f", {member!r}" if place else repr(member)
+    yield "]"
 
 
 def candidate_id(

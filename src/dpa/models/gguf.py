@@ -20,8 +20,6 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from dpa.core.errors import ConfigError, ModelFileError
@@ -30,6 +28,12 @@ from dpa.models.files import SafeModel
 from dpa.models.loading import check_loadable, refusing
 from dpa.models.quiet import quiet_libraries
 from dpa.storage.tables import save_folder_atomically
+
+try:
+    from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+except ImportError:  # before 5.17: one loader, which goes by the architecture's own tokenizer
+    GGUF_ARCHS, GGUF_PRE_TOKENIZER_SPLITS = {}, {}
 
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r"}
 """`tokenizer.ggml.pre` of models that read each digit by itself, which transformers cuts as GPT-2 does."""
@@ -226,6 +230,8 @@ def _check_rope(metadata: dict[str, Any]) -> None:
 def _check_cutting(metadata: dict[str, Any]) -> None:
     """How text is cut before it is merged into tokens; what transformers does not know it would cut as GPT-2 does."""
     pre = metadata.get("tokenizer.ggml.pre", "default")  # llama.cpp's word for none known
+    if not GGUF_PRE_TOKENIZER_SPLITS:
+        return
     if metadata.get("tokenizer.ggml.model") != "gpt2" or pre in {*GGUF_PRE_TOKENIZER_SPLITS, *_DIGITS_APART, *_AS_GPT2}:
         return
     if pre != "default" or metadata["general.architecture"] != "gpt2":

@@ -13,7 +13,7 @@ from dpa.core.errors import ConfigError, DataError
 from dpa.core.sections.reward import RewardConfig
 from dpa.models.files import GGUF_SUFFIX
 from dpa.sampling.engines import engine_named
-from dpa.scoring.function_scorer import function_file
+from dpa.scoring.function_scorer import function_source
 from dpa.scoring.scorers import known_attributes
 from dpa.storage.rating_forms import declared_scales
 from dpa.storage.schemas import SCORES, name_taken, selection_schema
@@ -150,5 +150,5 @@ def inputs_of(config: RewardRunConfig) -> dict[str, Path]:
             named["policy"] = config.policy
         functions |= {f"evaluate.gold.{name}": function for name, function in config.evaluate.gold.items()}
     files = {field: Path(path) for field, path in named.items()}
-    files |= {field: file for field, function in functions.items() if (file := function_file(function)) is not None}
+    files |= {field: file for field, function in functions.items() if (file := function_source(function)) is not None}
     return {field: file for field, file in files.items() if file.exists()}

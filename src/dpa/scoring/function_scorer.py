@@ -103,6 +103,19 @@ def function_file(function: str) -> Path | None:
     return Path(where) if where.endswith(".py") else None
 
 
+def function_source(function: str) -> Path | None:
+    """The file a function stands in, `file.py:name` or `package.module:name`; None where it cannot be said, and for
+    those of this package, which are as its version is."""
+    where = function.rpartition(":")[0]
+    if (file := function_file(function)) is not None or where.partition(".")[0] == __package__.partition(".")[0]:
+        return file
+    try:
+        spec = importlib.util.find_spec(where)
+    except Exception:  # importing the packages above it may raise anything; loading it will say so
+        return None
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
 def _load_function(field: str, function: str | ScoreFunction) -> ScoreFunction:
     if not isinstance(function, str):
         return function

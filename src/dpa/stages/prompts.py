@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_prompts.py
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -49,9 +50,10 @@ def read_prompts(
     """
     prompts: dict[str, Prompt] = {}
     rejects: list[Reject] = []
+    repeats: Counter[str] = Counter()
     for place, row in _rows(str(path), column, split, field):
         try:
-            prompt = _read_row(row, column, prompts)
+            prompt = _read_row(row, column, prompts, repeats)
             prompts[prompt.prompt_id] = prompt
         except BadRow as error:
             rejects.append(Reject(place, str(error)))
@@ -121,7 +123,7 @@ def _rows(path: str, column: str, split: str, field: str) -> Iterator[tuple[str,
         yield from read_rows(file, named, text_columns=named, field=f"{field}.path")
 
 
-def _read_row(row: dict[str, Any] | BadRow, column: str, known: dict[str, Prompt]) -> Prompt:
+def _read_row(row: dict[str, Any] | BadRow, column: str, known: dict[str, Prompt], repeats: Counter[str]) -> Prompt:
     if isinstance(row, BadRow):
         raise row
     value = given_messages(row.get("messages"))
@@ -131,7 +133,7 @@ def _read_row(row: dict[str, Any] | BadRow, column: str, known: dict[str, Prompt
         messages = [{"role": "user", "content": check_text(row.get(column), column)}]
     given = row.get("id")
     if given is None or given == "":
-        return Prompt(_content_id(messages, known), messages)
+        return Prompt(_content_id(messages, known, repeats), messages)
     number = whole_number(given)
     if number is None and not isinstance(given, str):
         raise BadRow(f"id is {type(given).__name__}, not text or a whole number")
@@ -143,10 +145,10 @@ def _read_row(row: dict[str, Any] | BadRow, column: str, known: dict[str, Prompt
     return Prompt(prompt_id, messages)
 
 
-def _content_id(messages: list, known: dict[str, Prompt]) -> str:
+def _content_id(messages: list, known: dict[str, Prompt], repeats: Counter[str]) -> str:
     """Hash of the messages; a repeated prompt gets the hash of its content and how often it was there before."""
     text = messages_text(messages)
-    repeats = 0
-    while (prompt_id := stable_hash("prompt", text, repeats)) in known:
-        repeats += 1
+    while (prompt_id := stable_hash("prompt", text, repeats[text])) in known:
+        repeats[text] += 1
+    repeats[text] += 1
     return prompt_id

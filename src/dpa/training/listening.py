@@ -81,8 +81,9 @@ def hold_out(rows: pa.Table, count: int | None, gated: bool = False) -> tuple[pa
 
     Whole prompts are held out, those with the smallest hash, so that another iteration or seed takes the same: as many
     as stay within `count` rows, at most half of them. `count` None: LISTENING_ROWS, LISTENING_SHARE, FEWEST. Where the
-    run is `gated` by what is measured, FEWEST rows and one prompt at least, if they are no more than half of all. Rows
-    that state no direction are not held out.
+    run is `gated` by what is measured, FEWEST rows and one prompt at least, if they are no more than half of all. Not
+    held out are rows that state no direction, and prompts whose rows have one response that the pool keeps for the
+    mirrored directions too: nothing could be measured on them.
     """
     prompts = rows["prompt_id"].to_pylist()
     if count is None:
@@ -91,11 +92,19 @@ def hold_out(rows: pa.Table, count: int | None, gated: bool = False) -> tuple[pa
             count = FEWEST if gated else 0
     count = min(count, len(rows) // 2)
     sizes: dict[str, int] = {}
-    for prompt, stated in zip(prompts, rows["direction"].is_valid().to_pylist(), strict=True):
-        if stated:
+    said: dict[str, set[str]] = {}
+    measurable: set[str] = set()
+    stated = rows["direction"].is_valid().to_pylist()
+    responses = rows["chosen" if "chosen" in rows.column_names else "response"].to_pylist()
+    same = rows["mirrored_same"].to_pylist() if "mirrored_same" in rows.column_names else [None] * len(rows)
+    for prompt, is_stated, response, is_same in zip(prompts, stated, responses, same, strict=True):
+        if is_stated:
             sizes[prompt] = sizes.get(prompt, 0) + 1
+            said.setdefault(prompt, set()).add(response)
+            if not is_same or len(said[prompt]) > 1:
+                measurable.add(prompt)
     held: set[str] = set()
-    for prompt in sorted(sizes, key=lambda name: stable_hash("listening", name)):
+    for prompt in sorted(measurable, key=lambda name: stable_hash("listening", name)):
         is_needed = gated and count > 0 and not held and sizes[prompt] <= len(rows) // 2
         if sizes[prompt] > count and not is_needed:
             break
