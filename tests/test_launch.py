@@ -109,7 +109,7 @@ CONTRASTED = {
 
 def test_accelerate_launch_of_two_processes_learns_and_contrasts_as_one_does(selected: Path, tmp_path: Path) -> None:
     """As a user of a cluster starts it by hand: only the first rank locks and writes, the other joins. The contrastive
-    term is a mean over the rows of a step, whichever rank has them; both ranks measure listening."""
+    term is a mean over the rows of a step, whichever rank has them."""
     run, alone = tmp_path / "ranks", tmp_path / "alone"
     for folder in (run, alone):
         with Loop(load_config(selected, {**CONTRASTED, "out": str(folder)})) as loop:
@@ -129,9 +129,6 @@ def test_accelerate_launch_of_two_processes_learns_and_contrasts_as_one_does(sel
     ledgers = [json.loads((r / "iter_0/finetune/done.json").read_text())["ledger"] for r in (run, alone)]
     for field in ("training_tokens", "rows", "rejects"):
         assert ledgers[0][field] == ledgers[1][field]
-    assert ledgers[0]["extra"]["listening_rows"] == ledgers[1]["extra"]["listening_rows"] > 0
-    gaps = [ledger["extra"]["listening_gap_token"] for ledger in ledgers]
-    assert gaps[0] == pytest.approx(gaps[1], abs=1e-3)
     assert not list(run.rglob("checkpoint-*"))
 
 
