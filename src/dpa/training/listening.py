@@ -91,6 +91,8 @@ def hold_out(rows: pa.Table, count: int | None, gated: bool = False) -> tuple[pa
         if count < FEWEST:
             count = FEWEST if gated else 0
     count = min(count, len(rows) // 2)
+    if count == 0:  # prompts to learn from have no responses
+        return rows, rows.slice(0, 0)
     sizes: dict[str, int] = {}
     said: dict[str, set[str]] = {}
     measurable: set[str] = set()
@@ -105,7 +107,7 @@ def hold_out(rows: pa.Table, count: int | None, gated: bool = False) -> tuple[pa
                 measurable.add(prompt)
     held: set[str] = set()
     for prompt in sorted(measurable, key=lambda name: stable_hash("listening", name)):
-        is_needed = gated and count > 0 and not held and sizes[prompt] <= len(rows) // 2
+        is_needed = gated and not held and sizes[prompt] <= len(rows) // 2
         if sizes[prompt] > count and not is_needed:
             break
         held.add(prompt)
