@@ -44,7 +44,7 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))
     (folder / "words.py").write_text(
         "def words(messages, response): return float(len(response.split()))\n"
-        "def few(messages, response): return 100 - 30 * words(messages, response)\n"
+        "def few(messages, response): return 100 - 6 * words(messages, response)\n"
     )
     prompts = {"path": str(folder / "rated.jsonl"), "count": 2}
     (folder / "held_out.jsonl").write_text("".join(json.dumps({"prompt": f"other {n}?"}) + "\n" for n in range(2)))
@@ -54,7 +54,7 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "iterations": 0,
         "space": {"objectives": {"length": None, "breadth": None}, "template": "Weigh {weighted_rating}"},
         "ratings": [{"path": str(folder / "rated.jsonl"), "scales": {"length": [0, 4]}}],
-        "reward": {"functions": {"length": f"{folder / 'words.py'}:words", "breadth": f"{folder / 'words.py'}:few"}},
+        "reward": {"functions": {"breadth": f"{folder / 'words.py'}:words", "length": f"{folder / 'words.py'}:few"}},
         "prompts": prompts,
         "selection": {"directions": 2},
         "finetune": {
@@ -109,7 +109,7 @@ CONTRASTED = {
 
 def test_accelerate_launch_of_two_processes_learns_and_contrasts_as_one_does(selected: Path, tmp_path: Path) -> None:
     """As a user of a cluster starts it by hand: only the first rank locks and writes, the other joins. The contrastive
-    term is a mean over the rows of a step, whichever rank has them."""
+    term is a mean over the rows of a step, whichever rank has them; both ranks measure listening."""
     run, alone = tmp_path / "ranks", tmp_path / "alone"
     for folder in (run, alone):
         with Loop(load_config(selected, {**CONTRASTED, "out": str(folder)})) as loop:
@@ -129,6 +129,9 @@ def test_accelerate_launch_of_two_processes_learns_and_contrasts_as_one_does(sel
     ledgers = [json.loads((r / "iter_0/finetune/done.json").read_text())["ledger"] for r in (run, alone)]
     for field in ("training_tokens", "rows", "rejects"):
         assert ledgers[0][field] == ledgers[1][field]
+    assert ledgers[0]["extra"]["listening_rows"] == ledgers[1]["extra"]["listening_rows"] > 0
+    gaps = [ledger["extra"]["listening_gap_token"] for ledger in ledgers]
+    assert gaps[0] == pytest.approx(gaps[1], abs=1e-3)
     assert not list(run.rglob("checkpoint-*"))
 
 
