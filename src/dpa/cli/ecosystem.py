@@ -232,11 +232,11 @@ def read_space(text: str) -> "DirectionSpace":
     """A published name, a YAML configuration, or a policy (its dpa_config.json). Raises UserError subclasses."""
     from dpa.core.config import run_named
     from dpa.core.presets import SPACES
-    from dpa.models.files import SPACE_FILE, load_space
+    from dpa.models.files import REWARD_FILE, SPACE_FILE, load_space
 
     if text in SPACES:
         return SPACES[text]
-    if Path(text, "dpa_reward.json").is_file() and not Path(text, SPACE_FILE).is_file():
+    if Path(text, REWARD_FILE).is_file() and not Path(text, SPACE_FILE).is_file():
         raise ConfigError(
             f"--space: {text} is a reward model, which has no directions; give a policy folder (RUN/iter_1/policy), a "
             f"YAML configuration or one of {', '.join(SPACES)}."

@@ -4,6 +4,7 @@ Run its tests: pytest tests/test_talk.py
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,7 +117,7 @@ def _open(
         chosen = wish_or_center(space, direction, "clamp" if clamp else "error") if asked else None
     except OutsideConeError as error:
         raise OutsideConeError(error.finding, "take `dpa generate --clamp`, which moves it to the edge") from None
-    return *open_policy(model, max_new_tokens, temperature, space), chosen
+    return *open_policy(replace(model, name=path), max_new_tokens, temperature, space), chosen
 
 
 def _reward(model: ModelReference, reward: str | None) -> GivenReward:

@@ -15,6 +15,9 @@ Thing = TypeVar("Thing", bound=Hashable)
 SCALE = (0.0, 100.0)
 """Every attribute and objective is on this scale inside the package; a rated data set's own scale is recorded."""
 
+_LONG = 1000
+"""Members of a list from which on its text is not made at once."""
+
 
 class Message(TypedDict):
     """One chat message, as Hugging Face chat templates take it."""
@@ -155,24 +158,25 @@ def places_of(things: Iterable[Thing]) -> dict[Thing, list[int]]:
 
 def stable_hash(*parts: object, digits: int = 16) -> str:
     """Hex digest of the parts' text, the same in every process and on every machine."""
+    is_long = any(type(part) is list and len(part) > _LONG for part in parts)
+    texts = _pieces(parts) if is_long else ["\x1f".join([str(part) for part in parts])]
     found = hashlib.blake2b(digest_size=digits // 2)
-    for place, part in enumerate(parts):
-        if place:
-            found.update(b"\x1f")
-        for piece in _pieces(part):
-            found.update(piece.encode("utf-8", "surrogatepass"))
+    for text in texts:
+        found.update(text.encode("utf-8", "surrogatepass"))
     return found.hexdigest()
 
 
-def _pieces(part: object) -> Iterator[str]:
-    """The text of a part; of a list one member at a time, since the token ids of all rows would be gigabytes of it."""
-    if type(part) is not list:
-        yield str(part)
-        return
-    yield "["
-    for place, member in enumerate(part):
-        yield f", {member!r}" if place else repr(member)
-    yield "]"
+def _pieces(parts: Iterable[object]) -> Iterator[str]:
+    """The parts' text; of a list one member at a time, since the token ids of all rows would be gigabytes of it."""
+    for place, part in enumerate(parts):
+        yield "\x1f" if place else ""
+        if type(part) is list:
+            yield "["
+            for number, member in enumerate(part):
+                yield f", {member!r}" if number else repr(member)
+            yield "]"
+        else:
+            yield str(part)
 
 
 def candidate_id(

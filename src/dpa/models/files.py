@@ -31,10 +31,13 @@ EVALUATION_FILE = "dpa_evaluation.json"
 SPACE_FILE = "dpa_config.json"
 """Beside the weights: `{"space": DirectionSpace.to_dict(), "provenance": {...}}`."""
 
+REWARD_FILE = "dpa_reward.json"
+"""Beside the weights of a reward model: what it rates and how it is asked (scoring/reward_model.py)."""
+
 GGUF_SUFFIX = ".gguf"
 GGUF_HINT = "as `policy:` of a run it is dequantised once, into RUN/start_policy/policy; give that folder here"
 
-_ORIGINS = {SPACE_FILE: "provenance", "dpa_reward.json": "training"}
+_ORIGINS = {SPACE_FILE: "provenance", REWARD_FILE: "training"}
 """Field of our own records that says where a model came from."""
 
 _REVISION = re.compile(r"[0-9a-f]{40}")

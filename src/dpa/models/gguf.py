@@ -38,8 +38,17 @@ except ImportError:  # before 5.17: one loader, which goes by the architecture's
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r"}
 """`tokenizer.ggml.pre` of models that read each digit by itself, which transformers cuts as GPT-2 does."""
 
-_AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum"}
-_AS_GPT2 |= {
+_AS_GPT2 = {
+    "gpt-2",
+    "phi-2",
+    "mpt",
+    "olmo",
+    "jais",
+    "trillion",
+    "granite-docling",
+    "gigachat",
+    "a.x-4.0",
+    "mellum",
     "modern-bert",
     "roberta-bpe",
     "jina-es",

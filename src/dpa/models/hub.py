@@ -7,12 +7,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dpa.core.errors import EngineError, ModelFileError
-from dpa.models.files import CONTENT_SUFFIXES, EVALUATION_FILE, PICKLE_SUFFIXES, SPACE_FILE, check_model_folder
+from dpa.models.files import (
+    CONTENT_SUFFIXES,
+    EVALUATION_FILE,
+    PICKLE_SUFFIXES,
+    REWARD_FILE,
+    SPACE_FILE,
+    check_model_folder,
+)
 from dpa.storage.rows import public_name
 from dpa.storage.seals import check_in_run
 from dpa.storage.tables import read_json, write_json
 
-CARD, REWARD_FILE = "README.md", "dpa_reward.json"
+CARD = "README.md"
 
 
 def push_model(folder: str | Path, hub_id: str, private: bool = True, api: Any = None) -> str:

@@ -63,10 +63,11 @@ def _unread(config: RunConfig) -> list[str]:
             f"selection.targets: {selection.targets:g} is not read by method {selection.method}, so no target is "
             "trained; take method pooled, or leave it out."
         )
-    if online is not None and config.learner in ("dpo", "grpo"):
+    section = learner_of(config, 1).section
+    if online is not None and section != "finetune":
         said.append(
             f"finetune.online_learning_rate: {online:g} is not read by learner {config.learner}; set "
-            f"{config.learner}.learning_rate, or leave it out."
+            f"{section}.learning_rate, or leave it out."
         )
     return said
 

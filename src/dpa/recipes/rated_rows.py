@@ -14,9 +14,9 @@ from rich.console import Console
 from dpa.core.config import RewardRunConfig
 from dpa.core.errors import ConfigError
 from dpa.core.records import Ledger, Prompt
+from dpa.models.files import REWARD_FILE
 from dpa.recipes.checks import check_rated, check_rewards, inputs_of, needed_attributes
 from dpa.recipes.room import needed_bytes
-from dpa.scoring.reward_model import RECORD
 from dpa.stages.ratings import leave_out, load_ratings, print_summary, read_ratings, save_ratings
 from dpa.stages.train_reward import print_quality, require_better_than_mean, train_reward
 from dpa.storage.memory import peak_memory
@@ -49,7 +49,7 @@ class RatedRows:
         train = train.model_copy(update={"backbone": backbone or train.backbone})
         stage, model = self.folder.stage(None, "train_reward"), self.folder.path / "reward_model"
         if not stage.done:  # nobody knows whose it is, or it has changed: made again, from its last checkpoint if any
-            (model / RECORD).unlink(missing_ok=True)
+            (model / REWARD_FILE).unlink(missing_ok=True)
         begun, seconds = time.monotonic(), CountSeconds()
         table, summary = self._read(held_out)
         check_rated(self.config.reward, summary)

@@ -13,11 +13,10 @@ from typing import Any
 from dpa.core.config_identity import resolved
 from dpa.core.errors import DamageError, RunFolderError
 from dpa.core.sections.evaluate import EvaluateConfig
-from dpa.models.files import EVALUATION_FILE, SPACE_FILE
+from dpa.models.files import EVALUATION_FILE, REWARD_FILE, SPACE_FILE
 from dpa.pages.card import CARD, card
 from dpa.recipes.checks import first_iteration
 from dpa.recipes.run import Run
-from dpa.scoring.reward_model import RECORD
 from dpa.scoring.scorers import scored_by
 from dpa.stages.evaluate import EVALUATION, side_by_side, typical_question
 from dpa.stages.finetune import listening_curve
@@ -155,7 +154,7 @@ def results_of(run: Run) -> dict[str, Any]:
     found = {t: evaluation for t in iterations if (evaluation := evaluation_of(run, t)) is not None}
     once = run.stage(None, "train_reward")
     trained = run.config.reward.train is not None and once.done
-    about = read_json(run.reward_folder / RECORD) if trained else {}
+    about = read_json(run.reward_folder / REWARD_FILE) if trained else {}
     return {
         "name": run.config.name,
         "seed": run.config.seed,

@@ -22,7 +22,7 @@ from dpa.core.sections.reward import RewardConfig
 from dpa.core.sections.rollout import PromptsConfig, RolloutConfig
 from dpa.core.target_measures import target_grid
 from dpa.core.targets import Held
-from dpa.models.files import GGUF_SUFFIX
+from dpa.models.files import GGUF_SUFFIX, REWARD_FILE
 from dpa.models.gguf import dequantise
 from dpa.models.memory import free_memory
 from dpa.recipes.checks import check_attributes, needed_attributes
@@ -30,7 +30,6 @@ from dpa.sampling.engines import build_samplers, engine_of
 from dpa.sampling.ray_samplers import ray_samplers
 from dpa.scoring.function_scorer import FunctionScorer
 from dpa.scoring.ray_scorers import ray_scorers
-from dpa.scoring.reward_model import RECORD
 from dpa.scoring.scorers import build_scorer
 from dpa.stages.evaluate import evaluate, evaluate_targets
 from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts, without_held_out
@@ -193,7 +192,7 @@ class Run:
         if train and not self._made.stage(None, "train_reward").done:
             raise RunFolderError("reward model: it is not trained yet, or is damaged; run `dpa train-reward` first.")
         if train and not train.allow_worse_than_mean:
-            require_better_than_mean(read_json(self.reward_folder / RECORD), needed_attributes(self.space))
+            require_better_than_mean(read_json(self.reward_folder / REWARD_FILE), needed_attributes(self.space))
         trained = self.config.reference(self.reward_folder) if train else None
         return self.config.reward.within(self._made.path), trained, self.config.remote_code_revision
 

@@ -19,9 +19,9 @@ from dpa.core.errors import ConfigError, DirectionError, ModelFileError
 from dpa.core.records import Scorer
 from dpa.core.reference import ModelReference
 from dpa.core.sections.reward import RewardConfig
-from dpa.models.files import resolve_model
+from dpa.models.files import REWARD_FILE, resolve_model
 from dpa.scoring.function_scorer import function_file
-from dpa.scoring.reward_model import RECORD, read_spec
+from dpa.scoring.reward_model import read_spec
 from dpa.scoring.scorers import build_scorer, known_attributes
 from dpa.storage.seals import check_in_run
 
@@ -96,7 +96,7 @@ class GivenReward:
         if self._run is None or self._config.train is None:
             return None
         places = [Path(self.text), Path(self.text).parent, Path(self._run.out)]
-        found = next((place / TRAINED for place in places if (place / TRAINED / RECORD).is_file()), None)
+        found = next((place / TRAINED for place in places if (place / TRAINED / REWARD_FILE).is_file()), None)
         if found is None:
             raise ConfigError(
                 f"--reward: {self.text} has not trained its reward model yet; run `dpa train-reward` with it first."

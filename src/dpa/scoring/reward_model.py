@@ -19,7 +19,7 @@ from dpa.core.errors import ConfigError, EngineError, ModelFileError
 from dpa.core.records import Messages
 from dpa.core.reference import Model
 from dpa.models.attention import SEGMENTS, best_way, packed_attention, to_device
-from dpa.models.files import resolve_model
+from dpa.models.files import REWARD_FILE, resolve_model
 from dpa.models.loading import load_model, load_tokenizer
 from dpa.models.memory import scoring_tokens
 from dpa.models.policy import is_out_of_memory
@@ -27,8 +27,6 @@ from dpa.models.quiet import quiet_libraries
 from dpa.models.template_rendering import render_chats
 from dpa.scoring.row_layouts import RowsAlone, SharedPrompts
 from dpa.storage.tables import write_json
-
-RECORD = "dpa_reward.json"
 
 PUBLISHED_CONVERSATION = (
     "[INST] You must read the following conversation carefully and rate the assistant's response from score 0-100 in "
@@ -136,7 +134,7 @@ RELEASED_SPEC = RewardSpec(
 def read_spec(folder: Path) -> RewardSpec:
     """Read dpa_reward.json. Raises ModelFileError."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((folder / REWARD_FILE).read_text(encoding="utf-8"))
         golden, precision = record["golden"], record.get("precision")
         return RewardSpec(
             attributes=tuple(record["attributes"]),
@@ -153,14 +151,16 @@ def read_spec(folder: Path) -> RewardSpec:
             precision=None if precision is None else Precision(**precision),
         )
     except FileNotFoundError:
-        raise ModelFileError(f"reward model: {folder} has no {RECORD}; train one with `dpa train-reward`.") from None
+        raise ModelFileError(
+            f"reward model: {folder} has no {REWARD_FILE}; train one with `dpa train-reward`."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelFileError(f"reward model: {folder / RECORD} is damaged ({error!r}); train it again.") from None
+        raise ModelFileError(f"reward model: {folder / REWARD_FILE} is damaged ({error!r}); train it again.") from None
 
 
 def write_spec(folder: Path, spec: RewardSpec, facts: dict[str, Any]) -> None:
     """Write dpa_reward.json: the spec, and facts about the training that no reader depends on."""
-    write_json(folder / RECORD, {**asdict(spec), **facts})
+    write_json(folder / REWARD_FILE, {**asdict(spec), **facts})
 
 
 def load_classifier(model: Model, dtype: torch.dtype, **fields: Any) -> tuple[Any, Any, Path]:

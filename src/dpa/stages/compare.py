@@ -4,6 +4,7 @@ Run its tests: pytest tests/test_comparison.py
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -48,10 +49,8 @@ def summarise(
     reward = "gold" if settings.gold else "model"
     upward = main_objective(space)
     arcs = [arc for arc in space.arc_names if arc != upward]
-    data = [
-        _Policy(methods[method], name, by_seed, space, grid_DK, config.resamples, settings, upward, same_prompts)
-        for (method, name), by_seed in scores.items()
-    ]
+    how = space, grid_DK, config.resamples, settings.reference, reward, upward, same_prompts
+    data = [_Policy(methods[method], name, by_seed, *how) for (method, name), by_seed in scores.items()]
     last = {policy.method.name: policy for policy in data}
     policies = [policy.record(policy is last[policy.method.name], found[policy.method.name], arcs) for policy in data]
     leads, rises, equal = {}, [], {}
@@ -91,13 +90,14 @@ class _Policy:
         space: DirectionSpace,
         grid_DK: np.ndarray,
         resamples: int,
-        settings: EvaluateConfig,
+        reference: float,
+        reward: str,
         upward: str,
         same_prompts: bool,
     ) -> None:
         self.method, self.name, self.space, self.grid_DK = method, name, space, grid_DK
-        self.reward, self.upward = "gold" if settings.gold else "model", upward
-        self.same_prompts = same_prompts
+        self.reward, self.upward, self.same_prompts = reward, upward, same_prompts
+        self.over_seeds = partial(over_seeds, same_prompts=same_prompts)
         self.means = {name: np.stack([mean_over_prompts(one[name]) for one in by_seed]) for name in by_seed[0]}
         self.draws = {
             name: np.stack(
@@ -105,12 +105,11 @@ class _Policy:
             )
             for name in by_seed[0]
         }
-        at = settings.reference
-        each = [dict(all_measures(means_DK, space, grid_DK, at)) for means_DK in self.means[self.reward]]
+        each = [dict(all_measures(means_DK, space, grid_DK, reference)) for means_DK in self.means[reward]]
         self.values = {key: np.array([one[key] for one in each]) for key in each[0]}
         drawn = [
-            [dict(all_measures(means_DK, space, grid_DK, at)) for means_DK in draws_RDK]
-            for draws_RDK in self.draws[self.reward]
+            [dict(all_measures(means_DK, space, grid_DK, reference)) for means_DK in draws_RDK]
+            for draws_RDK in self.draws[reward]
         ]
         self.drawn = {key: np.array([[one[key] for one in seed] for seed in drawn]) for key in each[0]}
 
@@ -130,11 +129,8 @@ class _Policy:
         """What the report shows of it."""
         measures: dict[str, Any] = {}
         for (measure, objective), value_S in self.values.items():
-            interval = over_seeds(
-                value_S,
-                self.drawn[measure, objective],
-                bounds=BOUNDS.get(measure, (-np.inf, np.inf)),
-                same_prompts=self.same_prompts,
+            interval = self.over_seeds(
+                value_S, self.drawn[measure, objective], bounds=BOUNDS.get(measure, (-np.inf, np.inf))
             )
             if objective is None:
                 measures[measure] = interval
@@ -152,10 +148,8 @@ class _Policy:
             "fronts": {reward: {arc: self._points(arc, reward) for arc in arcs} for reward in self.means},
             "measures": measures,
             "utility": {
-                reward: over_seeds(
-                    self._utility(means), self._utility(self.draws[reward]), same_prompts=self.same_prompts
-                )
-                for reward, means in self.means.items()
+                reward: self.over_seeds(self._utility(self.means[reward]), self._utility(self.draws[reward]))
+                for reward in self.means
             },
         }
 
@@ -166,8 +160,8 @@ class _Policy:
             {
                 "angle": None if point else round(float(angles[d]), 6) + 0.0,
                 "direction": None if point else str(self.space.direction(self.grid_DK[rows[d]])),
-                "x": over_seeds(front.x_SD[:, d], front.x_SRD[:, :, d], same_prompts=self.same_prompts),
-                "y": over_seeds(front.y_SD[:, d], front.y_SRD[:, :, d], same_prompts=self.same_prompts),
+                "x": self.over_seeds(front.x_SD[:, d], front.x_SRD[:, :, d]),
+                "y": self.over_seeds(front.y_SD[:, d], front.y_SRD[:, :, d]),
             }
             for d in range(front.x_SD.shape[1])
         ]
@@ -244,7 +238,7 @@ def _volumes(new: _Policy, old: _Policy, change: Callable[[np.ndarray, np.ndarra
     changed = {}
     for name in ("hypervolume", "cone_hypervolume"):
         value_S, draws_SR = map(change, new.measure((name, None)), old.measure((name, None)))
-        changed[name] = over_seeds(value_S, draws_SR, same_prompts=new.same_prompts)
+        changed[name] = new.over_seeds(value_S, draws_SR)
     return changed
 
 

@@ -37,15 +37,14 @@ NO_PAIR = "no candidate is better than another under any direction"
 
 
 class _Winners(NamedTuple):
-    """Of some prompts: what each pool serves, and whom it keeps for it, as places in the pool (-1: nobody); whom it
-    would keep for the mirrored directions, where the method says it; `advantage_PD` by `best_mean`."""
+    """Of some prompts: what each pool serves, and whom it keeps for it, as places in the pool (-1: nobody);
+    `advantage_PD` by `best_mean`."""
 
     pools: Pools
     directions_PDK: np.ndarray
     held_PDK: np.ndarray | None
     winners_PD: np.ndarray
     losers_PD: np.ndarray | None
-    mirrored_PD: np.ndarray | None
     advantage_PD: np.ndarray | None = None
 
 
@@ -70,8 +69,7 @@ class _How(NamedTuple):
         held = (self.config.targets,) if self.targets else ()
         top = (f"advantage {self.config.advantage_share} of {CELLS}",) if self.leaves_out else ()
         parts = self.space.to_dict(), self.config, self.seed, self.pairs, self.scale_K.tolist(), *by, *held, *top
-        parts += ("mirrored_same",)
-        return stable_hash(*parts, digits=32)
+        return stable_hash(*parts, "mirrored_same", digits=32)
 
     @property
     def targets(self) -> bool:
@@ -256,34 +254,46 @@ def _winners(pools: Pools, candidates: pa.Table, how: _How, stage: str) -> _Winn
         np.random.default_rng(int(stable_hash("select", how.seed, stage, prompt_id), 16))
         for prompt_id in pools.prompt_ids
     ]
-    losers_PD = held_PDK = advantage_PD = mirrored_PD = None
+    losers_PD = held_PDK = advantage_PD = None
     if how.config.method == "per_direction":
         directions_PDK, winners_PD, losers_PD = _per_direction(pools, candidates, how, rngs)
     else:
         D = how.config.directions
         directions_PDK = _served(pools, candidates, how.space, D, rngs)
-        mirrored_PDK = how.space.mirrored_each(directions_PDK)
         if how.config.method == "best_mean":
-            samples = len(rngs), -1, _samples(candidates)
-            weighed_PANK, valid_PAN = pools.weighed_PNK.reshape(*samples, how.space.K), pools.valid_PN.reshape(samples)
-            winners_PD, advantage_PD = select_best_mean(weighed_PANK, directions_PDK, valid_PAN, how.utility)
-            mirrored_PD, _ = select_best_mean(weighed_PANK, mirrored_PDK, valid_PAN, how.utility)
+            winners_PD, advantage_PD = _best_mean(pools, candidates, directions_PDK, how)
         elif how.config.method == "random":
             winners_PD = np.array(
                 [select_random(pools.valid_PN[p : p + 1], D, rng)[0] for p, rng in enumerate(rngs)]
             ).reshape(len(rngs), D)
+        elif how.pairs:
+            winners_PD, losers_PD = select_pairs(
+                pools.weighed_PNK, directions_PDK, pools.valid_PN, how.config.rejected, rngs, how.utility
+            )
         else:
-            mirrored_PD = select(pools.weighed_PNK, mirrored_PDK, pools.valid_PN, how.utility)
-            if how.pairs:
-                winners_PD, losers_PD = select_pairs(
-                    pools.weighed_PNK, directions_PDK, pools.valid_PN, how.config.rejected, rngs, how.utility
-                )
-            else:
-                winners_PD = select(pools.weighed_PNK, directions_PDK, pools.valid_PN, how.utility)
+            winners_PD = select(pools.weighed_PNK, directions_PDK, pools.valid_PN, how.utility)
     if how.targets:
         found = pools.scores_PNK, pools.weighed_PNK, pools.valid_PN, directions_PDK, winners_PD
         directions_PDK, held_PDK, winners_PD = serve_targets(*found, how.config.targets, how.space, rngs)
-    return _Winners(pools, directions_PDK, held_PDK, winners_PD, losers_PD, mirrored_PD, advantage_PD)
+    return _Winners(pools, directions_PDK, held_PDK, winners_PD, losers_PD, advantage_PD)
+
+
+def _best_mean(
+    pools: Pools, candidates: pa.Table, directions_PDK: np.ndarray, how: _How
+) -> tuple[np.ndarray, np.ndarray]:
+    samples = len(pools.prompt_ids), -1, _samples(candidates)
+    weighed_PANK, valid_PAN = pools.weighed_PNK.reshape(*samples, how.space.K), pools.valid_PN.reshape(samples)
+    return select_best_mean(weighed_PANK, directions_PDK, valid_PAN, how.utility)
+
+
+def _mirrored(found: _Winners, candidates: pa.Table, how: _How) -> np.ndarray | None:
+    """winners_PD of the mirrored directions, where the method says whom a pool keeps for any direction."""
+    if how.config.method in ("per_direction", "random"):
+        return None
+    pools, mirrored_PDK = found.pools, how.space.mirrored_each(found.directions_PDK)
+    if how.config.method == "best_mean":
+        return _best_mean(pools, candidates, mirrored_PDK, how)[0]
+    return select(pools.weighed_PNK, mirrored_PDK, pools.valid_PN, how.utility)
 
 
 def _served(
@@ -347,7 +357,9 @@ def _winner_rows(
     complete = completeness(candidates)
     rows: list[dict] = []
     reasons: dict[str, str] = {}
-    for pools, directions_PDK, held_PDK, winners_PD, losers_PD, mirrored_PD, _ in found:
+    for one in found:
+        pools, directions_PDK, held_PDK, winners_PD, losers_PD, _ = one
+        mirrored_PD = _mirrored(one, candidates, how)
         for p, d in np.ndindex(winners_PD.shape):
             winner, direction_K = winners_PD[p, d], directions_PDK[p, d]
             if winner < 0:

@@ -15,8 +15,8 @@ from rich.text import Text
 
 from dpa.core.errors import ConfigError, TrainingError
 from dpa.core.sections.reward import RewardTrainConfig
+from dpa.models.files import REWARD_FILE
 from dpa.models.memory import free_memory
-from dpa.scoring.reward_model import RECORD
 from dpa.storage.console import print_table
 from dpa.storage.schemas import number_matrix
 from dpa.storage.tables import read_json
@@ -43,8 +43,8 @@ def train_reward(
     the data sets' own (Ratings.scales). Raises ConfigError for an attribute the table lacks, and what
     `train_reward_model` raises.
     """
-    if (out / RECORD).is_file():
-        return read_json(out / RECORD)
+    if (out / REWARD_FILE).is_file():
+        return read_json(out / REWARD_FILE)
     attributes = config.attributes or list(scales)
     for name in attributes:
         if name not in scales:

@@ -187,10 +187,8 @@ class SFT(Learner[Example]):
 
 
 def _accumulation(config: FinetuneConfig, devices: int | None = None) -> int:
-    return accumulation(
-        *("finetune.packed_rows_per_step", config.packed_rows_per_step, "rows_per_device", config.rows_per_device),
-        devices,
-    )
+    per_step, per_device = config.packed_rows_per_step, config.rows_per_device
+    return accumulation("finetune.packed_rows_per_step", per_step, "rows_per_device", per_device, devices)
 
 
 def encode_examples(

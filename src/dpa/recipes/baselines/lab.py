@@ -219,7 +219,7 @@ class Lab(Run):
     def practise(self, t: int, policy: str | Path, count: int, learn: type[GRPO], **fields: Any) -> tuple[Path, Ledger]:
         """Let a learner that samples for itself, with these `fields`, learn from `count` prompts under directions drawn
         for them, `config.grpo` saying how: one direction for each, once, after those of the iterations before. Returns
-        the policy and what it cost, with the prompts as its rows."""
+        the policy and what it cost."""
         asked, rollout = self.stage(t, "rollout"), self.config.rollout.model_copy(update={"directions": 1})
         if not asked.done:
             before = sum(self.stage(earlier, "rollout").ledger.rows for earlier in range(1, t))

@@ -52,10 +52,8 @@ def wishes(space: DirectionSpace) -> np.ndarray:
     """directions_IK of the specialists: the center, then the low and the high end of every arc, each once: around a
     center that is no objective's axis two arcs may be one."""
     ends_EK = edge_directions(space)
-    first = [
-        e for e in range(len(ends_EK)) if not (np.abs(ends_EK[:e] - ends_EK[e]).max(axis=1, initial=0) < 1e-6).any()
-    ]
-    return np.concatenate([space.center_K[None], ends_EK[first]])
+    _, first = np.unique(ends_EK.round(6) + 0.0, axis=0, return_index=True)
+    return np.concatenate([space.center_K[None], ends_EK[np.sort(first)]])
 
 
 def mixture(direction: tuple[float, ...], space: DirectionSpace) -> list[float]:
