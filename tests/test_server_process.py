@@ -4,7 +4,6 @@ pytest tests/test_server_process.py
 
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from fake_server import FakeServer
 from forks import alive, within
@@ -125,7 +125,9 @@ def test_fault_11_another_server_goes_on_when_one_is_given_up(start: Start) -> N
 def test_fault_11_a_hung_server_is_killed_and_started_again(start: Start) -> None:
     with HttpPool(processes=[start(health_s=2.0, stop_s=0.5)], request_s=2.0, backoff_s=0.01) as pool:
         (payload,) = ask(pool)
-        os.kill(payload["pids"][0], signal.SIGSTOP)
+        hung = psutil.Process(payload["pids"][0])
+        hung.suspend()
+        assert within(10, lambda: hung.status() == psutil.STATUS_STOPPED), "a thread may answer until it is"
         (after,) = ask(pool)
     assert after["pids"][0] != payload["pids"][0]
     assert not any(map(alive, payload["pids"]))
