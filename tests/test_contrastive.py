@@ -249,12 +249,11 @@ def test_a_direction_known_to_choose_the_response_is_no_negative() -> None:
     assert negative_directions(rows, SPACE, count=1, seed=0) == [[], [pytest.approx(UP)]]
 
 
-def test_a_mirrored_direction_for_which_the_pool_keeps_the_response_is_no_sure_negative() -> None:
-    """Of one row a question no other row can tell; the selection saw the pool."""
-    rows = rows_of([[(UP, "a")], [(UP, "b")], [(UP, "c")]])
-    rows = rows.append_column("mirrored_same", pa.array([True, False, None]))
-    assert [len(found) for found in negative_directions(rows, SPACE, count=1, seed=0, sure=True)] == [0, 1, 1]
-    assert [len(found) for found in negative_directions(rows, SPACE, count=1, seed=0)] == [1, 1, 1]
+def test_where_no_row_tells_the_selection_does_which_saw_the_pool() -> None:
+    rows = rows_of([[(UP, "a")], [(UP, "b")], [(UP, "c")], [(UP, "d")], [(UP, "e"), (DOWN, "f")]])
+    asked = pa.array([[], AHEAD, None, UP, AHEAD, AHEAD], pa.list_(pa.float64()))
+    found = negative_directions(rows.append_column("negative", asked), SPACE, count=1, seed=0)
+    assert found == [[], [AHEAD], [pytest.approx(DOWN)], [], [DOWN], [UP]], "[]: none, or it reads as the row's own"
 
 
 def test_rows_of_another_pool_are_no_negatives_though_the_prompt_is_the_same() -> None:

@@ -101,17 +101,28 @@ def test_pooled_winners_are_the_best_of_the_whole_pool(loop: Loop) -> None:
 
 
 @pytest.mark.parametrize("method", ["pooled", "best_mean"])
-def test_a_winner_says_whether_the_pool_keeps_it_for_the_mirrored_direction_too(loop: Loop, method: str) -> None:
+def test_a_winner_names_a_direction_for_which_its_pool_keeps_another_response(loop: Loop, method: str) -> None:
     rows = loop.select(SelectionConfig(method=method, directions=5))
     for row in rows:
         candidates, scores_NK = loop.pool(row["prompt_id"])
-        utility_N = scores_NK @ np.array(SPACE.mirrored(row["direction"]).weights)
-        if method == "best_mean":
-            means_D = utility_N.reshape(3, 4).mean(axis=1)
-            utility_N[np.repeat(np.arange(3), 4) != means_D.argmax()] = -np.inf
-        assert row["mirrored_same"] == (candidates[int(utility_N.argmax())]["response"] == row["response"])
-    assert len({row["mirrored_same"] for row in rows}) == 2
-    assert {row["mirrored_same"] for row in loop.select(SelectionConfig(method="random"))} == {None}
+
+        def kept(weights: list[float], scores_NK: np.ndarray = scores_NK, candidates: list = candidates) -> str:
+            utility_N = scores_NK @ np.array(weights)
+            if method == "best_mean":
+                means_D = utility_N.reshape(3, 4).mean(axis=1)
+                utility_N[np.repeat(np.arange(3), 4) != means_D.argmax()] = -np.inf
+            return candidates[int(utility_N.argmax())]["response"]
+
+        if row["negative"]:
+            assert kept(row["negative"]) != row["response"]
+            assert SPACE.angle_to_center(np.array([row["negative"]]))[0] <= SPACE.max_angle + 1e-6
+        else:
+            outermost = [kept(weights) for weights in SPACE.grid(5).tolist()]
+            assert outermost.count(row["response"]) >= 4, "none of 16 directions found where another wins"
+    assert len({tuple(row["negative"]) for row in rows}) > 5 and rows == loop.select(
+        SelectionConfig(method=method, directions=5)
+    )
+    assert {row["negative"] for row in loop.select(SelectionConfig(method="random"))} == {None}
 
 
 def test_best_mean_winners_were_made_under_the_direction_that_does_best_on_average(loop: Loop) -> None:

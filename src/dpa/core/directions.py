@@ -238,11 +238,8 @@ class DirectionSpace:
         Around an objective's axis, all other objectives change their sign; twice mirrored is the direction itself. It
         lies in the cone where `weights` do. The center is its own mirror image.
         """
-        return self.direction(self.mirrored_each(np.array(self.direction(weights).weights)))
-
-    def mirrored_each(self, directions_DK: np.ndarray) -> np.ndarray:
-        """The same of many unit vectors (any shape before K)."""
-        return 2 * (directions_DK @ self.center_K)[..., None] * self.center_K - directions_DK
+        own_K = np.array(self.direction(weights).weights)
+        return self.direction(2 * (own_K @ self.center_K) * self.center_K - own_K)
 
     # --- measuring ---------------------------------------------------------------------------------------------
 

@@ -32,6 +32,9 @@ from dpa.storage.stage_records import Reject, count_reasons
 CELLS = 27
 """Directions of the grid (so many for two objectives) around which winners are compared (`advantage_share`)."""
 
+ELSEWHERE = 16
+"""Directions drawn for each prompt, of which one that its pool keeps another response for becomes a negative."""
+
 NO_SCORE = "no candidate has a valid score"
 NO_PAIR = "no candidate is better than another under any direction"
 
@@ -69,7 +72,7 @@ class _How(NamedTuple):
         held = (self.config.targets,) if self.targets else ()
         top = (f"advantage {self.config.advantage_share} of {CELLS}",) if self.leaves_out else ()
         parts = self.space.to_dict(), self.config, self.seed, self.pairs, self.scale_K.tolist(), *by, *held, *top
-        return stable_hash(*parts, "mirrored_same", digits=32)
+        return stable_hash(*parts, f"negative of {ELSEWHERE}", digits=32)
 
     @property
     def targets(self) -> bool:
@@ -236,7 +239,7 @@ def _write_winners(
             one._replace(winners_PD=np.where([kept[own] for own in one.pools.prompt_ids], one.winners_PD, -1))
             for one in found
         ]
-    table, rejects = _winner_rows(found, candidates, texts, how)
+    table, rejects = _winner_rows(found, candidates, texts, how, stage.name)
     ledger = Ledger(
         rows=table.num_rows, rejects=len(rejects), wall_s=time.monotonic() - started, peak_memory=peak_memory()
     )
@@ -286,14 +289,16 @@ def _best_mean(
     return select_best_mean(weighed_PANK, directions_PDK, valid_PAN, how.utility)
 
 
-def _mirrored(found: _Winners, candidates: pa.Table, how: _How) -> np.ndarray | None:
-    """winners_PD of the mirrored directions, where the method says whom a pool keeps for any direction."""
+def _elsewhere(pools: Pools, candidates: pa.Table, how: _How, stage: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """drawn_PEK of the training cone and winners_PE, whom the pools keep for them; None where the method cannot say."""
     if how.config.method in ("per_direction", "random"):
         return None
-    pools, mirrored_PDK = found.pools, how.space.mirrored_each(found.directions_PDK)
+    keys = (stable_hash("elsewhere", how.seed, stage, prompt_id) for prompt_id in pools.prompt_ids)
+    drawn = [how.space.sample(ELSEWHERE, np.random.default_rng(int(key, 16))) for key in keys]
+    drawn_PEK = np.reshape(drawn, (-1, ELSEWHERE, how.space.K))
     if how.config.method == "best_mean":
-        return _best_mean(pools, candidates, mirrored_PDK, how)[0]
-    return select(pools.weighed_PNK, mirrored_PDK, pools.valid_PN, how.utility)
+        return drawn_PEK, _best_mean(pools, candidates, drawn_PEK, how)[0]
+    return drawn_PEK, select(pools.weighed_PNK, drawn_PEK, pools.valid_PN, how.utility)
 
 
 def _served(
@@ -345,7 +350,7 @@ def _per_direction(
 
 
 def _winner_rows(
-    found: Sequence[_Winners], candidates: pa.Table, texts: Mapping[str, str], how: _How
+    found: Sequence[_Winners], candidates: pa.Table, texts: Mapping[str, str], how: _How, stage: str
 ) -> tuple[pa.Table, list[Reject]]:
     """Rows of WINNERS, or of PAIRS where there are losers, prompts in the candidates' order; rejects are the prompts
     that have none."""
@@ -359,7 +364,7 @@ def _winner_rows(
     reasons: dict[str, str] = {}
     for one in found:
         pools, directions_PDK, held_PDK, winners_PD, losers_PD, _ = one
-        mirrored_PD = _mirrored(one, candidates, how)
+        elsewhere = _elsewhere(pools, candidates, how, stage)
         for p, d in np.ndindex(winners_PD.shape):
             winner, direction_K = winners_PD[p, d], directions_PDK[p, d]
             if winner < 0:
@@ -368,10 +373,10 @@ def _winner_rows(
             row = {"prompt_id": prompt_id, "messages": texts[prompt_id], "direction": direction_K.tolist()}
             if held_PDK is not None and np.isfinite(held_PDK[p, d]).any():
                 row["held"] = [int(value) if np.isfinite(value) else None for value in held_PDK[p, d]]
-            elif mirrored_PD is not None:
-                row["mirrored_same"] = (
-                    responses[pools.row_PN[p, mirrored_PD[p, d]]] == responses[pools.row_PN[p, winner]]
-                )
+            elif elsewhere is not None:
+                own = responses[pools.row_PN[p, winner]]
+                kept = zip(elsewhere[0][p].tolist(), pools.row_PN[p, elsewhere[1][p]], strict=True)
+                row["negative"] = next((weights for weights, other in kept if responses[other] != own), [])
             best, utility = pools.row_PN[p, winner], float(direction_K @ pools.weighed_PNK[p, winner])
             if losers_PD is None:
                 row |= {"candidate_id": ids[best], "response": responses[best], "utility": utility}

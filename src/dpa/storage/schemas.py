@@ -45,11 +45,12 @@ WINNERS = pa.schema(
         "response": _TEXT,
         "complete": _FLAG,
         "utility": _NUMBER,
-        "mirrored_same": _FLAG,
+        "negative": _DIRECTION,
     }
 )
 """Of a selection; followed by one float column per objective. `complete`: the response ended by itself, not at a limit
-of tokens. `mirrored_same`: the pool keeps the same response for the mirrored direction; null: not known."""
+of tokens. `negative`: a direction for which the pool keeps another
+response; empty: none was found; null: not known."""
 
 PAIRS = pa.schema(
     {
@@ -64,7 +65,7 @@ PAIRS = pa.schema(
         "rejected_complete": _FLAG,
         "chosen_id": _TEXT,
         "rejected_id": _TEXT,
-        "mirrored_same": _FLAG,
+        "negative": _DIRECTION,
     }
 )
 """Of a selection of pairs; followed by one float column per objective: the chosen one's."""

@@ -2,8 +2,8 @@
 Run its tests: pytest tests/test_listening.py
 
 The flip gap of a held-out row (x, v, y): the loss of the winner y under another direction of its pool that chose
-another winner (the mirrored direction where the rows have none, unless the pool keeps y for it too; for a target a
-value the winner does not have) minus its loss under its own,
+another winner (where the rows have none, one that the selection found by asking the pool; for a target a value the
+winner does not have) minus its loss under its own,
 
     log p(y | x, v) - log p(y | x, v'),      in nats; over the tokens of all rows, and as a mean over rows.
 
@@ -82,8 +82,8 @@ def hold_out(rows: pa.Table, count: int | None, gated: bool = False) -> tuple[pa
     Whole prompts are held out, those with the smallest hash, so that another iteration or seed takes the same: as many
     as stay within `count` rows, at most half of them. `count` None: LISTENING_ROWS, LISTENING_SHARE, FEWEST. Where the
     run is `gated` by what is measured, FEWEST rows and one prompt at least, if they are no more than half of all. Not
-    held out are rows that state no direction, and prompts whose rows have one response that the pool keeps for the
-    mirrored directions too: nothing could be measured on them.
+    held out are rows that state no direction, and prompts whose rows have one response and know no direction for which
+    the pool keeps another: nothing could be measured on them.
     """
     prompts = rows["prompt_id"].to_pylist()
     if count is None:
@@ -98,12 +98,12 @@ def hold_out(rows: pa.Table, count: int | None, gated: bool = False) -> tuple[pa
     measurable: set[str] = set()
     stated = rows["direction"].is_valid().to_pylist()
     responses = rows["chosen" if "chosen" in rows.column_names else "response"].to_pylist()
-    same = rows["mirrored_same"].to_pylist() if "mirrored_same" in rows.column_names else [None] * len(rows)
-    for prompt, is_stated, response, is_same in zip(prompts, stated, responses, same, strict=True):
+    asked = rows["negative"].to_pylist() if "negative" in rows.column_names else [None] * len(rows)
+    for prompt, is_stated, response, negative in zip(prompts, stated, responses, asked, strict=True):
         if is_stated:
             sizes[prompt] = sizes.get(prompt, 0) + 1
             said.setdefault(prompt, set()).add(response)
-            if not is_same or len(said[prompt]) > 1:
+            if negative != [] or len(said[prompt]) > 1:
                 measurable.add(prompt)
     held: set[str] = set()
     for prompt in sorted(measurable, key=lambda name: stable_hash("listening", name)):
@@ -178,7 +178,7 @@ def held_out_rows(
         rows = rows.append_column("response", rows["chosen"])
     complete = completeness(rows, "chosen_complete" if "chosen" in rows.column_names else "complete")
     columns = (rows[name].to_pylist() for name in ("prompt_id", "messages", "direction", "response"))
-    stated = zip(zip(*columns, strict=True), held_values(rows), negatives(rows, space, 1, seed, sure=True), strict=True)
+    stated = zip(zip(*columns, strict=True), held_values(rows), negatives(rows, space, 1, seed), strict=True)
     found, prompts = [], []
     for ((prompt, messages, direction, response), held, others), whole in zip(stated, complete, strict=True):
         sides = [

@@ -23,14 +23,14 @@ class Stated(NamedTuple):
     held: Held | None = None
 
 
-def negatives(rows: pa.Table, space: DirectionSpace, count: int, seed: int, sure: bool = False) -> list[list[Stated]]:
+def negatives(rows: pa.Table, space: DirectionSpace, count: int, seed: int) -> list[list[Stated]]:
     """For each row (select shard columns) up to `count` statements that are wrong of its response.
 
     A direction's row: `contrastive.negative_directions`. A target's: its numbers stated of other objectives, so that a
     policy has to read whose number it is, and other numbers stated of its own (mirrored on the scale); each further
     from the score that the response has than TOLERANCE and than rounding to `target_step` goes, drawn in random order.
     """
-    found = [[Stated(direction) for direction in own] for own in negative_directions(rows, space, count, seed, sure)]
+    found = [[Stated(direction) for direction in own] for own in negative_directions(rows, space, count, seed)]
     held_R = held_values(rows)
     if not any(held_R):
         return found
