@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from fake_server import FakeServer
+from forks import within
 
 from dpa.core.errors import EngineError
 from dpa.remote.http_exchange import MAX_ANSWER_BYTES, Answer, Refusal, retry_after
@@ -185,6 +186,25 @@ def test_fault_10_a_request_that_always_fails_is_given_up_alone(server: FakeServ
     assert echoes(answers[1:]) == list(range(1, 10))
 
 
+def test_fault_10_a_request_that_fails_before_any_other_is_answered_waits_for_their_answers(server: FakeServer) -> None:
+    failed = threading.Event()
+
+    def answer(body: dict) -> tuple:
+        if body["number"] == 0:
+            if server.bodies().count(body) == 3:
+                failed.set()
+            return 500, {"error": "boom"}, {}
+        assert failed.wait(10)
+        time.sleep(0.1)
+        return 200, {"echo": body}, {}
+
+    server.answer = answer
+    with HttpPool([server.address], attempts=3, **QUICK) as pool:
+        refused, *answers = pool.ask("/", numbered(4))
+    assert isinstance(refused, Refusal) and "500 boom, after 3 tries" in refused.reason
+    assert echoes(answers) == [1, 2, 3] and server.bodies().count({"number": 0}) == 3
+
+
 def test_fault_11_a_server_that_dies_hands_its_requests_to_the_others(server: FakeServer) -> None:
     """It dies with requests in its hands, on its fifth."""
     dying = FakeServer(busy_s=0.05)
@@ -247,11 +267,19 @@ def test_fault_12_servers_that_all_begin_to_answer_nothing_of_use_end_the_run_so
 
 def test_fault_12_the_last_request_is_not_to_blame_for_servers_that_all_went_away(server: FakeServer) -> None:
     """What they answered before says nothing of them now."""
-    server.answer = lambda body: "reset" if body["number"] == 3 or len(server.asked) > 4 else (200, {}, {})
+    heard: list[int] = []
+
+    def answer(body: dict):
+        if body["number"] < 3 and len(server.asked) < 5:
+            return 200, {}, {}
+        assert within(10, lambda: len(heard) == 3), "the others are answered before it fails for the first time"
+        return "reset"
+
+    server.answer = answer
     with HttpPool([server.address], in_flight=4, attempts=4, **QUICK) as pool:
         pool.set_touchstone("/", {"number": 99})
         with pytest.raises(EngineError, match="no server answers"):
-            pool.ask("/", numbered(4))
+            pool.ask("/", numbered(4), lambda place, answer: heard.append(place))
 
 
 def test_fault_10_the_last_request_is_to_blame_where_servers_answer_others(server: FakeServer) -> None:

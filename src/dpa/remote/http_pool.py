@@ -13,8 +13,9 @@ What happens to a request (faults 10 to 12):
     401, 403, 404 and the rest  EngineError: the settings are wrong, so the run stops
 
 A request whose tries are used up is refused when others are being answered, or when the pool's touchstone (a
-question that was answered before) is answered now: the fault is its own. Else no server is left, and EngineError stops
-the run, which the same command resumes.
+question that was answered before) is answered now: the fault is its own. Without a touchstone, one that was answered
+with nothing of use waits for what becomes of those under way. Else no server is left, and EngineError stops the run,
+which the same command resumes.
 """
 
 import asyncio
@@ -39,7 +40,6 @@ _REFUSED = frozenset({400, 413, 422})
 _UNWELL = frozenset({408, 502, 503, 504})
 _USELESS_IN_A_ROW = 3
 """So many answers of no use, with none between that was, are taken for the server's fault."""
-
 
 Heard = Callable[[int, Answer | Refusal], None]
 
@@ -76,7 +76,7 @@ class HttpPool(Closing):
         self._backoff_s, self._processes = backoff_s, tuple(processes)
         self._waiting: deque[Request] = deque()
         self._serving: set[Request] = set()
-        self._doubted: set[Request] = set()
+        self._undecided: dict[Request, str] = {}
         self._touchstone: tuple[str, bytes] | None = None
         self._answered = 0
         self._broken: EngineError | None = None
@@ -211,6 +211,7 @@ class HttpPool(Closing):
                 self._serving.add(request)
                 self._start(self._serve(server, request))
             self._waiting.extendleft(reversed(held))
+            self._decide()
             for moment in (*(request.not_before for request in held), *(server.not_before for server in self._servers)):
                 later = min(later, moment) if moment > now else later
             try:
@@ -261,9 +262,7 @@ class HttpPool(Closing):
                     return
                 self._useless(server, request, f"an answer that is no JSON ({brief(content)})")
                 return
-            server.failures = server.restarts = server.useless = 0
-            server.answered_at = time.monotonic()
-            server.limit = min(server.in_flight_limit, server.limit + 1)
+            server.answered()
             self._answered += 1
             self._resolve(request, Answer(payload, headers))
         elif not request.needed and status not in _UNWELL and status != 429:
@@ -295,27 +294,27 @@ class HttpPool(Closing):
         self._server_failed(server)
         request.tries += tries
         others, request.answered_before = self._answered > request.answered_before, self._answered
-        if (request.tries >= self._attempts and others and self._others_answered(request)) or self._none_left(request):
+        if request.tries >= self._attempts and others and self._others_answered(request):
             self._give_up(request, reason)
+        elif self._none_left():
+            self._give_up(request, reason, none_left=True)
         else:
             request.avoid = server
             self._waiting.append(request)
 
-    def _none_left(self, request: Request) -> bool:
-        """Whether all servers have failed too often; one that we start may die first."""
-        for server in self._servers:
-            patience = self._attempts if server.process is None else max(self._attempts, self._max_restarts + 1)
-            if server.failures < patience:
-                return False
-        request.begun = self._answered  # what they answered before they all failed says nothing of them now
-        return True
+    def _none_left(self) -> bool:
+        return all(server.is_gone(self._attempts, self._max_restarts) for server in self._servers)
 
     def _useless(self, server: Server, request: Request, reason: str) -> None:
         """A 500, or an answer that cannot be read: the fault of the request, or of a server that gives nothing else."""
         server.useless += 1
         if server.useless >= _USELESS_IN_A_ROW:
             self._server_failed(server)
-        self._again(request, reason, server, give_up=self._none_left(request))
+        request.tries += 1
+        if (none_left := self._none_left()) or request.tries >= self._attempts:
+            self._give_up(request, reason, none_left, may_wait=not none_left)
+        else:
+            self._again(request, reason, server, tries=0)
 
     def _again(
         self, request: Request, reason: str, avoid: Server | None = None, tries: int = 1, give_up: bool = False
@@ -330,40 +329,39 @@ class HttpPool(Closing):
             request.avoid, request.not_before = avoid, time.monotonic() + self._rest(request.tries - 1)
             self._waiting.append(request)
 
-    def _give_up(self, request: Request, reason: str) -> None:
+    def _give_up(self, request: Request, reason: str, none_left: bool = False, may_wait: bool = False) -> None:
+        """`may_wait`: for the answers to others that are under way; `none_left`: what all servers answered before they
+        failed says nothing of them now."""
+        if none_left:
+            request.begun = self._answered
         if self._others_answered(request):
             self._resolve(request, Refusal(f"{reason}, after {max(request.tries, 1)} tries"))
-        elif self._touchstone is None or request.is_touchstone:
+        elif request.is_touchstone or (self._touchstone is None and not may_wait):
             self._fail(nobody(reason))
         else:
-            self._doubted.add(request)
-            self._start(self._try_touchstone(request, reason, self._touchstone))
+            self._undecided[request] = reason
+            if self._touchstone is not None:  # asked again, once; nobody waits for its own answer
+                test = Request(*self._touchstone, is_touchstone=True, tries=self._attempts - 1, timeouts=1)
+                test.future = self._loop.create_future()
+                test.future.add_done_callback(asyncio.Future.exception)
+                self._waiting.appendleft(test)
 
-    async def _try_touchstone(self, request: Request, reason: str, touchstone: tuple[str, bytes]) -> None:
-        test = Request(*touchstone, is_touchstone=True)
-        test.future = self._loop.create_future()
-        test.tries, test.timeouts = self._attempts - 1, 1  # it has one try
-        self._waiting.appendleft(test)
-        self._wake.set()
-        try:
-            if isinstance(await test.future, Answer) or self._others_answered(request):
+    def _decide(self) -> None:
+        """On those whose tries were used up before any other request was answered."""
+        for request, reason in list(self._undecided.items()):
+            if self._others_answered(request):
                 self._give_up(request, reason)
-            else:
-                self._fail(nobody(reason))
-        except EngineError:
-            pass  # all have been told
-        finally:
-            self._doubted.discard(request)
+            if request.future.done():
+                del self._undecided[request]
+        if self._undecided and not self._serving and not self._waiting:
+            self._fail(nobody(next(iter(self._undecided.values()))))
 
     def _others_answered(self, request: Request) -> bool:
         """Whether the pool answered anything since the request was first tried: then the fault is its own."""
         return request.begun is not None and self._answered > request.begun
 
     def _server_failed(self, server: Server) -> None:
-        now = time.monotonic()
-        if server.not_before <= now:  # else it rests already: those who failed together are one failure
-            server.not_before = now + self._rest(server.failures)
-            server.failures += 1
+        server.failed(self._rest(server.failures))
         if server.process is not None and server.up:
             server.up = False
             self._start(self._revive(server, server.process))
@@ -392,7 +390,8 @@ class HttpPool(Closing):
     def _fail(self, error: EngineError) -> None:
         """No request can be served any more: those under way and all later ones raise this."""
         self._broken = self._broken or error
-        for request in (*self._waiting, *self._serving, *self._doubted):
+        for request in (*self._waiting, *self._serving, *self._undecided):
             if not request.future.done():
                 request.future.set_exception(error)
         self._waiting.clear()
+        self._undecided.clear()

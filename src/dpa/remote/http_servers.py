@@ -3,6 +3,7 @@ Run its tests: pytest tests/test_http_pool.py
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,23 @@ class Server:
     not_before: float = 0.0
     answered_at: float = 0.0
     up: bool = True
+
+    def answered(self) -> None:
+        """It works."""
+        self.failures = self.restarts = self.useless = 0
+        self.answered_at = time.monotonic()
+        self.limit = min(self.in_flight_limit, self.limit + 1)
+
+    def failed(self, rest_s: float) -> None:
+        """It rests; if it rests already, then those who failed together are one failure."""
+        now = time.monotonic()
+        if self.not_before <= now:
+            self.not_before = now + rest_s
+            self.failures += 1
+
+    def is_gone(self, attempts: int, max_restarts: int) -> bool:
+        """Whether it has failed too often; one that we start may die first."""
+        return self.failures >= (attempts if self.process is None else max(attempts, max_restarts + 1))
 
 
 @dataclass(eq=False)
