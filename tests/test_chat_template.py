@@ -80,7 +80,7 @@ weights = st.one_of(
 )
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(st.lists(weights, min_size=2, max_size=4), st.data(), st.booleans())
 @example([3, 4], None, False)
 @example([1.0, -0.001], None, True)

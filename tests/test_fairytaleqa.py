@@ -147,6 +147,7 @@ def test_the_recipe_runs_from_made_rows_to_a_measured_policy(recipe: str, data: 
         "evaluate.directions": "3",
         "evaluate.resamples": "20",
         "finetune.max_length": "512",
+        "finetune.compile": "false",  # for minutes of training (tests/test_compiling.py)
     }
     with Loop(load_config(RECIPES / f"{recipe}.yaml", flags)) as loop:
         page = loop.run()

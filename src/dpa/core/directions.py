@@ -124,7 +124,7 @@ class DirectionSpace:
         """Number of objectives."""
         return len(self.objectives)
 
-    @property
+    @cached_property
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Objective -> the least and the most it can be, its attributes being on 0-100."""
         return {one.name: range_of_sum(one.attributes.values()) for one in self.objectives}
