@@ -29,7 +29,7 @@ compare: install
 	$(BIN)/dpa compare
 
 test: install
-	$(BIN)/python -m pytest -n 3 --dist worksteal tests
+	$(BIN)/python -m pytest -n 4 --dist worksteal tests
 
 check: install
 	$(BIN)/ruff check src tests bench scripts

@@ -329,6 +329,41 @@ def test_every_server_can_be_asked(server: FakeServer) -> None:
         assert len(server.asked) == len(other.asked) == 1
 
 
+def test_a_server_that_is_down_is_said_though_another_answers(server: FakeServer) -> None:
+    with FakeServer() as other:
+        down = other.address
+    with HttpPool([server.address, down], attempts=3, **QUICK) as pool:
+        answered, refused = pool.ask_every_server("/", {"number": 1})
+        assert isinstance(answered, Answer)
+        assert isinstance(refused, Refusal) and down in refused.reason
+
+
+def test_an_address_that_is_none_is_one_sentence() -> None:
+    with (
+        HttpPool(["http://10.0.0.256:8000"], **QUICK) as pool,
+        pytest.raises(EngineError, match=r"http://10\.0\.0\.256:8000: .*; check the address"),
+    ):
+        pool.ask("/", numbered(2))
+
+
+def test_a_touchstone_that_one_server_cannot_answer_waits_for_the_other() -> None:
+    """A broken server is free first; the one that works has its hands full."""
+    begun = threading.Event()
+
+    def slow(body: dict):
+        begun.wait(10)
+        time.sleep(0.2)
+        return 200, {"echo": body}, {}
+
+    with FakeServer() as broken, FakeServer(slow) as works:
+        with HttpPool([broken.address, works.address], in_flight=1, attempts=2, **QUICK) as pool:
+            pool.set_touchstone("/", {"number": 99})
+            broken.answer = lambda body: begun.set() or (500, {}, {})
+            answers = pool.ask("/", numbered(2))
+        assert works.asked and all(isinstance(answer, Answer | Refusal) for answer in answers)
+        assert any(isinstance(answer, Answer) for answer in answers)
+
+
 def test_closing_drops_what_is_in_flight_at_once(server: FakeServer) -> None:
     server.answer = lambda body: "hang"
     pool = HttpPool([server.address])

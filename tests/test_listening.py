@@ -93,7 +93,7 @@ def test_the_flip_gap_is_the_difference_of_losses_under_the_two_prompts() -> Non
 def test_what_nothing_could_be_measured_on_is_not_held_out() -> None:
     rows = rows_of([[(UP, "a")]] * 20 + [[(UP, "a"), (DOWN, "b")]] * 2)
     asked = [[] if n % 4 else DOWN for n in range(20)] + [[]] * 4
-    rows = rows.append_column("negative", pa.array(asked, pa.list_(pa.float64())))
+    rows = rows.append_column("negative_direction", pa.array(asked, pa.list_(pa.float64())))
     kept, held = hold_out(rows, 9)
     assert len(held) == 9 and len(kept) == 15
     assert set(held["prompt_id"].to_pylist()) == {f"p{n}" for n in (0, 4, 8, 12, 16, 20, 21)}

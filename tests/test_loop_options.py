@@ -63,9 +63,9 @@ def rounded(rows: list[dict]) -> list:
 )
 def test_left_alone_the_options_change_no_row(tmp_path: Path, method: str, digest: str) -> None:
     """The digests are those of the commit before the options came (c4e21fb), when rows did not say `complete` and
-    `negative` yet."""
+    `negative_direction` yet."""
     rows = selected(tmp_path, SelectionConfig(method=method, directions=5))
-    assert all(row.pop("complete") and row.pop("negative") != row["direction"] for row in rows)
+    assert all(row.pop("complete") and row.pop("negative_direction") != row["direction"] for row in rows)
     assert stable_hash(rounded(rows)) == digest
     assert stable_hash(rounded(all_rows(StageFolder(tmp_path / "rollout")))) == "3c1b6c636d0f7be9"
 

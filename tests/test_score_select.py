@@ -113,16 +113,17 @@ def test_a_winner_names_a_direction_for_which_its_pool_keeps_another_response(lo
                 utility_N[np.repeat(np.arange(3), 4) != means_D.argmax()] = -np.inf
             return candidates[int(utility_N.argmax())]["response"]
 
-        if row["negative"]:
-            assert kept(row["negative"]) != row["response"]
-            assert SPACE.angle_to_center(np.array([row["negative"]]))[0] <= SPACE.max_angle + 1e-6
+        if row["negative_direction"]:
+            assert kept(row["negative_direction"]) != row["response"]
+            assert SPACE.direction(row["negative_direction"]).integers != SPACE.direction(row["direction"]).integers
+            assert SPACE.angle_to_center(np.array([row["negative_direction"]]))[0] <= SPACE.max_angle + 1e-6
         else:
             outermost = [kept(weights) for weights in SPACE.grid(5).tolist()]
             assert outermost.count(row["response"]) >= 4, "none of 16 directions found where another wins"
-    assert len({tuple(row["negative"]) for row in rows}) > 5 and rows == loop.select(
+    assert len({tuple(row["negative_direction"]) for row in rows}) > 5 and rows == loop.select(
         SelectionConfig(method=method, directions=5)
     )
-    assert {row["negative"] for row in loop.select(SelectionConfig(method="random"))} == {None}
+    assert {row["negative_direction"] for row in loop.select(SelectionConfig(method="random"))} == {None}
 
 
 def test_best_mean_winners_were_made_under_the_direction_that_does_best_on_average(loop: Loop) -> None:

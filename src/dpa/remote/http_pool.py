@@ -21,7 +21,6 @@ which the same command resumes.
 import asyncio
 import json
 import random
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -31,6 +30,7 @@ from dpa.core.closing import Closing
 from dpa.core.errors import ConfigError, EngineError
 from dpa.remote.http_exchange import MAX_ANSWER_BYTES, Answer, Refusal, TooLong, brief, client_of, exchange, retry_after
 from dpa.remote.http_servers import Request, Server, least_loaded, nobody, revive
+from dpa.remote.loop_thread import LoopThread
 from dpa.remote.server_process import ServerProcess
 
 BACKOFF_S, LONGEST_REST_S = 0.5, 30.0
@@ -80,11 +80,8 @@ class HttpPool(Closing):
         self._touchstone: tuple[str, bytes] | None = None
         self._answered = 0
         self._broken: EngineError | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._random = random.Random()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="dpa-http", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("dpa-http", self._mistake)
         self._wake = asyncio.Event()
         self._closed = False
         try:
@@ -131,9 +128,7 @@ class HttpPool(Closing):
             self._run(self._close())
         finally:
             self._closed = True
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+            self._thread.stop()
             for process in self._processes:
                 process.close()
 
@@ -143,38 +138,23 @@ class HttpPool(Closing):
         if self._closed:
             work.close()
             raise EngineError("the pool of servers is closed.")
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return self._thread.run(work)
 
     async def _open(self) -> None:
         self._client = client_of(self._httpx, self._key)
-        self._start(self._dispatch())
+        self._thread.start(self._dispatch())
 
     async def _close(self) -> None:
         self._fail(EngineError("the pool of servers was closed."))
-        for task in list(self._tasks):
-            task.cancel()
-        # Those who ask are told before the loop stops.
-        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+        await self._thread.drop()  # those who ask are told before the loop stops
         if hasattr(self, "_client"):
             await self._client.aclose()
-
-    def _start(self, work: Coroutine[Any, Any, Any]) -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._fail(
-                EngineError(f"the pool of servers failed ({error!r}); this is a mistake in dpa, please report it.")
-            )
 
     async def _ask(self, requests: list[Request], heard: Heard | None = None) -> list[Answer | Refusal]:
         if self._broken:
             raise self._broken
         for request in requests:
-            request.future = self._loop.create_future()
+            request.future = self._thread.loop.create_future()
         self._waiting.extend(requests)
         self._wake.set()
 
@@ -199,6 +179,8 @@ class HttpPool(Closing):
             held: list[Request] = []
             while self._waiting:
                 request = self._waiting.popleft()
+                if request.only is not None and request.only not in self._servers:
+                    self._resolve(request, Refusal("it was given up"))
                 if request.future.done():
                     continue
                 server = least_loaded(self._servers, request, now) if request.not_before <= now else None
@@ -209,7 +191,7 @@ class HttpPool(Closing):
                     continue
                 server.in_flight += 1
                 self._serving.add(request)
-                self._start(self._serve(server, request))
+                self._thread.start(self._serve(server, request))
             self._waiting.extendleft(reversed(held))
             self._decide()
             for moment in (*(request.not_before for request in held), *(server.not_before for server in self._servers)):
@@ -237,10 +219,14 @@ class HttpPool(Closing):
         except (self._httpx.TransportError, OSError) as error:
             # It may be this very request that breaks servers, so it has half as many tries.
             self._unwell(server, request, f"{server.address}: {type(error).__name__}: {error}", tries=2)
+        except self._httpx.InvalidURL as error:
+            self._fail(EngineError(f"{server.address}: {error}; check the address."))
         except self._httpx.HTTPError as error:  # an answer that cannot be decoded
             self._useless(server, request, f"{server.address}: {type(error).__name__}: {error}")
         except TooLong:
             self._resolve(request, Refusal(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes"))
+        except Exception as error:
+            self._mistake(error)  # while the request is among those that are told
         else:
             self._judge(server, request, status, headers, content)
         finally:
@@ -298,6 +284,8 @@ class HttpPool(Closing):
             self._give_up(request, reason)
         elif self._none_left():
             self._give_up(request, reason, none_left=True)
+        elif request.only is not None and request.tries >= self._attempts:
+            self._resolve(request, Refusal(reason))  # others may answer for ever
         else:
             request.avoid = server
             self._waiting.append(request)
@@ -334,15 +322,17 @@ class HttpPool(Closing):
         failed says nothing of them now."""
         if none_left:
             request.begun = self._answered
-        if self._others_answered(request):
+        if self._others_answered(request) or (request.is_touchstone and may_wait):
             self._resolve(request, Refusal(f"{reason}, after {max(request.tries, 1)} tries"))
+        elif request.future.done():
+            return
         elif request.is_touchstone or (self._touchstone is None and not may_wait):
             self._fail(nobody(reason))
         else:
             self._undecided[request] = reason
             if self._touchstone is not None:  # asked again, once; nobody waits for its own answer
                 test = Request(*self._touchstone, is_touchstone=True, tries=self._attempts - 1, timeouts=1)
-                test.future = self._loop.create_future()
+                test.future = self._thread.loop.create_future()
                 test.future.add_done_callback(asyncio.Future.exception)
                 self._waiting.appendleft(test)
 
@@ -364,7 +354,7 @@ class HttpPool(Closing):
         server.failed(self._rest(server.failures))
         if server.process is not None and server.up:
             server.up = False
-            self._start(self._revive(server, server.process))
+            self._thread.start(self._revive(server, server.process))
 
     async def _revive(self, server: Server, process: ServerProcess) -> None:
         """Wait until a started server lives again; where it does not, do without it."""
@@ -386,6 +376,9 @@ class HttpPool(Closing):
     def _resolve(self, request: Request, result: Answer | Refusal) -> None:
         if not request.future.done():
             request.future.set_result(result)
+
+    def _mistake(self, error: BaseException) -> None:
+        self._fail(EngineError(f"the pool of servers failed ({error!r}); this is a mistake in dpa, please report it."))
 
     def _fail(self, error: EngineError) -> None:
         """No request can be served any more: those under way and all later ones raise this."""

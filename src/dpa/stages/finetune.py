@@ -119,6 +119,6 @@ def with_replay(rows: pa.Table, earlier: Sequence[pa.Table], share: float, seed:
     count = min(round(share * len(rows)), sum(map(len, earlier)))
     if count == 0:
         return rows
-    pool = pa.concat_tables(earlier)
+    pool = pa.concat_tables(earlier, promote_options="default")  # an earlier version's had fewer columns
     drawn = np.random.default_rng([seed, 0x4E91A4]).choice(len(pool), size=count, replace=False)
-    return pa.concat_tables([rows, pool.take(np.sort(drawn))])
+    return pa.concat_tables([rows, pool.take(np.sort(drawn))], promote_options="default")

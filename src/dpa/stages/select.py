@@ -14,14 +14,7 @@ from dpa.core.errors import DataError, RejectRateError, StorageError
 from dpa.core.pools import Pools, pools_of
 from dpa.core.records import Ledger, Prompt, messages_text, stable_hash
 from dpa.core.sections.selection import SelectionConfig
-from dpa.core.selection import (
-    of_largest_advantage,
-    scale_of,
-    select,
-    select_best_mean,
-    select_pairs,
-    select_random,
-)
+from dpa.core.selection import of_largest_advantage, scale_of, select, select_best_mean, select_pairs, select_random
 from dpa.core.target_selection import serve_targets
 from dpa.core.utility import Utility
 from dpa.storage.memory import peak_memory
@@ -72,7 +65,7 @@ class _How(NamedTuple):
         held = (self.config.targets,) if self.targets else ()
         top = (f"advantage {self.config.advantage_share} of {CELLS}",) if self.leaves_out else ()
         parts = self.space.to_dict(), self.config, self.seed, self.pairs, self.scale_K.tolist(), *by, *held, *top
-        return stable_hash(*parts, f"negative of {ELSEWHERE}", digits=32)
+        return stable_hash(*parts, f"negative_direction of {ELSEWHERE}", digits=32)
 
     @property
     def targets(self) -> bool:
@@ -253,10 +246,7 @@ def _found(candidates: pa.Table, scores: pa.Table, how: _How, stage: str) -> lis
 
 
 def _winners(pools: Pools, candidates: pa.Table, how: _How, stage: str) -> _Winners:
-    rngs = [
-        np.random.default_rng(int(stable_hash("select", how.seed, stage, prompt_id), 16))
-        for prompt_id in pools.prompt_ids
-    ]
+    rngs = _rngs("select", pools, how, stage)
     losers_PD = held_PDK = advantage_PD = None
     if how.config.method == "per_direction":
         directions_PDK, winners_PD, losers_PD = _per_direction(pools, candidates, how, rngs)
@@ -289,12 +279,15 @@ def _best_mean(
     return select_best_mean(weighed_PANK, directions_PDK, valid_PAN, how.utility)
 
 
+def _rngs(what: str, pools: Pools, how: _How, stage: str) -> list[np.random.Generator]:
+    return [np.random.default_rng(int(stable_hash(what, how.seed, stage, one), 16)) for one in pools.prompt_ids]
+
+
 def _elsewhere(pools: Pools, candidates: pa.Table, how: _How, stage: str) -> tuple[np.ndarray, np.ndarray] | None:
     """drawn_PEK of the training cone and winners_PE, whom the pools keep for them; None where the method cannot say."""
     if how.config.method in ("per_direction", "random"):
         return None
-    keys = (stable_hash("elsewhere", how.seed, stage, prompt_id) for prompt_id in pools.prompt_ids)
-    drawn = [how.space.sample(ELSEWHERE, np.random.default_rng(int(key, 16))) for key in keys]
+    drawn = [how.space.sample(ELSEWHERE, rng) for rng in _rngs("elsewhere", pools, how, stage)]
     drawn_PEK = np.reshape(drawn, (-1, ELSEWHERE, how.space.K))
     if how.config.method == "best_mean":
         return drawn_PEK, _best_mean(pools, candidates, drawn_PEK, how)[0]
@@ -374,9 +367,11 @@ def _winner_rows(
             if held_PDK is not None and np.isfinite(held_PDK[p, d]).any():
                 row["held"] = [int(value) if np.isfinite(value) else None for value in held_PDK[p, d]]
             elif elsewhere is not None:
-                own = responses[pools.row_PN[p, winner]]
-                kept = zip(elsewhere[0][p].tolist(), pools.row_PN[p, elsewhere[1][p]], strict=True)
-                row["negative"] = next((weights for weights, other in kept if responses[other] != own), [])
+                own, read = responses[pools.row_PN[p, winner]], how.space.direction(direction_K).integers
+                kept = zip(elsewhere[0][p], pools.row_PN[p, elsewhere[1][p]], strict=True)
+                others = (one.tolist() for one, other in kept if responses[other] != own)
+                reads = (one for one in others if how.space.direction(one).integers != read)
+                row["negative_direction"] = next(reads, [])
             best, utility = pools.row_PN[p, winner], float(direction_K @ pools.weighed_PNK[p, winner])
             if losers_PD is None:
                 row |= {"candidate_id": ids[best], "response": responses[best], "utility": utility}

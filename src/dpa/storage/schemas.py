@@ -45,11 +45,11 @@ WINNERS = pa.schema(
         "response": _TEXT,
         "complete": _FLAG,
         "utility": _NUMBER,
-        "negative": _DIRECTION,
+        "negative_direction": _DIRECTION,
     }
 )
 """Of a selection; followed by one float column per objective. `complete`: the response ended by itself, not at a limit
-of tokens. `negative`: a direction for which the pool keeps another
+of tokens. `negative_direction`: a direction for which the pool keeps another
 response; empty: none was found; null: not known."""
 
 PAIRS = pa.schema(
@@ -65,7 +65,7 @@ PAIRS = pa.schema(
         "rejected_complete": _FLAG,
         "chosen_id": _TEXT,
         "rejected_id": _TEXT,
-        "negative": _DIRECTION,
+        "negative_direction": _DIRECTION,
     }
 )
 """Of a selection of pairs; followed by one float column per objective: the chosen one's."""

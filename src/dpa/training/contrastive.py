@@ -43,10 +43,10 @@ def negative_directions(rows: pa.Table, space: DirectionSpace, count: int, seed:
 
     They are drawn from the other directions of the same pool (the rows of one prompt; of one `pool`, where the rows
     have that column) that chose another response and that read differently from the row's own and from each other.
-    Where no row tells, the one that the selection found by asking the pool (`negative`; none, where it found none);
-    and where the selection does not say, the mirrored direction (`DirectionSpace.mirrored`), unless that is known to
-    choose the response too: because the pool kept it for a direction that lies as far out on that side, or because it
-    reads the same, as the center's does. A row without a direction has no negatives, nor has a target's
+    Where no row tells, the one that the selection found by asking the pool (`negative_direction`; none, where it found
+    none). Where the selection does not say, the mirrored direction (`DirectionSpace.mirrored`), unless that is known
+    to choose the response too: because the pool kept it for a direction that lies as far out on that side, or because
+    it reads the same, as the center's does. A row without a direction has no negatives, nor has a target's
     (target_negatives.py).
     """
     names = rows["pool" if "pool" in rows.column_names else "prompt_id"].to_pylist()
@@ -55,7 +55,7 @@ def negative_directions(rows: pa.Table, space: DirectionSpace, count: int, seed:
         weights if held is None else None
         for weights, held in zip(rows["direction"].to_pylist(), held_values(rows), strict=True)
     ]
-    asked = rows["negative"].to_pylist() if "negative" in rows.column_names else [None] * len(rows)
+    asked = rows["negative_direction"].to_pylist() if "negative_direction" in rows.column_names else [None] * len(rows)
     pools = places_of(names)
     rng = np.random.default_rng([seed, 0x1F0CE])
     found: list[list[list[float]]] = []
@@ -74,8 +74,7 @@ def negative_directions(rows: pa.Table, space: DirectionSpace, count: int, seed:
             drawn = rng.permutation(len(choices))[:count]
             found.append([choices[place] for place in drawn])
         elif (negative := asked[row]) is not None:
-            reads_else = bool(negative) and _printed(space, negative) != _printed(space, directions[row])
-            found.append([negative] if reads_else else [])
+            found.append([negative] if negative else [])
         else:
             same = [directions[other] for other in pools[name] if responses[other] == responses[row]]
             found.append(_mirrored(space, directions[row], [other for other in same if other is not None]))

@@ -98,7 +98,7 @@ def hold_out(rows: pa.Table, count: int | None, gated: bool = False) -> tuple[pa
     measurable: set[str] = set()
     stated = rows["direction"].is_valid().to_pylist()
     responses = rows["chosen" if "chosen" in rows.column_names else "response"].to_pylist()
-    asked = rows["negative"].to_pylist() if "negative" in rows.column_names else [None] * len(rows)
+    asked = rows["negative_direction"].to_pylist() if "negative_direction" in rows.column_names else [None] * len(rows)
     for prompt, is_stated, response, negative in zip(prompts, stated, responses, asked, strict=True):
         if is_stated:
             sizes[prompt] = sizes.get(prompt, 0) + 1
