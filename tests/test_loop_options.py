@@ -204,6 +204,8 @@ def test_replay_adds_that_share_of_earlier_rows_once_each() -> None:
     assert ids != with_replay(now, before, 0.25, 2)["id"].to_pylist(), "drawn anew for each iteration"
     assert ids == with_replay(now, before, 0.25, 1)["id"].to_pylist()
     assert len(with_replay(now, before, 3.0, 1)) == 200, "no more than there are"
+    newer = now.append_column("negative_direction", pa.array([[1.0, 0.0]] * 100))
+    assert with_replay(newer, before, 0.25, 1)["negative_direction"].null_count == 25, "an earlier version had no such"
 
 
 # --- pairs ----------------------------------------------------------------------------------------------------------
