@@ -13,7 +13,14 @@ from fakes import run_config
 from dpa.core.errors import DataError, RejectRateError
 from dpa.core.records import Prompt
 from dpa.recipes.dpa import Loop
-from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts, without_held_out
+from dpa.stages.prompts import (
+    draw_prompts,
+    measured_prompts,
+    prompts_from_table,
+    prompts_table,
+    read_prompts,
+    without_held_out,
+)
 from dpa.stages.ratings import read_ratings
 
 CHAT = [
@@ -106,6 +113,16 @@ def test_an_iteration_that_wants_more_prompts_than_there_are_takes_each_once() -
     assert sorted(asked) == list("0123456"), "counts of their own: none is asked twice before all are"
     drawn = [prompt.prompt_id for t in (1, 2, 3) for prompt in draw_prompts(prompts, t, 3, seed=0)]
     assert len(set(drawn[:7])) == 7, "none again before all were used"
+
+
+def test_of_a_file_sorted_by_subject_every_subject_is_measured_on_whatever_the_order() -> None:
+    prompts = [Prompt(f"{n}", [{"role": "user", "content": f"story {n // 40}, question {n}"}]) for n in range(400)]
+    drawn = measured_prompts(prompts, 60)
+    assert len(drawn) == 60 and len({int(prompt.prompt_id) // 40 for prompt in drawn}) == 10
+    assert drawn == sorted(drawn, key=lambda prompt: int(prompt.prompt_id)), "in the order of the file"
+    assert {prompt.prompt_id for prompt in measured_prompts(prompts[::-1], 60)} == {one.prompt_id for one in drawn}
+    assert {one.prompt_id for one in measured_prompts(prompts, 30)} < {one.prompt_id for one in drawn}
+    assert measured_prompts(prompts, None) == measured_prompts(prompts, 1000) == prompts
 
 
 def test_what_is_measured_on_is_in_no_iteration() -> None:

@@ -32,7 +32,14 @@ from dpa.scoring.function_scorer import FunctionScorer
 from dpa.scoring.ray_scorers import ray_scorers
 from dpa.scoring.scorers import build_scorer
 from dpa.stages.evaluate import evaluate, evaluate_targets
-from dpa.stages.prompts import draw_prompts, prompts_from_table, prompts_table, read_prompts, without_held_out
+from dpa.stages.prompts import (
+    draw_prompts,
+    measured_prompts,
+    prompts_from_table,
+    prompts_table,
+    read_prompts,
+    without_held_out,
+)
 from dpa.stages.rollout import rollout
 from dpa.stages.score import score
 from dpa.stages.train_reward import require_better_than_mean
@@ -131,7 +138,8 @@ class Run:
     @cached_property
     def held_out(self) -> list[Prompt]:
         """The prompts policies are measured on."""
-        return self._read_prompts("eval_prompts", self.config.evaluate.prompts)[: self.config.evaluate.prompts.count]
+        config = self.config.evaluate.prompts
+        return measured_prompts(self._read_prompts("eval_prompts", config), config.count)
 
     def _read_prompts(self, name: str, config: PromptsConfig) -> list[Prompt]:
         """Prompts of the file as the run folder keeps them; rejects go beside them, with their reasons."""

@@ -78,6 +78,13 @@ def without_held_out(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> l
     return kept
 
 
+def measured_prompts(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
+    """`count` of the prompts (None: all), those with the smallest hash of their id, so that a file sorted by subject is
+    drawn from evenly and every run and seed measures on the same; in the order of the file."""
+    by_hash = sorted(range(len(prompts)), key=lambda place: stable_hash("measured", prompts[place].prompt_id))
+    return [prompts[place] for place in sorted(by_hash[:count])]
+
+
 def draw_prompts(
     prompts: Sequence[Prompt], t: int, count: int | None, seed: int, before: int | None = None
 ) -> list[Prompt]:
