@@ -22,8 +22,8 @@ class PromptsConfig(Section):
     count: int | None = Field(
         None,
         ge=1,
-        description="Prompts drawn for each iteration (no repeats until all are used), or to measure on (always the same). "
-        "Default: all.",
+        description="Prompts drawn for each iteration (no repeats until all are used), or to measure on (always the "
+        "same). Default: all.",
     )
 
 
