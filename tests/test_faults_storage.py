@@ -234,6 +234,19 @@ def test_fault_04_an_edited_scoring_function_is_refused(tmp_path: Path) -> None:
         RunFolder(config.out).open(config, inputs_of(config))
 
 
+def test_fault_04_a_reward_model_that_was_trained_again_in_its_place_is_refused(tmp_path: Path) -> None:
+    (folder := tmp_path / "reward").mkdir()
+    config = run_config(tmp_path / "run", reward={"folder": str(folder)})
+    RunFolder(config.out).open(config, inputs_of(config)).close()
+    (folder / "dpa_reward.json").write_text('{"golden": 1}')
+    RunFolder(config.out).open(config, inputs_of(config)).close()
+    (folder / "dpa_reward.json").write_text('{"golden": 2}')
+    with pytest.raises(RunFolderError, match=r"reward\.folder: the content of .*dpa_reward\.json has changed"):
+        RunFolder(config.out).open(config, inputs_of(config))
+    (folder / "dpa_reward.json").unlink()
+    RunFolder(config.out).open(config, inputs_of(config)).close()  # a finished run needs it no more
+
+
 def test_fault_04_an_edited_module_of_scoring_functions_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,10 +14,12 @@ from toy_run import toy_config
 from dpa.cli.talk import answer
 from dpa.core.config import load_config
 from dpa.core.errors import ConfigError, RunFolderError, UserError
+from dpa.core.records import Ledger
 from dpa.core.reference import ModelReference
 from dpa.recipes.checks import check_run
 from dpa.recipes.dpa import Loop
 from dpa.recipes.results import next_step
+from dpa.stages.prompts import measured_prompts, prompts_table, read_prompts
 from dpa.world.demo import write_world
 
 SMALL = {
@@ -102,6 +104,33 @@ def test_the_same_call_again_does_no_work_and_changes_nothing(
     with Loop(load_config(recipe, SMALL)) as loop:
         loop.run()
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_what_a_policy_was_trained_on_stays_though_another_version_would_choose_otherwise(
+    finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = finished
+    monkeypatch.setattr("dpa.stages.select.ELSEWHERE", 17)
+    shards = sorted((run / "iter_1" / "select").glob("shard-*"))
+    before = [shard.stat().st_mtime_ns for shard in shards]
+    with Loop(load_config(recipe, SMALL)) as loop:
+        assert loop.select(1).rows > 0
+    assert [shard.stat().st_mtime_ns for shard in shards] == before
+
+
+def test_prompts_to_measure_on_are_drawn_once_and_those_of_an_older_folder_were_the_first(tmp_path: Path) -> None:
+    file = tmp_path / "held_out.jsonl"
+    file.write_text("".join(json.dumps({"id": f"h{n}", "prompt": f"And {n}?"}) + "\n" for n in range(12)))
+    measured = {"prompts": {"path": str(file), "count": 5}, "directions": 3, "resamples": 5}
+    there = read_prompts(file)[0]
+    with Loop(toy_config(tmp_path / "in", tmp_path / "run", evaluate=measured)) as loop:
+        assert loop.held_out == measured_prompts(there, 5) != there[:5]
+        assert len(loop.stage(None, "eval_prompts").table(0)) == 5
+    with Loop(toy_config(tmp_path / "in", tmp_path / "older", evaluate=measured)) as loop:
+        stage = loop.stage(None, "eval_prompts")
+        stage.write_shard(0, prompts_table(there), Ledger(rows=12), [])
+        stage.finish()
+        assert loop.held_out == there[:5]
 
 
 def test_another_configuration_is_refused_with_the_difference(finished: tuple[Path, Path]) -> None:

@@ -11,7 +11,7 @@ from dpa.core.config import RewardRunConfig, RunConfig
 from dpa.core.directions import DirectionSpace
 from dpa.core.errors import ConfigError, DataError
 from dpa.core.sections.reward import RewardConfig
-from dpa.models.files import GGUF_SUFFIX
+from dpa.models.files import GGUF_SUFFIX, REWARD_FILE
 from dpa.sampling.engines import engine_named
 from dpa.scoring.function_scorer import function_source
 from dpa.scoring.scorers import known_attributes
@@ -145,6 +145,8 @@ def inputs_of(config: RewardRunConfig) -> dict[str, Path]:
     trained on what they said then."""
     named = {f"ratings.{place}.path": ratings.path for place, ratings in enumerate(config.ratings)}
     functions = {f"reward.functions.{name}": function for name, function in config.reward.functions.items()}
+    if config.reward.folder is not None:  # its record has the scores of its own golden example
+        named["reward.folder"] = str(Path(config.reward.folder) / REWARD_FILE)
     if isinstance(config, RunConfig):
         named |= {"prompts.path": config.prompts.path, "evaluate.prompts.path": config.evaluate.prompts.path}
         if Path(config.policy).suffix == GGUF_SUFFIX:

@@ -102,15 +102,15 @@ class Loop(LoopRun):
         to choose from, and loudly where that was nothing."""
         check_candidates(self.config, t)
         stage, scores, space = self.stage(t, "select"), self.stage(t, "score"), self.drawn_from(t)
+        trained, known = self.stage(t, "finetune").done, chosen_from(self, t)
+        if stage.done and trained and known is not None:  # what a policy was trained on stays as it was
+            return stage.ledger
         config, seed = self.config.selection.of_iteration(t), self.config.seed
         if t == 0:
             ledger = select_rated(stage, self.read_ratings(), scores, space, config, seed)
         else:
             candidates, pairs = self.stage(t, "rollout"), self.learner(t).reads == "pairs"
             ledger = select_winners(stage, candidates, scores, self.prompts(t), space, config, seed, pairs)
-        known, trained = chosen_from(self, t), self.stage(t, "finetune").done
-        if known is not None and trained:  # by then the scores stay as they are: they need not be read again
-            return ledger
         made_from = stable_hash(*map(scores.shard_digest, range(scores.shards)))
         if known is None or known.get("made_from") != made_from:
             found = pool_front(scores.whole_table(), self.space, config, self.config.evaluate, seed)

@@ -139,15 +139,18 @@ class Run:
     def held_out(self) -> list[Prompt]:
         """The prompts policies are measured on."""
         config = self.config.evaluate.prompts
-        return measured_prompts(self._read_prompts("eval_prompts", config), config.count)
+        return self._read_prompts("eval_prompts", config)[: config.count]  # an older version kept all, and took these
 
     def _read_prompts(self, name: str, config: PromptsConfig) -> list[Prompt]:
-        """Prompts of the file as the run folder keeps them; rejects go beside them, with their reasons."""
+        """Prompts of the file as the run folder keeps them, of those to measure on the ones that are drawn; rejects go
+        beside them, with their reasons."""
         stage = self._made.stage(None, name)
         if stage.done:
             return prompts_from_table(stage.table(0))
         field, limit = {"eval_prompts": "evaluate.prompts"}.get(name, name), self.config.rollout.max_reject_rate
         prompts, rejects = read_prompts(config.path, config.column, limit, config.split, field)
+        if name == "eval_prompts":
+            prompts = measured_prompts(prompts, config.count)
         stage.write_shard(0, prompts_table(prompts), Ledger(rows=len(prompts), rejects=len(rejects)), rejects)
         stage.finish()
         return prompts
