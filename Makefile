@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # PyPI's build, which brings CUDA along and runs without a card too; TORCH names another version.
 TORCH ?= torch==2.13.0
 # These take half an hour and more, or need a model of yours; their docstrings say how to run them.
-SLOW_BENCHES := $(addprefix bench/,tune_baselines.py studies.py reward_truthfulqa.py robust.py length_curve.py consumers.py card.py utilities.py processor.py temperatures.py)
+SLOW_BENCHES := $(addprefix bench/,tune_baselines.py studies.py reward_truthfulqa.py robust.py length_curve.py consumers.py card.py utilities.py processor.py temperatures.py llama_templates.py placement.py)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Where it is set, every process of a test session compiles the package anew.

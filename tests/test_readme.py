@@ -108,7 +108,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "policy": "start",
         "space": {
             "objectives": {"helpfulness": None, "verbosity": None},
-            "presets": {"terse": {"helpfulness": 0.75, "verbosity": -0.66}, "wordy": "40deg"},
+            "presets": {"terse": {"helpfulness": 0.75, "verbosity": -0.66}, "full": "40deg", "wordy": "40deg"},
         },
         "ratings": [{"path": "my.jsonl", "scales": {"helpfulness": [0, 4], "verbosity": [0, 4]}}],
         "reward": {"train": {"backbone": "start", "method": "ridge", "max_length": 64, "allow_worse_than_mean": True}},
