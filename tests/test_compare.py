@@ -232,6 +232,12 @@ def test_a_finished_comparison_does_no_work_and_one_with_other_settings_is_refus
     with pytest.raises(RunFolderError, match=r"seed_0\.ratings\.0\.path: the content of .* has changed"):
         Comparison(load_comparison(recipe, QUICK | SMALLER)).run()
     rated.write_bytes(content)
+    (weights,) = Path(load_comparison(recipe, QUICK | SMALLER).run_config(0, finished).policy).glob("*.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(RunFolderError, match=r"policy: .*safetensors: the content of .* has changed"):
+        Comparison(load_comparison(recipe, QUICK | SMALLER)).run()
+    weights.write_bytes(content)
 
 
 def test_the_demos_comparison_loads_with_every_methods_settings(tmp_path: Path) -> None:

@@ -193,6 +193,8 @@ class Comparison:
         inputs = {
             f"seed_{job.seed}.{field}": file for job in self.shared for field, file in inputs_of(job.settings).items()
         }
+        for policy in dict.fromkeys(job.settings.policy for job in self.shared):  # read once, though seeds share it
+            inputs |= {f"policy: {file}": file for file in sorted(Path(policy).glob("*.safetensors"))}
         with RunFolder(self.config.out).open(self.config.identity(), inputs), end_on_signal("compare"):
             failed = do_jobs([*self.shared, *self.jobs], self.config.workers, self.console)
             page = self.report()
