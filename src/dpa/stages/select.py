@@ -253,9 +253,7 @@ def _winners(pools: Pools, candidates: pa.Table, how: _How, stage: str) -> _Winn
     else:
         D = how.config.directions
         directions_PDK = _served(pools, candidates, how.space, D, rngs)
-        if how.config.method == "best_mean":
-            winners_PD, advantage_PD = _best_mean(pools, candidates, directions_PDK, how)
-        elif how.config.method == "random":
+        if how.config.method == "random":
             winners_PD = np.array(
                 [select_random(pools.valid_PN[p : p + 1], D, rng)[0] for p, rng in enumerate(rngs)]
             ).reshape(len(rngs), D)
@@ -264,16 +262,19 @@ def _winners(pools: Pools, candidates: pa.Table, how: _How, stage: str) -> _Winn
                 pools.weighed_PNK, directions_PDK, pools.valid_PN, how.config.rejected, rngs, how.utility
             )
         else:
-            winners_PD = select(pools.weighed_PNK, directions_PDK, pools.valid_PN, how.utility)
+            winners_PD, advantage_PD = _kept_for(directions_PDK, pools, candidates, how)
     if how.targets:
         found = pools.scores_PNK, pools.weighed_PNK, pools.valid_PN, directions_PDK, winners_PD
         directions_PDK, held_PDK, winners_PD = serve_targets(*found, how.config.targets, how.space, rngs)
     return _Winners(pools, directions_PDK, held_PDK, winners_PD, losers_PD, advantage_PD)
 
 
-def _best_mean(
-    pools: Pools, candidates: pa.Table, directions_PDK: np.ndarray, how: _How
-) -> tuple[np.ndarray, np.ndarray]:
+def _kept_for(
+    directions_PDK: np.ndarray, pools: Pools, candidates: pa.Table, how: _How
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """winners_PD of any directions, with advantage_PD by `best_mean`."""
+    if how.config.method != "best_mean":
+        return select(pools.weighed_PNK, directions_PDK, pools.valid_PN, how.utility), None
     samples = len(pools.prompt_ids), -1, _samples(candidates)
     weighed_PANK, valid_PAN = pools.weighed_PNK.reshape(*samples, how.space.K), pools.valid_PN.reshape(samples)
     return select_best_mean(weighed_PANK, directions_PDK, valid_PAN, how.utility)
@@ -289,9 +290,7 @@ def _elsewhere(pools: Pools, candidates: pa.Table, how: _How, stage: str) -> tup
         return None
     drawn = [how.space.sample(ELSEWHERE, rng) for rng in _rngs("elsewhere", pools, how, stage)]
     drawn_PEK = np.reshape(drawn, (-1, ELSEWHERE, how.space.K))
-    if how.config.method == "best_mean":
-        return drawn_PEK, _best_mean(pools, candidates, drawn_PEK, how)[0]
-    return drawn_PEK, select(pools.weighed_PNK, drawn_PEK, pools.valid_PN, how.utility)
+    return drawn_PEK, _kept_for(drawn_PEK, pools, candidates, how)[0]
 
 
 def _served(
@@ -355,8 +354,7 @@ def _winner_rows(
     complete = completeness(candidates)
     rows: list[dict] = []
     reasons: dict[str, str] = {}
-    for one in found:
-        pools, directions_PDK, held_PDK, winners_PD, losers_PD, _ = one
+    for pools, directions_PDK, held_PDK, winners_PD, losers_PD, _ in found:
         elsewhere = _elsewhere(pools, candidates, how, stage)
         for p, d in np.ndindex(winners_PD.shape):
             winner, direction_K = winners_PD[p, d], directions_PDK[p, d]
@@ -368,10 +366,10 @@ def _winner_rows(
                 row["held"] = [int(value) if np.isfinite(value) else None for value in held_PDK[p, d]]
             elif elsewhere is not None:
                 own, read = responses[pools.row_PN[p, winner]], how.space.direction(direction_K).integers
-                kept = zip(elsewhere[0][p], pools.row_PN[p, elsewhere[1][p]], strict=True)
-                others = (one.tolist() for one, other in kept if responses[other] != own)
-                reads = (one for one in others if how.space.direction(one).integers != read)
-                row["negative_direction"] = next(reads, [])
+                kept = zip(elsewhere[0][p].tolist(), pools.row_PN[p, elsewhere[1][p]], strict=True)
+                row["negative_direction"] = next(
+                    (one for one, at in kept if responses[at] != own and how.space.direction(one).integers != read), []
+                )
             best, utility = pools.row_PN[p, winner], float(direction_K @ pools.weighed_PNK[p, winner])
             if losers_PD is None:
                 row |= {"candidate_id": ids[best], "response": responses[best], "utility": utility}

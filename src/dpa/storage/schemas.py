@@ -49,8 +49,8 @@ WINNERS = pa.schema(
     }
 )
 """Of a selection; followed by one float column per objective. `complete`: the response ended by itself, not at a limit
-of tokens. `negative_direction`: a direction for which the pool keeps another
-response; empty: none was found; null: not known."""
+of tokens. `negative_direction`: a direction for which the pool keeps another response; empty: none was found; null: not
+known."""
 
 PAIRS = pa.schema(
     {
@@ -94,7 +94,16 @@ def selection_schema(pairs: bool, held: bool) -> pa.Schema:
 
 def held_values(table: pa.Table) -> list[list[int | None] | None]:
     """What each row holds; None throughout in a table without targets."""
-    return table[HELD.name].to_pylist() if HELD.name in table.column_names else [None] * len(table)
+    return _values_or_none(table, HELD.name)
+
+
+def named_negatives(table: pa.Table) -> list[list[float] | None]:
+    """`negative_direction` of each row of a selection; None throughout in one of an older version."""
+    return _values_or_none(table, "negative_direction")
+
+
+def _values_or_none(table: pa.Table, column: str) -> list:
+    return table[column].to_pylist() if column in table.column_names else [None] * len(table)
 
 
 def with_numbers(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import places_of
-from dpa.storage.schemas import held_values
+from dpa.storage.schemas import held_values, named_negatives
 
 _LABELS_AT_ONCE = 1024
 """Positions whose logits are held in fp32 at a time."""
@@ -55,8 +55,7 @@ def negative_directions(rows: pa.Table, space: DirectionSpace, count: int, seed:
         weights if held is None else None
         for weights, held in zip(rows["direction"].to_pylist(), held_values(rows), strict=True)
     ]
-    asked = rows["negative_direction"].to_pylist() if "negative_direction" in rows.column_names else [None] * len(rows)
-    pools = places_of(names)
+    pools, named = places_of(names), named_negatives(rows)
     rng = np.random.default_rng([seed, 0x1F0CE])
     found: list[list[list[float]]] = []
     for row, name in enumerate(names):
@@ -73,7 +72,7 @@ def negative_directions(rows: pa.Table, space: DirectionSpace, count: int, seed:
         if choices:
             drawn = rng.permutation(len(choices))[:count]
             found.append([choices[place] for place in drawn])
-        elif (negative := asked[row]) is not None:
+        elif (negative := named[row]) is not None:
             found.append([negative] if negative else [])
         else:
             same = [directions[other] for other in pools[name] if responses[other] == responses[row]]

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dpa.core.directions import DirectionSpace
 from dpa.core.records import stable_hash
 from dpa.models.attention import pack_lengths, to_device
-from dpa.storage.schemas import completeness, held_values
+from dpa.storage.schemas import completeness, held_values, named_negatives
 from dpa.training.contrastive import label_log_probabilities
 from dpa.training.target_negatives import Stated, negatives
 
@@ -98,8 +98,7 @@ def hold_out(rows: pa.Table, count: int | None, gated: bool = False) -> tuple[pa
     measurable: set[str] = set()
     stated = rows["direction"].is_valid().to_pylist()
     responses = rows["chosen" if "chosen" in rows.column_names else "response"].to_pylist()
-    asked = rows["negative_direction"].to_pylist() if "negative_direction" in rows.column_names else [None] * len(rows)
-    for prompt, is_stated, response, negative in zip(prompts, stated, responses, asked, strict=True):
+    for prompt, is_stated, response, negative in zip(prompts, stated, responses, named_negatives(rows), strict=True):
         if is_stated:
             sizes[prompt] = sizes.get(prompt, 0) + 1
             said.setdefault(prompt, set()).add(response)
